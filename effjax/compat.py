@@ -1,0 +1,69 @@
+"""Differences between library versions, and calls of other libraries that break strict promotion.
+
+Everything version-dependent stands here, so that the rest of the library reads one way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+
+@contextlib.contextmanager
+def relaxed_promotion() -> Iterator[None]:
+    """Allow implicit dtype promotion around one call of another library that relies on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+# Primitives that call one inner jaxpr once, by the parameter that holds it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
+
+
+def inner_jaxprs(equation: Any) -> list[Any]:
+    """All jaxprs among the parameters of an equation."""
+    values = [
+        part
+        for value in equation.params.values()
+        for part in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    return [value for value in values if hasattr(getattr(value, "jaxpr", value), "eqns")]
+
+
+def scope_names(equation: Any) -> tuple[str, ...]:
+    """The `jax.named_scope`s of an equation in its jaxpr, without the transforms around them.
+
+    "transpose(jvp(vmap(attention)))/softmax" gives ("attention", "softmax").
+    """
+    parts = str(equation.source_info.name_stack).split("/")
+    names = (re.sub(r"^(?:\w+\()+|\)+$", "", part) for part in parts)
+    return tuple(name for name in names if name)
+
+
+def shard_count(equation: Any) -> int:
+    """Number of devices on which a `shard_map` equation runs its jaxpr on different shards."""
+    shape = dict(equation.params["mesh"].shape)
+    axes = equation.params.get("newly_manual_axes", equation.params.get("manual_axes", shape))
+    return math.prod(shape[axis] for axis in axes)
+
+
+def kernel_name(equation: Any) -> str:
+    """Name of the kernel of a `pallas_call` equation."""
+    jaxpr = equation.params["jaxpr"]
+    return equation.params.get("name") or jaxpr.debug_info.func_src_info

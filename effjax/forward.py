@@ -1,0 +1,294 @@
+"""A model as a pure function: `forward(params, state, *inputs) -> (outputs, state)`.
+
+`functional(model)` splits a `flax.nnx.Module` into a `Forward` (structure, configuration, edits: a
+hashable value) and its parameters (a plain nested dict). Edits are applied at trace time to a fresh
+copy of the module, so that nothing outside a call ever changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effjax.context import Context, Guidance, Layout, PyTree, State, Step, is_static, states
+from effjax.sites import Site, canonical, sites
+
+Edit = Callable[[nnx.Module, Context], None]
+Params = dict[str, Any]
+StateDict = dict[str, jax.Array]
+
+METHODS = "methods"  # params[METHODS][method][site]: what a method learned
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forward:
+    """A model's computation without its parameters: frozen, hashable, equal by value.
+
+    It is a pytree node without leaves, so it may be an argument of a jitted function; equal
+    forwards hit the same compiled program.
+
+    Attributes:
+        model: the class of the unedited module.
+        graphdef: structure of the unedited module.
+        leaves: path and shape of every parameter of the unedited module.
+        config: the model's configuration, a frozen dataclass.
+        edits: functions `edit(module, context)` that wrap sites, applied in order.
+        fixed_step: the step that `at` fixed, or None.
+        recipe: (method, plan) of every transform that was applied.
+    """
+
+    model: type[nnx.Module]
+    graphdef: nnx.GraphDef
+    leaves: tuple[tuple[tuple, tuple[int, ...]], ...]
+    config: Any
+    edits: tuple[Edit, ...] = ()
+    fixed_step: int | None = None
+    recipe: tuple[tuple[str, Any], ...] = ()
+
+    def _key(self) -> tuple:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def __hash__(self) -> int:
+        # Cached: jit hashes its arguments at every call.
+        if "_hash" not in self.__dict__:
+            object.__setattr__(self, "_hash", hash(self._key()))
+        return self.__dict__["_hash"]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Forward) or hash(self) != hash(other):
+            return False
+        return self._key() == other._key()
+
+    def __call__(
+        self,
+        params: Params,
+        state: StateDict,
+        *inputs: PyTree,
+        step: Step | None = None,
+        guidance: Guidance | None = None,
+    ) -> tuple[PyTree, StateDict]:
+        """Run the edited model.
+
+        Args:
+            params: nested dict in the unedited model's layout, plus `params["methods"]`.
+            state: `{}` for a model without stateful edits, else from `init` or the last call.
+            inputs: the model's inputs.
+            step: index of the network call, static (int) or traced (int32[]); 0 if not given.
+            guidance: arrangement of a guided batch, None if the batch is not guided.
+
+        Returns:
+            The model's outputs and the state after this call, with the keys of `state`.
+
+        Raises:
+            ValueError: for parameters or state that do not fit, all listed at once.
+        """
+        module = self._edited(params, inputs, self._step(step), guidance)
+        held = _named_states(module)
+        _load_state(held, state)
+        outputs = module(*inputs)
+        kept = {path: variable for path, variable in held.items() if not variable.empty}
+        return outputs, {path: variable.get_value() for path, variable in kept.items()}
+
+    def init(self, params: Params, *inputs: PyTree, guidance: Guidance | None = None) -> StateDict:
+        """Make the initial state for inputs of these shapes; nothing is computed.
+
+        Every branch of every step is seen, whatever `at` has fixed.
+        """
+        found: dict[str, tuple] = {}
+
+        def shape_states(params: Params, inputs: tuple, step: jax.Array) -> None:
+            module = self._edited(params, inputs, step, guidance)
+            held = _named_states(module)
+            for path, variable in held.items():
+                variable.set_metadata(path=path, creating=True)
+            module(*inputs)
+            for path, variable in held.items():
+                if not variable.empty:
+                    value, fill = variable.get_value(), variable.get_metadata("fill")
+                    found[path] = (value.shape, value.dtype, fill)
+
+        jax.eval_shape(shape_states, params, inputs, jax.ShapeDtypeStruct((), jnp.int32))
+        return {path: jnp.full(shape, fill, dtype) for path, (shape, dtype, fill) in found.items()}
+
+    def edit(self, *edits: Edit) -> Forward:
+        """Append edits. Outside jit they must be hashable; inside jit they may hold tracers."""
+        return dataclasses.replace(self, edits=self.edits + edits)
+
+    def at(self, step: int) -> Forward:
+        """Fix the step, so that plans choose while tracing instead of branching."""
+        if not is_static(step) or step < 0:
+            raise ValueError(f"at() takes a static step >= 0, got {step!r}")
+        return dataclasses.replace(self, fixed_step=int(step))
+
+    def check_calls(self, calls: int) -> None:
+        """Check that every edit is planned for this number of network calls.
+
+        Raises:
+            ValueError: if an edit's `calls` differs; samplers call this before they start.
+        """
+        for edit in self.edits:
+            planned = getattr(edit, "calls", calls)
+            if planned != calls:
+                raise ValueError(
+                    f"{type(edit).__name__} is planned for {planned} network calls, but the "
+                    f"sampler makes {calls}. Sample with {planned}, or search a plan for {calls}."
+                )
+
+    def layout(self, params: Params, *inputs: PyTree) -> Layout | None:
+        """Token layout for inputs of these shapes, None if the model has none."""
+        module = self.module(params)
+        return module.layout(*inputs) if hasattr(module, "layout") else None
+
+    def sites(
+        self, params: Params, kind: type | tuple[type, ...] = nnx.Module, pattern: str = ".*"
+    ) -> tuple[Site, ...]:
+        """List the sites that edits can wrap, with modules that hold `params`."""
+        return sites(self.module(params), kind, pattern)
+
+    def module(self, params: Params) -> nnx.Module:
+        """A fresh, unedited module that holds these parameters (arrays or their shapes)."""
+        weights = {name: value for name, value in params.items() if name != METHODS}
+        given = flatten_params(weights)
+        problems = []
+        for path, shape in self.leaves:
+            name = canonical(path)
+            if name not in given:
+                problems.append(f"missing: {name} {list(shape)}")
+            elif tuple(given[name].shape) != shape:
+                problems.append(
+                    f"misshapen: {name} is {list(given[name].shape)}, must be {list(shape)}"
+                )
+        known = {canonical(path) for path, _ in self.leaves}
+        problems += [f"unexpected: {name}" for name in given if name not in known]
+        if problems:
+            listed = "\n  ".join(problems)
+            raise ValueError(
+                f"these parameters do not fit {type(self.config).__name__} "
+                f"({len(problems)} problems):\n  {listed}\n"
+                f"Load them with the converter of this model, or check the configuration."
+            )
+        filled = nnx.from_flat_state({path: given[canonical(path)] for path, _ in self.leaves})
+        # Without the copy, a write in the module would reach the caller's arrays.
+        return nnx.merge(self.graphdef, filled, copy=True)
+
+    def abstract_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
+        """The unedited model's parameters as shapes, in the configuration's dtype or in `dtype`."""
+        dtype = jnp.dtype(dtype or self.config.param_dtype)
+        return nest_params(
+            {canonical(path): jax.ShapeDtypeStruct(shape, dtype) for path, shape in self.leaves}
+        )
+
+    def _step(self, step: Step | None) -> Step:
+        if self.fixed_step is None:
+            return 0 if step is None else step
+        if step is not None:
+            raise ValueError(
+                f"this forward was fixed at step {self.fixed_step}; leave out step={step!r}"
+            )
+        return self.fixed_step
+
+    def _edited(
+        self, params: Params, inputs: tuple, step: Step, guidance: Guidance | None
+    ) -> nnx.Module:
+        module = self.module(params)
+        layout = module.layout(*inputs) if hasattr(module, "layout") else None
+        context = Context(step, guidance, layout, params.get(METHODS, {}))
+        for edit in self.edits:
+            edit(module, context)
+        return module
+
+
+jax.tree_util.register_pytree_node(
+    Forward,
+    # The hash fails at once for an edit that holds an array, which jit could not cache.
+    lambda forward: (hash(forward), ((), forward))[1],
+    lambda forward, _: forward,
+)
+
+
+def functional(model: nnx.Module) -> tuple[Forward, Params]:
+    """Split a model into its forward and its parameters (or their shapes, if it is abstract).
+
+    Args:
+        model: a `flax.nnx.Module` with a hashable `config` and only `nnx.Param` variables.
+
+    Raises:
+        ValueError: if the model holds state: base models keep none, caches are edits.
+    """
+    graphdef, variables = nnx.split(model)
+    flat = list(nnx.to_flat_state(variables))
+    stateful = [canonical(path) for path, leaf in flat if not isinstance(leaf, nnx.Param)]
+    if stateful:
+        raise ValueError(
+            f"{type(model).__name__} holds variables that are no parameters: {stateful}. "
+            f"A base model has no state; a cache is an edit."
+        )
+    leaves = tuple((tuple(path), tuple(leaf.get_value().shape)) for path, leaf in flat)
+    params = nest_params({canonical(path): leaf.get_value() for path, leaf in flat})
+    return Forward(type(model), graphdef, leaves, model.config), params
+
+
+def abstract(model_type: type, config: Any) -> tuple[Forward, Params]:
+    """The forward of a model and the shapes of its parameters; allocates nothing."""
+    return functional(nnx.eval_shape(lambda: model_type(config, rngs=nnx.Rngs(0))))
+
+
+def _named_states(module: nnx.Module) -> dict[str, State]:
+    """States by canonical name, independent of the order of edits; duplicates are errors."""
+    named: dict[str, State] = {}
+    for path, variable in states(module).items():
+        name = canonical(path)
+        if name in named:
+            raise ValueError(
+                f"two edits keep a state named {name!r}. Apply the method once to this site, or "
+                f"rename the state in one of the wrappers."
+            )
+        named[name] = variable
+    return dict(sorted(named.items()))
+
+
+def _load_state(held: Mapping[str, State], state: StateDict) -> None:
+    unknown = sorted(set(state) - set(held))
+    if unknown:
+        raise ValueError(
+            f"the state holds {unknown}, which this forward does not keep (it keeps "
+            f"{sorted(held)}). A state belongs to one forward: make it with forward.init."
+        )
+    for path, variable in held.items():
+        variable.set_metadata(path=path)
+        if path in state:
+            variable.set_value(jnp.asarray(state[path]))
+
+
+def flatten_params(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested parameters as a flat dict of dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        flat |= flatten_params(value, name) if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def nest_params(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten_params`."""
+    nested: Params = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        node = nested
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return nested
+
+
+def parameter_count(params: Params) -> int:
+    """Number of parameters (elements) of a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,144 @@
+"""Time, class, position and patch embeddings of diffusion transformers."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from effjax.layers.linear import Linear, dot
+
+
+def sinusoidal(
+    t: Float[Array, "B"], channels: int, *, shift: float = 0.0, max_period: float = 10_000.0
+) -> Float[Array, "B {channels}"]:
+    """Sinusoidal embedding [cos(t f) | sin(t f)] in float32.
+
+    f_i = exp(-ln(max_period) i / (channels / 2 - shift)); DiT in diffusers uses shift 1.
+    """
+    half = channels // 2
+    frequencies = np.exp(-math.log(max_period) * np.arange(half) / (half - shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Sinusoid -> linear -> SiLU -> linear: times [B] to conditioning vectors [B, width]."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        channels: int = 256,
+        shift: float = 0.0,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.channels = channels
+        self.shift = shift
+        self.dtype = jnp.dtype(dtype)
+        init = nnx.initializers.normal(0.02)
+        self.fc1 = Linear(channels, width, param_dtype=param_dtype, init=init, rngs=rngs)
+        self.fc2 = Linear(width, width, param_dtype=param_dtype, init=init, rngs=rngs)
+
+    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B C"]:
+        frequencies = sinusoidal(t, self.channels, shift=self.shift).astype(self.dtype)
+        return self.fc2(nnx.silu(self.fc1(frequencies)))
+
+
+class ClassEmbedding(nnx.Module):
+    """A row of a table [classes + 1, width] per label; the last row is the null class."""
+
+    def __init__(
+        self,
+        classes: int,
+        width: int,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = jnp.dtype(dtype)
+        init = nnx.initializers.normal(0.02)
+        self.table = nnx.Param(init(rngs.params(), (classes + 1, width), jnp.dtype(param_dtype)))
+
+    def __call__(self, labels: Int[Array, "B"]) -> Float[Array, "B C"]:
+        return self.table.get_value()[labels].astype(self.dtype)
+
+
+def sincos_2d(
+    width: int,
+    rows: int,
+    columns: int,
+    *,
+    base: float | None = None,
+    interpolation: float = 1.0,
+) -> np.ndarray:
+    """Fixed 2-D sine-cosine position table, float32 [rows * columns, width], raster order.
+
+    The first half of the channels encodes the column, the second half the row, each as
+    [sin(p w) | cos(p w)] with w_k = 10000^(-k / (width / 4)).
+
+    Args:
+        base: grid size at which positions count in whole tokens; the grid itself if None.
+        interpolation: divides positions (PixArt at 1024 pixels: 2).
+    """
+    if width % 4:
+        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {width}")
+    frequencies = 10_000.0 ** -(np.arange(width // 4) / (width / 4))
+
+    def encode(count: int) -> np.ndarray:
+        positions = np.arange(count) / (count / (base or count)) / interpolation
+        angles = positions[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+    by_row = np.broadcast_to(encode(rows)[:, None], (rows, columns, width // 2))
+    by_column = np.broadcast_to(encode(columns)[None], (rows, columns, width // 2))
+    table = np.concatenate([by_column, by_row], axis=-1)
+    return table.reshape(rows * columns, width).astype(np.float32)
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution with stride equal to its kernel: images [B, H, W, C] to tokens [B, S, width]."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        patch: int,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.patch = patch
+        init = nnx.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3)
+        shape = (patch, patch, in_channels, width)
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.dtype(param_dtype)))
+        self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B S C"]:
+        batch, height, width, channels = x.shape
+        p = self.patch
+        if height % p or width % p:
+            raise ValueError(
+                f"height and width must be multiples of the patch size {p}; got {height} x {width}"
+            )
+        x = x.reshape(batch, height // p, p, width // p, p, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
+        kernel = self.kernel.get_value()
+        return dot(x, kernel.reshape(-1, kernel.shape[-1])) + self.bias.get_value().astype(x.dtype)
+
+
+def unpatchify(
+    tokens: Float[Array, "B S P"], rows: int, columns: int, *, patch: int
+) -> Float[Array, "B H W O"]:
+    """Put tokens of layout (row in patch, column in patch, channel) back into an image."""
+    batch, _, size = tokens.shape
+    channels = size // patch**2
+    x = tokens.reshape(batch, rows, columns, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * patch, columns * patch, channels)

@@ -1,0 +1,42 @@
+"""Affine maps on the last axis. All products of activations with weights go through `dot`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def dot(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """Multiply activations by a weight leaf in the activations' dtype."""
+    return jnp.dot(x, weight.astype(x.dtype))
+
+
+XAVIER = nnx.initializers.xavier_uniform()
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with W [in, out].
+
+    Args:
+        init: initialiser of W (Xavier uniform, as in DiT).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        init: nnx.Initializer = XAVIER,
+        rngs: nnx.Rngs,
+    ):
+        shape = (in_features, out_features)
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.dtype(param_dtype)))
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        y = dot(x, self.kernel.get_value())
+        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)

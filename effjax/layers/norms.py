@@ -1,0 +1,58 @@
+"""Normalisations: statistics in float32, result in the input's dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def _standardise(x: Float[Array, "..."], axes: tuple[int, ...], eps: float) -> Float[Array, "..."]:
+    mean = jnp.mean(x, axes, keepdims=True)
+    variance = jnp.mean(jnp.square(x - mean), axes, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + eps)
+
+
+def modulate(
+    x: Float[Array, "B S C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
+) -> Float[Array, "B S C"]:
+    """Adaptive norm's affine map x (1 + scale) + shift, one shift and scale per sample."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis without learned scale and shift (DiT: adaLN brings them)."""
+
+    def __init__(self, *, eps: float = 1e-6):
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        return _standardise(x.astype(jnp.float32), (-1,), self.eps).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group norm with scale and shift over an NHWC image; groups are runs of channels."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int = 32,
+        eps: float = 1e-6,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+    ):
+        if channels % groups:
+            raise ValueError(f"{channels} channels do not divide into {groups} groups")
+        self.groups = groups
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
+
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        grouped = x.astype(jnp.float32).reshape(
+            x.shape[0], -1, self.groups, x.shape[-1] // self.groups
+        )
+        y = _standardise(grouped, (1, 3), self.eps).reshape(x.shape)
+        scale, bias = (p.get_value().astype(jnp.float32) for p in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""One file per architecture, written to be read beside the paper."""

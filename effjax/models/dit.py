@@ -1,0 +1,217 @@
+"""DiT: class-conditional diffusion transformer (Peebles & Xie, arXiv 2212.09748).
+
+Parity target: diffusers' `DiTTransformer2DModel`. That layout stores one copy of the time and class
+embedders in every block, all equal in trained checkpoints; here they stand once, at top level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from effjax.context import Layout
+from effjax.layers.attention import Attention
+from effjax.layers.embeddings import (
+    ClassEmbedding,
+    PatchEmbed,
+    TimestepEmbedding,
+    sincos_2d,
+    unpatchify,
+)
+from effjax.layers.linear import Linear
+from effjax.layers.mlp import MLP
+from effjax.layers.norms import LayerNorm, modulate
+from effjax.layers.stack import Stack
+
+_SIZES = {  # layers, heads, head dim (DiT, Table 1)
+    "S": (12, 6, 64),
+    "B": (12, 12, 64),
+    "L": (24, 16, 64),
+    "XL": (28, 16, 72),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Shape and numerics of a DiT.
+
+    Attributes:
+        sample_size: height and width of the (latent) image.
+        patch_size: side of a patch; the sequence has (sample_size / patch_size)^2 tokens.
+        in_channels: channels of the image.
+        out_channels: channels of the output: twice `in_channels` if the variance is learned.
+        num_layers, num_heads, head_dim: depth and width; width is num_heads * head_dim.
+        num_classes: labels are 0 ... num_classes - 1; num_classes itself is the null class.
+        norm_eps: epsilon of the norm before the MLP (the other norms use 1e-6).
+        time_shift: shift of the time sinusoid: 1 in diffusers, 0 in the original code.
+        dtype: dtype of the computation; norms and softmax are float32.
+        param_dtype: dtype of new parameters.
+    """
+
+    sample_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    out_channels: int = 8
+    num_layers: int = 28
+    num_heads: int = 16
+    head_dim: int = 72
+    num_classes: int = 1000
+    norm_eps: float = 1e-5
+    time_shift: float = 1.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("sample_size", "patch_size", "in_channels", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sample_size % self.patch_size:
+            raise ValueError(
+                f"sample_size must be a multiple of patch_size; "
+                f"got sample_size={self.sample_size}, patch_size={self.patch_size}"
+            )
+        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
+            raise ValueError(
+                f"out_channels must be in_channels ({self.in_channels}) or twice that (learned "
+                f"variance); got {self.out_channels}"
+            )
+        if self.width % 4:
+            raise ValueError(
+                f"num_heads * head_dim must be a multiple of 4; got {self.num_heads} * "
+                f"{self.head_dim}"
+            )
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> DiTConfig:
+        """Configuration by its name in the paper, such as "DiT-XL/2"."""
+        size, _, patch = name.removeprefix("DiT-").partition("/")
+        if size not in _SIZES or patch not in ("2", "4", "8"):
+            raise ValueError(f"no preset {name!r}; there are DiT-S, -B, -L, -XL with /2, /4, /8")
+        layers, heads, head_dim = _SIZES[size]
+        shape = {"num_layers": layers, "num_heads": heads, "head_dim": head_dim}
+        return cls(**{**shape, "patch_size": int(patch), **options})
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def grid(self) -> int:
+        return self.sample_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape (height, width, channels) of what a sampler denoises."""
+        return (self.sample_size, self.sample_size, self.in_channels)
+
+    def null_condition(self, labels: Int[Array, "B"]) -> Int[Array, "B"]:
+        """The unconditional input of classifier-free guidance: the null class."""
+        return jnp.full_like(labels, self.num_classes)
+
+
+class DiTBlock(nnx.Module):
+    """Attention and MLP, each behind an adaptive norm and a gate (adaLN-Zero)."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        width, param_dtype = config.width, config.param_dtype
+        self.modulation = Linear(
+            width, 6 * width, param_dtype=param_dtype, init=nnx.initializers.zeros, rngs=rngs
+        )
+        self.norm1 = LayerNorm(eps=1e-6)
+        self.attn = Attention(
+            width,
+            heads=config.num_heads,
+            head_dim=config.head_dim,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.norm2 = LayerNorm(eps=config.norm_eps)
+        self.mlp = MLP(width, 4 * width, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S C"], c: Float[Array, "B C"]) -> Float[Array, "B S C"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
+            self.modulation(nnx.silu(c)), 6, axis=-1
+        )
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nnx.Module):
+    """Adaptive norm and projection to patches."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        width, param_dtype = config.width, config.param_dtype
+        zeros = nnx.initializers.zeros
+        outputs = config.patch_size**2 * config.out_channels
+        self.modulation = Linear(width, 2 * width, param_dtype=param_dtype, init=zeros, rngs=rngs)
+        self.norm = LayerNorm(eps=1e-6)
+        self.proj = Linear(width, outputs, param_dtype=param_dtype, init=zeros, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S C"], c: Float[Array, "B C"]) -> Float[Array, "B S P"]:
+        shift, scale = jnp.split(self.modulation(nnx.silu(c)), 2, axis=-1)
+        return self.proj(modulate(self.norm(x), shift, scale))
+
+
+class DiT(nnx.Module):
+    """Noisy images, times and labels to the predicted noise or velocity."""
+
+    Config = DiTConfig
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        numerics = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.patch = PatchEmbed(
+            config.in_channels,
+            config.width,
+            patch=config.patch_size,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.time = TimestepEmbedding(config.width, shift=config.time_shift, **numerics, rngs=rngs)
+        self.label = ClassEmbedding(config.num_classes, config.width, **numerics, rngs=rngs)
+        self.blocks = Stack([DiTBlock(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final = FinalLayer(config, rngs=rngs)
+
+    def layout(self, x: Array, *_: Array) -> Layout:
+        rows, columns = (size // self.config.patch_size for size in x.shape[1:3])
+        return Layout(grid=(1, rows, columns))
+
+    def __call__(
+        self, x: Float[Array, "B H W I"], t: Float[Array, "B"], labels: Int[Array, "B"]
+    ) -> Float[Array, "B H W O"]:
+        """Run the network.
+
+        Args:
+            x: image [B, sample_size, sample_size, in_channels].
+            t: time in the units of the noise schedule, 0 ... 1000.
+            labels: class of each image, `num_classes` for none.
+
+        Returns:
+            [B, sample_size, sample_size, out_channels] in `config.dtype`.
+
+        Raises:
+            ValueError: for another image size: DiT's positions are fixed.
+        """
+        config = self.config
+        if tuple(x.shape[1:]) != config.sample_shape:
+            raise ValueError(
+                f"this DiT takes images {list(config.sample_shape)} (height, width, channels), got "
+                f"{list(x.shape[1:])}. Use a checkpoint of that size, or another sample_size."
+            )
+        tokens = self.patch(x.astype(config.dtype))
+        positions = sincos_2d(config.width, config.grid, config.grid)
+        tokens = tokens + jnp.asarray(positions, config.dtype)
+        c = self.time(t) + self.label(labels)
+        tokens = self.final(self.blocks(tokens, c), c)
+        return unpatchify(tokens, config.grid, config.grid, patch=config.patch_size)
+
+
+MODEL = DiT

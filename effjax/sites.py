@@ -1,0 +1,129 @@
+"""Sites: the original modules of a model under canonical paths, and how to wrap them.
+
+A site's path names the *original* module, whatever already wraps it: `blocks.1.attn` stays
+`blocks.1.attn` when the block or the attention is wrapped. Wrappers keep what they wrap in `inner`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+from flax import nnx
+
+
+class Wrapper(nnx.Module):
+    """Base class of what edits put around a site.
+
+    A wrapper gets everything it needs in its constructor and remembers only in `State` variables.
+    It does not delegate attributes to `inner`: that would bypass wrappers in between.
+
+    Attributes:
+        opens: True if the wrapper uses the parts of the original module instead of only calling
+            it. Such a wrapper goes innermost, and a site can have only one.
+    """
+
+    opens: ClassVar[bool] = False
+
+    def __init__(self, inner: nnx.Module):
+        self.inner = inner
+
+
+class Site(NamedTuple):
+    """One original module and its canonical path, such as `blocks.1.attn`."""
+
+    path: str
+    module: nnx.Module
+
+
+def original(module: nnx.Module) -> nnx.Module:
+    """The original module below its wrappers."""
+    while isinstance(module, Wrapper):
+        module = module.inner
+    return module
+
+
+def canonical(path: tuple) -> str:
+    """Join the parts of a path in a (wrapped) module to a canonical one: `inner` has no name."""
+    return ".".join(str(part) for part in path if part != "inner")
+
+
+def _children(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    items = enumerate(module) if isinstance(module, nnx.List) else sorted(vars(module).items())
+    for name, child in items:
+        if isinstance(child, nnx.Module):
+            yield str(name), child
+
+
+def sites(
+    module: nnx.Module, kind: type | tuple[type, ...] = nnx.Module, pattern: str = ".*"
+) -> tuple[Site, ...]:
+    """List the sites below a module, in the order of its attributes.
+
+    Args:
+        module: a model, possibly edited.
+        kind: type of the original modules to list.
+        pattern: regular expression that the whole canonical path must match.
+    """
+
+    def walk(module: nnx.Module, path: str) -> Iterator[Site]:
+        module = original(module)
+        if path and isinstance(module, kind) and re.fullmatch(pattern, path):
+            yield Site(path, module)
+        for name, child in _children(module):
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+    return tuple(walk(module, ""))
+
+
+def wrap(module: nnx.Module, path: str, wrapper: type[Wrapper], *args: Any, **options: Any) -> None:
+    """Wrap the site at a canonical path, in place, in `wrapper(inner, *args, **options)`.
+
+    A wrapper that only calls `inner` goes outermost; one that opens it goes next to the original.
+
+    Raises:
+        ValueError: if there is no such site, or if two wrappers want to open it.
+    """
+    parent = original(module)
+    *parents, last = path.split(".")
+    try:
+        for part in parents:
+            parent = original(_get(parent, part))
+        outermost = _get(parent, last)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        known = [site.path for site in sites(module)]
+        raise ValueError(
+            f"{type(original(module)).__name__} has no site {path!r}; it has {_few(known)}"
+        ) from None
+    innermost = outermost
+    while isinstance(innermost, Wrapper) and isinstance(innermost.inner, Wrapper):
+        innermost = innermost.inner
+    if not wrapper.opens or not isinstance(innermost, Wrapper):
+        _set(parent, last, wrapper(outermost, *args, **options))
+    elif innermost.opens:
+        raise ValueError(
+            f"{wrapper.__name__} and {type(innermost).__name__} both open the site {path!r}, "
+            f"which only one edit can do. Give each its own sites, or use one of them."
+        )
+    else:
+        innermost.inner = wrapper(innermost.inner, *args, **options)
+
+
+def _get(module: nnx.Module, part: str) -> Any:
+    child = module[int(part)] if isinstance(module, nnx.List) else getattr(module, part)
+    if not isinstance(child, nnx.Module):
+        raise TypeError(part)
+    return child
+
+
+def _set(module: nnx.Module, part: str, child: nnx.Module) -> None:
+    if isinstance(module, nnx.List):
+        module[int(part)] = child
+    else:
+        setattr(module, part, child)
+
+
+def _few(names: list[str], at_most: int = 12) -> str:
+    shown = ", ".join(names[:at_most])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > at_most else "")

@@ -1,0 +1,1 @@
+"""Attention and matrix-product kernels for generative inference; depends on JAX alone."""
