@@ -1,0 +1,1 @@
+"""Data, judges, training scripts and measurements that go with effjax."""
