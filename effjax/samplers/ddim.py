@@ -1,0 +1,131 @@
+"""DDIM (Song et al., arXiv 2010.02502), as diffusers' `DDIMScheduler`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
+
+from effjax.context import PyTree, Step
+from effjax.samplers.schedule import (
+    PREDICTIONS,
+    Schedule,
+    data_and_noise,
+    mix_noise,
+    split_output,
+    step_noise,
+)
+from effjax.samplers.tables import (
+    Betas,
+    Column,
+    at,
+    check_signal,
+    check_steps,
+    check_timesteps,
+    constant,
+    one_of,
+    spaced_timesteps,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM(Schedule):
+    """Predict the clean sample and the noise, and mix them again at the next, lower noise level.
+
+    Attributes:
+        steps: number of steps, one network call each.
+        betas: noise of the training diffusion.
+        prediction: what the network predicts: "epsilon", "sample" or "v_prediction".
+        spacing: "leading", "trailing" or "linspace".
+        steps_offset: added to leading timesteps.
+        eta: 0 is deterministic, 1 adds as much noise as DDPM.
+        set_alpha_to_one: end at the clean sample; otherwise at the noise level of timestep 0.
+        clip_sample: clip the predicted clean sample to +- clip_sample_range (pixel models).
+
+    >>> DDIM(steps=4).times
+    array([750., 500., 250.,   0.], dtype=float32)
+    """
+
+    steps: int
+    betas: Betas = dataclasses.field(default=Betas())
+    prediction: str = "epsilon"
+    spacing: str = "leading"
+    steps_offset: int = 0
+    eta: float = 0.0
+    set_alpha_to_one: bool = True
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.betas.train_timesteps)
+        one_of("prediction", self.prediction, PREDICTIONS)
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be between 0 (deterministic) and 1 (DDPM), got {self.eta}")
+        _tables(self)
+
+    @property
+    def times(self) -> np.ndarray:
+        return _tables(self).times
+
+    def update(
+        self,
+        x: Float[Array, "B ..."],
+        out: Float[Array, "B ..."],
+        step: Step,
+        memory: PyTree,
+        keys: Key[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B ..."], PyTree]:
+        now = at(_tables(self), step)
+        out, _ = split_output(out, x)
+        data, noise = data_and_noise(self.prediction, x, out, now.signal, now.sigma)
+        if self.clip_sample:
+            data = jnp.clip(data, -self.clip_sample_range, self.clip_sample_range)
+        following = now.next_signal * data + now.next_sigma * noise
+        if self.eta > 0:
+            following += now.deviation * step_noise(keys, step, x.shape[1:])
+        return following, memory
+
+    def add_noise(
+        self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: ArrayLike
+    ) -> Float[Array, "B ..."]:
+        return mix_noise(self.betas.alphas_cumprod, x, noise, time)
+
+
+class _Tables(NamedTuple):
+    """float32[steps] each: x = signal data + sigma noise, and the same at the next step."""
+
+    times: Column
+    signal: Column
+    sigma: Column
+    next_signal: Column
+    next_sigma: Column
+    deviation: Column
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(schedule: DDIM) -> _Tables:
+    left = schedule.betas.alphas_cumprod
+    train = schedule.betas.train_timesteps
+    times = spaced_timesteps(schedule.spacing, schedule.steps, train, offset=schedule.steps_offset)
+    check_timesteps(times, schedule.steps, train, schedule.spacing)
+    now = left[times]
+    check_signal(now, schedule.prediction)
+    # The reference goes back by a constant number of timesteps, whatever the spacing.
+    previous = times - train // schedule.steps
+    end = 1.0 if schedule.set_alpha_to_one else left[0]
+    following = np.where(previous >= 0, left[np.maximum(previous, 0)], end)
+    variance = schedule.eta**2 * (1 - following) / (1 - now) * (1 - now / following)
+    rows = (
+        times,
+        np.sqrt(now),
+        np.sqrt(1 - now),
+        np.sqrt(following),
+        np.sqrt(np.maximum(1 - following - variance, 0)),
+        np.sqrt(variance),
+    )
+    return _Tables(*(constant(row, np.float32) for row in rows))

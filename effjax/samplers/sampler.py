@@ -1,0 +1,311 @@
+"""The sampling loop: noise to samples with any schedule, guided or not, in one program or stepwise.
+
+A `Sampler` only calls `forward` and the schedule; it knows no model and no method. Its pieces
+(`init`, `inputs`, `network`, `update`) are public, so that a search can drive them itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from effjax.context import Guidance, PyTree, Step
+from effjax.forward import Forward, Params, StateDict
+from effjax.samplers.schedule import Schedule
+from effjax.samplers.tables import at
+
+
+class Carry(NamedTuple):
+    """What goes from one step to the next.
+
+    Attributes:
+        x: samples float32[B, ...].
+        memory: the schedule's.
+        state: the forward's (caches of methods).
+        keys: one key per sample, for the noise that stochastic schedules add.
+    """
+
+    x: Float[Array, "B ..."]
+    memory: PyTree
+    state: StateDict
+    keys: Key[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A schedule and classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
+
+    `jax.jit(sampler)(forward, params, cond, key)` is one program; `sampler.stepwise(...)` gives the
+    same samples from a host loop. Both return float32[B, *sample_shape] in the model's sample space
+    (latents, for latent models).
+
+    Attributes:
+        schedule: when the network is called, and how its output moves the sample.
+        guidance: scale s in uncond + s (cond - uncond). 1 is no guidance: one forward on B samples
+            in place of 2B.
+        arrangement: how conditional and unconditional inputs stand in a guided batch.
+    """
+
+    schedule: Schedule
+    guidance: float = 1.0
+    arrangement: Guidance = dataclasses.field(default=Guidance())
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(
+                f"schedule must be a noise schedule such as DDIM(steps=50), got {self.schedule!r}"
+            )
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(
+                f"guidance must be a finite scale of at least 0 (1 is no guidance), got "
+                f"{self.guidance}"
+            )
+
+    @property
+    def calls(self) -> int:
+        """Number of network calls of a whole trajectory."""
+        return self.schedule.calls
+
+    @property
+    def guided(self) -> bool:
+        """True if every call runs a conditional and an unconditional half."""
+        return self.guidance != 1.0
+
+    @property
+    def joined(self) -> Guidance | None:
+        """The arrangement of the batches that the network sees, None if they are not guided."""
+        return self.arrangement if self.guided else None
+
+    def __call__(
+        self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
+    ) -> Float[Array, "B ..."]:
+        """Sample in one `lax.scan`.
+
+        Args:
+            forward: the network, possibly edited; it must not be fixed at one step.
+            params: its parameters.
+            cond: conditions, a tree of arrays [B, ...] (labels int32[B] for class models).
+            key: one key (`jax.random.key`), or keys [B] from `sample_keys`. Sample i depends on the
+                key and on i, not on how many samples there are.
+            uncond: unconditional counterpart of `cond`; the model's null condition if None.
+        """
+        uncond = self.unconditional(forward, cond, uncond)
+        carry = self.init(forward, params, cond, key, uncond=uncond)
+        return self.run(forward, params, carry, cond, uncond).x
+
+    def stepwise(
+        self,
+        forward: Forward,
+        params: Params,
+        cond: PyTree,
+        key: Array,
+        *,
+        uncond: PyTree = None,
+        progress: bool = True,
+        callback: Callable[[int, Array], Any] | None = None,
+    ) -> Float[Array, "B ..."]:
+        """Sample in a host loop over one compiled step; arguments as for `__call__`.
+
+        Args:
+            forward, params, cond, key, uncond: as for `__call__`.
+            progress: show a progress bar.
+            callback: called as `callback(step, x)` after every step.
+        """
+        from tqdm.auto import tqdm
+
+        uncond = self.unconditional(forward, cond, uncond)
+        carry = _compiled_init(self, forward, params, cond, key, uncond)
+        for step in tqdm(range(self.calls), desc="sampling", disable=not progress):
+            x, memory, state, keys = carry
+            # The state is donated, caches can be large; x is not, a callback may keep it.
+            carry = _compiled_step(
+                self, forward, params, cond, uncond, x, memory, keys, np.int32(step), state=state
+            )
+            if progress:
+                carry.x.block_until_ready()
+            if callback is not None:
+                callback(step, carry.x)
+        return carry.x
+
+    def init(
+        self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
+    ) -> Carry:
+        """Initial noise, memory, state and keys for these conditions.
+
+        Raises:
+            ValueError: if the forward is planned for another number of network calls.
+        """
+        forward.check_calls(self.calls)
+        pairs = jax.vmap(jax.random.split)(sample_keys(key, _batch(cond)))
+        shape = forward.config.sample_shape
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(pairs[:, 0])
+        x = self.schedule.initial_scale * noise
+        uncond = self.unconditional(forward, cond, uncond)
+        state = forward.init(params, *self.inputs(x, cond, uncond, 0), guidance=self.joined)
+        return Carry(x, self.schedule.init(x), state, pairs[:, 1])
+
+    def run(
+        self,
+        forward: Forward,
+        params: Params,
+        carry: Carry,
+        cond: PyTree,
+        uncond: PyTree = None,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Carry:
+        """Do the calls `start ... stop - 1` in one `lax.scan`.
+
+        Between two such segments a caller may change forward, parameters or state.
+        """
+        stop = self.calls if stop is None else stop
+        if not 0 <= start <= stop <= self.calls:
+            raise ValueError(
+                f"a segment of a {self.calls}-call trajectory needs 0 <= start <= stop <= "
+                f"{self.calls}; got start={start}, stop={stop}"
+            )
+        uncond = self.unconditional(forward, cond, uncond)
+
+        def body(carry: Carry, step: Array) -> tuple[Carry, None]:
+            return self.step(forward, params, carry, cond, uncond, step), None
+
+        return jax.lax.scan(body, carry, jnp.arange(start, stop, dtype=jnp.int32))[0]
+
+    def step(
+        self,
+        forward: Forward,
+        params: Params,
+        carry: Carry,
+        cond: PyTree,
+        uncond: PyTree,
+        step: Step,
+    ) -> Carry:
+        """One call of the network and the update that follows."""
+        out, _, state = self.network(forward, params, carry.state, carry.x, cond, uncond, step)
+        return self.update(carry._replace(state=state), out, step)
+
+    def network(
+        self,
+        forward: Forward,
+        params: Params,
+        state: StateDict,
+        x: Float[Array, "B ..."],
+        cond: PyTree,
+        uncond: PyTree,
+        step: Step,
+    ) -> tuple[Float[Array, "B ..."], Float[Array, "N ..."], StateDict]:
+        """Call the network.
+
+        Returns:
+            The guided output [B, ...], the raw output ([2B, ...] if guided) and the next state.
+        """
+        inputs = self.inputs(x, cond, uncond, step)
+        raw, state = forward(params, state, *inputs, step=step, guidance=self.joined)
+        return self.guide(raw, x.shape[-1]), raw, state
+
+    def inputs(
+        self, x: Float[Array, "B ..."], cond: PyTree, uncond: PyTree, step: Step
+    ) -> tuple[Float[Array, "N ..."], Float[Array, "N"], PyTree]:
+        """The network's inputs (sample, time, condition) at a step, joined if guided."""
+        if self.guided:
+            x, cond = self.arrangement.duplicate(x), self.arrangement.join(cond, uncond)
+        (time,) = at((self.schedule.times,), step)
+        return x, jnp.full(x.shape[:1], time), cond
+
+    def guide(self, raw: Float[Array, "N ..."], channels: int) -> Float[Array, "B ..."]:
+        """The guided output of a raw one.
+
+        Guidance moves the first `channels`, those of the sample; a learned variance in the rest is
+        taken from the conditional half.
+        """
+        if not self.guided:
+            return raw
+        cond, uncond = self.arrangement.split(raw.astype(jnp.float32))
+        rest = cond[..., channels:]
+        cond, uncond = cond[..., :channels], uncond[..., :channels]
+        return jnp.concatenate([uncond + self.guidance * (cond - uncond), rest], axis=-1)
+
+    def update(self, carry: Carry, out: Float[Array, "B ..."], step: Step) -> Carry:
+        """Move samples and memory by a guided output; `carry.state` is already the new one."""
+        x, memory = self.schedule.update(carry.x, out, step, carry.memory, carry.keys)
+        return carry._replace(x=x, memory=memory)
+
+    def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
+        """`uncond`, or the model's null condition; None if the sampler does not guide."""
+        if not self.guided:
+            return None
+        if uncond is not None:
+            return uncond
+        if not hasattr(forward.config, "null_condition"):
+            raise ValueError(
+                f"{type(forward.config).__name__} has no null condition: pass uncond=, or sample "
+                f"with guidance=1.0"
+            )
+        return forward.config.null_condition(cond)
+
+
+def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, "B"]:
+    """Keys [batch] of the samples first, first + 1, ..., or `key` itself if it is keys [batch].
+
+    A large set in small batches: `sampler(forward, params, labels[i:j], sample_keys(key, j - i,
+    first=i))` gives the samples i ... j - 1 of the whole set.
+
+    Raises:
+        TypeError: if `key` is no key array.
+        ValueError: if it has another batch.
+    """
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key must come from jax.random.key(seed), got {type(key).__name__}")
+    if key.shape == (batch,):
+        return key
+    if key.shape:
+        raise ValueError(
+            f"key must be one key or one for each of the {batch} samples; it has the shape "
+            f"{list(key.shape)}"
+        )
+    indices = jnp.arange(first, first + batch, dtype=jnp.uint32)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(indices)
+
+
+def _batch(cond: PyTree) -> int:
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(cond)]
+    if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            f"conditions must be arrays with the same leading batch axis, such as int32[B] labels; "
+            f"got the shapes {shapes}"
+        )
+    return shapes[0][0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_init(
+    sampler: Sampler, forward: Forward, params: Params, cond: PyTree, key: Array, uncond: PyTree
+) -> Carry:
+    return sampler.init(forward, params, cond, key, uncond=uncond)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def _compiled_step(
+    sampler: Sampler,
+    forward: Forward,
+    params: Params,
+    cond: PyTree,
+    uncond: PyTree,
+    x: Array,
+    memory: PyTree,
+    keys: Array,
+    step: Array,
+    *,
+    state: StateDict,
+) -> Carry:
+    carry = Carry(x, memory, state, keys)
+    return sampler.step(forward, params, carry, cond, uncond, step)

@@ -1,0 +1,186 @@
+"""What all noise schedules share: their interface, and the small steps their updates are made of.
+
+A schedule is a frozen value. It says at which times the network is called and how its outputs move
+the sample; the sampler does the calling. Numerics follow the schedulers of diffusers, so that
+checkpoints give the images that they give there.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key
+
+from effjax.context import PyTree, Step
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+class Schedule(abc.ABC):
+    """Interface of a noise schedule: a frozen dataclass of scalars, hashable and equal by value.
+
+    Attributes:
+        steps: number of denoising steps.
+    """
+
+    steps: int
+
+    @property
+    def calls(self) -> int:
+        """Number of network calls of a whole trajectory."""
+        return self.steps
+
+    @property
+    @abc.abstractmethod
+    def times(self) -> np.ndarray:
+        """float32[calls]: the time that the network is fed at each call, in training timesteps."""
+
+    @property
+    def initial_scale(self) -> float:
+        """Standard deviation of the initial noise."""
+        return 1.0
+
+    def init(self, x: Float[Array, "B ..."]) -> PyTree:
+        """The memory before the first update, for samples of this shape."""
+        return ()
+
+    @abc.abstractmethod
+    def update(
+        self,
+        x: Float[Array, "B ..."],
+        out: Float[Array, "B ..."],
+        step: Step,
+        memory: PyTree,
+        keys: Key[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B ..."], PyTree]:
+        """Take the sample from one call to the next.
+
+        Args:
+            x: sample, float32[B, ..., C].
+            out: (guided) network output at `(x, times[step])`, C or 2C channels; the second half is
+                the learned variance, which only `DDPM` with variance "learned_range" reads.
+            step: index of the call, static or traced.
+            memory: from `init` or the last update.
+            keys: one key per sample; only stochastic schedules read them.
+
+        Returns:
+            The next sample and the next memory.
+        """
+
+    @abc.abstractmethod
+    def add_noise(
+        self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: ArrayLike
+    ) -> Float[Array, "B ..."]:
+        """Noise clean samples to a time in training timesteps: one for all, or [B]."""
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, steps: int, tokens: int | None = None, **options: Any
+    ) -> Schedule:
+        """Read the contents of a diffusers `scheduler_config.json`.
+
+        Args:
+            config: the parsed file; `_class_name` chooses the schedule.
+            steps: number of denoising steps, which the file does not hold.
+            tokens: image tokens of the model's sequence, for files with a dynamic shift.
+            options: fields of the schedule that the file does not hold (such as `eta`), or that are
+                to differ from it.
+
+        Raises:
+            ValueError: for an unsupported class, or options, all listed at once.
+        """
+        from effjax.samplers.config import from_config  # it knows every schedule
+
+        schedule = from_config(config, steps=steps, tokens=tokens, **options)
+        if not isinstance(schedule, cls):
+            raise ValueError(
+                f"{config['_class_name']} is read as {type(schedule).__name__}, not as "
+                f"{cls.__name__}. Use Schedule.from_config; another schedule can take over its "
+                f"betas and prediction."
+            )
+        return schedule
+
+    def to_config(self) -> dict[str, Any]:
+        """The contents of a diffusers `scheduler_config.json` for this schedule.
+
+        The file holds neither `steps` nor what diffusers' pipelines pass at run time: `eta`, and
+        the `mu` and `spacing` of `FlowMatchEuler`.
+        """
+        from effjax.samplers.config import to_config
+
+        return to_config(self)
+
+
+def split_output(
+    out: Float[Array, "B ..."], x: Float[Array, "B ..."]
+) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."] | None]:
+    """Split a network output into its prediction and its learned variance, both float32.
+
+    The variance is None if the output has just the channels of the sample.
+    """
+    channels = x.shape[-1]
+    if out.shape[:-1] != x.shape[:-1] or out.shape[-1] not in (channels, 2 * channels):
+        raise ValueError(
+            f"for samples {list(x.shape)} the network must return the same shape, or twice the "
+            f"channels (with a learned variance); it returned {list(out.shape)}"
+        )
+    out = out.astype(jnp.float32)
+    if out.shape[-1] == channels:
+        return out, None
+    return out[..., :channels], out[..., channels:]
+
+
+def data_and_noise(
+    prediction: str,
+    x: Float[Array, "B ..."],
+    out: Float[Array, "B ..."],
+    signal: Float[Array, ""] | np.float32,
+    sigma: Float[Array, ""] | np.float32,
+) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
+    """The data and the noise of x = signal * data + sigma * noise, by prediction type."""
+    if prediction == "epsilon":
+        return (x - sigma * out) / signal, out
+    if prediction == "sample":
+        return out, (x - signal * out) / sigma
+    return signal * x - sigma * out, signal * out + sigma * x  # v = signal * noise - sigma * data
+
+
+def mix_noise(
+    alphas_cumprod: np.ndarray,
+    x: Float[Array, "B ..."],
+    noise: Float[Array, "B ..."],
+    time: ArrayLike,
+) -> Float[Array, "B ..."]:
+    """x_t = sqrt(alphas_cumprod[t]) x + sqrt(1 - alphas_cumprod[t]) noise."""
+    time = jnp.asarray(time).astype(jnp.int32)
+    signal = jnp.asarray(np.sqrt(alphas_cumprod), jnp.float32)[time]
+    sigma = jnp.asarray(np.sqrt(1 - alphas_cumprod), jnp.float32)[time]
+    return per_sample(signal, x) * x + per_sample(sigma, x) * noise
+
+
+def per_sample(value: Float[Array, "..."], x: Float[Array, "B ..."]) -> Float[Array, "..."]:
+    """Reshape a value [] or [B] so that it broadcasts over samples [B, ...]."""
+    return value.reshape(value.shape + (1,) * (x.ndim - 1))
+
+
+def step_noise(
+    keys: Key[Array, "B"] | None, step: Step, shape: Sequence[int]
+) -> Float[Array, "B ..."]:
+    """Unit noise [B, *shape] of a step; that of a sample depends on its key and the step only.
+
+    Raises:
+        ValueError: if there are no keys.
+    """
+    if keys is None:
+        raise ValueError("this schedule adds noise at every step: pass keys, one for each sample")
+
+    def one(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, step), tuple(shape), jnp.float32)
+
+    return jax.vmap(one)(keys)
