@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
+_INIT = nnx.initializers.lecun_normal()
+
 
 def convolve(
     x: Float[Array, "B H W I"], weight: Float[Array, "R S I O"], *, stride: int, padding: Padding
@@ -41,11 +43,13 @@ class Conv2d(nnx.Module):
         stride: int = 1,
         padding: int | Padding = 0,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        init: nnx.Initializer = nnx.initializers.lecun_normal(),
+        init: nnx.Initializer = _INIT,
         rngs: nnx.Rngs,
     ):
         self.stride = stride
-        self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        if isinstance(padding, int):
+            padding = ((padding, padding), (padding, padding))
+        self.padding = padding
         shape = (kernel_size, kernel_size, in_channels, out_channels)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.dtype(param_dtype)))
         self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype))

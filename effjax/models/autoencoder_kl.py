@@ -24,7 +24,7 @@ from effjax.layers.stack import Stack
 
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
-Moments = tuple[Float[Array, "B H W Z"], Float[Array, "B H W Z"]]
+Moments = tuple[Float[Array, "B Y X Z"], Float[Array, "B Y X Z"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Encoder(nnx.Module):
         numerics = {"param_dtype": param_dtype, "rngs": rngs}
 
         def halve(width: int) -> Conv2d:
-            # Padded on the right and below only: a symmetric pad would shift the latents.
+            # Padded on the right and below only, as the published weights expect.
             return Conv2d(width, width, stride=2, padding=((0, 1), (0, 1)), **numerics)
 
         blocks = config.layers_per_block
@@ -265,6 +265,8 @@ class Decoder(nnx.Module):
 class AutoencoderKL(nnx.Module):
     """Images to latent moments (`encode`) and latents to images (`decode`)."""
 
+    Config = AutoencoderKLConfig
+
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         def pointwise(channels: int) -> Conv2d:
             options = {"kernel_size": 1, "param_dtype": config.param_dtype}
@@ -280,9 +282,11 @@ class AutoencoderKL(nnx.Module):
     def layout(self, latents: Array | None, images: Array | None = None) -> Layout:
         """Token layout of the mid blocks' attention."""
         if images is None:
-            return Layout(grid=(1, *_image_shape("latents", latents)[1:3]))
-        rows, columns = _image_shape("images", images)[1:3]
-        return Layout(grid=(1, rows // self.config.downscale, columns // self.config.downscale))
+            _, rows, columns, _ = _image_shape("latents", latents)
+            return Layout(grid=(1, rows, columns))
+        _, height, width, _ = _image_shape("images", images)
+        factor = self.config.downscale
+        return Layout(grid=(1, height // factor, width // factor))
 
     def encode(self, images: Float[Array, "B H W I"]) -> Moments:
         """Mean and logarithm of the variance of z, both float32 [B, H/f, W/f, latent_channels].
@@ -336,16 +340,16 @@ class AutoencoderKL(nnx.Module):
         Returns:
             Images, or (mean, logarithm of the variance).
         """
-        if (latents is None) == (images is None):
-            raise ValueError(
-                "give either latents to decode or images to encode: forward(params, state, "
-                "latents) or forward(params, state, None, images)"
-            )
         scale, shift = self.config.scaling_factor, self.config.shift_factor
-        if images is None:
+        if images is None and latents is not None:
             return self.decode(latents.astype(jnp.float32) / scale + shift)
-        mean, log_variance = self.encode(images)
-        return (mean - shift) * scale, log_variance + 2 * math.log(scale)
+        if latents is None and images is not None:
+            mean, log_variance = self.encode(images)
+            return (mean - shift) * scale, log_variance + 2 * math.log(scale)
+        raise ValueError(
+            "give either latents to decode or images to encode: forward(params, state, latents) "
+            "or forward(params, state, None, images)"
+        )
 
 
 def encode(
@@ -375,10 +379,11 @@ def decode(
     return forward(params, {}, latents)[0]
 
 
-def _image_shape(what: str, x: Array | None) -> tuple[int, ...]:
+def _image_shape(what: str, x: Array | None) -> tuple[int, int, int, int]:
     if x is None or x.ndim != 4:
         raise ValueError(
             f"{what} must be an array [batch, height, width, channels], got "
             f"{None if x is None else list(x.shape)}"
         )
-    return tuple(x.shape)
+    batch, height, width, channels = x.shape
+    return batch, height, width, channels

@@ -1,0 +1,29 @@
+"""PyTorch checkpoints in and out of effjax, by name tables that are read both ways.
+
+    forward, params = converters.from_pretrained("facebook/DiT-XL-2-512")
+    converters.save_pretrained(forward, params, "copy")
+
+Each model family is one file of this folder; see `converters.dit`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from converters.pretrained import convert, from_pretrained, save_pretrained
+
+__all__ = ["convert", "from_pretrained", "save_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import converters` costs nothing."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from converters import pretrained
+
+    return getattr(pretrained, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

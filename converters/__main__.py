@@ -1,0 +1,64 @@
+"""`python -m converters SRC DST`: rewrite a checkpoint in diffusers' layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m converters",
+        description="Rewrite a checkpoint (diffusers directory, single file, original .pt, or hub "
+        "repository) in diffusers' layout, holding one tensor in memory at a time.",
+    )
+    parser.add_argument("source", metavar="SRC", help="directory, weight file, or owner/name")
+    parser.add_argument("destination", metavar="DST", help="directory to make")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="as stored if not given"
+    )
+    parser.add_argument(
+        "--layout", default="diffusers", help="names of the tensors (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--subfolder", help="of the model in SRC (default for a pipeline: transformer)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--max-shard-bytes",
+        type=int,
+        default=5_000_000_000,
+        help="largest weight file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--check-finite", action="store_true", help="reject NaN and infinite weights"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    options = vars(parser.parse_args(argv))
+    source, destination = options.pop("source"), options.pop("destination")
+    as_json = options.pop("json")
+
+    from converters.pretrained import convert
+
+    try:
+        report = convert(source, destination, **options)
+    except (ValueError, ImportError, OSError) as error:
+        first, *listed = str(error).splitlines()
+        line = f"error: {first} {'; '.join(map(str.strip, listed))}"
+        print(line.rstrip(), file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(
+            f"{report['destination']}: {report['model']}, {report['layout']} layout, "
+            f"{report['parameters']:,} parameters, {report['bytes'] / 1e9:.3f} GB in "
+            f"{len(report['files'])} file(s)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

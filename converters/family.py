@@ -1,0 +1,117 @@
+"""What a converter declares: one file of this folder per model family, each with a `FAMILY`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from converters.names import Table
+
+Json = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family and its checkpoints.
+
+    Attributes:
+        class_name: `_class_name` in its config.json.
+        model: the `flax.nnx.Module`, built by `model(config, rngs=...)`.
+        config: its configuration, a dataclass with `dtype` and `param_dtype`.
+        read_config: config.json to configuration; ValueError for what the model does not have.
+        write_config: the inverse, without `_class_name`.
+        tables: layouts of its checkpoints by name.
+        claims: whether a config.json with another `_class_name` belongs here (legacy classes).
+    """
+
+    class_name: str
+    model: type
+    config: type
+    read_config: Callable[[Json], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    tables: Mapping[str, Table]
+    claims: Callable[[Json], bool] = lambda config: False
+
+    def layout(self, names: Iterable[str]) -> str:
+        """The layout whose table knows most of these tensor names."""
+        names = list(names)
+        return max(self.tables, key=lambda layout: self.tables[layout].recognised(names))
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """Every `FAMILY` that a module of this folder declares."""
+    package = importlib.import_module(__name__.rpartition(".")[0])
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = [
+        importlib.import_module(f"{package.__name__}.{name}")
+        for name in names
+        if not name.startswith("_")
+    ]
+    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+
+
+def _known() -> str:
+    return ", ".join(sorted(family.class_name for family in families()))
+
+
+def family_of_json(config: Json) -> Family:
+    """The family that a config.json belongs to."""
+    name = config.get("_class_name")
+    for family in families():
+        if name == family.class_name or family.claims(config):
+            return family
+    raise ValueError(f"no converter for _class_name={name!r} of config.json; there are: {_known()}")
+
+
+def family_of_config(config: Any) -> Family:
+    """The family of the models that have this configuration."""
+    for family in families():
+        if isinstance(config, family.config):
+            return family
+    raise ValueError(f"no converter for models with {type(config).__name__}; there are: {_known()}")
+
+
+def family_of_names(names: Iterable[str]) -> Family:
+    """The family that knows most of these tensor names, for a file without config.json."""
+    names = list(names)
+
+    def known(family: Family) -> int:
+        return family.tables[family.layout(names)].recognised(names)
+
+    best = max(families(), key=known)
+    if 2 * known(best) <= len(names):
+        raise ValueError(
+            f"no converter knows these {len(names)} tensors ({', '.join(names[:3])}, ...); there "
+            f"are: {_known()}. If this is one of them, put its config.json beside the file."
+        )
+    return best
+
+
+def read_fields(config: Json, **defaults: Any) -> dict[str, Any]:
+    """Values of the defaults' types from a config.json; all wrong ones are reported at once."""
+    values = {name: config.get(name, default) for name, default in defaults.items()}
+    wrong = [
+        f"{name} must be of type {type(default).__name__}, got {values[name]!r}"
+        for name, default in defaults.items()
+        if type(values[name]) is not type(default)
+        and (type(default), type(values[name])) != (float, int)
+    ]
+    if wrong:
+        raise ValueError("config.json: " + "; ".join(wrong))
+    return values
+
+
+def require(config: Json, **fixed: Any) -> None:
+    """Reject values that the model does not implement; absent ones are taken to be right."""
+    wrong = [
+        f"{name}={config[name]!r} (only {value!r})"
+        for name, value in fixed.items()
+        if name in config and config[name] != value
+    ]
+    if wrong:
+        raise ValueError("config.json asks for what the model does not have: " + ", ".join(wrong))

@@ -1,0 +1,200 @@
+"""Finding a model: weight file, directory in diffusers' layout, or hub repository."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from converters.checkpoint import SUFFIXES, index_files, read_json
+
+# In order of preference: safetensors before pickles.
+WEIGHT_FILES = tuple(
+    f"{stem}{suffix}"
+    for suffixes, stems in (
+        ((".safetensors", ".safetensors.index.json"), ("diffusion_pytorch_model", "model")),
+        ((".bin", ".bin.index.json"), ("diffusion_pytorch_model", "pytorch_model")),
+    )
+    for stem in stems
+    for suffix in suffixes
+)
+
+_REPO = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?")
+
+Fetch = Callable[[str], Path | None]
+
+
+def resolve(
+    source: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> Path:
+    """The weight file of a model, or the index of its shards, on this machine.
+
+    What belongs to it (config.json, the shards) stands beside it. From the hub only these files are
+    downloaded, all of one commit.
+
+    Args: see `converters.from_pretrained`.
+
+    Raises:
+        ValueError: if there is no such model, with what was looked for.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if subfolder is not None:
+            raise ValueError(f"{path} is a file; subfolder={subfolder!r} is for directories")
+        return path
+    if path.is_dir():
+        if (path / "recipe.json").is_file():
+            raise ValueError(f"{path} was saved by effjax.save; load it with effjax.load")
+        return _find(
+            lambda name: path / name if (path / name).is_file() else None, str(path), subfolder
+        )
+    match = _REPO.fullmatch(str(source))
+    if match is None or (match[2] is not None and not match[2].endswith(SUFFIXES)):
+        raise ValueError(
+            f"{source} is no file or directory here, and no hub repository either: those are "
+            f'"owner/name", or "owner/name/file" with a file in {", ".join(SUFFIXES)}'
+        )
+    repo, file = match.groups()
+    hub = _Hub(repo, revision, token, cache_dir, local_files_only)
+    try:
+        with _download_bars(progress):
+            if file is None:
+                return _find(hub.fetch, repo, subfolder)
+            return _find_file(hub.fetch, repo, f"{subfolder}/{file}" if subfolder else file)
+    except ValueError as error:
+        if hub.unreached is None:
+            raise
+        raise ValueError(
+            f"{source} is no file or directory here, it is not (completely) in the hub's cache, "
+            f"and the hub was not asked or did not answer: {hub.unreached}"
+        ) from error
+
+
+def _find(fetch: Fetch, source: str, subfolder: str | None) -> Path:
+    """Get the files of the model in a folder; `fetch` gives None for a file that does not exist."""
+    pipeline = fetch("model_index.json") if subfolder is None else None
+    folder = "transformer" if pipeline else subfolder
+    prefix = f"{folder.strip('/')}/" if folder else ""
+    if fetch(f"{prefix}config.json") is None:
+        parts = read_json(pipeline) if pipeline else {}
+        models = sorted(name for name, value in parts.items() if isinstance(value, list))
+        hint = f" It is a pipeline: give subfolder=, one of {models}." if models else ""
+        raise ValueError(
+            f"{source} has no {prefix}config.json, so it is no model in diffusers' layout.{hint} "
+            f"For a single weight file, give the file itself."
+        )
+    for name in WEIGHT_FILES:
+        if found := _fetch_weights(fetch, prefix + name):
+            return found
+    raise ValueError(
+        f"{source} has no weights in {prefix or 'its top folder'}; looked for "
+        f"{', '.join(WEIGHT_FILES)}. For a file of another name, give the file itself."
+    )
+
+
+def _find_file(fetch: Fetch, source: str, file: str) -> Path:
+    """Get one weight file, and the config.json beside it if there is one."""
+    found = _fetch_weights(fetch, file)
+    if found is None:
+        raise ValueError(f"{source} has no file {file}")
+    folder, slash, _ = file.rpartition("/")
+    fetch(f"{folder}{slash}config.json")
+    return found
+
+
+def _fetch_weights(fetch: Fetch, name: str) -> Path | None:
+    """Get a weight file; for an index, all shards too (one that is missing is found on opening)."""
+    found = fetch(name)
+    if found is not None and name.endswith(".index.json"):
+        folder, slash, _ = name.rpartition("/")
+        for shard in sorted(set(index_files(found).values())):
+            fetch(f"{folder}{slash}{shard}")
+    return found
+
+
+class _Hub:
+    """Files of one commit of a repository, from the cache or the server.
+
+    Attributes:
+        unreached: why the server was not asked, if it was not.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None,
+        token: str | bool | None,
+        cache_dir: str | os.PathLike | None,
+        local_files_only: bool,
+    ):
+        self.repo = repo
+        self.revision = revision
+        self.token = token
+        self.cache_dir = cache_dir
+        self.local_files_only = local_files_only
+        self.unreached: Exception | None = None
+
+    def fetch(self, name: str) -> Path | None:
+        """The file on this machine, or None if the repository has no such file."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            path = Path(
+                hf_hub_download(
+                    self.repo,
+                    name,
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    local_files_only=self.local_files_only,
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            self.unreached = self.unreached or error
+            self.local_files_only = True  # do not wait for the same server again
+            return None
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.repo} is no directory here, and {name} of revision "
+                f"{self.revision or 'main'} cannot be had from the hub; check the name, the "
+                f"revision, and token= for a private repository: {reason}"
+            ) from error
+        # Path of the cache: .../snapshots/COMMIT/NAME. Further files come from that commit too.
+        self.revision = path.parents[name.count("/")].name
+        return path
+
+
+@contextlib.contextmanager
+def _download_bars(shown: bool) -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -1,0 +1,197 @@
+"""Name tables: which tensor of a checkpoint is which parameter, as data that is read both ways.
+
+A rule says that source tensor `a.{i}.weight` is parameter `b.{i}.kernel` in another layout; `{i}`
+is an integer. Three kinds of correspondence come from the same form:
+
+    one to one     Rule("proj.weight", "final.proj.kernel", "linear")
+    part of one    Rule("attn.qkv.weight", "attn.to_q.kernel", "linear 0/3")  first third of rows
+    one of copies  Rule("blocks.{i}.time.weight", "time.kernel", "linear")    `{i}` in source only
+
+Copies must be equal when they are read, and each is written. Their `{i}` takes every value that
+`{i}` has in the parameters' names, so indices that count different things need different names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """How a source tensor becomes a parameter and back; views, so that nothing is copied."""
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+    shape: Callable[[Shape], Shape]  # of the source tensor, from the parameter's
+
+
+# A family may add one, under a name of its own.
+LAYOUTS: dict[str, Layout] = {
+    "same": Layout(lambda x: x, lambda x: x, lambda shape: shape),
+    # [out, in] <-> [in, out]
+    "linear": Layout(np.transpose, np.transpose, lambda shape: shape[::-1]),
+    # [out, in, height, width] <-> [height, width, in, out]
+    "conv": Layout(
+        lambda x: x.transpose(2, 3, 1, 0),
+        lambda x: x.transpose(3, 2, 0, 1),
+        lambda shape: (shape[3], shape[2], shape[0], shape[1]),
+    ),
+}
+
+
+class Rule(NamedTuple):
+    """Source tensor, parameter, and layout: a name in `LAYOUTS`, then " k/n" for part k of n."""
+
+    source: str
+    target: str
+    layout: str = "same"
+
+
+def affine(source: str, target: str, layout: str = "linear", part: str = "") -> tuple[Rule, Rule]:
+    """The two rules of a layer: `weight` is `kernel` in this layout, `bias` is `bias`."""
+    return (
+        Rule(f"{source}.weight", f"{target}.kernel", f"{layout} {part}".strip()),
+        Rule(f"{source}.bias", f"{target}.bias", f"same {part}".strip()),
+    )
+
+
+class Buffer(NamedTuple):
+    """A tensor that checkpoints may hold and that the model computes from its configuration."""
+
+    source: str
+    value: Callable[[Any], np.ndarray]
+    written: bool = True
+
+
+class Piece(NamedTuple):
+    """A parameter as a source tensor, or as one of its equal parts along the first axis."""
+
+    source: str
+    target: str
+    layout: Layout
+    part: int = 0
+    parts: int = 1
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """The parameter, as a view of the source tensor."""
+        if self.parts > 1:
+            rows = tensor.shape[0] // self.parts
+            tensor = tensor[self.part * rows : (self.part + 1) * rows]
+        return self.layout.forward(tensor)
+
+    def source_shape(self, shape: Shape) -> Shape:
+        """Shape of the whole source tensor, from the parameter's."""
+        shape = tuple(self.layout.shape(shape))
+        return (self.parts * shape[0], *shape[1:]) if self.parts > 1 else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """A table written out for one model.
+
+    Attributes:
+        sources: the parts of each source tensor, in order.
+        targets: the source tensors that hold each parameter, or a part each: equal copies.
+    """
+
+    sources: Mapping[str, tuple[Piece, ...]]
+    targets: Mapping[str, tuple[Piece, ...]]
+
+    def source_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Shapes of the source tensors, from the parameters'."""
+        return {
+            source: pieces[0].source_shape(shapes[pieces[0].target])
+            for source, pieces in self.sources.items()
+        }
+
+    def assemble(self, source: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """A source tensor from the parameters that `read` gives by path."""
+        parts = [piece.layout.inverse(read(piece.target)) for piece in self.sources[source]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The names in one layout of checkpoints.
+
+    Attributes:
+        rules: see `Rule`; the first rule that fits a parameter's path holds.
+        buffers: tensors that are computed, not loaded.
+        infer: configuration from the tensors' shapes by name, for files without a config.json.
+        stem: name of the weight files that are written, without suffix.
+    """
+
+    rules: tuple[Rule, ...]
+    buffers: tuple[Buffer, ...] = ()
+    infer: Callable[[Mapping[str, Shape]], Any] | None = None
+    stem: str = "diffusion_pytorch_model"
+
+    def recognised(self, names: Iterable[str]) -> int:
+        """How many of these tensor names the table knows."""
+        known = [_pattern(entry.source) for entry in (*self.rules, *self.buffers)]
+        return sum(any(pattern.fullmatch(name) for pattern in known) for name in names)
+
+    def bind(self, targets: Iterable[str]) -> Binding:
+        """Write out the rules for the parameters of one model.
+
+        Raises:
+            ValueError: for parameters that no rule gives, or tensors of which a part is missing.
+        """
+        patterns = [(rule, _pattern(rule.target)) for rule in self.rules]
+        matched: dict[str, tuple[Rule, dict[str, str]]] = {}
+        values: dict[str, dict[str, None]] = {}  # that each index takes; a dict keeps their order
+        targets = list(targets)
+        for target in targets:
+            for rule, pattern in patterns:
+                if match := pattern.fullmatch(target):
+                    matched[target] = (rule, match.groupdict())
+                    for index, value in match.groupdict().items():
+                        values.setdefault(index, {})[value] = None
+                    break
+        by_target: dict[str, tuple[Piece, ...]] = {}
+        by_source: dict[str, list[Piece]] = {}
+        for target, (rule, indices) in matched.items():
+            by_target[target] = _pieces(rule, target, indices, values)
+            for piece in by_target[target]:
+                by_source.setdefault(piece.source, []).append(piece)
+        problems = [f"{target}: no rule" for target in targets if not by_target.get(target)]
+        for source, pieces in by_source.items():
+            pieces.sort(key=lambda piece: piece.part)
+            if [piece.part for piece in pieces] != list(range(pieces[0].parts)):
+                problems.append(f"{source}: parts {pieces}")
+        if problems:
+            raise ValueError("the name table does not cover the model:\n  " + "\n  ".join(problems))
+        return Binding({name: tuple(pieces) for name, pieces in by_source.items()}, by_target)
+
+
+def _pieces(
+    rule: Rule, target: str, indices: Mapping[str, str], values: Mapping[str, Iterable[str]]
+) -> tuple[Piece, ...]:
+    """The source tensors of one parameter."""
+    name, _, part = rule.layout.partition(" ")
+    if name not in LAYOUTS:
+        raise ValueError(f"{rule} has an unknown layout; there are {sorted(LAYOUTS)}")
+    k, n = (int(number) for number in part.split("/")) if part else (0, 1)
+    sources = [rule.source]
+    for index in dict.fromkeys(_INDEX.findall(rule.source)):
+        choices = [indices[index]] if index in indices else list(values.get(index, ()))
+        sources = [held.replace(f"{{{index}}}", value) for held in sources for value in choices]
+    return tuple(Piece(source, target, LAYOUTS[name], k, n) for source in sources)
+
+
+_INDEX = re.compile(r"\{(\w+)\}")
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """`a.{i}.b` as an expression in which the integer is a group named i."""
+    literal = re.escape(name).replace(r"\{", "{").replace(r"\}", "}")
+    for index in dict.fromkeys(_INDEX.findall(literal)):
+        literal = literal.replace(f"{{{index}}}", rf"(?P<{index}>\d+)", 1)
+        literal = literal.replace(f"{{{index}}}", f"(?P={index})")
+    return re.compile(literal)

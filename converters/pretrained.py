@@ -1,0 +1,293 @@
+"""Loading and saving models in the checkpoint layouts of PyTorch libraries."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from tqdm.auto import tqdm
+
+from converters.family import Family, family_of_config
+from converters.hub import resolve
+from converters.names import Shape
+from converters.weights import FLOATS, open_weights
+from converters.writer import Spec, new_directory, write_json, write_shards
+from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
+
+Placement = Sharding | Callable[[str, Shape], Sharding] | Mapping[str, Any] | None
+
+SHARD_BYTES = 5_000_000_000
+
+
+def from_pretrained(
+    repo_or_dir: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    sharding: Placement = None,
+    progress: bool = True,
+    check_finite: bool = False,
+) -> tuple[Forward, Params]:
+    """Load a model and its parameters from PyTorch weights.
+
+    Tensors go one by one from the file to their place; the host never holds a second copy. torch
+    itself is needed for pickles only.
+
+    Args:
+        repo_or_dir: hub repository ("owner/name"), file in one ("owner/name/file.pt"), directory in
+            diffusers' layout, or weight file.
+        subfolder: of the model in the repository or directory; "transformer" for a pipeline.
+        revision: branch, tag or commit of the repository.
+        dtype: float32, bfloat16 or float16 for all parameters; as stored if None.
+        compute_dtype: dtype of the computation; float32 if None.
+        token: for private repositories; True for the one that was stored by logging in.
+        cache_dir: of downloads.
+        local_files_only: use what was downloaded before; ask no server.
+        sharding: where parameters go: one sharding for all, a function of path and shape, or
+            shardings in the structure of the parameters; the default device if None.
+        progress: show bars for what takes longer than a second.
+        check_finite: reject NaN and infinite weights.
+
+    Returns:
+        The forward and its parameters.
+
+    Raises:
+        ValueError: for what cannot be found, read, recognised or placed; everything that is wrong
+            with the tensors is listed at once.
+        ImportError: for a pickle, if torch is not installed.
+    """
+    path = resolve(
+        repo_or_dir,
+        subfolder=subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        progress=progress,
+    )
+    weights = open_weights(
+        path, dtype=dtype, compute_dtype=compute_dtype, check_finite=check_finite
+    )
+    placements = _placements(sharding, weights.shapes)
+    params = {}
+    total = sum(Spec(shape, weights.dtypes[name]).bytes_ for name, shape in weights.shapes.items())
+    with tqdm(
+        total=total, desc="loading", unit="B", unit_scale=True, delay=1, disable=not progress
+    ) as bar:
+        for name, placement in placements.items():
+            params[name] = _place(weights.read(name), placement)
+            bar.update(params[name].nbytes)
+    weights.raise_faults()
+    return weights.forward, nest_params(params)
+
+
+def save_pretrained(
+    forward: Forward,
+    params: Params,
+    dst: str | os.PathLike,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    layout: str = "diffusers",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write a model as PyTorch libraries read it: config.json and safetensors, sharded if large.
+
+    Args:
+        forward: the unedited model.
+        params: its parameters: arrays of float32, bfloat16 or float16.
+        dst: directory to make; it appears when it is complete.
+        max_shard_bytes: largest weight file.
+        layout: names of the tensors, "diffusers" or another layout of this family.
+        progress: show a bar for what takes longer than a second.
+
+    Returns:
+        What was written: model, layout, files, parameters (as stored) and bytes.
+
+    Raises:
+        ValueError: for a compressed model, parameters that do not fit, or an occupied `dst`.
+    """
+    if forward.edits or METHODS in params:
+        raise ValueError("checkpoints of this layout hold no edits or methods; use effjax.save")
+    forward.module(params)  # names every parameter that does not fit
+    leaves = flatten_params(params)
+    wrong = [
+        f"{name}: {getattr(leaf, 'dtype', type(leaf).__name__)}"
+        for name, leaf in leaves.items()
+        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.dtype not in FLOATS
+    ]
+    if wrong:
+        raise ValueError(
+            "these parameters are no arrays of float32, bfloat16 or float16 (use effjax.save for "
+            "compressed ones):\n  " + "\n  ".join(wrong)
+        )
+    return _write(
+        dst,
+        family_of_config(forward.config),
+        layout,
+        forward.config,
+        {name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()},
+        lambda name: _to_host(leaves[name]),
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
+def convert(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: DTypeLike | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+    layout: str = "diffusers",
+    progress: bool = True,
+    check_finite: bool = False,
+) -> dict[str, Any]:
+    """Rewrite a checkpoint in another layout or dtype, holding one tensor at a time.
+
+    Arguments are those of `from_pretrained` and `save_pretrained`, which this equals.
+    """
+    path = resolve(
+        src,
+        subfolder=subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        progress=progress,
+    )
+    weights = open_weights(path, dtype=dtype, check_finite=check_finite)
+    return _write(
+        dst,
+        weights.family,
+        layout,
+        weights.forward.config,
+        {name: Spec(shape, weights.dtypes[name]) for name, shape in weights.shapes.items()},
+        weights.read,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+        finish=weights.raise_faults,
+    )
+
+
+def _write(
+    dst: str | os.PathLike,
+    family: Family,
+    layout: str,
+    config: Any,
+    params: Mapping[str, Spec],
+    read: Callable[[str], np.ndarray],
+    *,
+    max_shard_bytes: int,
+    progress: bool,
+    finish: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Write parameters that `read` gives by path; `finish` may still reject what it has read."""
+    if layout not in family.tables:
+        raise ValueError(
+            f"{family.class_name} has no layout {layout!r}; there are {sorted(family.tables)}"
+        )
+    table = family.tables[layout]
+    binding = table.bind(params)
+    shapes = binding.source_shapes({name: spec.shape for name, spec in params.items()})
+    specs = {
+        source: Spec(shapes[source], params[pieces[0].target].dtype)
+        for source, pieces in binding.sources.items()
+    }
+    common = next(iter(params.values())).dtype
+    buffers = {
+        buffer.source: buffer.value(config).astype(common)
+        for buffer in table.buffers
+        if buffer.written
+    }
+    specs |= {name: Spec(value.shape, value.dtype) for name, value in buffers.items()}
+
+    def read_source(source: str) -> np.ndarray:
+        return buffers[source] if source in buffers else binding.assemble(source, read)
+
+    with new_directory(Path(dst)) as directory:
+        files = write_shards(
+            directory,
+            table.stem,
+            specs,
+            read_source,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
+        described = {"_class_name": family.class_name, **family.write_config(config)}
+        write_json(directory / "config.json", described)
+        finish()
+    return {
+        "destination": str(dst),
+        "model": family.class_name,
+        "layout": layout,
+        "files": files,
+        "parameters": sum(math.prod(spec.shape) for spec in specs.values()),
+        "bytes": sum(spec.bytes_ for spec in specs.values()),
+    }
+
+
+def _placements(sharding: Placement, shapes: Mapping[str, Shape]) -> dict[str, Sharding | None]:
+    """A sharding for every parameter; those that do not fit are all named."""
+    if sharding is None:
+        return dict.fromkeys(shapes)
+    found: dict[str, Any]
+    if isinstance(sharding, Sharding):
+        found = dict.fromkeys(shapes, sharding)
+    elif isinstance(sharding, Mapping):
+        found = flatten_params(sharding)
+    else:
+        found = {name: sharding(name, shape) for name, shape in shapes.items()}
+    problems = [f"{name}: no such parameter" for name in found if name not in shapes]
+    problems += [f"{name}: no sharding is given" for name in shapes if name not in found]
+    for name in (name for name in shapes if name in found):
+        if not isinstance(found[name], Sharding):
+            problems.append(f"{name}: must be a jax.sharding.Sharding, got {found[name]!r}")
+            continue
+        try:
+            found[name].shard_shape(shapes[name])
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ValueError("these shardings do not fit:\n  " + "\n  ".join(problems))
+    return {name: found[name] for name in shapes}
+
+
+def _place(host: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """Put an array, which nothing else uses, where it belongs; each device gets its part only."""
+    if sharding is None:
+        array = jax.device_put(host)  # on CPUs this may be the same memory
+    else:
+        array = jax.make_array_from_callback(
+            host.shape, sharding, lambda index: np.array(host[index])
+        )
+    return array.block_until_ready()  # `host` can go before the next tensor is read
+
+
+def _to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """One parameter on the host. np.asarray would keep its copy as long as the array lives."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    if not leaf.is_fully_addressable:
+        raise ValueError("parameters on devices of other processes cannot be written from here")
+    host = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            host[shard.index] = np.asarray(shard.data)
+    return host

@@ -1,0 +1,190 @@
+"""A checkpoint seen as the parameters of a model: everything is checked first, then read singly."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from converters.checkpoint import Tensor, open_checkpoint, read_json
+from converters.family import Family, family_of_json, family_of_names
+from converters.names import Binding, Shape, Table
+from effjax.forward import Forward, abstract, flatten_params
+
+FLOATS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
+
+
+def float_dtype(dtype: DTypeLike) -> np.dtype:
+    """One of the dtypes that weights may have."""
+    if jnp.dtype(dtype) not in FLOATS:
+        raise ValueError(f"dtype must be one of {[str(d) for d in FLOATS]}, got {dtype!r}")
+    return jnp.dtype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters by path, read from a checkpoint one at a time.
+
+    Attributes:
+        family, layout: what the checkpoint was recognised as.
+        forward: the model, without parameters.
+        shapes: of the parameters, by path.
+        dtypes: of the parameters as they are read.
+        faults: bad values found so far, by tensor name.
+    """
+
+    family: Family
+    layout: str
+    forward: Forward
+    shapes: dict[str, Shape]
+    dtypes: dict[str, np.dtype]
+    check_finite: bool
+    tensors: dict[str, Tensor]
+    binding: Binding
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def read(self, path: str) -> np.ndarray:
+        """A parameter, in an array of its own."""
+        piece = self.binding.targets[path][0]
+        value = piece.read(self.tensors[piece.source].read())
+        if self.check_finite and not (finite := np.isfinite(value)).all():
+            count = finite.size - np.count_nonzero(finite)
+            self.faults[piece.source] = f"{count} of {finite.size} values are NaN or infinite"
+        with np.errstate(over="ignore", invalid="ignore"):
+            converted = value.astype(self.dtypes[path])  # in the order of the file, which is fast
+        if converted.dtype == value.dtype:
+            return converted
+        overflown = np.count_nonzero(np.isinf(converted)) - np.count_nonzero(np.isinf(value))
+        if overflown:
+            self.faults[piece.source] = f"{overflown} values are beyond {converted.dtype}"
+        return converted
+
+    def raise_faults(self) -> None:
+        """Report the tensors with bad values, once all have been read."""
+        _raise(self.faults.items(), "the weights have bad values")
+
+
+def open_weights(
+    path: Path,
+    *,
+    dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+    check_finite: bool = False,
+) -> Weights:
+    """Recognise a checkpoint and check that it holds one model, completely.
+
+    Args:
+        path: weight file or index; a config.json beside it is read, if there is one.
+        dtype: of the parameters; as stored if None.
+        compute_dtype: of the computation; the configuration's default if None.
+        check_finite: collect tensors with NaN or infinite values while reading.
+
+    Raises:
+        ValueError: for a configuration that no converter knows, and for missing, unexpected and
+            misshapen tensors, other dtypes, and copies that differ, all listed at once.
+    """
+    tensors = open_checkpoint(path)
+    family, layout, config = _identify(path, tensors)
+    dtype = None if dtype is None else float_dtype(dtype)
+    counts = collections.Counter(tensor.dtype for tensor in tensors.values())
+    common = next((d for d, _ in counts.most_common() if d in FLOATS), FLOATS[0])
+    numerics = {"param_dtype": str(dtype or common)}
+    if compute_dtype is not None:
+        numerics["dtype"] = str(float_dtype(compute_dtype))
+    forward, params = abstract(family.model, dataclasses.replace(config, **numerics))
+    shapes = {name: tuple(leaf.shape) for name, leaf in flatten_params(params).items()}
+    table = family.tables[layout]
+    binding = table.bind(shapes)
+    _raise(
+        _problems(table, binding, shapes, config, tensors),
+        f"{path} does not fit {family.class_name} as its configuration describes it",
+    )
+    dtypes = {
+        name: dtype or tensors[pieces[0].source].dtype for name, pieces in binding.targets.items()
+    }
+    return Weights(family, layout, forward, shapes, dtypes, check_finite, tensors, binding)
+
+
+def _identify(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Family, str, Any]:
+    """Family, layout and configuration, from config.json or from the tensors alone."""
+    config_path = path.with_name("config.json")
+    if config_path.is_file():
+        config = read_json(config_path)
+        family = family_of_json(config)
+        try:
+            return family, family.layout(tensors), family.read_config(config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{config_path}: {error}") from error
+    family = family_of_names(tensors)
+    layout = family.layout(tensors)
+    infer = family.tables[layout].infer
+    if infer is None:
+        raise ValueError(
+            f"{path} has no config.json beside it, and {family.class_name}'s {layout} layout does "
+            f"not tell the configuration; put it there"
+        )
+    try:
+        config = infer({name: tensor.shape for name, tensor in tensors.items()})
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"cannot infer the configuration of {path}: lacks {error}") from None
+    return family, layout, config
+
+
+def _problems(
+    table: Table,
+    binding: Binding,
+    shapes: Mapping[str, Shape],
+    config: Any,
+    tensors: Mapping[str, Tensor],
+) -> list[tuple[str, str]]:
+    """What keeps these tensors from being the model's: (name, fault)."""
+    expected = binding.source_shapes(shapes)
+    buffers = {buffer.source: buffer for buffer in table.buffers}
+    problems = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            problems.append((name, f"missing, must be {list(shape)}"))
+            continue
+        given, dtype, _ = tensors[name]
+        if given != shape:
+            problems.append((name, f"misshapen, is {list(given)}, must be {list(shape)}"))
+        if dtype not in FLOATS:
+            problems.append((name, f"of dtype {dtype}, must be float32, bfloat16 or float16"))
+    for name, tensor in tensors.items():
+        if name in buffers and not _close(tensor.read(), buffers[name].value(config)):
+            problems.append((name, "differs from what the model computes in its place"))
+        elif name not in buffers and name not in expected:
+            problems.append((name, "unexpected"))
+    if problems:
+        return problems
+    for first, *copies in binding.targets.values():
+        value = first.read(tensors[first.source].read())
+        problems += [
+            (copy.source, f"differs from its copy {first.source}")
+            for copy in copies
+            if not _same_bits(value, copy.read(tensors[copy.source].read()))
+        ]
+    return problems
+
+
+def _close(held: np.ndarray, computed: np.ndarray) -> bool:
+    # tolerance: the buffer may have been rounded to bfloat16
+    same = held.shape == computed.shape
+    return same and bool(np.allclose(held.astype(computed.dtype), computed, atol=5e-3))
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    bits = f"u{a.dtype.itemsize}"
+    return a.dtype == b.dtype and bool(np.array_equal(a.view(bits), b.view(bits)))
+
+
+def _raise(faults: Iterable[tuple[str, str]], what: str) -> None:
+    listed = [f"{name}: {fault}" for name, fault in sorted(faults)]
+    if listed:
+        raise ValueError(f"{what} ({len(listed)} problems):\n  " + "\n  ".join(listed))

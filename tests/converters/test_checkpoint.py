@@ -1,0 +1,231 @@
+"""Reading files that are whole, and refusing those that are not."""
+
+import json
+import pickle
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from converters.checkpoint import open_checkpoint
+from converters.writer import Spec, new_directory, write_safetensors, write_shards
+
+ARRAYS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.arange(5).astype(ml_dtypes.bfloat16),
+    "c.0": np.float16([[1.5]]),
+    "empty": np.zeros((0, 3), np.float32),
+    "scalar": np.array(7.0, np.float32),
+}
+SPECS = {name: Spec(array.shape, array.dtype) for name, array in ARRAYS.items()}
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_file(ARRAYS, tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def header_file(path, header, data=b""):
+    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def assert_holds_arrays(tensors):
+    assert tensors.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        held = tensors[name].read()
+        assert (tensors[name].shape, tensors[name].dtype) == (array.shape, array.dtype)
+        assert held.dtype == array.dtype
+        np.testing.assert_array_equal(held, array)
+
+
+def test_reads_what_safetensors_writes(file):
+    assert_holds_arrays(open_checkpoint(file))
+
+
+def test_safetensors_reads_what_is_written(tmp_path):
+    write_safetensors(tmp_path / "own.safetensors", SPECS, ARRAYS.__getitem__)
+    for name, array in load_file(tmp_path / "own.safetensors").items():
+        np.testing.assert_array_equal(array, ARRAYS[name])
+    assert_holds_arrays(open_checkpoint(tmp_path / "own.safetensors"))
+
+
+def test_tensors_are_views_of_the_file(file):
+    held = open_checkpoint(file)["a"].read()
+    assert not held.flags.writeable
+    assert not held.flags.owndata
+
+
+def test_shards_and_index(tmp_path):
+    files = write_shards(
+        tmp_path, "w", SPECS, ARRAYS.__getitem__, max_shard_bytes=24, progress=False
+    )
+    assert files == ["w-00001-of-00002.safetensors", "w-00002-of-00002.safetensors"]
+    index = json.loads((tmp_path / "w.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
+    assert_holds_arrays(open_checkpoint(tmp_path / "w.safetensors.index.json"))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_truncated(file, keep):
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"weights\.safetensors is truncated"):
+        open_checkpoint(file)
+
+
+def test_trailing_bytes(file):
+    file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        open_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{not json", "corrupt"),
+        (b"\xff\xfe\x00", "corrupt"),
+        ([], "corrupt"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, r"a of shape \[2\] has 4"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "corrupt"),
+        ({"a": {"dtype": "F9", "shape": [1], "data_offsets": [0, 4]}}, "unknown dtype.*F9"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, "data_offsets"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "leave gaps"),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            },
+            "overlap",
+        ),
+    ],
+)
+def test_corrupt_header(tmp_path, header, message):
+    header_file(tmp_path / "x.safetensors", header, b"\0" * 4)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_pickle_and_lfs_pointer_with_the_wrong_name(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pickle.dumps({"a": list(range(100))}))
+    with pytest.raises(ValueError, match="is a pickle, not safetensors"):
+        open_checkpoint(path)
+    path.write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    with pytest.raises(ValueError, match="is a pickle, not safetensors"):
+        open_checkpoint(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        open_checkpoint(path)
+
+
+def test_missing_shards_are_all_named(tmp_path):
+    write_shards(tmp_path, "w", SPECS, ARRAYS.__getitem__, max_shard_bytes=1, progress=False)
+    (tmp_path / "w-00001-of-00005.safetensors").unlink()
+    (tmp_path / "w-00003-of-00005.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks 2 of its 5 shards: w-00001.*w-00003"):
+        open_checkpoint(tmp_path / "w.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "w.safetensors", "lost": "w.safetensors"}, "lost is not in w"),
+        ({"a": "w.safetensors", "b": "v.safetensors"}, "a stands in w"),
+        ({"a": "../w.safetensors"}, "not beside it"),
+        ({}, "no weight_map"),
+        (None, "no weight_map"),
+    ],
+)
+def test_index_that_lies(tmp_path, weight_map, message):
+    save_file({"a": ARRAYS["a"]}, tmp_path / "w.safetensors")
+    save_file({"a": ARRAYS["a"], "b": ARRAYS["b"]}, tmp_path / "v.safetensors")
+    index = tmp_path / "w.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(index)
+
+
+def test_unknown_suffix(tmp_path):
+    (tmp_path / "w.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no weight file.*\.safetensors"):
+        open_checkpoint(tmp_path / "w.onnx")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles(tmp_path, zipped):
+    torch = pytest.importorskip("torch")
+    state = {
+        "a": torch.arange(6.0).reshape(2, 3).T,
+        "b": torch.arange(5).to(torch.bfloat16),
+        "scalar": torch.tensor(2.0, requires_grad=True),
+    }
+    torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    tensors = open_checkpoint(tmp_path / "w.pt")
+    assert tensors["b"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(tensors["a"].read(), ARRAYS["a"].T)
+    np.testing.assert_array_equal(tensors["b"].read(), ARRAYS["b"])
+    assert tensors["scalar"].read() == 2.0
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+@pytest.mark.torch
+def test_bad_pickles(tmp_path, capfd):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": Code()}, tmp_path / "code.pt")
+    (tmp_path / "broken.bin").write_bytes(b"PK\x03\x04 nothing")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("code.pt", "broken.bin", "empty.pth"):
+        with pytest.raises(ValueError, match=f"torch cannot read .*{name}"):
+            open_checkpoint(tmp_path / name)
+    with pytest.raises(ValueError, match="holds a list"):
+        open_checkpoint(tmp_path / "list.pt")
+    assert "this must not run" not in capfd.readouterr().out
+
+
+def test_pickle_without_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(ImportError, match=r"effjax\[torch\]"):
+        open_checkpoint(tmp_path / "w.pt")
+
+
+def test_new_directory_appears_whole_or_not_at_all(tmp_path):
+    with new_directory(tmp_path / "deep" / "done") as directory:
+        (directory / "file").write_text("x")
+        assert not (tmp_path / "deep" / "done").exists()
+    assert [path.name for path in (tmp_path / "deep").rglob("*")] == ["done", "file"]
+
+    def fail():
+        with new_directory(tmp_path / "failed") as directory:
+            (directory / "file").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_occupied_destination(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with new_directory(tmp_path / "empty") as directory:
+        (directory / "file").write_text("x")
+    for occupied in (tmp_path / "empty", tmp_path / "empty" / "file"):
+        with pytest.raises(ValueError, match="exists and is not empty"):
+            new_directory(occupied).__enter__()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensor_that_is_not_as_announced(tmp_path):
+    with pytest.raises(ValueError, match=r"a was announced as float32\[3\] and is float64\[2\]"):
+        write_safetensors(
+            tmp_path / "x", {"a": Spec((3,), np.dtype(np.float32))}, lambda name: np.zeros(2)
+        )
