@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converters.pretrained import convert, from_pretrained, save_pretrained
+    from converters.pretrained import convert, describe, from_pretrained, save_pretrained
 
-__all__ = ["convert", "from_pretrained", "save_pretrained"]
+__all__ = ["convert", "describe", "from_pretrained", "save_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

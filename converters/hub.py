@@ -7,8 +7,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from converters.checkpoint import SUFFIXES, index_files, read_json
+from converters.checkpoint import SUFFIXES
+from effjax.storage import index_files, read_json
 
 # In order of preference: safetensors before pickles.
 WEIGHT_FILES = tuple(
@@ -77,6 +79,38 @@ def resolve(
             f"{source} is no file or directory here, it is not (completely) in the hub's cache, "
             f"and the hub was not asked or did not answer: {hub.unreached}"
         ) from error
+
+
+def read_json_of(
+    source: str | os.PathLike,
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> dict[str, Any]:
+    """A JSON file of a directory or hub repository, such as "model_index.json".
+
+    Raises:
+        ValueError: if there is no such directory or repository, or it has no such file.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = path / name if (path / name).is_file() else None
+    elif _REPO.fullmatch(str(source)) and not path.exists():
+        hub = _Hub(str(source), revision, token, cache_dir, local_files_only)
+        found = hub.fetch(name)
+        if found is None and hub.unreached is not None:
+            raise ValueError(
+                f"{name} of {source} is not in the hub's cache, and the hub was not asked or did "
+                f"not answer: {hub.unreached}"
+            )
+    else:
+        raise ValueError(f"{source} is no directory here and no hub repository (owner/name)")
+    if found is None:
+        raise ValueError(f"{source} has no {name}, so it is no pipeline in diffusers' layout")
+    return read_json(found)
 
 
 def _find(fetch: Fetch, source: str, subfolder: str | None) -> Path:

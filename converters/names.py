@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Shape = tuple[int, ...]
+from effjax.storage import Shape
 
 
 class Layout(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -18,8 +19,8 @@ from converters.family import Family, family_of_config
 from converters.hub import resolve
 from converters.names import Shape
 from converters.weights import FLOATS, open_weights
-from converters.writer import Spec, new_directory, write_json, write_shards
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
+from effjax.storage import Spec, new_directory, place, to_host, write_json, write_shards
 
 Placement = Sharding | Callable[[str, Shape], Sharding] | Mapping[str, Any] | None
 
@@ -50,8 +51,9 @@ def from_pretrained(
             diffusers' layout, or weight file.
         subfolder: of the model in the repository or directory; "transformer" for a pipeline.
         revision: branch, tag or commit of the repository.
-        dtype: float32, bfloat16 or float16 for all parameters; as stored if None.
-        compute_dtype: dtype of the computation; float32 if None.
+        dtype: float32, bfloat16 or float16 for all parameters and for the computation; None keeps
+            parameters as stored and computes in float32.
+        compute_dtype: dtype of the computation, if it is to differ from that of the parameters.
         token: for private repositories; True for the one that was stored by logging in.
         cache_dir: of downloads.
         local_files_only: use what was downloaded before; ask no server.
@@ -87,10 +89,37 @@ def from_pretrained(
         total=total, desc="loading", unit="B", unit_scale=True, delay=1, disable=not progress
     ) as bar:
         for name, placement in placements.items():
-            params[name] = _place(weights.read(name), placement)
+            params[name] = place(weights.read(name), placement)
             bar.update(params[name].nbytes)
     weights.raise_faults()
     return weights.forward, nest_params(params)
+
+
+def describe(
+    repo_or_dir: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    **remote: Any,
+) -> dict[str, Any]:
+    """What a checkpoint is, from its configuration and its files' headers; nothing is loaded.
+
+    Args:
+        repo_or_dir, subfolder: as in `from_pretrained`.
+        remote: `revision`, `token`, `cache_dir`, `local_files_only`, as there.
+
+    Returns:
+        model, layout, config, parameters (of the model, without copies), and weight_bytes (of the
+        tensors as stored).
+    """
+    weights = open_weights(resolve(repo_or_dir, subfolder=subfolder, **remote))
+    stored = [Spec(tensor.shape, tensor.dtype).bytes_ for tensor in weights.tensors.values()]
+    return {
+        "model": weights.forward.model.__name__,
+        "layout": weights.layout,
+        "config": dataclasses.asdict(weights.forward.config),
+        "parameters": sum(map(math.prod, weights.shapes.values())),
+        "weight_bytes": sum(stored),
+    }
 
 
 def save_pretrained(
@@ -138,7 +167,7 @@ def save_pretrained(
         layout,
         forward.config,
         {name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()},
-        lambda name: _to_host(leaves[name]),
+        lambda name: to_host(leaves[name]),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
@@ -267,27 +296,3 @@ def _placements(sharding: Placement, shapes: Mapping[str, Shape]) -> dict[str, S
     if problems:
         raise ValueError("these shardings do not fit:\n  " + "\n  ".join(problems))
     return {name: found[name] for name in shapes}
-
-
-def _place(host: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    """Put an array, which nothing else uses, where it belongs; each device gets its part only."""
-    if sharding is None:
-        array = jax.device_put(host)  # on CPUs this may be the same memory
-    else:
-        array = jax.make_array_from_callback(
-            host.shape, sharding, lambda index: np.array(host[index])
-        )
-    return array.block_until_ready()  # `host` can go before the next tensor is read
-
-
-def _to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    """One parameter on the host. np.asarray would keep its copy as long as the array lives."""
-    if isinstance(leaf, np.ndarray):
-        return leaf
-    if not leaf.is_fully_addressable:
-        raise ValueError("parameters on devices of other processes cannot be written from here")
-    host = np.empty(leaf.shape, leaf.dtype)
-    for shard in leaf.addressable_shards:
-        if shard.replica_id == 0:
-            host[shard.index] = np.asarray(shard.data)
-    return host

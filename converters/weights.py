@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from converters.checkpoint import Tensor, open_checkpoint, read_json
+from converters.checkpoint import open_checkpoint
 from converters.family import Family, family_of_json, family_of_names
 from converters.names import Binding, Shape, Table
 from effjax.forward import Forward, abstract, flatten_params
+from effjax.storage import Tensor, read_json
 
 FLOATS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
 
@@ -82,7 +83,7 @@ def open_weights(
     Args:
         path: weight file or index; a config.json beside it is read, if there is one.
         dtype: of the parameters; as stored if None.
-        compute_dtype: of the computation; the configuration's default if None.
+        compute_dtype: of the computation; that of `dtype` if None, and float32 if that is None too.
         check_finite: collect tensors with NaN or infinite values while reading.
 
     Raises:
@@ -95,8 +96,8 @@ def open_weights(
     counts = collections.Counter(tensor.dtype for tensor in tensors.values())
     common = next((d for d, _ in counts.most_common() if d in FLOATS), FLOATS[0])
     numerics = {"param_dtype": str(dtype or common)}
-    if compute_dtype is not None:
-        numerics["dtype"] = str(float_dtype(compute_dtype))
+    if (computed := compute_dtype or dtype) is not None:
+        numerics["dtype"] = str(float_dtype(computed))
     forward, params = abstract(family.model, dataclasses.replace(config, **numerics))
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten_params(params).items()}
     table = family.tables[layout]

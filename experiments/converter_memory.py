@@ -27,9 +27,9 @@ import numpy as np
 
 import converters
 from converters.dit import FAMILY
-from converters.writer import Spec, new_directory, write_json, write_shards
 from effjax.forward import abstract, flatten_params
 from effjax.models.dit import DiT, DiTConfig
+from effjax.storage import Spec, new_directory, write_json, write_shards
 
 RESULTS = Path(__file__).parent / "results" / "converter_memory.json"
 DTYPES = ("float32", "bfloat16")

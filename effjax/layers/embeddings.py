@@ -104,7 +104,7 @@ def sincos_2d(
 
 
 class PatchEmbed(nnx.Module):
-    """A convolution with stride equal to its kernel: images [B, H, W, C] to tokens [B, S, width]."""
+    """A convolution with stride equal to its kernel: [B, H, W, C] to tokens [B, S, width]."""
 
     def __init__(
         self,

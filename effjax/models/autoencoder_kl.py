@@ -387,3 +387,6 @@ def _image_shape(what: str, x: Array | None) -> tuple[int, int, int, int]:
         )
     batch, height, width, channels = x.shape
     return batch, height, width, channels
+
+
+MODEL = AutoencoderKL

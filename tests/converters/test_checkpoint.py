@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from converters.checkpoint import open_checkpoint
-from converters.writer import Spec, new_directory, write_safetensors, write_shards
+from effjax.storage import Spec, new_directory, write_safetensors, write_shards
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -1,0 +1,287 @@
+"""The command line: `effjax demo | info | convert | search | sample | bench | methods`.
+
+Figures go to standard output (as JSON with --json), progress and messages to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_EXAMPLES = """examples:
+  effjax demo                                       the whole story on the bundled model
+  effjax info facebook/DiT-XL-2-512                 what a checkpoint is
+  effjax search MODEL SMALLER --threshold 0.1       search a plan, save the compressed pipeline
+  effjax sample SMALLER --labels 207,360 -o images  generate images
+  effjax bench SMALLER                              compressed against dense, side by side
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status (0, or 1 for an error, told on standard error)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        figures, text = arguments.run(arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"effjax {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(figures, indent=2, sort_keys=True) if arguments.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="effjax",
+        description="Efficient generative inference in JAX.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable, about: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("--json", action="store_true", help="print figures as JSON")
+        command.set_defaults(run=run)
+        return command
+
+    demo = add("demo", _demo, "convert, search, sample and compare on the bundled tiny DiT")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder of results")
+    demo.add_argument("--steps", type=int, default=20)
+    demo.add_argument("--images", type=int, default=128, help="images of each program")
+    demo.add_argument("--threshold", type=float, default=None, help="of the search")
+    demo.add_argument("--seed", type=int, default=0)
+
+    info = add("info", _info, "say what a checkpoint, pipeline or saved model is")
+    info.add_argument("source", help="directory, weight file or hub repository")
+    info.add_argument("--subfolder")
+
+    convert = add("convert", _convert, "rewrite a PyTorch checkpoint in diffusers' layout")
+    convert.add_argument("source", help="directory, weight file or hub repository")
+    convert.add_argument("destination", type=Path)
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    convert.add_argument("--check-finite", action="store_true", help="reject NaN and infinity")
+
+    search = add("search", _search, "search a plan and save the compressed pipeline")
+    _pipeline_arguments(search)
+    search.add_argument("destination", type=Path, help="directory of the compressed pipeline")
+    search.add_argument("--method", default="dit_fast_attn", help="see `effjax methods`")
+    search.add_argument("--threshold", type=float, default=0.1, help="larger saves more")
+    search.add_argument("--labels", default="8", help="calibration: how many, or which with commas")
+
+    sample = add("sample", _sample, "generate images")
+    _pipeline_arguments(sample)
+    sample.add_argument("--labels", required=True, help="class names or indices, with commas")
+    sample.add_argument("-o", "--output", type=Path, default=Path("images"))
+
+    bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")
+    _pipeline_arguments(bench)
+    bench.add_argument("--batch", type=int, default=4, help="images at a time")
+    bench.add_argument("--repeats", type=int, default=3)
+
+    methods = add("methods", _methods, "list the methods")
+    methods.add_argument("--markdown", action="store_true", help="as the table of the docs")
+    return parser
+
+
+def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", help="pipeline directory or hub repository")
+    command.add_argument("--steps", type=int, help="denoising steps; those of the plan, else 50")
+    command.add_argument("--guidance", type=float, help="scale; that of the plan, else 4.0")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+
+
+def _demo(arguments: argparse.Namespace) -> tuple[Any, str]:
+    from experiments import demo
+
+    report = demo.run(
+        arguments.output,
+        steps=arguments.steps,
+        images=arguments.images,
+        threshold=demo.THRESHOLD if arguments.threshold is None else arguments.threshold,
+        seed=arguments.seed,
+    )
+    return report, f"{demo.table(report)}\nimages, plan and report: {arguments.output}/"
+
+
+def _info(arguments: argparse.Namespace) -> tuple[Any, str]:
+    from converters import describe
+    from effjax import recipe
+    from effjax.cost import weight_bytes
+    from effjax.forward import parameter_count
+
+    path = Path(arguments.source)
+    for folder in (path / (arguments.subfolder or ""), path / "transformer"):
+        if (folder / recipe.RECIPE).is_file():
+            forward, params = recipe.describe(folder)
+            figures = {
+                "model": forward.model.__name__,
+                "config": dataclasses.asdict(forward.config),
+                "parameters": parameter_count(params),
+                "weight_bytes": weight_bytes(params),
+                "methods": [name for name, _ in forward.recipe],
+            }
+            break
+    else:
+        figures = describe(arguments.source, subfolder=arguments.subfolder)
+    return figures, "\n".join(f"{key:>14}: {value}" for key, value in figures.items())
+
+
+def _convert(arguments: argparse.Namespace) -> tuple[Any, str]:
+    import converters
+
+    figures = converters.convert(
+        arguments.source,
+        arguments.destination,
+        dtype=arguments.dtype,
+        check_finite=arguments.check_finite,
+    )
+    text = "{model}: {parameters:,} parameters, {bytes:,} bytes in {destination}"
+    return figures, text.format(**figures)
+
+
+def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
+    import jax
+    import jax.numpy as jnp
+
+    from effjax.registry import method
+
+    chosen = method(arguments.method)
+    if chosen.search is None:
+        raise ValueError(f"{chosen.name} has no search; write its plan by hand")
+    if arguments.destination.exists():
+        raise ValueError(f"{arguments.destination} exists; choose another destination")
+    pipe = _pipeline(arguments)
+    if arguments.labels.isdigit():
+        count, classes = int(arguments.labels), pipe.forward.config.num_classes
+        if count < 1:
+            raise ValueError(f"--labels needs at least one label, got {count}")
+        labels = [classes * i // count for i in range(count)]
+    else:
+        labels = [pipe.index(name) for name in _names(arguments.labels)]
+    sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
+    plan = chosen.search(
+        pipe.forward,
+        pipe.params,
+        sampler,
+        jnp.asarray(labels, jnp.int32),
+        key=jax.random.key(arguments.seed),
+        threshold=arguments.threshold,
+    )
+    pipe.transform(chosen.transform(plan)).save(arguments.destination)
+    figures = {"destination": str(arguments.destination), "plan": plan.to_dict()}
+    return figures, f"{plan.describe()}\nsaved {arguments.destination}"
+
+
+def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
+    import jax
+
+    pipe = _pipeline(arguments)
+    labels = _names(arguments.labels)
+    images = pipe(
+        labels,
+        key=jax.random.key(arguments.seed),
+        num_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, (label, image) in enumerate(zip(labels, images)):
+        files.append(str(arguments.output / f"{number:03d}_{label}.png"))
+        image.save(files[-1])
+    return {"files": files}, "\n".join(files)
+
+
+def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
+    """Alternate the two programs, so that what else the machine does hits both."""
+    import jax
+    import jax.numpy as jnp
+
+    from effjax.cost import sampler_cost
+
+    pipe = _pipeline(arguments)
+    if not pipe.forward.edits:
+        raise ValueError(
+            f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
+            f"pipeline with `effjax search`."
+        )
+    sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
+    labels = jnp.zeros(arguments.batch, jnp.int32)
+    key = jax.random.key(arguments.seed)
+    forwards = {
+        "dense": dataclasses.replace(pipe.forward, edits=(), recipe=()),
+        "compressed": pipe.forward,
+    }
+    figures: dict[str, Any] = {}
+    programs = {}
+    for name, forward in forwards.items():
+        began = time.perf_counter()
+        programs[name] = jax.jit(sampler).lower(forward, pipe.params, labels, key).compile()
+        cost = sampler_cost(sampler, forward, pipe.params, labels)
+        figures[name] = {
+            "compile_seconds": time.perf_counter() - began,
+            "flops": cost.flops,
+            "attention_flops": cost.scope("attention").flops,
+            "seconds": float("inf"),
+        }
+    for _ in range(arguments.repeats + 1):
+        for name, program in programs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(program(forwards[name], pipe.params, labels, key))
+            seconds = time.perf_counter() - began
+            figures[name]["seconds"] = min(figures[name]["seconds"], seconds)
+    dense, compressed = figures["dense"], figures["compressed"]
+    figures["ratio"] = {name: compressed[name] / dense[name] for name in dense}
+    lines = [f"{'':18}{'dense':>14}{'compressed':>14}{'ratio':>9}"]
+    for name in dense:
+        values = f"{dense[name]:>14.4g}{compressed[name]:>14.4g}{figures['ratio'][name]:>9.3f}"
+        lines.append(f"{name:18}{values}")
+    return figures, "\n".join(lines)
+
+
+def _methods(arguments: argparse.Namespace) -> tuple[Any, str]:
+    from effjax.registry import methods
+
+    figures = {
+        method.name: {
+            "paper": method.paper,
+            "seams": list(method.seams),
+            "search": method.search is not None,
+        }
+        for method in methods().values()
+    }
+    if arguments.markdown:
+        lines = [
+            "# Methods",
+            "",
+            "Made by `make docs` from the declarations in `effjax/methods/`.",
+            "",
+            "| method | changes | search | paper |",
+            "|---|---|---|---|",
+        ]
+        for name, row in figures.items():
+            search = "yes" if row["search"] else "no"
+            lines.append(f"| `{name}` | {', '.join(row['seams'])} | {search} | {row['paper']} |")
+    else:
+        lines = [f"{name:18} {row['paper']}" for name, row in figures.items()]
+    return figures, "\n".join(lines)
+
+
+def _pipeline(arguments: argparse.Namespace) -> Any:
+    import effjax
+
+    return effjax.pipeline(arguments.source, dtype=arguments.dtype)
+
+
+def _names(labels: str) -> list[str]:
+    return [name.strip() for name in labels.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

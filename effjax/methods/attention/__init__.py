@@ -1,0 +1,1 @@
+"""Methods that change attention: windows, sharing over steps and guidance halves."""

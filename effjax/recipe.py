@@ -1,0 +1,175 @@
+"""Save and load a compressed model: `config.json`, `model.safetensors`, `recipe.json`.
+
+`recipe.json` lists methods with their plans. Loading runs these transforms on the *shapes* of the
+base model's parameters; what comes out is the template that the tensors must fill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from effjax import registry
+from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
+from effjax.storage import (
+    Spec,
+    Tensor,
+    new_directory,
+    open_safetensors,
+    open_shards,
+    place,
+    read_json,
+    to_host,
+    write_json,
+    write_shards,
+)
+from effjax.transform import Pair, chain
+
+CONFIG, RECIPE, STEM = "config.json", "recipe.json", "model"
+
+
+def save(
+    path: str | os.PathLike,
+    forward: Forward,
+    params: Params,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: bool = True,
+) -> None:
+    """Save a transformed model as one directory, atomically.
+
+    Args:
+        path: a directory that does not exist yet, or is empty.
+        forward: edited by transforms alone (other edits could not be read back).
+        params: its parameters.
+        max_shard_bytes: largest weight file; only a single tensor may be larger.
+        progress: show a bar for what takes longer than a second.
+
+    Raises:
+        ValueError: if the path is taken, or the forward has edits that its recipe does not make.
+    """
+    if forward.fixed_step is not None:
+        raise ValueError("save the forward itself, not forward.at(step)")
+    base, _ = abstract(forward.model, forward.config)
+    if _replay(base, forward.recipe)[0] != forward:
+        raise ValueError(
+            "this forward has edits that do not come from a method's transform, so a recipe could "
+            "not bring them back. Save before adding them."
+        )
+    leaves = flatten_params(params)
+    wrong = [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]
+    if wrong:
+        raise ValueError(f"these parameters are no arrays: {wrong}")
+    specs = {name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+    steps = [{"method": name, "plan": plan.to_dict()} for name, plan in forward.recipe]
+    with new_directory(Path(path)) as directory:
+        config = {"model": forward.model.__name__, **dataclasses.asdict(forward.config)}
+        write_json(directory / CONFIG, config)
+        write_json(directory / RECIPE, {"steps": steps})
+        write_shards(
+            directory,
+            STEM,
+            specs,
+            lambda name: to_host(leaves[name]),
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    sharding: jax.sharding.Sharding | None = None,
+    progress: bool = True,
+) -> Pair:
+    """Load what `save` wrote: the transformed forward and its parameters, ready to jit.
+
+    Args:
+        path: the directory.
+        sharding: where to put the parameters; the default device if None.
+        progress: show a bar for what takes longer than a second.
+
+    Raises:
+        ValueError: for a directory that is no saved model, an unknown model or method, damaged
+            files, and missing, unexpected or misshapen tensors, all listed at once.
+    """
+    directory = Path(path)
+    forward, template = describe(directory)
+    index = directory / f"{STEM}.safetensors.index.json"
+    single = directory / f"{STEM}.safetensors"
+    if not index.is_file() and not single.is_file():
+        raise ValueError(f"{directory} lacks {single.name}; copy the whole directory again")
+    tensors = open_shards(index) if index.is_file() else open_safetensors(single)
+    expected = flatten_params(template)
+    _check(directory, expected, tensors)
+    params = {}
+    total = sum(Spec(tensors[name].shape, tensors[name].dtype).bytes_ for name in expected)
+    with tqdm(
+        total=total, desc="loading", unit="B", unit_scale=True, delay=1, disable=not progress
+    ) as bar:
+        for name in expected:
+            params[name] = place(np.array(tensors[name].read()), sharding)
+            bar.update(params[name].nbytes)
+    return forward, nest_params(params)
+
+
+def describe(path: str | os.PathLike) -> Pair:
+    """The transformed forward of a saved model, and the shapes of its parameters; loads nothing."""
+    directory = Path(path)
+    if not (directory / RECIPE).is_file() or not (directory / CONFIG).is_file():
+        raise ValueError(
+            f"{directory} is no directory that effjax.save wrote: it lacks {CONFIG} or {RECIPE}. "
+            f"For a PyTorch checkpoint use converters.from_pretrained."
+        )
+    config = read_json(directory / CONFIG)
+    model = registry.model(config.pop("model", "(none)"))
+    known = {field.name for field in dataclasses.fields(model.Config)}
+    if set(config) - known:
+        raise ValueError(
+            f"{directory / CONFIG} has unknown fields {sorted(set(config) - known)}; "
+            f"{model.Config.__name__} knows {sorted(known)}"
+        )
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    base, _ = abstract(model, model.Config(**fields))
+    steps = read_json(directory / RECIPE).get("steps", [])
+    recipe = tuple(
+        (step["method"], registry.method(step["method"]).plan.from_dict(step["plan"]))
+        for step in steps
+    )
+    return _replay(base, recipe)
+
+
+def _replay(base: Forward, recipe: tuple[tuple[str, Any], ...]) -> Pair:
+    """Apply a recipe to a base model's forward and to the shapes of its parameters."""
+    transform = chain(*[registry.method(name).transform(plan) for name, plan in recipe])
+    forward = base
+
+    def on_params(params: Params) -> Params:
+        nonlocal forward
+        forward, params = transform(base, params)
+        return params
+
+    template = jax.eval_shape(on_params, base.abstract_params())
+    return forward, template
+
+
+def _check(directory: Path, expected: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    problems = [f"missing: {name}" for name in expected if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            problems.append(f"unexpected: {name} {list(tensor.shape)}")
+        elif tensor.shape != expected[name].shape:
+            problems.append(
+                f"misshapen: {name} is {list(tensor.shape)}, must be {list(expected[name].shape)}"
+            )
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ValueError(
+            f"{directory} does not fit its configuration ({len(problems)} problems):\n  {listed}"
+        )

@@ -1,0 +1,315 @@
+"""Tensors on disk: safetensors files read and written one tensor at a time, complete or not at all.
+
+Files are mapped, so a tensor is a view of the file and costs no memory of its own; the header is
+checked first. (The safetensors package copies what it reads and wants all tensors to write any.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from tqdm.auto import tqdm
+
+Shape = tuple[int, ...]
+
+DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+
+_MAX_HEADER_BYTES = 100_000_000
+
+
+class Tensor(NamedTuple):
+    """A tensor on disk; `read` gives it as a view of the file."""
+
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, after its header has been checked.
+
+    Raises:
+        ValueError: if the file is truncated, corrupt, or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
+        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+            raise ValueError(
+                f"{path} is a pickle, not safetensors. If you trust where it comes from, give it "
+                f"the suffix .pt, and torch will read its tensors."
+            )
+        if start.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull`")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{path} is truncated or no safetensors file: {size} bytes, of which the header "
+                f"would take {length + 8}. Download it again."
+            )
+        file.seek(8)
+        header = file.read(length)
+    entries, data_bytes = _parse_header(path, header)
+    if data_bytes != size - 8 - length:
+        raise ValueError(
+            f"{path} is truncated or corrupt: its header announces {data_bytes} bytes of tensors, "
+            f"it holds {size - 8 - length}. Download it again."
+        )
+    mapped = np.memmap(path, np.uint8, mode="r", offset=8 + length) if data_bytes else b""
+    data = np.asarray(mapped) if data_bytes else np.empty(0, np.uint8)
+    return {
+        name: Tensor(shape, dtype, functools.partial(_view, data, begin, dtype, shape))
+        for name, (dtype, shape, begin) in entries.items()
+    }
+
+
+def _parse_header(path: Path, header: bytes) -> tuple[dict[str, tuple[np.dtype, Shape, int]], int]:
+    """Dtype, shape and offset by name, and the size of all tensors, which must leave no gaps."""
+    entries: dict[str, tuple[np.dtype, Shape, int]] = {}
+    spans = []
+    try:
+        for name, entry in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if min((0, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} of shape {list(shape)} has {end - begin} bytes")
+            entries[name] = (dtype, shape, begin)
+            spans.append((begin, end))
+        spans.sort()
+        ends = [0, *(end for _, end in spans)]
+        if ends[:-1] != [begin for begin, _ in spans]:
+            raise ValueError("its tensors overlap or leave gaps")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        detail = f"unknown dtype or field {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} has a corrupt safetensors header: {detail}") from None
+    return entries, ends[-1]
+
+
+def _view(data: np.ndarray, begin: int, dtype: np.dtype, shape: Shape) -> np.ndarray:
+    end = begin + math.prod(shape) * dtype.itemsize
+    return data[begin:end].view(dtype).reshape(shape)
+
+
+def open_shards(
+    index: Path, open_shard: Callable[[Path], dict[str, Tensor]] = open_safetensors
+) -> dict[str, Tensor]:
+    """The tensors of all shards that an index lists, which must agree with it."""
+    files = index_files(index)
+    shards = sorted(set(files.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise ValueError(
+            f"{index.parent} lacks {len(missing)} of its {len(shards)} shards: "
+            f"{', '.join(missing)}. Download or copy them again."
+        )
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for shard in shards:
+        held = open_shard(index.parent / shard)
+        problems += [f"{name} stands in {shard} and in another" for name in held if name in tensors]
+        absent = [name for name, file in files.items() if file == shard and name not in held]
+        problems += [f"{name} is not in {shard}" for name in absent]
+        tensors |= held
+    if problems:
+        raise ValueError(f"{index} does not agree with its shards:\n  " + "\n  ".join(problems))
+    return tensors
+
+
+def index_files(path: Path) -> dict[str, str]:
+    """File name by tensor name, from the index of a sharded checkpoint."""
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{path} lists no tensors: it has no weight_map")
+    outside = sorted({str(file) for file in files.values() if Path(str(file)).name != file})
+    if outside:
+        raise ValueError(f"{path} lists files that are not beside it: {outside}")
+    return files
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of a tensor that will be written."""
+
+    shape: Shape
+    dtype: np.dtype
+
+    @property
+    def bytes_(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which takes its name only when it is complete.
+
+    Raises:
+        ValueError: if something other than an empty directory has that name.
+    """
+    path = path.absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty; remove it, or give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.is_dir():
+            path.rmdir()
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """JSON with sorted keys."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_shards(
+    directory: Path,
+    stem: str,
+    specs: Mapping[str, Spec],
+    read: Callable[[str], np.ndarray],
+    *,
+    max_shard_bytes: int,
+    progress: bool,
+) -> list[str]:
+    """Write tensors into one safetensors file, or into several with an index.
+
+    Args:
+        specs: what will be written, by tensor name.
+        read: gives one tensor; it is written before the next is asked for.
+        max_shard_bytes: size of the tensors in one file; only a single tensor may be larger.
+
+    Returns:
+        Names of the weight files.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    # Wide dtypes first, so that every tensor is aligned in its file.
+    ordered = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in ordered:
+        if shards[-1] and filled + specs[name].bytes_ > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += specs[name].bytes_
+    count = len(shards)
+    numbers = [f"-{k:05d}-of-{count:05d}" for k in range(1, count + 1)] if count > 1 else [""]
+    files = [f"{stem}{number}.safetensors" for number in numbers]
+    total = sum(spec.bytes_ for spec in specs.values())
+    with tqdm(
+        total=total, desc="writing", unit="B", unit_scale=True, delay=1, disable=not progress
+    ) as bar:
+        for file, names in zip(files, shards):
+            held = {name: specs[name] for name in names}
+            write_safetensors(directory / file, held, read, bar.update)
+    if count > 1:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / f"{stem}.safetensors.index.json", index)
+    return files
+
+
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, Spec],
+    read: Callable[[str], np.ndarray],
+    written: Callable[[int], Any] = lambda bytes_: None,
+) -> None:
+    """Write one file in the order of `specs`, holding one tensor at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # readers ask for it
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.bytes_
+        header[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # tensors begin where vector instructions like it
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, spec in specs.items():
+            array = read(name)
+            if (array.shape, array.dtype) != spec:
+                raise ValueError(
+                    f"{name} was announced as {spec.dtype}{list(spec.shape)} and is "
+                    f"{array.dtype}{list(array.shape)}"
+                )
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            written(spec.bytes_)
+
+
+def place(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Put an array, which nothing else uses, where it belongs; each device gets its part only."""
+    if sharding is None:
+        array = jax.device_put(host)  # on CPUs this may be the same memory
+    else:
+        array = jax.make_array_from_callback(
+            host.shape, sharding, lambda index: np.array(host[index])
+        )
+    return array.block_until_ready()  # `host` can go before the next tensor is read
+
+
+def to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """One parameter on the host. np.asarray would keep its copy as long as the array lives."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    if not leaf.is_fully_addressable:
+        raise ValueError("parameters on devices of other processes cannot be written from here")
+    host = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            host[shard.index] = np.asarray(shard.data)
+    return host

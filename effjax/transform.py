@@ -1,0 +1,127 @@
+"""Transforms of a forward and its parameters, their plans, and how a method declares itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from effjax.forward import Forward, Params
+
+Pair = tuple[Forward, Params]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a method decides ahead of time: tuples and scalars, hashable, readable as JSON."""
+
+    def describe(self) -> str:
+        """The plan in a few lines for people; methods say more than this default."""
+        return f"{type(self).__name__}: {self.to_json()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for missing or unknown fields, all named.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        missing = sorted(
+            name
+            for name, field in fields.items()
+            if name not in values
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        )
+        if unknown or missing:
+            raise ValueError(
+                f"this is no {cls.__module__.rpartition('.')[2]} plan: missing fields {missing}, "
+                f"unknown fields {unknown}; the fields are {sorted(fields)}"
+            )
+        return cls(**{name: _tuples(value) for name, value in values.items()})
+
+    def to_json(self) -> str:
+        """The plan as a JSON text with sorted keys."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """One method with its plan: `(forward, params) -> (forward, params)`.
+
+    It notes itself in `forward.recipe`, from which `effjax.save` writes `recipe.json`. Parameters
+    may be abstract: `effjax.load` runs transforms on shapes to know what a checkpoint must hold.
+
+    Attributes:
+        method: name of the method in the registry.
+        plan: its plan.
+        apply: the function itself.
+    """
+
+    method: str
+    plan: Plan
+    apply: Callable[[Forward, Params], Pair]
+
+    def __call__(self, forward: Forward, params: Params) -> Pair:
+        forward, params = self.apply(forward, params)
+        recipe = (*forward.recipe, (self.method, self.plan))
+        return dataclasses.replace(forward, recipe=recipe), params
+
+
+def chain(*transforms: Callable[[Forward, Params], Pair]) -> Callable[[Forward, Params], Pair]:
+    """Compose transforms, applied from left to right. `chain()` is `identity`."""
+
+    def chained(forward: Forward, params: Params) -> Pair:
+        for transform in transforms:
+            forward, params = transform(forward, params)
+        return forward, params
+
+    return chained
+
+
+def identity(forward: Forward, params: Params) -> Pair:
+    """The transform that changes nothing."""
+    return forward, params
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method's declaration, the last statement of its file; the registry finds it there.
+
+    Attributes:
+        name: name in recipes, on the command line and in the documentation.
+        paper: title and arXiv number.
+        seams: which of "leaves", "edits", "loops" it changes.
+        plan: type of its plan.
+        transform: plan -> Transform.
+        search: function that makes a plan, None if plans are only written by hand.
+        identity: subject -> plan under which wrappers are installed and change nothing.
+        ladder: subject -> three or more plans from weak to strong; executed cost falls.
+        tiny: makes the subject (see `effjax.testing`) on which the contract suite runs.
+    """
+
+    name: str
+    paper: str
+    seams: tuple[str, ...]
+    plan: type[Plan]
+    transform: Callable[[Any], Transform]
+    search: Callable[..., Plan] | None
+    identity: Callable[[Any], Plan]
+    ladder: Callable[[Any], tuple[Plan, ...]]
+    tiny: Callable[[], Any]

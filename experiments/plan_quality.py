@@ -1,0 +1,166 @@
+"""What plans cost in quality on the bundled tiny DiT: paired images, dense against compressed.
+
+    python -m experiments.plan_quality
+
+First table: searched plans from weak to strong; judge accuracy with its 95 % interval, Frechet
+distance to real glyphs, PSNR to the dense images of the same noise. Second table: at equal executed
+attention FLOPs, the mixed plan against plans that were searched with one technique alone. Finished
+rows are kept in `--cache` and not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import effjax
+from effjax import metrics
+from effjax.cost import sampler_cost
+from effjax.methods.attention import dit_fast_attn
+from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
+from effjax.samplers import Sampler, sample_keys
+from experiments import demo, glyphs, judge, report
+
+TECHNIQUES = {
+    "mixed": dit_fast_attn.CANDIDATES,
+    "AST only": (Strategy.AST,),
+    "window only": (Strategy.WARS,),
+    "sharing over halves only": (Strategy.FULL_ASC,),
+}
+
+
+class Bench:
+    """The tiny DiT with its sampler, and the dense images that everything is compared with."""
+
+    def __init__(self, *, steps: int, guidance: float, cache: Path, seed: int = 0):
+        pipe = effjax.pipeline(demo.MODEL, dtype="float32", progress=False)
+        self.pair = (pipe.forward, pipe.params)
+        self.sampler: Sampler = pipe.sampler(num_steps=steps, guidance_scale=guidance)
+        self.key = jax.random.key(seed)
+        self.cache = cache
+        self.reader = judge.load()
+        real, _ = glyphs.batch(np.random.default_rng(seed), 1024)
+        self.real = judge.features(self.reader, real)
+
+    def search(self, threshold: float, candidates: tuple[Strategy, ...], **options: Any):
+        """A plan from eight labels, as the demo searches it."""
+        return dit_fast_attn.search(
+            *self.pair,
+            self.sampler,
+            jnp.asarray(demo.labels_for(8)),
+            key=jax.random.fold_in(self.key, 1),
+            threshold=threshold,
+            candidates=candidates,
+            **options,
+        )
+
+    def kept(self, plan: DiTFastAttnPlan) -> float:
+        """Executed attention FLOPs as a share of the dense ones."""
+        columns = list(zip(zip(*plan.codes), zip(*plan.need)))
+        edited, params = dit_fast_attn.transform(plan)(*self.pair)
+        label = jnp.zeros(1, jnp.int32)
+        sparse = sampler_cost(self.sampler, edited, params, label, distinct=columns.__getitem__)
+        dense = sampler_cost(self.sampler, *self.pair, label, distinct=lambda step: 0)
+        return sparse.scope("attention").flops / dense.scope("attention").flops
+
+    def images(self, plan: DiTFastAttnPlan | None, count: int) -> np.ndarray:
+        """Images of the standard labels and noise, float32[count, 32, 32, 1], in chunks."""
+        forward, params = self.pair
+        if plan is not None:
+            forward, params = dit_fast_attn.transform(plan)(forward, params)
+        name = "dense" if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+        path = self.cache / f"{name}_{self.sampler.calls}_{self.sampler.guidance}_{count}.npy"
+        if path.exists():
+            return np.load(path)
+        labels = demo.labels_for(count)
+        run = jax.jit(self.sampler)
+        parts = []
+        for first in range(0, count, demo.CHUNK):
+            chunk = labels[first : first + demo.CHUNK]
+            keys = sample_keys(self.key, len(chunk), first=first)
+            parts.append(np.asarray(run(forward, params, chunk, keys)))
+        self.cache.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.concatenate(parts))
+        return np.load(path)
+
+    def row(self, name: str, plan: DiTFastAttnPlan | None, count: int) -> dict[str, Any]:
+        """One line of a table."""
+        images, dense = self.images(plan, count), self.images(None, count)
+        labels = demo.labels_for(count)
+        correct = int((judge.predict(self.reader, images) == labels).sum())
+        low, high = judge.wilson_interval(correct, count)
+        return {
+            "plan": name,
+            "attention_kept": 1.0 if plan is None else self.kept(plan),
+            "images": count,
+            "accuracy": correct / count,
+            "interval": f"{low:.3f} ... {high:.3f}",
+            "frechet": judge.frechet(judge.features(self.reader, images), self.real),
+            "psnr_to_dense": float("inf")
+            if plan is None
+            else float(metrics.psnr(jnp.asarray(dense), jnp.asarray(images))),
+        }
+
+    def match(self, target: float, candidates: tuple[Strategy, ...], rounds: int = 7):
+        """Bisect the threshold until a technique keeps the target share; nearest plan found."""
+        low, high, found = 0.0, 4.0, []
+        for _ in range(rounds):
+            middle = (low * high) ** 0.5 if low else high / 8
+            plan = self.search(middle, candidates)
+            kept = self.kept(plan)
+            found.append((abs(kept - target), middle, plan))
+            low, high = (middle, high) if kept > target else (low, middle)
+            if found[-1][0] < 0.01:
+                break
+        return min(found, key=lambda each: each[0])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=1024, help="of the first table")
+    parser.add_argument("--matched-images", type=int, default=256, help="of the second table")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--thresholds", default="0.1,0.2,0.3,0.5")
+    parser.add_argument("--matched-threshold", type=float, default=demo.THRESHOLD)
+    parser.add_argument("--cache", type=Path, required=True, help="folder of finished parts")
+    parser.add_argument("--skip-matched", action="store_true")
+    arguments = parser.parse_args(argv)
+    bench = Bench(steps=arguments.steps, guidance=arguments.guidance, cache=arguments.cache)
+
+    ladder = [bench.row("dense", None, arguments.images)]
+    for threshold in map(float, arguments.thresholds.split(",")):
+        plan = bench.search(threshold, dit_fast_attn.CANDIDATES)
+        ladder.append(bench.row(f"threshold {threshold}", plan, arguments.images))
+        print(report.markdown(ladder), flush=True)
+    matched = []
+    if not arguments.skip_matched:
+        mixed = bench.search(arguments.matched_threshold, dit_fast_attn.CANDIDATES)
+        target = bench.kept(mixed)
+        matched.append(bench.row("mixed", mixed, arguments.matched_images))
+        for name, candidates in list(TECHNIQUES.items())[1:]:
+            _, _, plan = bench.match(target, candidates)
+            matched.append(bench.row(name, plan, arguments.matched_images))
+        print(report.markdown(matched), flush=True)
+    options = (
+        f"--images {arguments.images} --matched-images {arguments.matched_images} "
+        f"--steps {arguments.steps} --guidance {arguments.guidance} "
+        f"--thresholds {arguments.thresholds} --matched-threshold {arguments.matched_threshold}"
+    )
+    tables = {"searched_plans": ladder, "one_technique_at_equal_executed_attention_FLOPs": matched}
+    report.write(
+        "plan_quality",
+        title="Compressed against dense on the tiny DiT",
+        command=f"python -m experiments.plan_quality --cache DIR {options}",
+        **{name: rows for name, rows in tables.items() if rows},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What every method promises, checked on everything in the registry."""
+
+import dataclasses
+import itertools
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import effjax
+from effjax import recipe
+from effjax.cost import sampler_cost
+from effjax.registry import methods
+from effjax.samplers import sample_keys
+
+METHODS = list(methods().values())
+
+
+@pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def subject(method):
+    return method.tiny()
+
+
+@pytest.fixture(scope="module")
+def strongest(method, subject):
+    """The subject under the strongest plan of the ladder."""
+    transform = method.transform(method.ladder(subject)[-1])
+    return transform(subject.forward, subject.params)
+
+
+def sample(subject, forward, params, *, cond=None, key=None):
+    cond = subject.cond if cond is None else cond
+    return jax.jit(subject.sampler)(
+        forward, params, cond, jax.random.key(0) if key is None else key
+    )
+
+
+def test_identity_changes_nothing_to_the_bit(method, subject):
+    plan = method.identity(subject)
+    forward, params = method.transform(plan)(subject.forward, subject.params)
+    assert forward.edits != subject.forward.edits or params is not subject.params
+    chex.assert_trees_all_equal(
+        sample(subject, forward, params), sample(subject, subject.forward, subject.params)
+    )
+
+
+def test_a_transform_is_pure(method, subject):
+    before = jax.tree.map(jnp.copy, subject.params)
+    plan = method.ladder(subject)[0]
+    one = method.transform(plan)(subject.forward, subject.params)
+    two = method.transform(plan)(subject.forward, subject.params)
+    assert one[0] == two[0]
+    chex.assert_trees_all_equal(one[1], two[1])
+    chex.assert_trees_all_equal(subject.params, before)
+    assert one[0].recipe == ((method.name, plan),)
+
+
+def test_the_second_call_does_not_trace(method, subject):
+    traces = []
+
+    @jax.jit
+    def run(forward, params, cond):
+        traces.append(None)
+        carry = subject.sampler.init(forward, params, cond, jax.random.key(0))
+        uncond = subject.sampler.unconditional(forward, cond)
+        return subject.sampler.step(forward, params, carry, cond, uncond, 1)
+
+    for _ in range(2):  # made anew each time: equal by value is enough
+        plan = method.ladder(subject)[-1]
+        run(*method.transform(plan)(subject.forward, subject.params), subject.cond)
+    assert len(traces) == 1
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(subject, strongest):
+    three = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), subject.cond)
+    batch = sample(subject, *strongest, cond=three)
+    keys = sample_keys(jax.random.key(0), 3)
+    last = jax.tree.map(lambda x: x[2:], three)
+    alone = sample(subject, *strongest, cond=last, key=keys[2:])
+    chex.assert_trees_all_close(batch[2:], alone, atol=1e-5)
+
+
+def test_it_changes_the_samples_and_keeps_them_finite(subject, strongest):
+    compressed = sample(subject, *strongest)
+    chex.assert_tree_all_finite(compressed)
+    dense = sample(subject, subject.forward, subject.params)
+    assert compressed.shape == dense.shape
+    assert float(jnp.abs(compressed - dense).max()) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_is_kept(method, dtype):
+    subject = method.tiny(dtype=dtype)
+    forward, params = method.transform(method.ladder(subject)[-1])(subject.forward, subject.params)
+    sampler = subject.sampler
+    carry = jax.eval_shape(
+        lambda p: sampler.init(forward, p, subject.cond, jax.random.key(0)), params
+    )
+    uncond = sampler.unconditional(forward, subject.cond)
+    _, raw, state = jax.eval_shape(
+        lambda p, s, x: sampler.network(forward, p, s, x, subject.cond, uncond, 0),
+        params,
+        carry.state,
+        carry.x,
+    )
+    assert raw.dtype == jnp.dtype(dtype)
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(
+        lambda s: (s.shape, s.dtype), carry.state
+    )
+
+
+def test_gradients_are_finite(subject, strongest):
+    forward, params = strongest
+    sampler = subject.sampler
+    uncond = sampler.unconditional(forward, subject.cond)
+    carry = sampler.init(forward, params, subject.cond, jax.random.key(0))
+
+    def loss(params):
+        out, _, _ = sampler.network(forward, params, carry.state, carry.x, subject.cond, uncond, 0)
+        return jnp.mean(jnp.square(out))
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    chex.assert_tree_all_finite(gradients)
+    assert sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(gradients)) > 0
+
+
+def test_plans_survive_json(method, subject):
+    for plan in (method.identity(subject), *method.ladder(subject)):
+        again = method.plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+        assert again == plan
+        assert hash(again) == hash(plan)
+        assert plan.describe()
+
+
+def test_unknown_options_are_named(method, subject):
+    values = {**method.identity(subject).to_dict(), "speed": 9000}
+    with pytest.raises(ValueError, match=r"unknown fields \['speed'\]"):
+        method.plan.from_dict(values)
+
+
+def test_saved_models_load_as_they_were(method, subject, strongest, tmp_path):
+    forward, params = strongest
+    effjax.save(tmp_path / "model", forward, params)
+    loaded, loaded_params = effjax.load(tmp_path / "model")
+    assert loaded == forward
+    chex.assert_trees_all_equal(loaded_params, params)
+    steps = json.loads((tmp_path / "model" / recipe.RECIPE).read_text())["steps"]
+    assert [step["method"] for step in steps] == [method.name]
+
+
+def test_cost_falls_along_the_ladder(method, subject):
+    ladder = method.ladder(subject)
+    assert len(ladder) >= 3
+    costs = []
+    for plan in ladder:
+        forward, params = method.transform(plan)(subject.forward, subject.params)
+        costs.append(sampler_cost(subject.sampler, forward, params, subject.cond).flops)
+    dense = sampler_cost(subject.sampler, subject.forward, subject.params, subject.cond).flops
+    assert dense > costs[0]
+    assert all(stronger < weaker for weaker, stronger in itertools.pairwise(costs)), costs
+
+
+def test_stateful_neighbours_keep_their_state(method, subject):
+    """Another stateful edit around the same blocks, with a traced step."""
+    from tests.test_forward import MemoryEdit
+
+    plan = method.ladder(subject)[-1]
+    forward, params = method.transform(plan)(subject.forward, subject.params)
+    both = forward.edit(MemoryEdit("blocks.1"))
+    assert "blocks.1.total" in _initial_state(subject, both, params)
+    chex.assert_tree_all_finite(sample(subject, both, params))
+
+
+def _initial_state(subject, forward, params):
+    return subject.sampler.init(forward, params, subject.cond, jax.random.key(0)).state
+
+
+def test_the_declaration_is_complete(method, subject):
+    assert set(method.seams) <= {"leaves", "edits", "loops"}
+    assert method.seams
+    assert "arXiv" in method.paper
+    assert dataclasses.is_dataclass(method.plan)
+    assert isinstance(method.identity(subject), method.plan)

@@ -1,0 +1,100 @@
+"""The command line: figures on standard output, errors as one line and a status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from effjax.cli import main
+from tests.test_pipelines import write_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    write_pipeline(path)
+    return path
+
+
+def run(capsys, *arguments):
+    """Exit status, parsed JSON of standard output (None if there is none), standard error."""
+    status = main([*map(str, arguments), "--json"])
+    captured = capsys.readouterr()
+    return status, json.loads(captured.out) if captured.out else None, captured.err
+
+
+def test_info(capsys, folder):
+    status, figures, _ = run(capsys, "info", folder)
+    assert status == 0
+    assert (figures["model"], figures["layout"]) == ("DiT", "diffusers")
+    assert figures["config"]["num_layers"] == 2
+    assert figures["weight_bytes"] > 4 * figures["parameters"]  # the layout stores copies
+
+
+def test_convert(capsys, folder, tmp_path):
+    status, figures, _ = run(capsys, "convert", folder, tmp_path / "half", "--dtype", "bfloat16")
+    assert status == 0
+    assert (tmp_path / "half" / "config.json").is_file()
+    _, full, _ = run(capsys, "info", folder)
+    assert 2 * figures["bytes"] == full["weight_bytes"]
+
+
+def test_search_sample_bench(capsys, folder, tmp_path):
+    fast = tmp_path / "fast"
+    arguments = ("--steps", 3, "--guidance", 2.0, "--threshold", 0.05, "--labels", "a,b")
+    status, figures, _ = run(capsys, "search", folder, fast, *arguments)
+    assert status == 0
+    assert len(figures["plan"]["codes"]) == 2
+
+    status, figures, _ = run(capsys, "sample", fast, "--labels", "c,1", "-o", tmp_path / "images")
+    assert status == 0
+    assert [file.endswith(".png") for file in figures["files"]] == [True, True]
+
+    status, figures, _ = run(capsys, "info", fast)
+    assert figures["methods"] == ["dit_fast_attn"]
+
+    status, figures, _ = run(capsys, "bench", fast, "--batch", 1, "--repeats", 1)
+    assert status == 0
+    assert figures["ratio"]["attention_flops"] < 1
+    assert figures["dense"]["seconds"] > 0
+
+
+def test_methods(capsys):
+    status, figures, _ = run(capsys, "methods")
+    assert status == 0
+    assert figures["dit_fast_attn"]["search"] is True
+    assert main(["methods", "--markdown"]) == 0
+    assert "| `dit_fast_attn` | edits | yes |" in capsys.readouterr().out
+    assert main(["methods"]) == 0
+    assert "arXiv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "nowhere/at/all"), "nowhere/at/all"),
+        (("sample", "FOLDER", "--labels", "z", "--steps", "2"), "no class 'z'"),
+        (("bench", "FOLDER"), "is not compressed"),
+        (("search", "FOLDER", "FOLDER"), "exists; choose another"),
+        (("search", "FOLDER", "new", "--method", "magic"), "no method 'magic'"),
+        (("search", "FOLDER", "new", "--labels", "0"), "at least one label"),
+        (("demo", "--steps", "1"), "at least 2 steps"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(capsys, folder, arguments, message):
+    arguments = [str(folder) if word == "FOLDER" else word for word in arguments]
+    status, figures, error = run(capsys, *arguments)
+    assert (status, figures) == (1, None)
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_help_has_examples_and_unknown_words_exit_with_2():
+    shown = subprocess.run(
+        [sys.executable, "-m", "effjax.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "examples:" in shown.stdout
+    with pytest.raises(SystemExit) as error:
+        main(["fly"])
+    assert error.value.code == 2

@@ -1,0 +1,89 @@
+"""Who may import whom: arrows never run back; importing is quick, silent and touches no device."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the bottom up; a module may import its own layer and those before it.
+LAYERS = [
+    ["pallas_kernels"],
+    ["effjax.compat"],
+    ["effjax.context", "effjax.quant", "effjax.sites"],
+    ["effjax.layers"],
+    ["effjax.models"],
+    ["effjax.forward", "effjax.transform", "effjax.capture", "effjax.metrics", "effjax.storage"],
+    ["effjax.samplers", "effjax.cost", "effjax.search", "effjax.parallel", "effjax.generate"],
+    ["effjax.testing"],
+    ["effjax.methods"],
+    ["effjax.registry", "effjax.recipe"],
+    ["converters"],
+    ["effjax.pipelines"],
+    ["experiments"],
+    ["effjax.cli"],
+]
+ENTRY = "effjax"  # resolves its public names lazily, so only what lies above pipelines uses it
+
+
+def layer_of(module):
+    for number, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    return None
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                yield deeper if layer_of(deeper) is not None else node.module
+
+
+def modules():
+    for package in ("pallas_kernels", "effjax", "converters", "experiments"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), path
+
+
+def test_every_module_has_a_layer():
+    homeless = [name for name, _ in modules() if name != ENTRY and layer_of(name) is None]
+    assert not homeless
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: str(value)[-40:])
+def test_arrows_never_run_back(name, path):
+    if name == ENTRY:
+        return
+    own = layer_of(name)
+    targets = set(imports(path))
+    if own <= layer_of("effjax.pipelines"):
+        assert ENTRY not in targets, f"{name} must name the modules of effjax that it uses"
+    backward = [
+        target
+        for target in targets
+        if target.split(".")[0]
+        in ("effjax", "converters", "experiments", "pallas_kernels", "tests")
+        and (target.startswith("tests") or (layer_of(target) or 0) > own)
+    ]
+    assert not backward, f"{name} must not import {backward}"
+
+
+def test_import_is_silent_and_touches_no_device():
+    code = (
+        "import sys, effjax, converters, pallas_kernels\n"
+        "import jax._src.xla_bridge as bridge\n"
+        "assert not bridge._backends, 'a device was touched'\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

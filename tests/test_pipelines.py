@@ -1,0 +1,128 @@
+"""Pipelines: from a directory in diffusers' layout to PIL images, and back to disk compressed."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import converters
+import effjax
+from effjax import testing
+from effjax.forward import functional
+from effjax.methods import dit_fast_attn
+from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from effjax.pipelines import to_pil
+from effjax.samplers import DDIM
+
+
+def write_pipeline(path, *, vae=False, channels=1):
+    """A tiny random pipeline with classes named a ... e."""
+    subject = testing.tiny_dit(in_channels=channels, out_channels=channels)
+    converters.save_pretrained(subject.forward, subject.params, path / "transformer")
+    index = {
+        "_class_name": "DiTPipeline",
+        "id2label": {str(i): name for i, name in enumerate("abcde")},
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"] if vae else [None, None],
+    }
+    (path / "model_index.json").write_text(json.dumps(index))
+    (path / "scheduler").mkdir()
+    scheduler = DDIM(steps=10, clip_sample=False).to_config()
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    if vae:
+        config = AutoencoderKLConfig(
+            latent_channels=channels, block_out_channels=(4, 8), layers_per_block=1, norm_groups=2
+        )
+        converters.save_pretrained(
+            *functional(AutoencoderKL(config, rngs=nnx.Rngs(0))), path / "vae"
+        )
+    return subject
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipeline")
+    write_pipeline(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return effjax.pipeline(folder, progress=False)
+
+
+def test_images_by_name_and_index(pipe):
+    options = {"key": jax.random.key(0), "num_steps": 3, "progress": False}
+    seen = []
+    images = pipe(["b", 4], callback_on_step_end=lambda step, x: seen.append(step), **options)
+    assert [(image.mode, image.size) for image in images] == [("L", (16, 16))] * 2
+    assert seen == [0, 1, 2]
+    (alone,) = pipe([1], **options)  # the same key: the same image, whatever the batch
+    np.testing.assert_allclose(np.asarray(images[0], int), np.asarray(alone, int), atol=1)
+    fused = jax.jit(pipe.sampler(num_steps=3))(
+        pipe.forward, pipe.params, jnp.array([1, 4]), jax.random.key(0)
+    )
+    np.testing.assert_allclose(
+        np.asarray(images[1], int), np.asarray(to_pil(fused)[1], int), atol=1
+    )
+
+
+def test_a_compressed_pipeline_is_saved_and_samples_by_its_plan(pipe, tmp_path):
+    plan = dit_fast_attn.uniform((3, 1), layers=2, calls=3, tokens=64)
+    fast = pipe.transform(dit_fast_attn.transform(plan))
+    fast.save(tmp_path / "fast")
+    again = effjax.pipeline(tmp_path / "fast", progress=False)
+    assert again.forward == fast.forward
+    assert (again.names, again.vae) == (pipe.names, None)
+    chex.assert_trees_all_equal(again.params, fast.params)
+    assert again.sampler().calls == 3  # the plan's
+    assert pipe.sampler().calls == 50
+    images = again(["a"], key=jax.random.key(0), progress=False)
+    same = fast(["a"], key=jax.random.key(0), num_steps=3, progress=False)
+    np.testing.assert_array_equal(np.asarray(images[0]), np.asarray(same[0]))
+    with pytest.raises(ValueError, match="planned for 3 network calls"):
+        again(["a"], key=jax.random.key(0), num_steps=4)
+
+
+def test_latents_are_decoded(tmp_path):
+    write_pipeline(tmp_path, vae=True, channels=4)
+    pipe = effjax.pipeline(tmp_path, progress=False)
+    (image,) = pipe(["c"], key=jax.random.key(0), num_steps=2, progress=False)
+    assert (image.mode, image.size) == ("RGB", (32, 32))
+    pipe.save(tmp_path / "copy")
+    again = effjax.pipeline(tmp_path / "copy", progress=False)
+    (same,) = again(["c"], key=jax.random.key(0), num_steps=2, progress=False)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(same))
+
+
+def test_dtype_of_parameters_and_computation(folder):
+    pipe = effjax.pipeline(folder, dtype="bfloat16", progress=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(pipe.params)} == {jnp.dtype("bfloat16")}
+    assert pipe.forward.config.dtype == "bfloat16"
+
+
+def test_bad_pipelines_and_labels(pipe, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"no class 'z': a label is 0 \.\.\. 4, or one of a, b"):
+        pipe(["z"], key=jax.random.key(0))
+    with pytest.raises(ValueError, match="no class 5"):
+        pipe([5], key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"has no model_index\.json"):
+        effjax.pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ValueError, match="is a StableDiffusionPipeline"):
+        effjax.pipeline(tmp_path)
+    with pytest.raises(ValueError, match="no directory here and no hub repository"):
+        effjax.pipeline(tmp_path / "nowhere" / "deep" / "down")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        pipe.save(folder)
+    with pytest.raises(ValueError, match="latents need a decoder"):
+        to_pil(np.zeros((1, 4, 4, 4)))
+
+
+def test_pixels_are_rounded_and_clipped():
+    (image,) = to_pil(np.array([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).reshape(1, 2, 3, 1))
+    assert np.asarray(image).tolist() == [[0, 0, 128], [255, 255, 191]]
