@@ -25,7 +25,13 @@ def golden():
 
 def load(golden, **numerics):
     config = DiTConfig(
-        sample_size=8, num_layers=2, num_heads=2, head_dim=8, num_classes=5, **numerics
+        sample_size=8,
+        out_channels=4,
+        num_layers=2,
+        num_heads=2,
+        head_dim=8,
+        num_classes=5,
+        **numerics,
     )
     forward, shapes = abstract(DiT, config)
     binding = DIFFUSERS.bind(flatten_params(shapes))

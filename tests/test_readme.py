@@ -1,0 +1,33 @@
+"""The README's example runs, on the bundled model and with few steps."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.demo import MODEL
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    changes = {
+        '"facebook/DiT-XL-2-512", dtype="bfloat16"': f'{str(MODEL)!r}, dtype="float32"',
+        "num_steps=50": "num_steps=3",
+        "[207, 360]": '["A", 7]',
+    }
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert len(names["images"]) == 2
+    assert (tmp_path / "dit-fast" / "transformer" / "recipe.json").is_file()
+
+
+def test_every_file_that_the_readme_links_exists():
+    for link in re.findall(r"\]\(([^)#:]+)\)", README.read_text()):
+        assert (README.parent / link).exists(), link
