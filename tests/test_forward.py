@@ -44,16 +44,16 @@ class Memory(Wrapper):
         self.total = State(fill=0.5)
         self.unused = State()
 
-    def __call__(self, x):
-        def yes(m, x):
-            y = m.inner(x) + m.total.read(x.shape, x.dtype)
+    def __call__(self, x, *conditioning):
+        def yes(m, x, *conditioning):
+            y = m.inner(x, *conditioning) + m.total.read(x.shape, x.dtype)
             m.total.write(y)
             return y
 
-        def no(m, x):
-            return m.inner(x)
+        def no(m, x, *conditioning):
+            return m.inner(x, *conditioning)
 
-        return when(self.when_even, yes, no, self, x)
+        return when(self.when_even, yes, no, self, x, *conditioning)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,13 @@ def images(seed):
 
 
 def test_relative_difference_takes_the_larger_signed_value_and_clips():
-    a, b = np.asarray(images(0)), np.asarray(images(1))
-    expected = np.clip(np.abs((a - b) / (np.maximum(a, b) + 1e-6)), 0, 10).mean()
+    a, b = images(0), images(1)
+    x, y = np.asarray(a), np.asarray(b)
+    expected = np.clip(np.abs((x - y) / (np.maximum(x, y) + 1e-6)), 0, 10).mean()
     assert float(relative_difference(a, b)) == pytest.approx(expected, rel=1e-5)
     assert float(relative_difference(a, a)) == 0
     # -1 against -3: the difference 2 over the larger value -1, not over a magnitude of 3
-    assert float(relative_difference(jnp.array([-1.0]), jnp.array([-3.0]))) == pytest.approx(2.0)
+    assert float(relative_difference(jnp.array([-1.0]), jnp.array([-3.0]))) == pytest.approx(2.0, abs=1e-4)
     assert float(relative_difference(jnp.array([0.0]), jnp.array([-1.0]))) == 10
 
 
