@@ -18,6 +18,7 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m effjax.cli methods --markdown > docs/methods.md
+	$(BIN)/python -m experiments.report > docs/benchmarks.md
 	$(BIN)/mkdocs build --strict
 
 $(VENV)/.core: pyproject.toml

@@ -194,7 +194,7 @@ class _Hub:
                     name,
                     revision=self.revision,
                     token=self.token,
-                    cache_dir=self.cache_dir,
+                    cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
                     local_files_only=self.local_files_only,
                 )
             )

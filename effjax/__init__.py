@@ -22,9 +22,7 @@ _PUBLIC = {
     "pipeline": "pipelines",
     "save": "recipe",
 }
-_MODULES = ("cost", "capture", "metrics", "samplers", "testing")
-
-__all__ = [*_PUBLIC, *_MODULES]
+_MODULES = ("capture", "cost", "metrics", "samplers", "testing")
 
 
 def __getattr__(name: str) -> Any:
@@ -39,4 +37,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_PUBLIC, *_MODULES])

@@ -305,7 +305,7 @@ class _Observer(_Probe):
         x = value.astype(jnp.float32)
         axes = tuple(range(x.ndim - (self.per == "channel" and x.ndim > 0)))
         shape = x.shape[len(axes) :]
-        held = Statistics(*(getattr(self, f"observe_{self.what}_{n}") for n in Statistics._fields))
+        held: list[State] = [getattr(self, f"observe_{self.what}_{n}") for n in Statistics._fields]
         old = Statistics(*(state.read(shape, jnp.float32) for state in held))
         count = float(x.size // math.prod(shape))
         elements = old.elements + count

@@ -1,4 +1,4 @@
-"""What a submodule may know and remember while a forward runs.
+"""What models are, and what their submodules may know and remember while a forward runs.
 
 `Context` is what the caller knows (step, guidance, layout, learned parameters); `State` is what a
 wrapper remembers from one network call to the next; `switch` and `when` are the only branches
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,26 @@ class Context:
     learned: Mapping[str, Mapping[str, PyTree]] = dataclasses.field(default_factory=dict)
 
 
+class Model(nnx.Module):
+    """Base class of models: built by `Model(config, rngs=...)`, with parameters and no state.
+
+    Attributes:
+        Config: type of the configuration, a frozen dataclass of scalars and tuples with `dtype` and
+            `param_dtype`.
+        config: the configuration.
+    """
+
+    Config: ClassVar[type]
+    config: Any
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        raise NotImplementedError(f"{type(self).__name__} must build its modules")
+
+    def layout(self, *inputs: Any) -> Layout | None:
+        """Static token layout for inputs of these shapes; None for a model without tokens."""
+        return None
+
+
 class State(nnx.Variable):
     """A value that a wrapper remembers between two network calls.
 
@@ -172,14 +192,7 @@ class State(nnx.Variable):
 
 def states(module: nnx.Module) -> dict[tuple, State]:
     """All `State` variables below a module, by their path in it."""
-    flat = nnx.to_flat_state(nnx.split(module)[1])
-    names = {path for path, leaf in flat if isinstance(leaf, State)}
-    found = {}
-    for path in names:
-        node: Any = module
-        for part in path:
-            node = node[part] if isinstance(node, nnx.List) else getattr(node, part)
-        found[path] = node
+    found = {path: node for path, node in nnx.iter_graph(module) if isinstance(node, State)}
     return dict(sorted(found.items(), key=lambda item: tuple(map(str, item[0]))))
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effjax.context import Context, Guidance, Layout, PyTree, State, Step, is_static, states
+from effjax.context import Context, Guidance, Layout, Model, PyTree, State, Step, is_static, states
 from effjax.sites import Site, canonical, sites
 
 Edit = Callable[[nnx.Module, Context], None]
@@ -43,7 +43,7 @@ class Forward:
         recipe: (method, plan) of every transform that was applied.
     """
 
-    model: type[nnx.Module]
+    model: type[Model]
     graphdef: nnx.GraphDef
     leaves: tuple[tuple[tuple, tuple[int, ...]], ...]
     config: Any
@@ -144,8 +144,7 @@ class Forward:
 
     def layout(self, params: Params, *inputs: PyTree) -> Layout | None:
         """Token layout for inputs of these shapes, None if the model has none."""
-        module = self.module(params)
-        return module.layout(*inputs) if hasattr(module, "layout") else None
+        return self.module(params).layout(*inputs)
 
     def sites(
         self, params: Params, kind: type | tuple[type, ...] = nnx.Module, pattern: str = ".*"
@@ -153,7 +152,7 @@ class Forward:
         """List the sites that edits can wrap, with modules that hold `params`."""
         return sites(self.module(params), kind, pattern)
 
-    def module(self, params: Params) -> nnx.Module:
+    def module(self, params: Params) -> Model:
         """A fresh, unedited module that holds these parameters (arrays or their shapes)."""
         weights = {name: value for name, value in params.items() if name != METHODS}
         given = flatten_params(weights)
@@ -197,10 +196,9 @@ class Forward:
 
     def _edited(
         self, params: Params, inputs: tuple, step: Step, guidance: Guidance | None
-    ) -> nnx.Module:
+    ) -> Model:
         module = self.module(params)
-        layout = module.layout(*inputs) if hasattr(module, "layout") else None
-        context = Context(step, guidance, layout, params.get(METHODS, {}))
+        context = Context(step, guidance, module.layout(*inputs), params.get(METHODS, {}))
         for edit in self.edits:
             edit(module, context)
         return module
@@ -214,11 +212,11 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def functional(model: nnx.Module) -> tuple[Forward, Params]:
+def functional(model: Model) -> tuple[Forward, Params]:
     """Split a model into its forward and its parameters (or their shapes, if it is abstract).
 
     Args:
-        model: a `flax.nnx.Module` with a hashable `config` and only `nnx.Param` variables.
+        model: a model whose variables are all `nnx.Param`.
 
     Raises:
         ValueError: if the model holds state: base models keep none, caches are edits.
@@ -236,7 +234,7 @@ def functional(model: nnx.Module) -> tuple[Forward, Params]:
     return Forward(type(model), graphdef, leaves, model.config), params
 
 
-def abstract(model_type: type, config: Any) -> tuple[Forward, Params]:
+def abstract(model_type: type[Model], config: Any) -> tuple[Forward, Params]:
     """The forward of a model and the shapes of its parameters; allocates nothing."""
     return functional(nnx.eval_shape(lambda: model_type(config, rngs=nnx.Rngs(0))))
 

@@ -8,10 +8,9 @@ import pkgutil
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from flax import nnx
-
 import effjax.methods
 import effjax.models
+from effjax.context import Model
 from effjax.transform import Method
 
 
@@ -42,7 +41,7 @@ def method(name: str) -> Method:
 
 
 @functools.cache
-def models() -> Mapping[str, type[nnx.Module]]:
+def models() -> Mapping[str, type[Model]]:
     """Every model by class name: the `MODEL` of each module in `effjax.models`."""
     found = {}
     for module in pkgutil.iter_modules(effjax.models.__path__, "effjax.models."):
@@ -51,7 +50,7 @@ def models() -> Mapping[str, type[nnx.Module]]:
     return MappingProxyType(dict(sorted(found.items())))
 
 
-def model(name: str) -> type[nnx.Module]:
+def model(name: str) -> type[Model]:
     """The model of this class name.
 
     Raises:

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from effjax.capture import Observe, Tap, gradients, read_statistics, statistics, tap
-from effjax.context import State, switch
+from effjax.context import Model, State, switch
 from effjax.forward import abstract, functional
 from effjax.layers.attention import Attention, AttentionCore
 from effjax.layers.embeddings import sincos_2d
@@ -33,7 +33,7 @@ class Pair(nnx.Module):
         return self.second(jnp.sin(self.first(x))) * scale
 
 
-class Net(nnx.Module):
+class Net(Model):
     def __init__(self, config, *, rngs):
         self.config = config
         self.pair = Pair(rngs)
@@ -43,7 +43,7 @@ class Net(nnx.Module):
         return self.pair(x, jnp.float32(2.0)).sum(-1)
 
 
-class Twice(nnx.Module):
+class Twice(Model):
     def __init__(self, config, *, rngs):
         self.config = config
         self.linear = Linear(3, 3, rngs=rngs)

@@ -19,7 +19,9 @@ def test_relative_difference_takes_the_larger_signed_value_and_clips():
     assert float(relative_difference(a, b)) == pytest.approx(expected, rel=1e-5)
     assert float(relative_difference(a, a)) == 0
     # -1 against -3: the difference 2 over the larger value -1, not over a magnitude of 3
-    assert float(relative_difference(jnp.array([-1.0]), jnp.array([-3.0]))) == pytest.approx(2.0, abs=1e-4)
+    assert float(relative_difference(jnp.array([-1.0]), jnp.array([-3.0]))) == pytest.approx(
+        2.0, abs=1e-4
+    )
     assert float(relative_difference(jnp.array([0.0]), jnp.array([-1.0]))) == 10
 
 

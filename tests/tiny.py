@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effjax.context import Layout
+from effjax.context import Layout, Model
 from effjax.forward import functional
 from effjax.layers.linear import Linear
 from effjax.layers.stack import Stack
@@ -27,7 +27,7 @@ class ToyBlock(nnx.Module):
         return x + self.fc(x)
 
 
-class Toy(nnx.Module):
+class Toy(Model):
     Config = ToyConfig
 
     def __init__(self, config, *, rngs):

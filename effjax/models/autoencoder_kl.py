@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from effjax.context import Layout, PyTree
+from effjax.context import Layout, Model, PyTree
 from effjax.layers.attention import Attention
 from effjax.layers.convolution import Conv2d, upsample_nearest_2x
 from effjax.layers.norms import GroupNorm
@@ -262,7 +262,7 @@ class Decoder(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(x)))
 
 
-class AutoencoderKL(nnx.Module):
+class AutoencoderKL(Model):
     """Images to latent moments (`encode`) and latents to images (`decode`)."""
 
     Config = AutoencoderKLConfig

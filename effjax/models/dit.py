@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from effjax.context import Layout
+from effjax.context import Layout, Model
 from effjax.layers.attention import Attention
 from effjax.layers.embeddings import (
     ClassEmbedding,
@@ -160,14 +160,14 @@ class FinalLayer(nnx.Module):
         return self.proj(modulate(self.norm(x), shift, scale))
 
 
-class DiT(nnx.Module):
+class DiT(Model):
     """Noisy images, times and labels to the predicted noise or velocity."""
 
     Config = DiTConfig
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
-        numerics = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        numerics: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         self.patch = PatchEmbed(
             config.in_channels,
             config.width,

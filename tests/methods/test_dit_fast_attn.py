@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from effjax import testing
-from effjax.context import Guidance
+from effjax.context import Guidance, Layout, Model
+from effjax.forward import functional
+from effjax.layers.attention import Attention
 from effjax.methods.attention.dit_fast_attn import (
     CANDIDATES,
     DiTFastAttnPlan,
@@ -84,13 +87,8 @@ def by_formula(subject, plan, arrangement):
 @pytest.mark.parametrize("paired", [True, False])
 def test_every_strategy_follows_the_formula(subject, cond_first, paired):
     """Run one attention layer by the plan, through a module that is nothing but that layer."""
-    from flax import nnx
 
-    from effjax.context import Layout
-    from effjax.forward import functional
-    from effjax.layers.attention import Attention
-
-    class Alone(nnx.Module):
+    class Alone(Model):
         def __init__(self):
             self.config = subject.forward.config
             self.attn = Attention(16, heads=2, head_dim=8, rngs=nnx.Rngs(0))

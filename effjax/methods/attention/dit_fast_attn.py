@@ -262,6 +262,7 @@ class FastAttention(Wrapper):
     """
 
     opens = True
+    inner: Attention
 
     def __init__(
         self,
@@ -281,9 +282,10 @@ class FastAttention(Wrapper):
         self.action = action if is_static(action) else nnx.data(action)
         self.actions = tuple(sorted(actions))
         self.window = window
-        self.guidance = guidance
-        self.output = State() if Strategy.AST in used else None
-        self.residual = State() if any(strategy.windowed for strategy in used) else None
+        self.guidance = guidance or Guidance()  # never asked if the batch is not guided
+        self.shares_output = Strategy.AST in used
+        self.output = State()
+        self.residual = State()  # a state that no action touches is not kept
 
     def __call__(self, x: jax.Array) -> jax.Array:
         branches = {action: partial(_attend, action=action) for action in self.actions}
@@ -310,7 +312,7 @@ def _attend(module: FastAttention, x: jax.Array, *, action: int) -> jax.Array:
             module.residual.write(guidance.duplicate(residual) if strategy.halved else residual)
     y = attention.merge(o)
     y = guidance.duplicate(y) if strategy.halved else y
-    if module.output is not None:
+    if module.shares_output:
         module.output.write(y)
     return y
 
@@ -371,8 +373,6 @@ def search(
         ValueError: for a negative threshold, an unknown metric, or a model without self-attention.
     """
     layers = len(forward.sites(params, Attention))
-    if not layers:
-        raise ValueError(f"{forward.model.__name__} has no self-attention layers to plan for")
     if threshold < 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
     if metric not in METRICS:
@@ -381,7 +381,10 @@ def search(
 
     uncond = sampler.unconditional(forward, cond, uncond)
     x = jnp.zeros((jax.tree.leaves(cond)[0].shape[0], *forward.config.sample_shape))
-    tokens = forward.layout(params, *sampler.inputs(x, cond, uncond, 0)).tokens
+    layout = forward.layout(params, *sampler.inputs(x, cond, uncond, 0))
+    if not layers or layout is None:
+        raise ValueError(f"{forward.model.__name__} has no self-attention layers to plan for")
+    tokens = layout.tokens
     reach = tokens // 8 if window is None else window
     windowed = any(strategy.windowed for strategy in candidates)
     possible = frozenset(
