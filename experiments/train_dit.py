@@ -141,6 +141,7 @@ def export(path: Path, forward: Forward, params: Params) -> None:
         "vae": [None, None],
     }
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder) / path.name
         converters.save_pretrained(forward, small, new / "transformer", progress=False)
