@@ -1,0 +1,117 @@
+"""Counted costs of DiTFastAttn on the full-size DiT-XL/2-512, exactly as the closed forms say."""
+
+from fractions import Fraction
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from effjax.context import Guidance
+from effjax.cost import cost, sampler_cost
+from effjax.forward import abstract
+from effjax.methods.attention.dit_fast_attn import (
+    DiTFastAttnPlan,
+    Strategy,
+    attention_macs,
+    transform,
+)
+from effjax.models.dit import DiT, DiTConfig
+from effjax.samplers import DDIM, Sampler
+from experiments.plan_speed import synthetic_plan
+from pallas_kernels.window_attention import visited_area
+
+FULL, AST, WARS_ASC, WARS, FULL_ASC = Strategy
+BATCH, TOKENS, WINDOW = 2, 1024, 128
+
+
+@pytest.fixture(scope="module")
+def model():
+    return abstract(DiT, DiTConfig.preset("DiT-XL/2", sample_size=64))
+
+
+def inputs():
+    shapes = ((BATCH, 64, 64, 4), jnp.float32), ((BATCH,), jnp.float32), ((BATCH,), jnp.int32)
+    return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+
+def call(model, strategy=None, *, then=FULL):
+    """Cost of one guided network call with one strategy in every layer, and of what it caches."""
+    forward, params = model
+    state = {}
+    step = 0
+    if strategy is not None:
+        codes = ((int(FULL), int(strategy), int(then)),) * 28
+        plan = DiTFastAttnPlan(codes=codes, tokens=TOKENS, window=WINDOW)
+        forward, params = transform(plan)(forward, params)
+        initial = partial(forward.init, guidance=Guidance())
+        state, step = jax.eval_shape(initial, params, *inputs()), 1
+    network = partial(forward, step=step, guidance=Guidance())
+    return cost(network, params, state, *inputs())
+
+
+@pytest.fixture(scope="module")
+def dense(model):
+    return call(model)
+
+
+def test_the_dense_model(model, dense):
+    config = model[0].config
+    assert (config.tokens, config.width) == (TOKENS, 1152)
+    assert dense.scope("attention").flops == 28 * 2 * 2 * BATCH * TOKENS**2 * config.width
+
+
+@pytest.mark.parametrize(
+    ("strategy", "then", "share"),
+    [
+        (FULL, FULL, lambda beta: 1),
+        (FULL, WARS, lambda beta: 1 + beta),
+        (AST, FULL, lambda beta: 0),
+        (WARS, FULL, lambda beta: beta),
+        (WARS_ASC, FULL, lambda beta: beta / 2),
+        (FULL_ASC, FULL, lambda beta: Fraction(1, 2)),
+        (FULL_ASC, WARS, lambda beta: (1 + beta) / 2),
+    ],
+)
+def test_every_strategy_costs_its_closed_form(model, dense, strategy, then, share):
+    area = (2 * WINDOW + 1) * TOKENS - WINDOW * (WINDOW + 1)
+    beta = Fraction(area, TOKENS**2)
+    assert float(beta) == pytest.approx(0.2352, abs=5e-5)
+    counted = call(model, strategy, then=then).scope("attention")
+    full = dense.scope("attention").flops
+    assert counted.useful_flops == full * share(beta)
+    # Executed: the blocks that are visited, in the place of the window's own area.
+    assert counted.flops == full * share(Fraction(visited_area(TOKENS, WINDOW), TOKENS**2))
+
+
+def test_the_layer_ratio_of_a_window(model, dense):
+    """(4 C + 2 N beta) / (4 C + 2 N), projections included."""
+    area = (2 * WINDOW + 1) * TOKENS - WINDOW * (WINDOW + 1)
+    beta, width = Fraction(area, TOKENS**2), 1152
+    attention = dense.scope("attention").useful_flops
+    layer = attention + 28 * 2 * 4 * BATCH * TOKENS * width**2
+    saved = dense.useful_flops - call(model, WARS).useful_flops
+    expected = (4 * width + 2 * TOKENS * beta) / (4 * width + 2 * TOKENS)
+    assert Fraction(layer - saved, layer) == expected
+
+
+def test_projections_are_skipped_or_halved(model, dense):
+    projections = 28 * 2 * 4 * BATCH * TOKENS * 1152**2
+    for strategy, left in ((AST, 0), (FULL_ASC, Fraction(1, 2))):
+        compressed = call(model, strategy)
+        rest = dense.flops - dense.scope("attention").flops - projections
+        other = compressed.flops - compressed.scope("attention").flops - rest
+        assert other == projections * left
+
+
+@pytest.mark.slow
+def test_the_total_of_a_synthetic_plan(model):
+    sampler = Sampler(DDIM(steps=12), guidance=4.0)
+    plan = synthetic_plan(28, 12, TOKENS)
+    assert {code for row in plan.codes for code in row} == set(map(int, Strategy))
+    forward, params = transform(plan)(*model)
+    columns = list(zip(zip(*plan.codes), zip(*plan.need)))
+    label = jax.ShapeDtypeStruct((1,), jnp.int32)
+    counted = sampler_cost(sampler, forward, params, label, distinct=columns.__getitem__)
+    closed = attention_macs(plan, batch=2, width=1152).sum()
+    assert counted.scope("attention").useful_flops == 2 * closed
