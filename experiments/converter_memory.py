@@ -30,8 +30,8 @@ from converters.dit import FAMILY
 from effjax.forward import abstract, flatten_params
 from effjax.models.dit import DiT, DiTConfig
 from effjax.storage import Spec, new_directory, write_json, write_shards
+from experiments import report
 
-RESULTS = Path(__file__).parent / "results" / "converter_memory.json"
 DTYPES = ("float32", "bfloat16")
 SAMPLE_SECONDS = 0.005
 
@@ -165,7 +165,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--directory", type=Path, help="where to make it, for a while")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)  # what the processes do
     parser.add_argument("--dtype", choices=DTYPES, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -176,23 +175,21 @@ def main(argv: list[str] | None = None) -> None:
         directory = Path(temporary) / "checkpoint"
         sizes = make_checkpoint(directory, config_of(arguments.gigabytes * 1e9))
         rows = measure(directory)
-    print("float32 to   target GB   growth GB   allowed GB   growth/target   seconds")
     for row in rows:
         row["growth_bytes"] = row["peak_bytes"] - row["baseline_bytes"]
         row["allowed_bytes"] = int(1.1 * row["target_bytes"] + 2 * sizes["largest_tensor_bytes"])
-        row["ratio"] = round(row["growth_bytes"] / row["target_bytes"], 4)
-        target, growth, allowed = (
-            row[name] / 1e9 for name in ("target_bytes", "growth_bytes", "allowed_bytes")
-        )
-        print(
-            f"{row['dtype']:10}   {target:9.3f}   {growth:9.3f}   {allowed:10.3f}   "
-            f"{row['ratio']:13.3f}   {row['seconds']:7.1f}"
-        )
+        row["growth_over_target"] = row["growth_bytes"] / row["target_bytes"]
+    print(report.markdown(rows))
     excess = [row["dtype"] for row in rows if row["growth_bytes"] >= row["allowed_bytes"]]
     if excess:
         raise SystemExit(f"more memory than allowed: loading as {', '.join(excess)}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, {**sizes, "jax": jax.__version__, "loads": rows})
+    report.write(
+        "converter_memory",
+        title="Host memory while a checkpoint is loaded",
+        command=f"python -m experiments.converter_memory --gigabytes {arguments.gigabytes}",
+        checkpoint=[sizes],
+        float32_checkpoint_loaded_as=rows,
+    )
 
 
 if __name__ == "__main__":

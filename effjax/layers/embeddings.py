@@ -14,7 +14,7 @@ from effjax.layers.linear import Linear, dot
 
 
 def sinusoidal(
-    t: Float[Array, "B"], channels: int, *, shift: float = 0.0, max_period: float = 10_000.0
+    t: Float[Array, " B"], channels: int, *, shift: float = 0.0, max_period: float = 10_000.0
 ) -> Float[Array, "B {channels}"]:
     """Sinusoidal embedding [cos(t f) | sin(t f)] in float32.
 
@@ -46,7 +46,7 @@ class TimestepEmbedding(nnx.Module):
         self.fc1 = Linear(channels, width, param_dtype=param_dtype, init=init, rngs=rngs)
         self.fc2 = Linear(width, width, param_dtype=param_dtype, init=init, rngs=rngs)
 
-    def __call__(self, t: Float[Array, "B"]) -> Float[Array, "B C"]:
+    def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B C"]:
         frequencies = sinusoidal(t, self.channels, shift=self.shift).astype(self.dtype)
         return self.fc2(nnx.silu(self.fc1(frequencies)))
 
@@ -67,7 +67,7 @@ class ClassEmbedding(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.table = nnx.Param(init(rngs.params(), (classes + 1, width), jnp.dtype(param_dtype)))
 
-    def __call__(self, labels: Int[Array, "B"]) -> Float[Array, "B C"]:
+    def __call__(self, labels: Int[Array, " B"]) -> Float[Array, "B C"]:
         return self.table.get_value()[labels].astype(self.dtype)
 
 

@@ -112,7 +112,7 @@ class DiTConfig:
         """Shape (height, width, channels) of what a sampler denoises."""
         return (self.sample_size, self.sample_size, self.in_channels)
 
-    def null_condition(self, labels: Int[Array, "B"]) -> Int[Array, "B"]:
+    def null_condition(self, labels: Int[Array, " B"]) -> Int[Array, " B"]:
         """The unconditional input of classifier-free guidance: the null class."""
         return jnp.full_like(labels, self.num_classes)
 
@@ -185,7 +185,7 @@ class DiT(Model):
         return Layout(grid=(1, rows, columns))
 
     def __call__(
-        self, x: Float[Array, "B H W I"], t: Float[Array, "B"], labels: Int[Array, "B"]
+        self, x: Float[Array, "B H W I"], t: Float[Array, " B"], labels: Int[Array, " B"]
     ) -> Float[Array, "B H W O"]:
         """Run the network.
 

@@ -78,7 +78,7 @@ class DDIM(Schedule):
         out: Float[Array, "B ..."],
         step: Step,
         memory: PyTree,
-        keys: Key[Array, "B"] | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
         now = at(_tables(self), step)
         out, _ = split_output(out, x)

@@ -76,7 +76,7 @@ class DDPM(Schedule):
         out: Float[Array, "B ..."],
         step: Step,
         memory: PyTree,
-        keys: Key[Array, "B"] | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
         now = at(_tables(self), step)
         out, learned = split_output(out, x)

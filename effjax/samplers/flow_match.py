@@ -90,7 +90,7 @@ class FlowMatchEuler(Schedule):
         out: Float[Array, "B ..."],
         step: Step,
         memory: PyTree,
-        keys: Key[Array, "B"] | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
         velocity, _ = split_output(out, x)
         return x + at(_tables(self), step).step_size * velocity, memory

@@ -36,7 +36,7 @@ class Carry(NamedTuple):
     x: Float[Array, "B ..."]
     memory: PyTree
     state: StateDict
-    keys: Key[Array, "B"]
+    keys: Key[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Sampler:
 
     def inputs(
         self, x: Float[Array, "B ..."], cond: PyTree, uncond: PyTree, step: Step
-    ) -> tuple[Float[Array, "N ..."], Float[Array, "N"], PyTree]:
+    ) -> tuple[Float[Array, "N ..."], Float[Array, " N"], PyTree]:
         """The network's inputs (sample, time, condition) at a step, joined if guided."""
         if self.guided:
             x, cond = self.arrangement.duplicate(x), self.arrangement.join(cond, uncond)
@@ -253,7 +253,7 @@ class Sampler:
         return forward.config.null_condition(cond)
 
 
-def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, "B"]:
+def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, " B"]:
     """Keys [batch] of the samples first, first + 1, ..., or `key` itself if it is keys [batch].
 
     A large set in small batches: `sampler(forward, params, labels[i:j], sample_keys(key, j - i,

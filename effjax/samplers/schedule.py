@@ -57,7 +57,7 @@ class Schedule(abc.ABC):
         out: Float[Array, "B ..."],
         step: Step,
         memory: PyTree,
-        keys: Key[Array, "B"] | None = None,
+        keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
         """Take the sample from one call to the next.
 
@@ -170,7 +170,7 @@ def per_sample(value: Float[Array, "..."], x: Float[Array, "B ..."]) -> Float[Ar
 
 
 def step_noise(
-    keys: Key[Array, "B"] | None, step: Step, shape: Sequence[int]
+    keys: Key[Array, " B"] | None, step: Step, shape: Sequence[int]
 ) -> Float[Array, "B ..."]:
     """Unit noise [B, *shape] of a step; that of a sample depends on its key and the step only.
 
