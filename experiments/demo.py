@@ -28,7 +28,7 @@ from effjax.samplers import Sampler, sample_keys
 from experiments import glyphs, judge
 
 MODEL = Path(__file__).parent / "weights" / "dit_glyphs"
-THRESHOLD = 0.3
+THRESHOLD = 0.15
 GUIDANCE = 3.0  # of the bundled model; its gate was passed with it
 CHUNK = 32  # images that one program samples at a time
 

@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--matched-images", type=int, default=256, help="of the second table")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=demo.GUIDANCE)
-    parser.add_argument("--thresholds", default="0.1,0.2,0.3,0.5")
+    parser.add_argument("--thresholds", default="0.1,0.15,0.2,0.3")
     parser.add_argument("--matched-threshold", type=float, default=demo.THRESHOLD)
     parser.add_argument("--cache", type=Path, required=True, help="folder of finished parts")
     parser.add_argument("--skip-matched", action="store_true")
