@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,11 @@ def program_cost(
     }
 
 
+def say(message: str) -> None:
+    """Messages go to standard error: standard output is for figures."""
+    print(message, file=sys.stderr)
+
+
 def run(
     output: Path,
     *,
@@ -97,12 +103,12 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     key = jax.random.key(seed)
 
-    print(f"1/4 converting {model.name} from its PyTorch layout")
+    say(f"1/4 converting {model.name} from its PyTorch layout")
     pipe = effjax.pipeline(model, dtype="float32")
     sampler = pipe.sampler(num_steps=steps, guidance_scale=guidance)
     dense = (pipe.forward, pipe.params)
 
-    print(f"2/4 searching a plan on {sampler.calls} network calls, threshold {threshold}")
+    say(f"2/4 searching a plan on {sampler.calls} network calls, threshold {threshold}")
     began = time.perf_counter()
     plan = dit_fast_attn.search(
         *dense,
@@ -114,7 +120,7 @@ def run(
     search_seconds = time.perf_counter() - began
     compressed = dit_fast_attn.transform(plan)(*dense)
 
-    print(f"3/4 sampling {images} images with each program")
+    say(f"3/4 sampling {images} images with each program")
     labels = labels_for(images)
     reader = judge.load()
     real, _ = glyphs.batch(np.random.default_rng(seed), max(images, 512))
@@ -136,7 +142,9 @@ def run(
             "frechet": judge.frechet(judge.features(reader, pictures[name]), real_features),
         }
     report |= {
-        "psnr": float(metrics.psnr(jnp.asarray(pictures["dense"]), pictures["compressed"])),
+        "psnr": float(
+            metrics.psnr(jnp.asarray(pictures["dense"]), jnp.asarray(pictures["compressed"]))
+        ),
         "search_seconds": search_seconds,
         "settings": {
             "steps": steps,
@@ -147,7 +155,7 @@ def run(
             "device": str(jax.devices()[0].device_kind),
         },
     }
-    print("4/4 drawing")
+    say("4/4 drawing")
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (output / "plan.json").write_text(plan.to_json() + "\n")
     draw_samples(pictures["dense"], pictures["compressed"], output / "samples.png")
