@@ -214,7 +214,7 @@ def draw_plan(plan: DiTFastAttnPlan, path: Path) -> None:
     from matplotlib.patches import Patch
 
     colours = ["#33415c", "#f2e9de", "#e07a5f", "#f2b880", "#81b29a"]
-    figure = Figure(figsize=(1.5 + 0.32 * plan.calls, 1.6 + 0.32 * plan.layers), layout="tight")
+    figure = Figure(figsize=(1.5 + 0.32 * plan.calls, 1.6 + 0.32 * plan.layers))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     norm = BoundaryNorm(np.arange(len(Strategy) + 1) - 0.5, len(Strategy))
@@ -230,4 +230,4 @@ def draw_plan(plan: DiTFastAttnPlan, path: Path) -> None:
     axes.legend(
         handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
