@@ -43,7 +43,8 @@ def test_the_demo_writes_its_report(tmp_path):
     plan = DiTFastAttnPlan.from_json((tmp_path / "plan.json").read_text())
     assert (plan.layers, plan.calls) == (6, 3)
     for name in ("samples.png", "plan.png"):
-        assert min(Image.open(tmp_path / name).size) > 30
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 30
     assert "executed attention FLOPs saved" in demo.table(report)
 
 
