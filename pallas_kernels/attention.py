@@ -34,10 +34,11 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     over the [S, T] matrix, which on a CPU halves the time.
     """
     scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    q, k, v = (q * scale).transpose(0, 2, 1, 3), k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    logits = jnp.matmul(q, k, preferred_element_type=jnp.float32)  # [B, H, S, T]
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * scale, k, v))
+    heads = ((0, 1), (0, 1))
+    logits = jax.lax.dot_general(q, k, (((3,), (3,)), heads), preferred_element_type=jnp.float32)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - peak)
+    weights = jnp.exp(logits - peak)  # [B, H, S, T]
     total = jnp.sum(weights, axis=-1, keepdims=True)
     o = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     return o.transpose(0, 2, 1, 3).astype(v.dtype)
