@@ -10,37 +10,23 @@ compile and fit, and what memory they take on each chip; it times nothing but th
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from typing import Any
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+import jax
+import jax.numpy as jnp
+
+from effjax.cost import compiled_memory
+from effjax.forward import abstract
+from effjax.methods.attention.dit_fast_attn import transform
+from effjax.models.dit import DiT, DiTConfig
+from effjax.samplers import DDIM, Sampler
+from experiments import report, tpu
+from experiments.plan_speed import synthetic_plan
 
 
-def environment() -> None:
-    """What libtpu wants to see on a machine without TPUs; before JAX is imported."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def compile_step(topology: str, *, layers: int, batch: int, compressed: bool) -> dict[str, Any]:
+def compile_step(chip: str, *, layers: int, batch: int, compressed: bool) -> dict[str, Any]:
     """Compile one step for one chip and report its memory in GiB."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    from effjax.cost import compiled_memory
-    from effjax.forward import abstract
-    from effjax.methods.attention.dit_fast_attn import transform
-    from effjax.models.dit import DiT, DiTConfig
-    from effjax.samplers import DDIM, Sampler
-    from experiments.plan_speed import synthetic_plan
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[topology])
     config = DiTConfig.preset(
         "DiT-XL/2", sample_size=64, num_layers=layers, dtype="bfloat16", param_dtype="bfloat16"
     )
@@ -62,16 +48,13 @@ def compile_step(topology: str, *, layers: int, batch: int, compressed: bool) ->
         after = sampler.step(forward, params, before, labels, uncond, step)
         return after.x, after.memory, after.state
 
-    place = SingleDeviceSharding(devices.devices[0])
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        (params, carry.state, carry.x, carry.memory, labels, jax.ShapeDtypeStruct((), jnp.int32)),
-    )
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    arguments = tpu.on_chip(chip, (params, carry.state, carry.x, carry.memory, labels, index))
     began = time.perf_counter()
     memory = compiled_memory(jax.jit(step, donate_argnums=(1, 2, 3)), *arguments)
     gib = {f"{name.removesuffix('_bytes')}_GiB": value / 2**30 for name, value in memory.items()}
     return {
-        "chip": topology,
+        "chip": chip,
         "step": "compressed" if compressed else "dense",
         **gib,
         "compile_seconds": time.perf_counter() - began,
@@ -82,11 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--batch", type=int, default=4, help="images; the network sees twice that")
-    parser.add_argument("--chips", default=",".join(TOPOLOGIES))
+    parser.add_argument("--chips", default=",".join(tpu.TOPOLOGIES))
     arguments = parser.parse_args(argv)
-    environment()
-    from experiments import report
-
     rows = []
     for chip in arguments.chips.split(","):
         for compressed in (False, True):

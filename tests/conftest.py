@@ -14,6 +14,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import jax
 import pytest
 
+from experiments import tpu
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
@@ -33,3 +35,14 @@ def _no_network(monkeypatch):
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(params=list(tpu.TOPOLOGIES))
+def compile_for_tpu(request):
+    """Compile a jitted function for a TPU ahead of time, at shapes or arrays; once per chip."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+
+    def compile_(function, *operands):
+        return function.lower(*tpu.on_chip(request.param, operands)).compile()
+
+    return compile_
