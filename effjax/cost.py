@@ -90,6 +90,7 @@ def cost(
     *args: PyTree,
     branch: Branch = "max",
     while_trips: Trips | None = None,
+    platform: str | None = None,
     **kwargs: PyTree,
 ) -> Cost:
     """Count the cost of `function(*args, **kwargs)`.
@@ -107,6 +108,8 @@ def cost(
             returns an index. An index need not exist where no branch has any cost.
         while_trips: how often the bodies of while loops with products run: an int for all, or a
             function of the scope path. Scans need none.
+        platform: whose programs to count where they differ by platform ("cpu", "tpu", "cuda"); that
+            of JAX's default device if None.
 
     Raises:
         ValueError: for a branch that does not exist, a while loop without trips, a kernel that
@@ -115,7 +118,8 @@ def cost(
     if isinstance(branch, str) and branch not in ("max", "min"):
         raise ValueError(f'branch must be "max", "min", an index or a function, got {branch!r}')
     jaxpr = jax.make_jaxpr(function)(*args, **kwargs)
-    return _Walk(branch, while_trips).program(jaxpr, "")
+    platform = platform or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    return _Walk(branch, while_trips, platform).program(jaxpr, "")
 
 
 def sampler_cost(
@@ -128,6 +132,7 @@ def sampler_cost(
     distinct: Callable[[int], Hashable] | None = None,
     branch: Branch = "max",
     while_trips: Trips | None = None,
+    platform: str | None = None,
 ) -> Cost:
     """Cost of all network calls of a sampler, each traced at its static step.
 
@@ -139,7 +144,7 @@ def sampler_cost(
             `effjax.samplers.Sampler`.
         forward, params, cond, uncond: what the sampler is called with; arrays or shapes.
         distinct: key of a step; steps with equal keys cost the same and are traced once.
-        branch, while_trips: as in `cost`.
+        branch, while_trips, platform: as in `cost`.
     """
     carry = jax.eval_shape(
         lambda params, cond, uncond: sampler.init(
@@ -156,7 +161,8 @@ def sampler_cost(
             return sampler.network(forward, params, state, x, cond, uncond, step)
 
         inputs = params, carry.state, carry.x, cond, uncond
-        return cost(network, *inputs, branch=branch, while_trips=while_trips)
+        options = {"branch": branch, "while_trips": while_trips, "platform": platform}
+        return cost(network, *inputs, **options)
 
     keys = [step if distinct is None else distinct(step) for step in range(sampler.calls)]
     return sum((call(keys.index(key)) * times for key, times in Counter(keys).items()), Cost())
@@ -216,6 +222,7 @@ class _Walk:
 
     branch: Branch
     while_trips: Trips | None
+    platform: str
 
     def program(self, jaxpr: Any, scope: str) -> Cost:
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -239,6 +246,14 @@ class _Walk:
             return self.program(params["jaxpr"], scope) * params["length"]
         if name == "shard_map":
             return self.program(params["jaxpr"], scope) * compat.shard_count(equation)
+        if name == "cond" and (platforms := params.get("branches_platforms")):
+            own = [names is None or self.platform in names for names in platforms]
+            if True not in own:
+                raise ValueError(
+                    f"no program for {self.platform!r} (scope {scope!r}), only for {platforms}. "
+                    f"Count with platform=..., or choose another implementation."
+                )
+            return self.program(params["branches"][own.index(True)], scope)
         if name == "cond":
             return self.chosen([self.program(each, scope) for each in params["branches"]], scope)
         if name == "while":

@@ -5,8 +5,8 @@
 First table: searched plans from weak to strong; judge accuracy with its 95 % interval, Frechet
 distance to real glyphs, PSNR to the dense images of the same noise. Second table: at equal executed
 attention FLOPs, the mixed plan against plans that were searched with one technique alone, and
-against the same search with one threshold for all layers. Finished rows are kept in `--cache` and
-not computed again.
+against the same search with one threshold for all layers. What is searched and sampled is kept in
+`--cache` and not made again.
 """
 
 from __future__ import annotations
@@ -52,14 +52,20 @@ class Bench:
 
     def search(self, threshold: float, **options: Any) -> DiTFastAttnPlan:
         """A plan from eight labels, as the demo searches it."""
-        return dit_fast_attn.search(
-            *self.pair,
-            self.sampler,
-            jnp.asarray(demo.labels_for(8)),
-            key=jax.random.fold_in(self.key, 1),
-            threshold=threshold,
-            **options,
-        )
+        name = f"{threshold}_{self.sampler}_{sorted(options.items())}"
+        path = self.cache / f"plan_{_digest(name)}.json"
+        if not path.exists():
+            plan = dit_fast_attn.search(
+                *self.pair,
+                self.sampler,
+                jnp.asarray(demo.labels_for(8)),
+                key=jax.random.fold_in(self.key, 1),
+                threshold=threshold,
+                **options,
+            )
+            self.cache.mkdir(parents=True, exist_ok=True)
+            path.write_text(plan.to_json())
+        return DiTFastAttnPlan.from_json(path.read_text())
 
     def kept(self, plan: DiTFastAttnPlan) -> float:
         """Executed attention FLOPs as a share of the dense ones."""
@@ -75,7 +81,7 @@ class Bench:
         forward, params = self.pair
         if plan is not None:
             forward, params = dit_fast_attn.transform(plan)(forward, params)
-        name = "dense" if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+        name = "dense" if plan is None else _digest(plan.to_json())
         path = self.cache / f"{name}_{self.sampler.calls}_{self.sampler.guidance}_{count}.npy"
         if path.exists():
             return np.load(path)
@@ -122,6 +128,10 @@ class Bench:
         return min(found, key=lambda each: each[0])[1]
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1024, help="of the first table")
@@ -149,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
             plan = bench.match(target, **options)
             matched.append(bench.row(name, plan, arguments.matched_images))
         print(report.markdown(matched), flush=True)
-    options = (
+    command = (
         f"--images {arguments.images} --matched-images {arguments.matched_images} "
         f"--steps {arguments.steps} --guidance {arguments.guidance} "
         f"--thresholds {arguments.thresholds} --matched-threshold {arguments.matched_threshold}"
@@ -158,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     report.write(
         "plan_quality",
         title="Compressed against dense on the tiny DiT",
-        command=f"python -m experiments.plan_quality --cache DIR {options}",
+        command=f"python -m experiments.plan_quality --cache DIR {command}",
         **{name: rows for name, rows in tables.items() if rows},
     )
 

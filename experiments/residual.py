@@ -26,7 +26,8 @@ from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
 from effjax.sites import Wrapper, sites, wrap
 from experiments import demo, report
-from pallas_kernels.window_attention import window_attention
+from pallas_kernels.block_mask import Band
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 
 
 class Drift(Wrapper):
@@ -40,7 +41,7 @@ class Drift(Wrapper):
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         dense = self.inner(q, k, v)
-        window = window_attention(q, k, v, window=q.shape[1] // 8)
+        window = block_sparse_attention(q, k, v, Band(q.shape[1] // 8))
         for value, last, drift in (
             (window, self.last_window, self.window_drift),
             (dense - window, self.last_residual, self.residual_drift),

@@ -1,44 +1,130 @@
-"""Dense attention in XLA: softmax(q k^T / sqrt(D)) v.
+"""Dense attention: softmax(q k^T / sqrt(D)) v over all keys.
 
-Heads are [B, S, H, D]. Logits, softmax and sums are float32; the products run in the inputs' dtype.
+Letters: B batch, S queries, T keys, H query heads, K key heads (query head h reads key head
+h // (H / K)), D head width, E value width. Logits, softmax and sums are float32; the products run
+in the inputs' dtype.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_mask import EVERYTHING
+from pallas_kernels.block_sparse_attention import block_sparse_attention, refusals
+from pallas_kernels.implementation import Implementation, dispatch
+from pallas_kernels.tiling import pad_axis
 
-def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None):
-    """The specification: softmax over the allowed keys, everything in float32.
+# Above this many logits per head, "xla" takes a block of queries at a time.
+WHOLE = 1 << 18
+
+
+def dense_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of every query to every key.
+
+    The kernels are those of `block_sparse_attention`, with every block listed.
 
     Args:
         q: float[B, S, H, D].
-        k, v: float[B, T, H, D].
-        mask: bool[S, T], True where a query sees a key; None for all. No row may be empty.
+        k: float[B, T, K, D].
+        v: float[B, T, K, E].
+        implementation: see `pallas_kernels.implementation`.
+        interpret: run a named kernel in interpret mode.
 
     Returns:
-        float[B, S, H, D] in q's dtype.
+        [B, S, H, E] in v's dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+        NotImplementedError: if the named implementation cannot run these operands.
     """
+    kernel = partial(block_sparse_attention, mask=EVERYTHING, interpret=interpret)
+    programs = {
+        "reference": reference_attention,
+        "xla": _xla,
+        "pallas_tpu": partial(kernel, implementation="pallas_tpu"),
+        "pallas_gpu": partial(kernel, implementation="pallas_gpu"),
+    }
+    return dispatch(
+        "dense_attention",
+        implementation,
+        programs,
+        *(q, k, v),
+        refusals=refusals(q, k, v, EVERYTHING),
+        interpret=interpret,
+    )
+
+
+def reference_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """The specification: softmax over the allowed keys, everything in float32.
+
+    Args:
+        q, k, v: as for `dense_attention`.
+        mask: bool[S, T], True where a query sees a key; None for all. No row may be empty.
+    """
+    group = q.shape[2] // k.shape[2]
     q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    k32, v32 = (jnp.repeat(x, group, axis=2) for x in (k32, v32))
     logits = jnp.einsum("bshd,bthd->bhst", q32, k32) * q.shape[-1] ** -0.5
     if mask is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
-    return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, axis=-1), v32).astype(q.dtype)
+    return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, axis=-1), v32).astype(v.dtype)
 
 
-def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention over all keys, with shapes as in `reference_attention`.
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    (batch, queries, heads, width), keys = q.shape, k.shape[1]
+    scaled = q * jnp.asarray(width**-0.5, q.dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (scaled, k, v))
+    q = q.reshape(batch, k.shape[1], -1, width)  # query heads of one key head are more queries
+    if queries * keys <= WHOLE:
+        out = _attend(q, k, v)
+    else:
+        # The largest power of two of queries whose logits fit.
+        rows = min(max(1 << (8 * WHOLE // keys).bit_length() - 1, 64), 512)
+        out = _by_rows(q, k, v, rows)
+    return out.reshape(batch, heads, queries, -1).transpose(0, 2, 1, 3)
 
-    The exponentials are normalised after the product with v, as flash attention does: one pass less
-    over the [S, T] matrix, which on a CPU halves the time.
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Whole attention of (scaled) queries [..., S, D].
+
+    Exponentials are normalised after the product with v, as flash attention does: one pass less
+    over the logits.
     """
-    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * scale, k, v))
-    heads = ((0, 1), (0, 1))
-    logits = jax.lax.dot_general(q, k, (((3,), (3,)), heads), preferred_element_type=jnp.float32)
+    lines = tuple(range(q.ndim - 2))
+    contracted = ((q.ndim - 1,), (q.ndim - 1,))
+    logits = jax.lax.dot_general(
+        q, k, (contracted, (lines, lines)), preferred_element_type=jnp.float32
+    )
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - peak)  # [B, H, S, T]
+    weights = jnp.exp(logits - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    o = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    return o.transpose(0, 2, 1, 3).astype(v.dtype)
+    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return out.astype(v.dtype)
+
+
+def _by_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: int) -> jax.Array:
+    """`_attend` on [B, K, S, D], one key head and one block of queries after the other."""
+    batch, heads, length, _ = q.shape
+    tiles = pad_axis(q, 2, rows).reshape(batch * heads, -1, rows, q.shape[-1])
+    k, v = (x.reshape(batch * heads, *x.shape[2:]) for x in (k, v))
+    # Recomputed in the backward pass, which would else keep all weights.
+    attend = jax.checkpoint(_attend)
+
+    def of_head(operands: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        tiles, k, v = operands
+        return jax.lax.map(lambda q: attend(q, k, v), tiles)
+
+    out = jax.lax.map(of_head, (tiles, k, v))
+    return out.reshape(batch, heads, -1, v.shape[-1])[:, :, :length]

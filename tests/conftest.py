@@ -13,6 +13,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import jax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from experiments import tpu
 
@@ -46,3 +47,16 @@ def compile_for_tpu(request):
         return function.lower(*tpu.on_chip(request.param, operands)).compile()
 
     return compile_
+
+
+@pytest.fixture
+def lower_for_gpu():
+    """Lower a jitted function for CUDA on any machine, at shapes or arrays: its program as text."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+
+    def lower(function, *operands):
+        # JAX 0.12 asks which GPU a Triton kernel is lowered for.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            return function.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+    return lower

@@ -23,7 +23,7 @@ from effjax.methods.attention.dit_fast_attn import (
     uniform,
 )
 from effjax.samplers import DDIM, Sampler
-from pallas_kernels.window_attention import window_mask
+from pallas_kernels.block_mask import Band, block_mask, dense_mask
 
 FULL, AST, WARS_ASC, WARS, FULL_ASC = (int(strategy) for strategy in Strategy)
 CALLS = 4
@@ -53,7 +53,7 @@ def by_formula(subject, plan, arrangement):
     """The sheet's pseudo-code on one attention layer: outputs of every call."""
     (site, *_) = subject.forward.sites(subject.params, pattern=r"blocks\.0\.attn")
     attn = site.module
-    mask = window_mask(plan.tokens, plan.window)
+    mask = dense_mask(block_mask(Band(plan.window), plan.tokens))
 
     def attend(q, k, v, mask=None):
         logits = jnp.einsum("bshd,bthd->bhst", q, k) * q.shape[-1] ** -0.5

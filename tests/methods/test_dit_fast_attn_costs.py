@@ -19,7 +19,7 @@ from effjax.methods.attention.dit_fast_attn import (
 from effjax.models.dit import DiT, DiTConfig
 from effjax.samplers import DDIM, Sampler
 from experiments.plan_speed import synthetic_plan
-from pallas_kernels.window_attention import visited_area
+from pallas_kernels.block_mask import Band, block_mask
 
 FULL, AST, WARS_ASC, WARS, FULL_ASC = Strategy
 BATCH, TOKENS, WINDOW = 2, 1024, 128
@@ -81,7 +81,8 @@ def test_every_strategy_costs_its_closed_form(model, dense, strategy, then, shar
     full = dense.scope("attention").flops
     assert counted.useful_flops == full * share(beta)
     # Executed: the blocks that are visited, in the place of the window's own area.
-    assert counted.flops == full * share(Fraction(visited_area(TOKENS, WINDOW), TOKENS**2))
+    visited = block_mask(Band(WINDOW), TOKENS, block=(64, 32)).visited * 64 * 32
+    assert counted.flops == full * share(Fraction(visited, TOKENS**2))
 
 
 def test_the_layer_ratio_of_a_window(model, dense):

@@ -43,7 +43,9 @@ from effjax.layers.attention import Attention
 from effjax.samplers import Carry, Sampler
 from effjax.sites import Wrapper, sites, wrap
 from effjax.transform import Method, Pair, Plan, Transform
-from pallas_kernels.window_attention import window_area, window_attention
+from pallas_kernels.attention import dense_attention
+from pallas_kernels.block_mask import Band, visible_pairs
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 
 METRICS = {
     "relative": metrics.relative_difference,
@@ -170,7 +172,7 @@ def attention_macs(plan: DiTFastAttnPlan, *, batch: int, width: int) -> np.ndarr
         width: heads * head_dim.
     """
     dense = 2 * batch * plan.tokens**2 * width
-    window = 2 * batch * window_area(plan.tokens, plan.window) * width
+    window = 2 * batch * visible_pairs(Band(plan.window), plan.tokens) * width
 
     def cost(code: int, need: bool) -> int:
         strategy = Strategy(code)
@@ -319,7 +321,9 @@ def _attend(module: FastAttention, x: jax.Array, *, action: int) -> jax.Array:
 
 def _window(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     with jax.named_scope("attention"):
-        return window_attention(q, k, v, window=window)
+        if window >= q.shape[1] - 1:
+            return dense_attention(q, k, v)
+        return block_sparse_attention(q, k, v, Band(window))
 
 
 def _check_tokens(tokens: int, context: Context) -> None:

@@ -1,0 +1,483 @@
+"""Which keys a query sees, exactly, and which blocks of keys a kernel visits for that.
+
+A *rule* is exact: it gives every query a few disjoint intervals of keys. A `BlockMask` is what a
+kernel executes: for every block of queries the key blocks to visit, those that the rule cuts last.
+It is built from a rule (`block_mask`), from a map of kept blocks (`from_map`), or from scores at
+run time (`top_blocks`).
+
+>>> mask = block_mask(Band(128), 1024, block=128)
+>>> mask.index.shape, mask.density      # at most 3 of 8 blocks, 22 of 64 in all
+((1, 1, 8, 3), 0.34375)
+
+Letters: B batch and H heads (1 where all share one list), S queries, T keys, M blocks of queries,
+N blocks of keys, W length of the longest list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from functools import lru_cache, partial, reduce
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Integers: TypeAlias = Any  # int32, numpy while lists are made, traced inside of kernels
+Spans: TypeAlias = tuple[tuple[Integers, Integers], ...]
+PerHead: TypeAlias = int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Every query sees every key. Other rules override `spans`, and say what differs by head.
+
+    A rule works on numpy and on traced integers alike, so that lists, reference and kernels all
+    follow the same lines of code.
+    """
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        """Disjoint intervals [start, stop) of keys that the queries see.
+
+        Args:
+            row: int32 positions of queries, any shape.
+            keys: number of keys T.
+            parameters: one row of `parameters`, the head's.
+        """
+        return ((0 * row, 0 * row + keys),)
+
+    @property
+    def parameters(self) -> np.ndarray:
+        """What differs by head: int32[H, P]; H = 1 if nothing does."""
+        return np.zeros((1, 0), np.int32)
+
+    def visible(
+        self, row: Integers, column: Integers, keys: int, *parameters: Integers
+    ) -> Integers:
+        """True where a query at `row` sees the key at `column`; shapes broadcast."""
+        pieces = self.spans(row, keys, *parameters)
+        return reduce(operator.or_, [(a <= column) & (column < b) for a, b in pieces])
+
+
+Full = Rule
+EVERYTHING = Full()
+
+
+@dataclasses.dataclass(frozen=True)
+class Band(Rule):
+    """Query i sees keys i - window ... i + window, clipped at the ends.
+
+    Attributes:
+        window: keys to each side, one number or one for each head.
+    """
+
+    window: PerHead
+
+    def __post_init__(self) -> None:
+        _at_least(0, window=self.window)
+
+    @property
+    def parameters(self) -> np.ndarray:
+        return _table(self.window)
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        (window,) = parameters
+        return ((_maximum(row - window, 0), _minimum(row + window + 1, keys)),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(Rule):
+    """Query i sees keys 0 ... i + offset.
+
+    Attributes:
+        offset: keys before the first query; T - S if the queries are the last of the keys.
+    """
+
+    offset: int = 0
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        return ((0 * row, _minimum(row + (self.offset + 1), keys)),)
+
+
+@dataclasses.dataclass(frozen=True)
+class SinkLocal(Rule):
+    """Causal: query i sees the first keys ("sinks") and the last ones up to itself (MoA).
+
+    Attributes:
+        sinks: first keys that stay visible, one number or one for each head.
+        local: last keys, the query's own included, likewise.
+        granularity: the local part starts at a multiple of this, counted from the end of the
+            query's own block of this size: 1 gives every query the same number, MoA's prefill
+            kernel has 64.
+    """
+
+    sinks: PerHead
+    local: PerHead
+    granularity: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(0, sinks=self.sinks)
+        _at_least(1, local=self.local, granularity=self.granularity)
+
+    @property
+    def parameters(self) -> np.ndarray:
+        return _table(self.sinks, self.local)
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        sinks, local = parameters
+        end = (_divide(row, self.granularity) + 1) * self.granularity
+        stop = _minimum(row + 1, keys)
+        return ((0 * row, _minimum(stop, sinks)), (_maximum(end - local, sinks), stop))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrow(Rule):
+    """A band on image tokens while text tokens see, and are seen by, everything (DiTFastAttnV2).
+
+    Attributes:
+        window: keys of the image to each side, one number or one for each head; -1 for everything
+            and 0 for a head that is not computed at all (all its rows are empty).
+        text: number of text tokens in the joint sequence.
+        text_first: True if the text precedes the image.
+    """
+
+    window: PerHead
+    text: int
+    text_first: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(-1, window=self.window)
+        _at_least(0, text=self.text)
+
+    @property
+    def parameters(self) -> np.ndarray:
+        return _table(self.window)
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        (window,) = parameters
+        first = self.text if self.text_first else 0
+        last = keys if self.text_first else keys - self.text
+        everything = (row < first) | (row >= last) | (window < 0)
+        start = _where(everything, first, _maximum(row - window, first))
+        stop = _where(everything, last, _minimum(row + window + 1, last))
+        text = (0, first) if self.text_first else (last, keys)
+        computed = window != 0
+        image = (start, _where(computed, stop, start))
+        return image, (0 * row + text[0], _where(computed, 0 * row + text[1], text[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels(Rule):
+    """Block-causal: a query sees its own level and the levels before it (VAR's scales).
+
+    Attributes:
+        sizes: tokens of each level.
+        first: level of the first query; the levels before it are cached keys.
+    """
+
+    sizes: tuple[int, ...]
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(1, sizes=self.sizes)
+        if not 0 <= self.first < len(self.sizes):
+            raise ValueError(f"first must be a level 0 ... {len(self.sizes) - 1}, got {self.first}")
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        starts = [0, *accumulate(self.sizes)]
+        position = row + starts[self.first]
+        stop = 0 * row
+        for start, size in zip(starts, self.sizes):
+            stop = stop + _where(position >= start, size, 0)
+        return ((0 * row, _minimum(stop, keys)),)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("index", "count", "full"),
+    meta_fields=("queries", "keys", "block_q", "block_k", "rule", "seen"),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Lists of key blocks to visit, and the rule inside of them; a pytree.
+
+    Attributes:
+        index: int32[B, H, M, W] key blocks, those without masked elements first; entries beyond
+            `count` repeat the last one, so that a pipelined kernel fetches nothing for them.
+        count: int32[B, H, M] entries to visit; 0 gives zeros.
+        full: int32[B, H, M] how many of them, at the front, the rule does not cut.
+        queries, keys: lengths S and T.
+        block_q, block_k: tokens in a block; the last block may be incomplete.
+        rule: what is visible inside of the blocks.
+        seen: (query, key) pairs that the lists and the rule let be seen, over all lists; None for
+            lists that are made at run time.
+    """
+
+    index: Any
+    count: Any
+    full: Any
+    queries: int
+    keys: int
+    block_q: int
+    block_k: int
+    rule: Rule
+    seen: int | None
+
+    @property
+    def static(self) -> bool:
+        """True if the lists are known while tracing."""
+        return isinstance(self.index, np.ndarray)
+
+    @property
+    def visited(self) -> int:
+        """Blocks in all lists; for lists that are made at run time, the most there can be."""
+        return int(self.count.sum()) if self.static else int(np.prod(self.index.shape))
+
+    @property
+    def density(self) -> float:
+        """Visited blocks as a share of all."""
+        *lists, _ = self.index.shape
+        return self.visited / (int(np.prod(lists)) * -(-self.keys // self.block_k))
+
+    def flops(self, batch: int, heads: int, *, head_dim: int, value_dim: int | None = None) -> int:
+        """FLOPs of QK^T and PV over the visited blocks."""
+        shared = batch * heads // (self.index.shape[0] * self.index.shape[1])
+        pairs = self.visited * shared * self.block_q * self.block_k
+        return 2 * pairs * (head_dim + (value_dim or head_dim))
+
+    def check(self, batch: int, queries: int, heads: int, keys: int) -> None:
+        """Raise ValueError unless the mask fits arrays of these sizes."""
+        lists = self.index.shape[:2]
+        rule_heads = self.rule.parameters.shape[0]
+        if (self.queries, self.keys) != (queries, keys):
+            raise ValueError(
+                f"the mask was made for {self.queries} queries and {self.keys} keys, got {queries} "
+                f"and {keys}. Make one for these lengths."
+            )
+        if lists[0] not in (1, batch) or {lists[1], rule_heads} - {1, heads}:
+            raise ValueError(
+                f"the mask has lists for batch {lists[0]} and {lists[1]} heads, and a rule for "
+                f"{rule_heads} heads; the arrays have batch {batch} and {heads} heads. Each must "
+                f"agree or be 1."
+            )
+
+
+def block_mask(
+    rule: Rule, queries: int, keys: int | None = None, *, block: int | tuple[int, int] = 128
+) -> BlockMask:
+    """The blocks in which a rule lets anything be seen.
+
+    Args:
+        rule: what every query sees.
+        queries: number of queries S.
+        keys: number of keys T; S if None.
+        block: tokens in a block, of queries and keys or (of queries, of keys).
+
+    Raises:
+        ValueError: for a length or block below 1.
+    """
+    block_q, block_k = (block, block) if isinstance(block, int) else block
+    return _from_rule(rule, queries, queries if keys is None else keys, block_q, block_k)
+
+
+@lru_cache(maxsize=256)
+def _from_rule(rule: Rule, queries: int, keys: int, block_q: int, block_k: int) -> BlockMask:
+    _at_least(1, queries=queries, keys=keys, block_q=block_q, block_k=block_k)
+    pairs, whole = _pairs(rule, queries, keys, block_q, block_k)
+    lists = _lists(np, whole[None], (pairs > 0)[None])
+    return BlockMask(*lists, queries, keys, block_q, block_k, rule, int(pairs.sum()))
+
+
+def from_map(
+    keep: Any,
+    queries: int,
+    keys: int | None = None,
+    *,
+    block: int | tuple[int, int] = 128,
+    rule: Rule = EVERYTHING,
+    width: int | None = None,
+) -> BlockMask:
+    """The blocks of a map, as far as a rule lets anything be seen in them.
+
+    Args:
+        keep: bool[M, N], [H, M, N] or [B, H, M, N]; a numpy array gives static lists, a JAX array
+            lists that are made at run time.
+        queries, keys, block: as for `block_mask`.
+        rule: what is visible inside of the blocks.
+        width: length of the lists; the longest static list if None. Required at run time, where
+            blocks beyond it are dropped (the last ones of a row).
+
+    Raises:
+        ValueError: for a map of another shape, or static lists longer than `width`.
+    """
+    block_q, block_k = (block, block) if isinstance(block, int) else block
+    keys = queries if keys is None else keys
+    _at_least(1, queries=queries, keys=keys, block_q=block_q, block_k=block_k)
+    xp = np if isinstance(keep, np.ndarray) else jnp
+    blocks = (-(-queries // block_q), -(-keys // block_k))
+    if keep.ndim not in (2, 3, 4) or keep.shape[-2:] != blocks:
+        raise ValueError(
+            f"a map of {queries} x {keys} tokens in blocks of {block_q} x {block_k} ends with the "
+            f"dimensions {list(blocks)}; got {list(keep.shape)}"
+        )
+    if xp is jnp and width is None:
+        raise ValueError(
+            "lists that are made at run time need a static width: the most blocks of a row"
+        )
+    keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape).astype(bool)
+    pairs, whole = _pairs(rule, queries, keys, block_q, block_k)
+    lists = _lists(xp, keep & whole, keep & (pairs > 0), width)
+    seen = int((keep * pairs).sum()) if xp is np else None
+    return BlockMask(*lists, queries, keys, block_q, block_k, rule, seen)
+
+
+def top_blocks(
+    scores: jax.Array,
+    count: int,
+    queries: int,
+    keys: int | None = None,
+    *,
+    block: int | tuple[int, int] = 128,
+    rule: Rule = EVERYTHING,
+) -> BlockMask:
+    """The `count` visible blocks of highest score in each row, chosen at run time.
+
+    Args:
+        scores: float[B, H, M, N], or with leading dimensions left out as in `from_map`.
+        count: blocks to keep in each row, 1 ... N.
+        queries, keys, block, rule: as for `from_map`; blocks that the rule empties never count.
+    """
+    if not 1 <= count <= scores.shape[-1]:
+        raise ValueError(f"count must be 1 ... {scores.shape[-1]} blocks of a row, got {count}")
+    block_q, block_k = (block, block) if isinstance(block, int) else block
+    pairs, _ = _pairs(rule, queries, queries if keys is None else keys, block_q, block_k)
+    possible = jnp.asarray(pairs > 0)
+    scores = scores.reshape((1,) * (4 - scores.ndim) + scores.shape)
+    _, best = jax.lax.top_k(jnp.where(possible, scores, -jnp.inf), count)
+    keep = jax.nn.one_hot(best, scores.shape[-1], dtype=bool).any(-2)
+    return from_map(keep, queries, keys, block=block, rule=rule, width=count)
+
+
+def tile_map(grid: tuple[int, ...], tile: tuple[int, ...], reach: tuple[int, ...]) -> np.ndarray:
+    """Neighbourhoods of tiles, for tokens that stand in the order of tiles: bool[M, M].
+
+    A tile of queries sees the tiles that lie at most `reach` tiles away along every axis; near an
+    edge the neighbourhood is moved inwards, so that every tile sees equally many.
+
+    Args:
+        grid: tokens along every axis, such as (frames, rows, columns).
+        tile: tokens of a tile along every axis; their product is the block.
+        reach: neighbouring tiles to each side along every axis.
+
+    Raises:
+        ValueError: if the tiles do not divide the grid.
+    """
+    if not len(grid) == len(tile) == len(reach) or any(g % t for g, t in zip(grid, tile)):
+        raise ValueError(
+            f"grid, tile and reach must have one entry for each axis and tiles must divide the "
+            f"grid; got {grid}, {tile}, {reach}. Pad the grid, or choose a tile that divides it."
+        )
+    keep = np.ones((1, 1), bool)
+    for size, side, far in zip(grid, tile, reach):
+        tiles = size // side
+        width = min(2 * far + 1, tiles)
+        place = np.arange(tiles)
+        first = np.clip(place - far, 0, tiles - width)[:, None]
+        near = (first <= place) & (place < first + width)
+        keep = np.kron(keep, near).astype(bool)
+    return keep
+
+
+def visible_pairs(rule: Rule, queries: int, keys: int | None = None) -> int:
+    """Number of (query, key) pairs that a rule lets be seen, summed over its heads."""
+    keys = queries if keys is None else keys
+    rows = np.arange(queries)
+    return sum(
+        int(np.maximum(0, stop - start).sum())
+        for parameters in rule.parameters
+        for start, stop in rule.spans(rows, keys, *parameters)
+    )
+
+
+def dense_mask(mask: BlockMask) -> Any:
+    """What a mask lets be seen as bool[B, H, S, T]: the specification, for short sequences."""
+    xp = np if mask.static else jnp
+    row, column = xp.arange(mask.queries)[:, None], xp.arange(mask.keys)
+    rule = xp.stack(
+        [mask.rule.visible(row, column, mask.keys, *each) for each in mask.rule.parameters]
+    )
+    listed = xp.arange(mask.index.shape[-1]) < mask.count[..., None]
+    blocks = xp.arange(-(-mask.keys // mask.block_k))
+    keep = ((mask.index[..., None] == blocks) & listed[..., None]).any(-2)  # [B, H, M, N]
+    keep = xp.repeat(xp.repeat(keep, mask.block_q, 2), mask.block_k, 3)
+    return keep[:, :, : mask.queries, : mask.keys] & rule
+
+
+@lru_cache(maxsize=64)
+def _pairs(
+    rule: Rule, queries: int, keys: int, block_q: int, block_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Visible pairs in every block, int64[H, M, N], and whether nothing in it must be masked.
+
+    A last block of keys that is incomplete must be: its padding is.
+    """
+    table, which = np.unique(rule.parameters, axis=0, return_inverse=True)
+    row = np.arange(queries)
+    edges = np.arange(-(-keys // block_k)) * block_k
+    seen = []
+    for parameters in table:
+        pairs = np.zeros((queries, len(edges)), np.int64)
+        for start, stop in rule.spans(row, keys, *parameters):
+            inside = np.minimum(stop[:, None], edges + block_k) - np.maximum(start[:, None], edges)
+            pairs += np.maximum(inside, 0)
+        seen.append(np.add.reduceat(pairs, np.arange(0, queries, block_q), axis=0))
+    rows = np.minimum(block_q, queries - np.arange(0, queries, block_q))
+    pairs = np.stack(seen)[which.reshape(-1)]
+    return pairs, pairs == rows[:, None] * block_k
+
+
+def _lists(xp: Any, whole: Any, kept: Any, width: int | None = None) -> tuple[Any, Any, Any]:
+    """index, count and full of `BlockMask` from maps [B, H, M, N] of blocks."""
+    full, count = (xp.sum(kind, -1).astype(np.int32) for kind in (whole, kept))
+    if width is None:
+        width = max(int(count.max()), 1)
+    elif xp is np and count.max() > width:
+        raise ValueError(f"a row keeps {int(count.max())} blocks, more than the width {width}")
+    full, count = xp.minimum(full, width), xp.minimum(count, width)
+    order = xp.argsort(xp.where(whole, 0, xp.where(kept, 1, 2)), -1, stable=True)
+    slot = xp.minimum(xp.arange(width), xp.maximum(count - 1, 0)[..., None])
+    return xp.take_along_axis(order, slot, -1).astype(np.int32), count, full
+
+
+def _table(*fields: PerHead) -> np.ndarray:
+    """Columns of per-head parameters: int32[H, fields]."""
+    columns = [np.atleast_1d(np.asarray(field, np.int32)) for field in fields]
+    try:
+        return np.stack(np.broadcast_arrays(*columns), axis=1)
+    except ValueError:
+        raise ValueError(
+            f"per-head parameters must have one value, or one for each head; got lengths "
+            f"{[len(column) for column in columns]}"
+        ) from None
+
+
+def _at_least(minimum: int, **fields: PerHead) -> None:
+    for name, field in fields.items():
+        if not np.size(field) or np.min(field) < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {field}")
+
+
+# Numpy stays numpy, so that lists can be made while a program is traced.
+def _pick(name: str, *operands: Integers) -> Integers:
+    traced = any(isinstance(operand, jax.Array) for operand in operands)
+    return getattr(jnp if traced else np, name)(*operands)
+
+
+def _divide(x: Integers, y: int) -> Integers:
+    # Not `//` on traced integers: kernels cannot lower its treatment of negative ones.
+    return jax.lax.div(x, jnp.full_like(x, y)) if isinstance(x, jax.Array) else x // y
+
+
+_minimum, _maximum, _where = (partial(_pick, name) for name in ("minimum", "maximum", "where"))

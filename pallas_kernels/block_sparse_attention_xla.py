@@ -1,0 +1,247 @@
+"""Block-sparse attention in XLA: every block of queries against its list of key blocks.
+
+A step is one block of queries: it gathers its key blocks and is then two products. Steps are
+batched as far as their logits stay in a processor's cache. Heads are [B, H, S, D] here; letters as
+in `block_sparse_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.tiling import pad_axis
+
+# Blocks that a rule is cut into: gathering is cheap, so keys come in smaller ones than queries.
+BLOCKS = {"smallest": 16, "largest": 256, "keys_in": 2}
+
+# Logits that are computed at once: 1 MiB of float32.
+LOGITS_AT_ONCE = 1 << 18
+
+
+class Steps(NamedTuple):
+    """Blocks of queries that visit equally many key blocks; a pytree over n steps.
+
+    Attributes:
+        place: int32[n] index into B * H * M.
+        blocks: int32[n, c] key blocks, ascending.
+        count: int32[n] valid entries of `blocks`.
+    """
+
+    place: Any
+    blocks: Any
+    count: Any
+
+
+Group = tuple[Steps, bool]  # steps, and whether an element of their blocks may be masked
+
+
+def forward(
+    mask: BlockMask, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, H, S, E] and log-sum-exp float32[B, H, S]."""
+    tiles = _Tiles(mask, scale, q, k, segments)
+    values = tiles.of_keys(v)
+
+    def step(which: Steps, cut: bool) -> tuple[jax.Array, jax.Array]:
+        logits = tiles.logits(which, cut)
+        peak = jnp.max(logits, axis=-1, keepdims=True)
+        peak = jnp.where(peak == -jnp.inf, 0.0, peak) if cut else peak
+        weights = jnp.exp(logits - peak)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        own = tiles.gather(values, which)
+        out = jnp.matmul(weights.astype(v.dtype), own, preferred_element_type=jnp.float32)
+        lse = (peak + jnp.log(total))[..., 0]
+        return (out / jnp.where(total == 0, 1.0, total)).astype(v.dtype), lse
+
+    groups = _groups(mask, *q.shape[:2])
+    parts = [_run(step, mask, *group) for group in groups]
+    out = tiles.rows(groups, [part for part, _ in parts], v.shape[-1:], v.dtype, fill=0.0)
+    return out, tiles.rows(groups, [part for _, part in parts], (), jnp.float32, fill=-jnp.inf)
+
+
+def backward(
+    mask: BlockMask,
+    scale: float,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Any,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v, from the saved log-sum-exp, over the same blocks.
+
+    With P = exp(logits - lse): dV = P^T dO and dS = P (dO V^T - rowsum(dO O) + d lse).
+    """
+    tiles = _Tiles(mask, scale, q, k, segments)
+    values = tiles.of_keys(v)
+    through = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    d_out, through, lse = (tiles.of_queries(x) for x in (d_out, through, lse))
+
+    def step(which: Steps, cut: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        sums = lse[which.place][:, None]
+        logits = tiles.logits(which, cut) - jnp.where(sums == -jnp.inf, 0.0, sums)
+        weights = jnp.exp(logits)
+        of_out = d_out[which.place]
+        product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+        d_values = product(weights.astype(of_out.dtype).T, of_out)
+        d_weights = product(of_out, tiles.gather(values, which).T)
+        d_logits = (weights * (d_weights - through[which.place][:, None])).astype(q.dtype)
+        keys = tiles.gather(tiles.k, which)
+        return product(d_logits, keys), product(d_logits.T, tiles.q[which.place]), d_values
+
+    groups = _groups(mask, *q.shape[:2])
+    parts = [_run(step, mask, *group) for group in groups]
+    d_q = tiles.rows(groups, [part for part, _, _ in parts], q.shape[-1:], jnp.float32, fill=0.0)
+    d_k = tiles.scatter(groups, [part for _, part, _ in parts], k)
+    d_v = tiles.scatter(groups, [part for _, _, part in parts], v)
+    return (d_q * scale).astype(q.dtype), (d_k * scale).astype(k.dtype), d_v.astype(v.dtype)
+
+
+class _Tiles:
+    """q and k in blocks, and what a step needs of them."""
+
+    def __init__(self, mask: BlockMask, scale: float, q: jax.Array, k: jax.Array, segments: Any):
+        self.mask = mask
+        self.batch, self.heads, self.queries = q.shape[:3]
+        self.key_heads = k.shape[1]
+        self.blocks = -(-self.queries // mask.block_q)
+        self.scale = scale
+        self.q = self.of_queries(q)
+        self.k = self.of_keys(k)
+        self.segments = None
+        if segments is not None:
+            of_queries, of_keys = segments
+            self.segments = (
+                pad_axis(of_queries, 1, mask.block_q),
+                pad_axis(of_keys, 1, mask.block_k),
+            )
+
+    def of_queries(self, x: jax.Array) -> jax.Array:
+        """[B, H, S, ...] as [B H M, block_q, ...]."""
+        x = pad_axis(x, 2, self.mask.block_q)
+        return x.reshape(-1, self.mask.block_q, *x.shape[3:])
+
+    def of_keys(self, x: jax.Array) -> jax.Array:
+        """[B, K, T, width] as [B K, N, block_k, width]."""
+        x = pad_axis(x, 2, self.mask.block_k)
+        return x.reshape(self.batch * self.key_heads, -1, self.mask.block_k, x.shape[-1])
+
+    def rows(
+        self,
+        groups: list[Group],
+        parts: list[jax.Array],
+        width: tuple[int, ...],
+        dtype: jax.typing.DTypeLike,
+        *,
+        fill: float,
+    ) -> jax.Array:
+        """Results [n, block_q, *width] of the groups as [B, H, S, *width]; `fill` elsewhere."""
+        lines = self.batch * self.heads
+        whole = jnp.full((lines * self.blocks, self.mask.block_q, *width), fill, dtype)
+        for (which, _), part in zip(groups, parts):
+            everything = len(which.place) == len(whole)
+            whole = part if everything else whole.at[which.place].set(part, unique_indices=True)
+        return whole.reshape(self.batch, self.heads, -1, *width)[:, :, : self.queries]
+
+    def head(self, place: Any) -> tuple[Any, Any, Any]:
+        """Batch row, query head and block of queries of a step."""
+        line, block = place // self.blocks, place % self.blocks
+        return line // self.heads, line % self.heads, block
+
+    def line(self, place: Any) -> Any:
+        """Index into B * K of a step's keys."""
+        batch, head, _ = self.head(place)
+        return batch * self.key_heads + head // (self.heads // self.key_heads)
+
+    def gather(self, tiles: jax.Array, which: Steps) -> jax.Array:
+        """The key blocks of one step: [c * block_k, width]."""
+        found = tiles.at[self.line(which.place), which.blocks].get(mode="promise_in_bounds")
+        return found.reshape(-1, tiles.shape[-1])
+
+    def scatter(self, groups: list[Group], parts: list[jax.Array], like: jax.Array):
+        """Sum contributions [n, c * block_k, width] of steps to their keys [B, K, T, width]."""
+        whole = jnp.zeros_like(self.of_keys(like), jnp.float32)
+        for (which, _), part in zip(groups, parts):
+            lines = self.line(which.place)[:, None]
+            tiles = part.reshape(*which.blocks.shape, *whole.shape[2:])
+            whole = whole.at[lines, which.blocks].add(tiles, mode="promise_in_bounds")
+        whole = whole.reshape(*like.shape[:2], -1, like.shape[-1])
+        return whole[:, :, : like.shape[2]]
+
+    def logits(self, which: Steps, cut: bool) -> jax.Array:
+        """float32[block_q, c * block_k] of one step, -inf where nothing is seen."""
+        logits = jax.lax.dot_general(
+            self.q[which.place],
+            self.gather(self.k, which),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        logits = logits * self.scale
+        return jnp.where(self.visible(which), logits, -jnp.inf) if cut else logits
+
+    def visible(self, which: Steps) -> jax.Array:
+        mask = self.mask
+        batch, head, block = self.head(which.place)
+        row = block * mask.block_q + jnp.arange(mask.block_q)[:, None]
+        column = which.blocks[:, None] * mask.block_k + jnp.arange(mask.block_k)
+        column = column.reshape(1, -1)
+        table = mask.rule.parameters
+        parameters = jnp.asarray(table)[head] if len(table) > 1 else table[0]
+        listed = jnp.arange(which.blocks.shape[0]) < which.count
+        seen = mask.rule.visible(row, column, mask.keys, *parameters)
+        seen &= jnp.repeat(listed, mask.block_k)
+        if self.segments is not None:
+            of_queries, of_keys = self.segments
+            seen &= of_queries[batch, row] == of_keys[batch, column]
+        return seen
+
+
+def _run(step: Callable[..., Any], mask: BlockMask, which: Steps, cut: bool) -> Any:
+    """All steps of a group, as many at once as fit."""
+    logits = mask.block_q * mask.block_k * which.blocks.shape[1]
+    at_once = max(1, LOGITS_AT_ONCE // logits)
+    return jax.lax.map(partial(step, cut=cut), which, batch_size=at_once)
+
+
+def _groups(mask: BlockMask, batch: int, heads: int) -> list[Group]:
+    """The steps of a mask, in groups of (nearly) equal length; steps without a block are left out.
+
+    Static lists are as long as they are, rounded up to four lengths an octave so that few programs
+    are compiled; lists that are made at run time all have their full width.
+    """
+    shape = (batch, heads, mask.index.shape[2])
+    xp = np if mask.static else jnp
+    index = xp.broadcast_to(mask.index, (*shape, mask.index.shape[-1]))
+    index = index.reshape(-1, index.shape[-1])
+    count, full = (xp.broadcast_to(x, shape).reshape(-1) for x in (mask.count, mask.full))
+    place = xp.arange(len(index), dtype=np.int32)
+    if not mask.static:
+        return [(Steps(place, index, count), True)]
+    groups: list[Group] = []
+    lengths = np.minimum(_rounded(count), index.shape[-1])
+    for length in np.unique(lengths[count > 0]):
+        own = lengths == length
+        cut = bool((full[own] < length).any())
+        groups.append((Steps(place[own], index[own, :length], count[own]), cut))
+    return groups
+
+
+def _rounded(count: Any) -> np.ndarray:
+    step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(count, 1))).astype(int) - 3, 0)
+    return -(-count // step) * step
+
+
+def flops(mask: BlockMask, q: jax.Array, v: jax.Array) -> int:
+    """FLOPs of `forward` on these operands, masked and repeated blocks included."""
+    blocks = sum(which.blocks.size for which, _ in _groups(mask, *q.shape[:2]))
+    return 2 * blocks * mask.block_q * mask.block_k * (q.shape[-1] + v.shape[-1])

@@ -1,0 +1,474 @@
+"""Decode attention: one or a few query tokens against a long cache of keys and values.
+
+    o = softmax(scale * q K^T) V      over the keys t < length of the query's row
+
+For S > 1 queries, these are the last S tokens of their row: query s sees t < length - (S - 1 - s).
+Query head h reads key head h // (H / K). A row of length 0 gives zeros (log-sum-exp -inf). What a
+cache holds beyond a row's length, even NaN, has no influence.
+
+============================  ====================================================================
+function                      cache
+============================  ====================================================================
+`decode_attention`            k [B, T, K, D], v [B, T, K, W]
+`flat_decode_attention`       k, v [B, N, D]: each head has its own stretch of slots on one axis
+`quantized_decode_attention`  int8 or packed int4 codes with scales and offsets
+`low_rank_decode_attention`   features c [B, T, R] of the keys; k = rotary(c basis), tile by tile
+============================  ====================================================================
+
+The cache is cut in tiles along its tokens, and only tiles with valid keys are read. On a GPU and in
+XLA the tiles of all rows form one list that is divided evenly (LeanAttention), and partial results
+are merged by log-sum-exp; a TPU core walks the same list from end to end. Low-rank keys have no GPU
+kernel: a basis of rank 1024 does not fit beside the tiles of one program.
+
+For inference: no gradients, except of `implementation="reference"`. For more than 8 queries, as in
+prefill, use `pallas_kernels.block_sparse_attention`. To attend to a cache and to some other keys,
+as to a compressed past and an exact present, ask for log-sum-exps and use `pallas_kernels.merge`.
+
+B batch, S queries, H query heads, K key heads, T tokens, D head dim, W value dim, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import decode_attention_tiles as tiles
+from pallas_kernels.decode_attention_checks import (
+    check_cache,
+    check_places,
+    check_queries,
+    check_shape,
+    code_bits,
+)
+from pallas_kernels.decode_attention_gpu import gpu_refusal, pallas_gpu
+from pallas_kernels.decode_attention_reference import (
+    dequantize,
+    flat_reference,
+    rebuild_keys,
+    reference,
+)
+from pallas_kernels.decode_attention_tiles import Operands, Problem, Side
+from pallas_kernels.decode_attention_tpu import pallas_tpu, tpu_refusal
+from pallas_kernels.decode_attention_xla import xla
+from pallas_kernels.implementation import Implementation, dispatch
+
+Result = Array | tuple[Array, Array]
+
+
+def decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    tile: int | None = None,
+    splits: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Result:
+    """Attend to a cache of plain keys and values.
+
+    Args:
+        q: float[B, S, H, D], float32, bfloat16 or float16; 1 <= S <= 8.
+        k, v: float[B, T, K, D] and [B, T, K, W] in q's dtype; H is a multiple of K.
+        lengths: int32[B] valid tokens of each row, or int32[B, K] of each row's key heads; values
+            outside of 0 ... T are clipped.
+        scale: factor on the scores; 1 / sqrt(D) if None.
+        return_lse: return the log-sum-exp of the scaled scores too, for `merge`.
+        tile: tokens in a tile; chosen by the program if None.
+        splits: among how many workers the list of tiles is divided; chosen by the program if None.
+            A TPU core is one worker, whatever is asked for.
+        implementation: see `pallas_kernels.implementation`.
+        interpret: run a named kernel in interpret mode.
+
+    Returns:
+        float[B, S, H, W] in q's dtype, and float32[B, S, H] if `return_lse`.
+
+    Raises:
+        ValueError: for shapes, dtypes or options that do not fit, naming what is allowed.
+        NotImplementedError: if a named implementation cannot run this.
+
+    Source: FlashDecoding; LeanAttention, arXiv 2405.10480.
+    """
+    check_queries(q)
+    check_cache(q, k, "k", (q.shape[0], None, None, q.shape[3]))
+    check_cache(q, v, "v", (*k.shape[:3], None))
+    keys = tiles.plain_keys(tiles.TOKENS, q.shape[3])
+    values = tiles.plain_values(tiles.TOKENS, v.shape[3])
+    problem = _problem(q, k.shape[2], keys, values, k.shape[1], scale, tile, splits)
+    lengths = _lengths(lengths, q, problem)
+    return _run(
+        "decode_attention",
+        problem,
+        Operands(_queries(q, problem), lengths, (k,), (v,)),
+        lambda: reference(q, k, v, lengths, scale=problem.scale),
+        return_lse,
+        implementation,
+        interpret,
+    )
+
+
+def flat_decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    *,
+    head_start: Sequence[int],
+    head_capacity: Sequence[int],
+    scale: float | None = None,
+    return_lse: bool = False,
+    tile: int | None = None,
+    splits: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Result:
+    """Attend to a cache in which each key head keeps a number of slots of its own.
+
+    Key head h owns slots head_start[h] ... head_start[h] + head_capacity[h] - 1 of the one token
+    axis; its first `lengths[b, h]` are valid, in any order (a ring buffer's phase does not matter).
+    Each tile of slots is read once; a head's queries see its own slots.
+
+    Args:
+        q: float[B, 1, H, D]: one token, since slots of a ring have no order.
+        k, v: float[B, N, D] and [B, N, W] in q's dtype.
+        lengths: int32[B] or int32[B, K] valid slots, clipped to each head's capacity.
+        head_start, head_capacity: K host integers each; heads may not overlap.
+        scale, return_lse, tile, splits, implementation, interpret: as in `decode_attention`.
+
+    Returns:
+        As `decode_attention`.
+
+    Raises:
+        ValueError, NotImplementedError: as `decode_attention`.
+
+    Source: Mixture of Attention Spans, arXiv 2406.14909.
+    """
+    check_queries(q)
+    if q.shape[1] != 1:
+        raise ValueError(
+            f"flat_decode_attention takes one query token, since the slots of a ring are in no "
+            f"order that a later token's mask could follow; got S = {q.shape[1]}. Call it once for "
+            f"each token, after writing that token's key."
+        )
+    check_cache(q, k, "k", (q.shape[0], None, q.shape[3]))
+    check_cache(q, v, "v", (*k.shape[:2], None))
+    starts, capacities = check_places(head_start, head_capacity, k.shape[1])
+    keys = tiles.plain_keys(tiles.FLAT, q.shape[3])
+    values = tiles.plain_values(tiles.FLAT, v.shape[2])
+    places = starts, capacities
+    problem = _problem(q, len(starts), keys, values, k.shape[1], scale, tile, splits, places=places)
+    lengths = _lengths(lengths, q, problem)
+    return _run(
+        "flat_decode_attention",
+        problem,
+        Operands(_queries(q, problem), lengths, (k,), (v,)),
+        lambda: flat_reference(
+            q, k, v, lengths, starts=starts, capacities=capacities, scale=problem.scale
+        ),
+        return_lse,
+        implementation,
+        interpret,
+    )
+
+
+def quantized_decode_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    *,
+    k_scale: Array,
+    v_scale: Array,
+    k_offset: Array | None = None,
+    v_offset: Array | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    tile: int | None = None,
+    splits: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Result:
+    """Attend to quantised keys and values: x = code * scale + offset, made tile by tile.
+
+    Codes are int8, or uint8 with two signed 4-bit codes of one head each (`pack_int4`: channels
+    0 ... D/2 - 1 in the low nibbles, the others in the high ones); keys and values may differ.
+
+    Args:
+        q: float[B, S, H, D], 1 <= S <= 8.
+        k, v: int8[B, T, K, D] and [B, T, K, W], or uint8 with half the last axis.
+        lengths: as in `decode_attention`.
+        k_scale, k_offset: float[B, G, K, D], for each channel and T / G consecutive tokens; G = 1:
+            one for all tokens.
+        v_scale, v_offset: float[B, T, K, 1], for each token.
+        scale, return_lse, tile, splits, implementation, interpret: as in `decode_attention`.
+
+    Returns:
+        As `decode_attention`.
+
+    Raises:
+        ValueError, NotImplementedError: as `decode_attention`.
+
+    Source: KIVI, arXiv 2402.02750 (keys per channel, values per token).
+    """
+    check_queries(q)
+    (batch, _, _, width), k_bits, v_bits = q.shape, code_bits(k, "k"), code_bits(v, "v")
+    if (width * k_bits) % 8:
+        raise ValueError(f"two 4-bit codes to the byte need an even head dim, got D = {width}")
+    check_shape(k, "k", (batch, None, None, width * k_bits // 8))
+    check_shape(v, "v", (*k.shape[:3], None))
+    tokens, heads, value_width = k.shape[1], k.shape[2], v.shape[3] * 8 // v_bits
+    for name, x in {"k_scale": k_scale, "k_offset": k_offset}.items():
+        if x is not None:
+            check_shape(x, name, (batch, k_scale.shape[1], heads, width), "float")
+    for name, x in {"v_scale": v_scale, "v_offset": v_offset}.items():
+        if x is not None:
+            check_shape(x, name, (batch, tokens, heads, 1), "float")
+    groups = k_scale.shape[1]
+    if groups < 1 or tokens % groups:
+        raise ValueError(
+            f"k_scale has {groups} groups of tokens, which do not divide the cache's {tokens}; "
+            f"pad the cache, or use one group"
+        )
+    every = tokens // groups if groups > 1 else None
+    if every and tile and every % tile and tile % every:
+        raise ValueError(
+            f"a tile must be a multiple or a divisor of the {every} tokens that share a scale of "
+            f"the keys; got tile = {tile}"
+        )
+    keys = tiles.quantized_keys(width, bits=k_bits, every=every, offset=k_offset is not None)
+    values = tiles.quantized_values(
+        value_width, bits=v_bits, offset=v_offset is not None, dtype=q.dtype
+    )
+    problem = _problem(q, heads, keys, values, tokens, scale, tile, splits)
+    lengths = _lengths(lengths, q, problem)
+    by_channel = [x for x in (k_scale, k_offset) if x is not None]
+    by_token = [
+        x.transpose(0, 2, 3, 1).astype(jnp.float32) for x in (v_scale, v_offset) if x is not None
+    ]
+    return _run(
+        "quantized_decode_attention",
+        problem,
+        Operands(_queries(q, problem), lengths, (k, *by_channel), (v, *by_token)),
+        lambda: reference(
+            q,
+            dequantize(k, k_scale, k_offset),
+            dequantize(v, v_scale, v_offset),
+            lengths,
+            scale=problem.scale,
+        ),
+        return_lse,
+        implementation,
+        interpret,
+    )
+
+
+def low_rank_decode_attention(
+    q: Array,
+    features: Array,
+    basis: Array,
+    v: Array,
+    lengths: Array,
+    *,
+    frequencies: Array,
+    positions: Array | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    tile: int | None = None,
+    splits: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Result:
+    """Attend to keys that are stored as low-rank features, before their rotation.
+
+    Key head h of token t is rotary(features[t] basis[:, h D : (h + 1) D], positions[t]), with
+    channel i paired with channel i + D / 2 (the halves of Llama) and angle positions[t] *
+    frequencies[i]. Keys are rebuilt tile by tile and never stored.
+
+    Args:
+        q: float[B, S, H, D], rotated already; 1 <= S <= 8.
+        features: float[B, T, R] in q's dtype.
+        basis: float[R, K D] in q's dtype.
+        v: float[B, T, K, W]; or [B, T, W], low-rank features of the values that all heads share:
+            these are attended to as they are, and the caller multiplies by their basis (softmax(s)
+            (C B) = (softmax(s) C) B), folded into the output projection.
+        lengths: as in `decode_attention`.
+        frequencies: float32[D / 2], radians a position.
+        positions: int32[B, T]; 0, 1, 2 ... if None.
+        scale, return_lse, tile, splits, implementation, interpret: as in `decode_attention`.
+
+    Returns:
+        As `decode_attention`.
+
+    Raises:
+        ValueError, NotImplementedError: as `decode_attention`.
+
+    Source: CSKV, arXiv 2409.10593.
+    """
+    check_queries(q)
+    batch, width = q.shape[0], q.shape[3]
+    check_cache(q, features, "features", (batch, None, None))
+    tokens, rank = features.shape[1:]
+    check_cache(q, basis, "basis", (rank, None))
+    heads = basis.shape[1] // width
+    if heads * width != basis.shape[1] or heads == 0:
+        raise ValueError(
+            f"basis must have K D columns, a multiple of the head dim {width}; got {basis.shape}"
+        )
+    own = v.ndim == 4
+    check_cache(q, v, "v", (batch, tokens, heads, None) if own else (batch, tokens, None))
+    if width % 2:
+        raise ValueError(f"rotary needs an even head dim, got D = {width}")
+    check_shape(frequencies, "frequencies", (width // 2,), "float")
+    places = (
+        jnp.broadcast_to(jnp.arange(tokens), (batch, tokens)) if positions is None else positions
+    )
+    check_shape(places, "positions", (batch, tokens), "int")
+    keys = tiles.low_rank_keys(width, rank)
+    values = tiles.plain_values(tiles.TOKENS if own else tiles.FLAT, v.shape[-1])
+    problem = _problem(q, heads, keys, values, tokens, scale, tile, splits)
+    lengths = _lengths(lengths, q, problem)
+    column = frequencies.astype(jnp.float32)[:, None]
+    parts = basis, features, places.astype(jnp.int32)[:, None], column
+
+    def specification() -> tuple[Array, Array]:
+        k = rebuild_keys(features, basis, places, frequencies)
+        shared = v if own else jnp.broadcast_to(v[:, :, None], (batch, tokens, heads, v.shape[-1]))
+        return reference(q, k, shared, lengths, scale=problem.scale)
+
+    return _run(
+        "low_rank_decode_attention",
+        problem,
+        Operands(_queries(q, problem), lengths, parts, (v,)),
+        specification,
+        return_lse,
+        implementation,
+        interpret,
+    )
+
+
+def pack_int4(codes: Array) -> Array:
+    """Two signed 4-bit codes to a uint8: channel i in the low nibble, i + D / 2 in the high one.
+
+    Args:
+        codes: int[..., D], -8 ... 7, D even.
+
+    Raises:
+        ValueError: for an odd last axis or codes that are no integers.
+    """
+    if codes.shape[-1] % 2 or not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise ValueError(
+            f"pack_int4 takes integers with an even last axis, got {codes.dtype}{codes.shape}"
+        )
+    low, high = jnp.split(codes.astype(jnp.int32) & 15, 2, axis=-1)
+    return (low | high << 4).astype(jnp.uint8)
+
+
+# --- from arguments to a problem -----------------------------------------------------------------
+
+
+def _problem(
+    q: Array,
+    heads: int,
+    keys: Side,
+    values: Side,
+    tokens: int,
+    scale: float | None,
+    tile: int | None,
+    splits: int | None,
+    places: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> Problem:
+    if heads == 0 or q.shape[2] % heads:
+        raise ValueError(
+            f"the query heads must be a multiple of the key heads; got H = {q.shape[2]} and "
+            f"K = {heads}"
+        )
+    if tokens == 0:
+        raise ValueError("the cache has no tokens; give it at least one, with lengths 0")
+    for name, value in {"tile": tile, "splits": splits}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None to leave it open; got {value}")
+    starts, capacities = places or ((0,) * heads, (tokens,) * heads)
+    return Problem(
+        heads=heads,
+        group=q.shape[2] // heads,
+        queries=q.shape[1],
+        keys=keys,
+        values=values,
+        tokens=tokens,
+        starts=starts,
+        capacities=capacities,
+        scale=float(q.shape[3] ** -0.5 if scale is None else scale),
+        tile=tile,
+        splits=splits,
+    )
+
+
+def _queries(q: Array, problem: Problem) -> tuple[Array, ...]:
+    """[B, S, H, D] as [B, K, S G, D], by plane of the keys' channels."""
+    batch, queries, _, width = q.shape
+    q = q.reshape(batch, queries, problem.heads, problem.group, width).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(batch, problem.heads, problem.rows, width)
+    return tuple(jnp.split(q, len(problem.keys.widths), axis=-1))
+
+
+def _lengths(lengths: Array, q: Array, problem: Problem) -> Array:
+    """int32[B, K], within each head's capacity."""
+    allowed = (q.shape[0],), (q.shape[0], problem.heads)
+    if lengths.shape not in allowed or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths must be integers of shape {allowed[0]} (one for each row) or {allowed[1]} "
+            f"(one for each row and key head); got {lengths.dtype}{lengths.shape}"
+        )
+    lengths = lengths.astype(jnp.int32)
+    if lengths.ndim == 1:
+        lengths = jnp.broadcast_to(lengths[:, None], allowed[1])
+    return jnp.clip(lengths, 0, jnp.asarray(problem.capacities, jnp.int32))
+
+
+def _run(
+    operation: str,
+    problem: Problem,
+    operands: Operands,
+    specification: Callable[[], tuple[Array, Array]],
+    return_lse: bool,
+    implementation: Implementation | None,
+    interpret: bool,
+) -> Result:
+    def finished(program: Callable) -> Callable:
+        """Outputs [B, K, M, W] and log-sum-exps [B, K, M] by query and head."""
+
+        def run(operands: Operands) -> tuple[Array, Array]:
+            planes, log_sum_exps = program(problem, operands)
+            batch, heads, dtype = *operands.lengths.shape, operands.queries[0].dtype
+            output = jnp.concatenate(planes, axis=-1).astype(dtype)
+            shape = batch, heads, problem.queries, problem.group
+            output = output.reshape(*shape, -1).transpose(0, 2, 1, 3, 4)
+            log_sum_exps = log_sum_exps.reshape(shape).transpose(0, 2, 1, 3)
+            output = output.reshape(batch, problem.queries, -1, output.shape[-1])
+            return output, log_sum_exps.reshape(output.shape[:3])
+
+        return run
+
+    output, log_sum_exp = dispatch(
+        operation,
+        implementation,
+        {
+            "reference": lambda _: specification(),
+            "xla": finished(xla),
+            "pallas_tpu": finished(partial(pallas_tpu, interpret=interpret)),
+            "pallas_gpu": finished(partial(pallas_gpu, interpret=interpret)),
+        },
+        operands,
+        refusals={
+            "pallas_tpu": tpu_refusal(problem, operands),
+            "pallas_gpu": gpu_refusal(problem, operands),
+        },
+        interpret=interpret,
+    )
+    return (output, log_sum_exp) if return_lse else output

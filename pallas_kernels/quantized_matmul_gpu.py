@@ -1,0 +1,185 @@
+"""Quantised products on GPUs (Triton): a program for each tile of M and N, a loop over K within.
+
+Packed words are read once for every code that they hold, by the row that holds it: the repeats come
+from the first-level cache, and each code then stands where the product wants it after one shift and
+mask. With few rows too few programs would ask for memory: K is then split over several, whose
+results in float32 are added afterwards.
+
+Tiles have powers of two. x is padded to whole tiles; so are K and N of weights that fill none
+(a copy: let N be a multiple of 64, and K of 128). Formulas and operands are those of
+`quantized_matmul` and `quantized_matmul_xla`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.packing import as_words, plane_widths
+from pallas_kernels.quantized_matmul_xla import dot, whole_groups
+from pallas_kernels.tiling import pad_axis
+
+_INNER = 128  # rows of K in a step
+_PROGRAMS = 512  # enough to keep the memory of a large GPU busy
+
+
+def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> jax.Array:
+    """Tiles of int8 into an int32 accumulator; scales and zero points after the loop."""
+    (x_scale, w_scale), (x_codes, w_codes, w_zero) = floats, codes
+    m, n = x_codes.shape[0], w_codes.shape[1]
+    rows, columns = _tiles(m, n)
+    sums = None
+    if w_zero is not None:
+        sums = jnp.sum(x_codes, axis=1, keepdims=True, dtype=jnp.int32)
+    x_codes, w_codes = pad_axis(x_codes, 1, _INNER), pad_axis(w_codes, 0, _INNER)
+    x_codes, x_scale, sums = _padded((x_codes, x_scale, sums), 0, rows)
+    w_codes, w_scale, w_zero = _padded((w_codes, w_scale, w_zero), 1, columns)
+    out = _call(
+        partial(_int8_kernel, tile=(rows, columns)),
+        "int8_matmul",
+        (x_codes, w_codes, x_scale, w_scale, sums, w_zero),
+        (rows, columns, x_codes.shape[1]),
+        shape=(x_codes.shape[0], w_codes.shape[1]),
+        out_dtype=out_dtype,
+        interpret=interpret,
+    )
+    return out[:m, :n]
+
+
+def packed_matmul(
+    floats: Any, codes: Any, *, bits: int, out_dtype: Any, interpret: bool
+) -> jax.Array:
+    """Tiles of words, unpacked in registers, into a float32 accumulator."""
+    (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
+    x = x_codes if x is None else x
+    m, n = x.shape[0], scale.shape[1]
+    rows, columns = _tiles(m, n)
+    x, scale, zero = whole_groups(x, planes, scale, zero, bits=bits)
+    x, x_scale = _padded((x, x_scale), 0, rows)
+    planes, scale, zero = _padded((planes, scale, zero), 1, columns)
+    k, groups = x.shape[1], scale.shape[0]
+    group_size = k // groups
+    inner = min(_INNER, group_size)
+    tiles = x.shape[0] // rows * (scale.shape[1] // columns)
+    splits = _splits(k // inner, tiles) if m <= rows else 1
+    out = _call(
+        partial(
+            _packed_kernel,
+            bits=bits,
+            tile=(rows, columns, inner),
+            steps=k // inner // splits,
+            steps_per_group=group_size // inner,
+        ),
+        f"packed_matmul_{bits}bit",
+        (x, as_words(planes), scale, zero, x_scale if splits == 1 else None),
+        (rows, columns, k // splits),
+        shape=(splits, x.shape[0], scale.shape[1]),
+        out_dtype=out_dtype if splits == 1 else jnp.float32,
+        interpret=interpret,
+    )
+    if splits == 1:
+        return out[0, :m, :n]
+    out = jnp.sum(out, axis=0)
+    return (out if x_scale is None else out * x_scale)[:m, :n].astype(out_dtype)
+
+
+def _int8_kernel(x, w, x_scale, w_scale, sums, zero, out, *, tile):
+    rows, columns = tile
+    here = pl.ds(pl.program_id(0) * rows, rows), pl.ds(pl.program_id(1) * columns, columns)
+
+    def step(index: jax.Array, total: jax.Array) -> jax.Array:
+        inner = pl.ds(index * _INNER, _INNER)
+        part = x[here[0], inner], w[inner, here[1]]
+        return total + jnp.matmul(*part, preferred_element_type=jnp.int32)
+
+    total = jax.lax.fori_loop(0, x.shape[1] // _INNER, step, jnp.zeros(tile, jnp.int32))
+    if zero is not None:
+        total += sums[here[0], :] * zero[:, here[1]]
+    scaled = total.astype(jnp.float32) * x_scale[here[0], :] * w_scale[:, here[1]]
+    out[here] = scaled.astype(out.dtype)
+
+
+def _packed_kernel(x, words, scale, zero, x_scale, out, *, bits, tile, steps, steps_per_group):
+    rows, columns, inner = tile
+    split = pl.program_id(2)
+    here = pl.ds(pl.program_id(0) * rows, rows), pl.ds(pl.program_id(1) * columns, columns)
+
+    def step(index: jax.Array, total: jax.Array) -> jax.Array:
+        index += split * steps
+        group = pl.ds(index // steps_per_group, 1)
+        x_part = x[here[0], pl.ds(index * inner, inner)]
+        codes = _unpack(words, bits, index * inner + jnp.arange(inner), here[1])
+        product = dot(x_part, codes.astype(x.dtype))
+        if zero is not None:
+            sums = jnp.sum(x_part.astype(jnp.float32), axis=1, keepdims=True)
+            product += sums * zero[group, here[1]].astype(jnp.float32)
+        return total + product * scale[group, here[1]].astype(jnp.float32)
+
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros((rows, columns), jnp.float32))
+    if x_scale is not None:
+        total *= x_scale[here[0], :]
+    out[split, *here] = total.astype(out.dtype)
+
+
+def _unpack(words: Any, bits: int, row: jax.Array, columns: Any) -> jax.Array:
+    """Codes [rows, columns] out of the planes' words, wherever the rows stand in their blocks."""
+    if bits == 8:
+        return words[0][row, columns]
+    codes, low = jnp.zeros((), jnp.int32), 0
+    for plane, width in zip(words, plane_widths(bits)):
+        slots = 32 // width
+        block = row >> (8 * slots).bit_length() - 1  # powers of two throughout
+        word = plane[block * 8 + (row & 7), columns]
+        shift = (width * (row >> 3 & slots - 1))[:, None]
+        if low + width == bits:  # the highest bits carry the sign
+            field = (word << (32 - width - shift)) >> (32 - width)
+        else:
+            field = (word >> shift) & (2**width - 1)
+        codes = codes | (field << low)
+        low += width
+    return codes
+
+
+def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret):
+    rows, columns, inner = tile
+    *splits, m, n = shape
+    grid = m // rows, n // columns, *splits
+    out = jax.ShapeDtypeStruct(shape, out_dtype)
+    large = rows * columns >= 64 * 64
+    programs = grid[0] * grid[1] * (splits[0] if splits else 1)
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        out_shape=out,
+        compiler_params=plgpu.CompilerParams(num_warps=8 if large else 4, num_stages=3),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * programs * rows * columns * inner,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((operands, out))),
+            transcendentals=0,
+        ),
+        interpret=interpret,
+    )(*operands)
+
+
+def _padded(arrays: Any, axis: int, multiple: int) -> Any:
+    return jax.tree.map(lambda a: pad_axis(a, axis, multiple), arrays)
+
+
+def _tiles(m: int, n: int) -> tuple[int, int]:
+    """Rows and columns of a program: at least 16 rows, as the tensor cores want."""
+    rows = min(128, max(16, pl.next_power_of_2(m)))
+    return rows, 64 if rows <= 32 or n <= 64 or n % 128 else 128
+
+
+def _splits(steps: int, tiles: int) -> int:
+    """Into how many parts to split K, each of at least four steps."""
+    splits = 1
+    while tiles * splits < _PROGRAMS and steps % (2 * splits) == 0 and steps // splits >= 8:
+        splits *= 2
+    return splits

@@ -1,0 +1,298 @@
+"""Block-sparse attention: every implementation against the reference."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.cost import cost
+from pallas_kernels.attention import dense_attention, reference_attention
+from pallas_kernels.block_mask import (
+    EVERYTHING,
+    Arrow,
+    Band,
+    Causal,
+    Levels,
+    SinkLocal,
+    block_mask,
+    from_map,
+    top_blocks,
+)
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+
+# The smallest blocks that each implementation takes.
+BLOCKS = {"xla": (8, 16), "pallas_tpu": 128, "pallas_gpu": (16, 32)}
+KERNELS = ("pallas_tpu", "pallas_gpu")
+
+# bfloat16 keeps 8 bits: the rounding of the weights and the output each cost one part in 256.
+TOLERANCE = {
+    jnp.float32: {"atol": 5e-6, "rtol": 5e-6},
+    jnp.bfloat16: {"atol": 3e-2, "rtol": 2e-2},
+}
+
+
+def heads(queries, keys, *, query_heads=4, key_heads=2, width=8, value_width=8, dtype=jnp.float32):
+    shapes = (
+        (2, queries, query_heads, width),
+        (2, keys, key_heads, width),
+        (2, keys, key_heads, value_width),
+    )
+    noise = jax.random.split(jax.random.key(queries), 3)
+    return [2 * jax.random.normal(key, shape).astype(dtype) for key, shape in zip(noise, shapes)]
+
+
+def attend(implementation, mask, **options):
+    interpret = implementation in KERNELS
+    return jax.jit(
+        partial(
+            block_sparse_attention,
+            mask=mask,
+            implementation=implementation,
+            interpret=interpret,
+            return_lse=True,
+            **options,
+        )
+    )
+
+
+def check(implementation, mask, operands, **options):
+    expected = attend("reference", mask, **options)(*operands)
+    found = attend(implementation, mask, **options)(*operands)
+    assert [x.dtype for x in found] == [operands[2].dtype, jnp.float32]
+    for a, b in zip(found, expected):
+        chex.assert_trees_all_close(
+            a.astype(jnp.float32), b.astype(jnp.float32), **TOLERANCE[operands[2].dtype.type]
+        )
+    return found
+
+
+@pytest.mark.parametrize("implementation", BLOCKS)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Band((3, 0, 40, 90)),
+        SinkLocal((16, 0, 5, 64), (30, 1, 200, 7)),
+        Arrow((20, 0, -1, 3), text=40, text_first=True),
+        Levels((1, 4, 20, 75, 60)),
+    ],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_rules(implementation, rule):
+    # 160 tokens: neither a multiple of 128, nor one block.
+    check(implementation, block_mask(rule, 160, block=BLOCKS[implementation]), heads(160, 160))
+
+
+@pytest.mark.parametrize("implementation", BLOCKS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes_and_lengths(implementation, dtype):
+    # More keys than queries, values of another width than keys.
+    mask = block_mask(Causal(33), 20, 150, block=BLOCKS[implementation])
+    out, _ = check(implementation, mask, heads(20, 150, value_width=24, dtype=dtype))
+    assert out.shape == (2, 20, 4, 24)
+
+
+@pytest.mark.parametrize("implementation", BLOCKS)
+@pytest.mark.parametrize("width", [72, 256])
+def test_head_widths(implementation, width):
+    mask = block_mask(Band(9), 40, block=BLOCKS[implementation])
+    operands = heads(40, 40, width=width, query_heads=1, key_heads=1)
+    check(implementation, mask, [x.astype(jnp.bfloat16) for x in operands])
+
+
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_lists_at_run_time(implementation):
+    size = BLOCKS[implementation]
+    block_q, block_k = (size, size) if isinstance(size, int) else size
+    queries, keys = 3 * block_q - 5, 4 * block_k - 3
+    operands = heads(queries, keys)
+    shape = (2, 4, 3, 4)
+    scores = jax.random.normal(jax.random.key(1), shape)
+
+    def run(implementation, scores, *operands):
+        # The first row of blocks of the last head sees nothing at all.
+        best = top_blocks(scores, 2, queries, keys, block=size)
+        assert not best.static
+        keep = scores > 0.3
+        keep = keep.at[:, 3, 0].set(False)
+        some = from_map(keep, queries, keys, block=size, width=4)
+        return [attend(implementation, mask)(*operands) for mask in (best, some)]
+
+    expected = run("reference", scores, *operands)
+    found = jax.jit(partial(run, implementation))(scores, *operands)
+    chex.assert_trees_all_close(found, expected, **TOLERANCE[jnp.float32])
+    (out, lse) = found[1]
+    rows = slice(0, block_q)
+    assert not np.asarray(out[:, rows, 3]).any()
+    assert np.isneginf(lse[:, rows, 3]).all()
+
+
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_segments(implementation):
+    operands = heads(150, 150)
+    # Two sequences packed in one row; the second row's last tokens are padding.
+    numbers = jnp.stack([jnp.arange(150) // 70, jnp.where(jnp.arange(150) < 130, 0, -1)])
+    mask = block_mask(Causal(), 150, block=BLOCKS[implementation])
+    out, _ = check(implementation, mask, operands, segments=(numbers, numbers))
+    alone, _ = attend("reference", block_mask(Causal(), 70, block=8))(
+        *(x[:1, :70] for x in operands)
+    )
+    chex.assert_trees_all_close(out[:1, :70], alone, **TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("rule", [Band((3, 9)), Causal(4), EVERYTHING])
+def test_gradients(rule):
+    operands = heads(33, 37 if rule == Causal(4) else 33, query_heads=2)
+    mask = block_mask(rule, 33, operands[1].shape[1], block=(8, 16))
+
+    def loss(attend, *operands):
+        out, lse = attend(*operands)
+        return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.cos(lse))
+
+    def plain(q, k, v):
+        seen = np.broadcast_to(
+            np.stack(
+                [
+                    rule.visible(*np.ogrid[:33, : k.shape[1]], k.shape[1], *p)
+                    for p in rule.parameters
+                ]
+            ),
+            (2, 33, k.shape[1]),
+        )
+        logits = jnp.einsum("bshd,btd->bhst", q, k[:, :, 0]) * 8**-0.5
+        logits = jnp.where(seen, logits, -jnp.inf)
+        out = jnp.einsum("bhst,btd->bshd", jax.nn.softmax(logits), v[:, :, 0])
+        return out, jax.nn.logsumexp(logits, -1).swapaxes(1, 2)
+
+    operands = [operands[0], *(x[:, :, :1] for x in operands[1:])]
+    expected = jax.grad(partial(loss, plain), (0, 1, 2))(*operands)
+    found = jax.jit(jax.grad(partial(loss, attend("xla", mask)), (0, 1, 2)))(*operands)
+    chex.assert_trees_all_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_gradients_with_lists_from_scores_of_the_operands():
+    def loss(q, k, v):
+        pooled = q.reshape(2, 3, 8, 2, 8).mean(2), k.reshape(2, 3, 8, 2, 8).mean(2)
+        scores = jnp.einsum("bmhd,bnhd->bhmn", *pooled)
+        mask = top_blocks(scores, 2, 24, block=8)
+        return jnp.sum(block_sparse_attention(q, k, v, mask) ** 2)
+
+    operands = heads(24, 24, query_heads=2)
+    assert all(np.isfinite(g).all() for g in jax.jit(jax.grad(loss, (0, 1, 2)))(*operands))
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_transforms(implementation):
+    q, k, v = heads(20, 20)
+    attend = partial(block_sparse_attention, mask=Band(4), implementation=implementation)
+    stacked = jax.vmap(attend)(*(jnp.stack([x, 2 * x]) for x in (q, k, v)))
+    chex.assert_trees_all_close(stacked[1], attend(2 * q, 2 * k, 2 * v), atol=1e-6)
+    assert jax.jit(attend)(q, k, v).shape == q.shape
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_dense_attention_by_kernels(implementation):
+    operands = heads(140, 140)
+    out = dense_attention(*operands, implementation=implementation, interpret=True)
+    chex.assert_trees_all_close(out, reference_attention(*operands), **TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize(
+    ("platform", "of_band", "of_dense"),
+    [("cpu", (64, 32), (256, 128)), ("tpu", 128, 256), ("cuda", 64, 64)],
+)
+def test_cost_is_that_of_the_visited_blocks(platform, of_band, of_dense):
+    x = jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16)
+    for rule, block in ((Band(128), of_band), (EVERYTHING, of_dense)):
+        counted = cost(partial(block_sparse_attention, mask=rule), *(x, x, x), platform=platform)
+        pairs = 2 * 4 * block_mask(rule, 1024).seen
+        assert counted.useful_flops == 4 * 64 * pairs
+        listed = block_mask(rule, 1024, block=block)
+        assert counted.flops == listed.flops(2, 4, head_dim=64)
+        dense = cost(dense_attention, *(x, x, x), platform=platform)
+        assert counted.flops / dense.flops == pytest.approx(listed.density)
+
+
+def test_declared_cost_with_padded_heads():
+    x = jax.ShapeDtypeStruct((1, 300, 2, 72), jnp.float32)
+    mask = block_mask(Band(10), 300, block=64)
+    run = partial(block_sparse_attention, mask=mask, implementation="pallas_gpu")
+    counted = cost(run, x, x, x, platform="cuda")
+    assert counted.flops == 2 * mask.visited * 64 * 64 * 4 * 128
+    assert counted.useful_flops == 2 * mask.seen * 4 * 72
+
+
+PRODUCTION = [
+    ((1, 16384, 16, 72), 16, Band(2048)),  # PixArt at 2048 x 2048
+    ((2, 4096 + 333, 24, 64), 24, Arrow((256,) * 24, text=333)),  # SD3 at 1024 x 1024, uneven
+    ((1, 8192, 32, 128), 8, SinkLocal((64,) * 32, (1024,) * 32)),  # a prompt, grouped heads
+]
+
+
+@pytest.mark.aot_tpu
+@pytest.mark.parametrize(("shape", "key_heads", "rule"), PRODUCTION)
+def test_compiles_for_tpus(compile_for_tpu, shape, key_heads, rule):
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((*shape[:2], key_heads, shape[3]), jnp.bfloat16)
+    # Without a name, the TPU's program is the kernel.
+    program = compile_for_tpu(jax.jit(partial(block_sparse_attention, mask=rule)), q, k, k)
+    assert "tpu_custom_call" in program.as_text()
+
+
+@pytest.mark.parametrize(("shape", "key_heads", "rule"), PRODUCTION)
+def test_lowers_for_gpus(lower_for_gpu, shape, key_heads, rule):
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((*shape[:2], key_heads, shape[3]), jnp.bfloat16)
+    program = lower_for_gpu(jax.jit(partial(block_sparse_attention, mask=rule)), q, k, k)
+    assert "triton" in program
+
+
+def test_refusals_are_named():
+    q, k, v = heads(20, 20)
+    small = block_mask(Band(3), 20, block=8)
+
+    def run(implementation, operands=(q, k, v), mask=small, **options):
+        return block_sparse_attention(*operands, mask, implementation=implementation, **options)
+
+    with pytest.raises(NotImplementedError, match="multiples of 128 tokens, got 8 x 8"):
+        run("pallas_tpu")
+    with pytest.raises(NotImplementedError, match="powers of two of at least 16, got 8"):
+        run("pallas_gpu")
+    with pytest.raises(NotImplementedError, match="must have one dtype"):
+        run("pallas_tpu", (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v), Band(3))
+    wide = heads(20, 20, width=300)
+    with pytest.raises(NotImplementedError, match="at most 256 wide"):
+        run("pallas_gpu", wide, Band(3))
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' runs on tpu alone"):
+        jax.jit(lambda *x: run("pallas_tpu", x, Band(3)))(q, k, v)
+    with pytest.raises(ValueError, match="interpret mode needs a named kernel"):
+        run(None, interpret=True)
+    lists = from_map(np.ones((512, 512), bool), 65536, block=128)
+    long = jnp.zeros((1, 65536, 1, 8))
+    with pytest.raises(NotImplementedError, match="do not fit in scalar memory"):
+        run("pallas_tpu", (long, long, long), lists)
+    # What a kernel refuses, another program does when none is named.
+    assert run(None).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 8, 4), (2, 8, 2, 8), (2, 8, 2, 8)), "must be .batch, tokens, heads, width."),
+        (((2, 8, 4, 8), (1, 8, 2, 8), (1, 8, 2, 8)), "must agree in batch"),
+        (((2, 8, 4, 8), (2, 8, 2, 8), (2, 9, 2, 8)), "must agree in batch"),
+        (((2, 8, 4, 8), (2, 8, 3, 8), (2, 8, 3, 8)), "multiple of key heads"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(*map(jnp.zeros, shapes), Band(2))
+
+
+def test_segments_that_do_not_fit():
+    q, k, v = heads(8, 8)
+    wrong = jnp.zeros((2, 9), jnp.int32)
+    with pytest.raises(ValueError, match="one number for every query and key"):
+        block_sparse_attention(q, k, v, Band(2), segments=(wrong, wrong))
