@@ -114,16 +114,16 @@ class Bench:
             else float(metrics.psnr(jnp.asarray(dense), jnp.asarray(images))),
         }
 
-    def match(self, target: float, rounds: int = 7, **options: Any) -> DiTFastAttnPlan:
+    def match(self, target: float, rounds: int = 6, **options: Any) -> DiTFastAttnPlan:
         """Bisect the threshold until a search keeps the target share; nearest plan found."""
-        low, high, found = 0.0, 4.0, []
+        low, high, found = 0.05, 2.0, []
         for _ in range(rounds):
-            middle = (low * high) ** 0.5 if low else high / 8
+            middle = (low * high) ** 0.5
             plan = self.search(middle, **options)
             kept = self.kept(plan)
             found.append((abs(kept - target), plan))
             low, high = (middle, high) if kept > target else (low, middle)
-            if found[-1][0] < 0.01:
+            if found[-1][0] < 0.02:
                 break
         return min(found, key=lambda each: each[0])[1]
 
@@ -145,32 +145,35 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     bench = Bench(steps=arguments.steps, guidance=arguments.guidance, cache=arguments.cache)
 
-    ladder = [bench.row("dense", None, arguments.images)]
-    for threshold in map(float, arguments.thresholds.split(",")):
-        plan = bench.search(threshold)
-        ladder.append(bench.row(f"threshold {threshold}", plan, arguments.images))
-        print(report.markdown(ladder), flush=True)
-    matched = []
-    if not arguments.skip_matched:
-        mixed = bench.search(arguments.matched_threshold)
-        target = bench.kept(mixed)
-        matched.append(bench.row("mixed", mixed, arguments.matched_images))
-        for name, options in OTHERS.items():
-            plan = bench.match(target, **options)
-            matched.append(bench.row(name, plan, arguments.matched_images))
-        print(report.markdown(matched), flush=True)
     command = (
         f"--images {arguments.images} --matched-images {arguments.matched_images} "
         f"--steps {arguments.steps} --guidance {arguments.guidance} "
         f"--thresholds {arguments.thresholds} --matched-threshold {arguments.matched_threshold}"
     )
-    tables = {"searched_plans": ladder, "other_searches_at_equal_executed_attention_FLOPs": matched}
-    report.write(
-        "plan_quality",
-        title="Compressed against dense on the tiny DiT",
-        command=f"python -m experiments.plan_quality --cache DIR {command}",
-        **{name: rows for name, rows in tables.items() if rows},
-    )
+    tables: dict[str, list[dict[str, Any]]] = {}
+
+    def add(table: str, name: str, plan: DiTFastAttnPlan | None, count: int) -> None:
+        """Finish a row and write what there is."""
+        tables.setdefault(table, []).append(bench.row(name, plan, count))
+        print(report.markdown(tables[table]), flush=True)
+        report.write(
+            "plan_quality",
+            title="Compressed against dense on the tiny DiT",
+            command=f"python -m experiments.plan_quality --cache DIR {command}",
+            **tables,
+        )
+
+    add("searched_plans", "dense", None, arguments.images)
+    for threshold in map(float, arguments.thresholds.split(",")):
+        add("searched_plans", f"threshold {threshold}", bench.search(threshold), arguments.images)
+    if arguments.skip_matched:
+        return
+    mixed = bench.search(arguments.matched_threshold)
+    target = bench.kept(mixed)
+    matched = "other_searches_at_equal_executed_attention_FLOPs"
+    add(matched, "mixed", mixed, arguments.matched_images)
+    for name, options in OTHERS.items():
+        add(matched, name, bench.match(target, **options), arguments.matched_images)
 
 
 if __name__ == "__main__":

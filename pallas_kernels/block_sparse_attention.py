@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +96,7 @@ def refusals(q: Array, k: Array, v: Array, mask: BlockMask | Rule) -> dict[str, 
     return _refusals(problem, q, k, v, None)
 
 
+@lru_cache(maxsize=256)
 def choose_blocks(
     rule: Rule, queries: int, keys: int, *, smallest: int, largest: int, keys_in: int = 1
 ) -> BlockMask:
@@ -126,6 +127,8 @@ class _Problem(NamedTuple):
         return choose_blocks(mask or EVERYTHING, q.shape[2], k.shape[2], **sizes)
 
 
+# Jitted, so that the equal layers of a model trace it once.
+@partial(jax.jit, static_argnums=0)
 def _forward(problem: _Problem, q: Array, k: Array, v: Array, integers: Any) -> Any:
     interpret = problem.interpret
     programs = {

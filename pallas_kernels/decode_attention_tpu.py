@@ -275,7 +275,7 @@ class _Block:
                 index[roles.index("columns")] = pl.ds(h * self.part.width, self.part.width)
             x = self.ref[tuple(index)]
         kept = self.part.kept()
-        if end is not None and "tokens" in kept:
+        if own is not None and end is not None and "tokens" in kept:
             slots = own + jax.lax.broadcasted_iota(jnp.int32, x.shape, kept.index("tokens"))
             x = jnp.where((slots >= 0) & (slots < end), x, jnp.zeros_like(x))
         return x.T if self.part.turned else x
