@@ -76,14 +76,13 @@ def main(argv: list[str] | None = None) -> None:
                 )
             )
             print(report.markdown(rows[-1:]), flush=True)
-    report.write(
-        "tpu_compile",
-        title="DiT-XL/2-512 compiled ahead of time for TPUs",
-        command=f"python -m experiments.tpu_compile --layers {arguments.layers} "
-        f"--batch {arguments.batch}",
-        one_sampling_step=rows,
-    )
-    print(report.markdown(rows))
+            report.write(
+                "tpu_compile",
+                title="DiT-XL/2-512 compiled ahead of time for TPUs",
+                command=f"python -m experiments.tpu_compile --layers {arguments.layers} "
+                f"--batch {arguments.batch}",
+                one_sampling_step=rows,
+            )
 
 
 if __name__ == "__main__":
