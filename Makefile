@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint aot docs clean
 
 demo: $(VENV)/.core
 	$(BIN)/effjax demo
@@ -15,6 +15,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# TPU programs compiled ahead of time; libtpu has its own environment, as JAX would look for a TPU.
+aot: $(VENV)-tpu/.aot
+	$(VENV)-tpu/bin/python -m pytest -q -n 2 -m aot_tpu tests
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m effjax.cli methods --markdown > docs/methods.md
@@ -33,9 +37,15 @@ $(VENV)/.test: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
+$(VENV)-tpu/.aot: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-tpu/bin/python -m pip install --quiet --editable ".[test,tpu]"
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo dist docs/_build
+	rm -rf $(VENV) $(VENV)-tpu demo dist docs/_build

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=30)
     arguments = parser.parse_args(argv)
 
     torch.manual_seed(0)
@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     report.write(
         "dense_speed",
         title="Dense DiT-B/2 against diffusers",
-        command="python -m experiments.dense_speed",
+        command=f"python -m experiments.dense_speed --layers {arguments.layers} "
+        f"--repeats {arguments.repeats}",
         network_call=rows,
     )
     print(report.markdown(rows))

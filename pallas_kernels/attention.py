@@ -31,7 +31,7 @@ def dense_attention(
 ) -> jax.Array:
     """Attention of every query to every key.
 
-    The kernels are those of `block_sparse_attention`, with every block listed.
+    The reference and the kernels are those of `block_sparse_attention`, with every block listed.
 
     Args:
         q: float[B, S, H, D].
@@ -44,15 +44,15 @@ def dense_attention(
         [B, S, H, E] in v's dtype.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes or dtypes that do not fit.
         NotImplementedError: if the named implementation cannot run these operands.
     """
-    kernel = partial(block_sparse_attention, mask=EVERYTHING, interpret=interpret)
+    listed = partial(block_sparse_attention, mask=EVERYTHING)
     programs = {
-        "reference": reference_attention,
+        "reference": partial(listed, implementation="reference"),
         "xla": _xla,
-        "pallas_tpu": partial(kernel, implementation="pallas_tpu"),
-        "pallas_gpu": partial(kernel, implementation="pallas_gpu"),
+        "pallas_tpu": partial(listed, implementation="pallas_tpu", interpret=interpret),
+        "pallas_gpu": partial(listed, implementation="pallas_gpu", interpret=interpret),
     }
     return dispatch(
         "dense_attention",
@@ -62,24 +62,6 @@ def dense_attention(
         refusals=refusals(q, k, v, EVERYTHING),
         interpret=interpret,
     )
-
-
-def reference_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
-) -> jax.Array:
-    """The specification: softmax over the allowed keys, everything in float32.
-
-    Args:
-        q, k, v: as for `dense_attention`.
-        mask: bool[S, T], True where a query sees a key; None for all. No row may be empty.
-    """
-    group = q.shape[2] // k.shape[2]
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-    k32, v32 = (jnp.repeat(x, group, axis=2) for x in (k32, v32))
-    logits = jnp.einsum("bshd,bthd->bhst", q32, k32) * q.shape[-1] ** -0.5
-    if mask is not None:
-        logits = jnp.where(mask, logits, -jnp.inf)
-    return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits, axis=-1), v32).astype(v.dtype)
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

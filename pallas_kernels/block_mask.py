@@ -157,6 +157,8 @@ class Arrow(Rule):
 
     def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
         (window,) = parameters
+        if self.text > keys:
+            raise ValueError(f"{self.text} text tokens do not fit in a sequence of {keys}")
         first = self.text if self.text_first else 0
         last = keys if self.text_first else keys - self.text
         everything = (row < first) | (row >= last) | (window < 0)
@@ -278,13 +280,11 @@ def block_mask(
     Raises:
         ValueError: for a length or block below 1.
     """
-    block_q, block_k = (block, block) if isinstance(block, int) else block
-    return _from_rule(rule, queries, queries if keys is None else keys, block_q, block_k)
+    return _from_rule(rule, *_sizes(queries, keys, block))
 
 
 @lru_cache(maxsize=256)
 def _from_rule(rule: Rule, queries: int, keys: int, block_q: int, block_k: int) -> BlockMask:
-    _at_least(1, queries=queries, keys=keys, block_q=block_q, block_k=block_k)
     pairs, whole = _pairs(rule, queries, keys, block_q, block_k)
     lists = _lists(np, whole[None], (pairs > 0)[None])
     return BlockMask(*lists, queries, keys, block_q, block_k, rule, int(pairs.sum()))
@@ -312,21 +312,13 @@ def from_map(
     Raises:
         ValueError: for a map of another shape, or static lists longer than `width`.
     """
-    block_q, block_k = (block, block) if isinstance(block, int) else block
-    keys = queries if keys is None else keys
-    _at_least(1, queries=queries, keys=keys, block_q=block_q, block_k=block_k)
+    queries, keys, block_q, block_k = _sizes(queries, keys, block)
     xp = np if isinstance(keep, np.ndarray) else jnp
-    blocks = (-(-queries // block_q), -(-keys // block_k))
-    if keep.ndim not in (2, 3, 4) or keep.shape[-2:] != blocks:
-        raise ValueError(
-            f"a map of {queries} x {keys} tokens in blocks of {block_q} x {block_k} ends with the "
-            f"dimensions {list(blocks)}; got {list(keep.shape)}"
-        )
+    keep = _of_blocks(keep, queries, keys, block_q, block_k).astype(bool)
     if xp is jnp and width is None:
         raise ValueError(
             "lists that are made at run time need a static width: the most blocks of a row"
         )
-    keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape).astype(bool)
     pairs, whole = _pairs(rule, queries, keys, block_q, block_k)
     lists = _lists(xp, keep & whole, keep & (pairs > 0), width)
     seen = int((keep * pairs).sum()) if xp is np else None
@@ -348,13 +340,16 @@ def top_blocks(
         scores: float[B, H, M, N], or with leading dimensions left out as in `from_map`.
         count: blocks to keep in each row, 1 ... N.
         queries, keys, block, rule: as for `from_map`; blocks that the rule empties never count.
+
+    Raises:
+        ValueError: for scores of another shape, or a count that a row does not have.
     """
+    queries, keys, block_q, block_k = _sizes(queries, keys, block)
+    scores = _of_blocks(scores, queries, keys, block_q, block_k)
     if not 1 <= count <= scores.shape[-1]:
         raise ValueError(f"count must be 1 ... {scores.shape[-1]} blocks of a row, got {count}")
-    block_q, block_k = (block, block) if isinstance(block, int) else block
-    pairs, _ = _pairs(rule, queries, queries if keys is None else keys, block_q, block_k)
+    pairs, _ = _pairs(rule, queries, keys, block_q, block_k)
     possible = jnp.asarray(pairs > 0)
-    scores = scores.reshape((1,) * (4 - scores.ndim) + scores.shape)
     _, best = jax.lax.top_k(jnp.where(possible, scores, -jnp.inf), count)
     keep = jax.nn.one_hot(best, scores.shape[-1], dtype=bool).any(-2)
     return from_map(keep, queries, keys, block=block, rule=rule, width=count)
@@ -372,13 +367,15 @@ def tile_map(grid: tuple[int, ...], tile: tuple[int, ...], reach: tuple[int, ...
         reach: neighbouring tiles to each side along every axis.
 
     Raises:
-        ValueError: if the tiles do not divide the grid.
+        ValueError: if the tiles do not divide the grid, or for a size or reach that is too small.
     """
+    _at_least(1, grid=grid, tile=tile)
     if not len(grid) == len(tile) == len(reach) or any(g % t for g, t in zip(grid, tile)):
         raise ValueError(
             f"grid, tile and reach must have one entry for each axis and tiles must divide the "
             f"grid; got {grid}, {tile}, {reach}. Pad the grid, or choose a tile that divides it."
         )
+    _at_least(0, reach=reach)
     keep = np.ones((1, 1), bool)
     for size, side, far in zip(grid, tile, reach):
         tiles = size // side
@@ -449,6 +446,27 @@ def _lists(xp: Any, whole: Any, kept: Any, width: int | None = None) -> tuple[An
     order = xp.argsort(xp.where(whole, 0, xp.where(kept, 1, 2)), -1, stable=True)
     slot = xp.minimum(xp.arange(width), xp.maximum(count - 1, 0)[..., None])
     return xp.take_along_axis(order, slot, -1).astype(np.int32), count, full
+
+
+def _sizes(
+    queries: int, keys: int | None, block: int | tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Queries, keys, and the tokens in their blocks."""
+    block_q, block_k = (block, block) if isinstance(block, int) else block
+    keys = queries if keys is None else keys
+    _at_least(1, queries=queries, keys=keys, block_q=block_q, block_k=block_k)
+    return queries, keys, block_q, block_k
+
+
+def _of_blocks(x: Any, queries: int, keys: int, block_q: int, block_k: int) -> Any:
+    """[B, H, M, N] of one number for each block, with leading dimensions left out."""
+    blocks = (-(-queries // block_q), -(-keys // block_k))
+    if x.ndim not in (2, 3, 4) or x.shape[-2:] != blocks:
+        raise ValueError(
+            f"a map of {queries} x {keys} tokens in blocks of {block_q} x {block_k} ends with the "
+            f"dimensions {list(blocks)}; got {list(x.shape)}"
+        )
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
 def _table(*fields: PerHead) -> np.ndarray:

@@ -182,6 +182,13 @@ def test_a_mask_is_a_pytree():
         ),
         (lambda: from_map(jnp.ones((3, 3), bool), 12, block=4), "need a static width"),
         (lambda: top_blocks(jnp.ones((3, 3)), 4, 12, block=4), "count must be 1 ... 3"),
+        (
+            lambda: top_blocks(jnp.ones((2, 3)), 1, 12, block=4),
+            r"ends with the dimensions \[3, 3\]",
+        ),
+        (lambda: tile_map((4,), (2,), (-1,)), "reach must be at least 0"),
+        (lambda: tile_map((4,), (0,), (1,)), "tile must be at least 1"),
+        (lambda: block_mask(Arrow(3, text=9), 8), "9 text tokens do not fit in a sequence of 8"),
         (lambda: block_mask(Full(), 8).check(1, 9, 1, 8), "made for 8 queries and 8 keys"),
         (lambda: block_mask(Band((1, 2)), 8).check(1, 8, 3, 8), "2 heads; the arrays have"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from effjax.cost import cost
-from pallas_kernels.attention import dense_attention, reference_attention
+from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import (
     EVERYTHING,
     Arrow,
@@ -58,7 +58,7 @@ def attend(implementation, mask, **options):
     )
 
 
-def check(implementation, mask, operands, **options):
+def assert_equals_reference(implementation, mask, operands, **options):
     expected = attend("reference", mask, **options)(*operands)
     found = attend(implementation, mask, **options)(*operands)
     assert [x.dtype for x in found] == [operands[2].dtype, jnp.float32]
@@ -67,6 +67,20 @@ def check(implementation, mask, operands, **options):
             a.astype(jnp.float32), b.astype(jnp.float32), **TOLERANCE[operands[2].dtype.type]
         )
     return found
+
+
+def test_reference_is_masked_softmax():
+    q, k, v = heads(40, 50)
+    rule = SinkLocal((3, 0, 7, 1), (12, 1, 60, 5))
+    mask = block_mask(rule, 40, 50, block=(8, 16))
+    seen = np.stack([rule.visible(*np.ogrid[:40, :50], 50, *row) for row in rule.parameters])
+    assert seen.any(-1).all()
+    out, lse = attend("reference", mask, scale=0.3)(q, k, v)
+    expected = jax.nn.dot_product_attention(q, k, v, mask=seen[None], scale=0.3)
+    chex.assert_trees_all_close(out, expected, **TOLERANCE[jnp.float32])
+    logits = 0.3 * jnp.einsum("bshd,bthd->bhst", q, jnp.repeat(k, 2, 2))
+    sums = jax.nn.logsumexp(jnp.where(seen, logits, -jnp.inf), -1).swapaxes(1, 2)
+    chex.assert_trees_all_close(lse, sums, **TOLERANCE[jnp.float32])
 
 
 @pytest.mark.parametrize("implementation", BLOCKS)
@@ -82,7 +96,9 @@ def check(implementation, mask, operands, **options):
 )
 def test_rules(implementation, rule):
     # 160 tokens: neither a multiple of 128, nor one block.
-    check(implementation, block_mask(rule, 160, block=BLOCKS[implementation]), heads(160, 160))
+    assert_equals_reference(
+        implementation, block_mask(rule, 160, block=BLOCKS[implementation]), heads(160, 160)
+    )
 
 
 @pytest.mark.parametrize("implementation", BLOCKS)
@@ -90,7 +106,9 @@ def test_rules(implementation, rule):
 def test_dtypes_and_lengths(implementation, dtype):
     # More keys than queries, values of another width than keys.
     mask = block_mask(Causal(33), 20, 150, block=BLOCKS[implementation])
-    out, _ = check(implementation, mask, heads(20, 150, value_width=24, dtype=dtype))
+    out, _ = assert_equals_reference(
+        implementation, mask, heads(20, 150, value_width=24, dtype=dtype)
+    )
     assert out.shape == (2, 20, 4, 24)
 
 
@@ -99,7 +117,7 @@ def test_dtypes_and_lengths(implementation, dtype):
 def test_head_widths(implementation, width):
     mask = block_mask(Band(9), 40, block=BLOCKS[implementation])
     operands = heads(40, 40, width=width, query_heads=1, key_heads=1)
-    check(implementation, mask, [x.astype(jnp.bfloat16) for x in operands])
+    assert_equals_reference(implementation, mask, [x.astype(jnp.bfloat16) for x in operands])
 
 
 @pytest.mark.parametrize("implementation", BLOCKS)
@@ -135,7 +153,7 @@ def test_segments(implementation):
     # Two sequences packed in one row; the second row's last tokens are padding.
     numbers = jnp.stack([jnp.arange(150) // 70, jnp.where(jnp.arange(150) < 130, 0, -1)])
     mask = block_mask(Causal(), 150, block=BLOCKS[implementation])
-    out, _ = check(implementation, mask, operands, segments=(numbers, numbers))
+    out, _ = assert_equals_reference(implementation, mask, operands, segments=(numbers, numbers))
     alone, _ = attend("reference", block_mask(Causal(), 70, block=8))(
         *(x[:1, :70] for x in operands)
     )
@@ -196,7 +214,8 @@ def test_transforms(implementation):
 def test_dense_attention_by_kernels(implementation):
     operands = heads(140, 140)
     out = dense_attention(*operands, implementation=implementation, interpret=True)
-    chex.assert_trees_all_close(out, reference_attention(*operands), **TOLERANCE[jnp.float32])
+    expected = jax.nn.dot_product_attention(*operands)
+    chex.assert_trees_all_close(out, expected, **TOLERANCE[jnp.float32])
 
 
 @pytest.mark.parametrize(
@@ -241,6 +260,30 @@ def test_compiles_for_tpus(compile_for_tpu, shape, key_heads, rule):
     assert "tpu_custom_call" in program.as_text()
 
 
+@pytest.mark.aot_tpu
+def test_segments_lists_at_run_time_and_gradients_compile_for_tpus(compile_for_tpu):
+    x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.bfloat16)
+    numbers = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    scores = jax.ShapeDtypeStruct((1, 8, 32, 32), jnp.float32)
+
+    def packed(q, k, v, numbers):
+        return block_sparse_attention(q, k, v, Causal(), segments=(numbers, numbers))
+
+    def best(q, k, v, scores):
+        return block_sparse_attention(q, k, v, top_blocks(scores, 4, 4096))
+
+    def loss(q, k, v):
+        return jnp.sum(block_sparse_attention(q, k, v, Band(256)).astype(jnp.float32))
+
+    for function, more in (
+        (packed, (numbers,)),
+        (best, (scores,)),
+        (jax.grad(loss, (0, 1, 2)), ()),
+    ):
+        program = compile_for_tpu(jax.jit(function), x, x, x, *more)
+        assert "tpu_custom_call" in program.as_text()
+
+
 @pytest.mark.parametrize(("shape", "key_heads", "rule"), PRODUCTION)
 def test_lowers_for_gpus(lower_for_gpu, shape, key_heads, rule):
     q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -260,8 +303,8 @@ def test_refusals_are_named():
         run("pallas_tpu")
     with pytest.raises(NotImplementedError, match="powers of two of at least 16, got 8"):
         run("pallas_gpu")
-    with pytest.raises(NotImplementedError, match="must have one dtype"):
-        run("pallas_tpu", (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v), Band(3))
+    with pytest.raises(NotImplementedError, match="TPUs have no float16"):
+        run("pallas_tpu", [x.astype(jnp.float16) for x in (q, k, v)], Band(3))
     wide = heads(20, 20, width=300)
     with pytest.raises(NotImplementedError, match="at most 256 wide"):
         run("pallas_gpu", wide, Band(3))
@@ -289,6 +332,16 @@ def test_refusals_are_named():
 def test_shapes_that_do_not_fit(shapes, message):
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(*map(jnp.zeros, shapes), Band(2))
+
+
+@pytest.mark.parametrize("other", range(3))
+def test_dtypes_that_do_not_fit(other):
+    operands = heads(8, 8)
+    operands[other] = operands[other].astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match="must have one dtype of float32"):
+        block_sparse_attention(*operands, Band(2))
+    with pytest.raises(ValueError, match="must have one dtype of float32"):
+        block_sparse_attention(*(jnp.ones((1, 8, 2, 4), jnp.int32) for _ in range(3)), Band(2))
 
 
 def test_segments_that_do_not_fit():

@@ -18,8 +18,8 @@ from pallas_kernels.decode_attention import (
     pack_int4,
     quantized_decode_attention,
 )
-from pallas_kernels.decode_attention_reference import dequantize, rebuild_keys
-from pallas_kernels.decode_attention_tiles import segments
+from pallas_kernels.decode_attention.reference import dequantize, rebuild_keys
+from pallas_kernels.decode_attention.tiles import segments
 from pallas_kernels.merge import merge, merge_rows
 
 B, T = 2, 300  # two whole tiles of 128 and a piece of a third
@@ -69,7 +69,7 @@ def specified(function, *operands, **options):
     return jit(partial(function, implementation="reference", **options))(*operands)
 
 
-def agree(function, *operands, program, dtype="float32"):
+def assert_agrees(function, *operands, program, dtype="float32"):
     """A program gives the reference's outputs and log-sum-exps."""
     expected = specified(function, *operands, return_lse=True)
     out = jit(partial(function, return_lse=True, **PROGRAMS[program]))(*operands)
@@ -106,7 +106,9 @@ def test_reference_is_softmax_over_each_rows_keys():
 def test_plain_cache(program):
     q, k, v = plain(queries=2)
     lengths = jnp.array([[300, 1], [0, 137]])
-    agree(decode_attention, q, poison(k, lengths), poison(v, lengths), lengths, program=program)
+    assert_agrees(
+        decode_attention, q, poison(k, lengths), poison(v, lengths), lengths, program=program
+    )
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -114,7 +116,9 @@ def test_bfloat16(program):
     # On a TPU, tiles of 8 heads by 128 channels are taken apart by strided loads.
     heads, width = (8, 128) if program == "tpu" else (2, 32)
     operands = plain(1, heads, heads, width, width, "bfloat16", tokens=200)
-    agree(decode_attention, *operands, jnp.array([200, 77]), program=program, dtype="bfloat16")
+    assert_agrees(
+        decode_attention, *operands, jnp.array([200, 77]), program=program, dtype="bfloat16"
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,7 @@ def test_bfloat16(program):
 )
 def test_head_dims_and_many_queries(queries, width, program):
     operands = plain(queries, 3, 1, width, width, tokens=140)
-    agree(decode_attention, *operands, jnp.array([5, 140]), program=program)
+    assert_agrees(decode_attention, *operands, jnp.array([5, 140]), program=program)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -133,7 +137,7 @@ def test_flat_cache(program):
     q, k, v = normal(0, B, 1, 8, 16), normal(1, B, 428, 16), normal(2, B, 428, 16)
     lengths = jnp.array([[64, 63, 0, 40], [1, 900, 236, 39]])
     k, v = (x.at[:, 300:310].set(jnp.nan).at[0, 64:300].set(jnp.nan) for x in (k, v))
-    agree(partial(flat_decode_attention, **places), q, k, v, lengths, program=program)
+    assert_agrees(partial(flat_decode_attention, **places), q, k, v, lengths, program=program)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_quantized_cache(k_bits, v_bits, groups, offset, program):
             options["tile"] = None
         return quantized_decode_attention(q, k, v, lengths, **scales, **options)
 
-    agree(attend, normal(0, B, 1, 2 * heads, width), k, v, lengths, scales, program=program)
+    assert_agrees(attend, normal(0, B, 1, 2 * heads, width), k, v, lengths, scales, program=program)
 
 
 @pytest.mark.parametrize("program", ["xla", "tpu"])
@@ -185,7 +189,7 @@ def test_low_rank_keys(program, shared_values):
         rotary = {"frequencies": frequencies, "positions": positions}
         return low_rank_decode_attention(q, features, basis, v, lengths, **rotary, **options)
 
-    agree(attend, q, features, basis, v, lengths, frequencies, positions, program=program)
+    assert_agrees(attend, q, features, basis, v, lengths, frequencies, positions, program=program)
 
 
 # --- what must hold whatever the program ---

@@ -10,13 +10,13 @@ import pytest
 
 from effjax.compat import inner_jaxprs
 from effjax.cost import cost
-from pallas_kernels import quantized_matmul_tpu as tpu
 from pallas_kernels.packing import pack
 from pallas_kernels.quantized_matmul import (
     dynamic_int8_matmul,
     int8_matmul,
     packed_matmul,
     quantize_per_token,
+    tpu,
 )
 
 PROGRAMS = {

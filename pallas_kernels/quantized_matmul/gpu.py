@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.packing import as_words, plane_widths
-from pallas_kernels.quantized_matmul_xla import dot, whole_groups
+from pallas_kernels.quantized_matmul.xla import dot, whole_groups
 from pallas_kernels.tiling import pad_axis
 
 _INNER = 128  # rows of K in a step

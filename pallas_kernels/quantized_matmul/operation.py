@@ -23,11 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import quantized_matmul_gpu as gpu
-from pallas_kernels import quantized_matmul_tpu as tpu
-from pallas_kernels import quantized_matmul_xla as plain
 from pallas_kernels.implementation import Implementation, dispatch
 from pallas_kernels.packing import Planes, check_planes, packed_rows
+from pallas_kernels.quantized_matmul import gpu, reference, tpu, xla
 
 GROUP_SIZES = (32, 64, 128, 256)
 _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -112,8 +110,8 @@ def int8_matmul(
             f"most {2**17} and add their results"
         )
     programs = {
-        "reference": plain.int8_reference,
-        "xla": plain.int8_xla,
+        "reference": reference.int8_matmul,
+        "xla": xla.int8_matmul,
         "pallas_tpu": partial(tpu.int8_matmul, interpret=interpret),
         "pallas_gpu": partial(gpu.int8_matmul, interpret=interpret),
     }
@@ -223,8 +221,8 @@ def packed_matmul(
     default = jnp.float32 if integer else x.dtype
     out_dtype = _check_out(name, default if out_dtype is None else out_dtype)
     programs = {
-        "reference": plain.packed_reference,
-        "xla": plain.packed_xla,
+        "reference": reference.packed_matmul,
+        "xla": xla.packed_matmul,
         "pallas_tpu": partial(tpu.packed_matmul, interpret=interpret),
         "pallas_gpu": partial(gpu.packed_matmul, interpret=interpret),
     }

@@ -27,7 +27,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention_tiles import (
+from pallas_kernels.decode_attention.tiles import (
     TOKENS,
     Operands,
     Part,

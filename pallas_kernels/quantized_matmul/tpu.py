@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.packing import as_words, codes_per_row
-from pallas_kernels.quantized_matmul_xla import tile_product, tile_rows, whole_groups
+from pallas_kernels.quantized_matmul.xla import tile_product, tile_rows, whole_groups
 from pallas_kernels.tiling import pad_axis
 
 # Largest tiles: with two buffers each, operands and accumulator stay below 12 MiB of VMEM.

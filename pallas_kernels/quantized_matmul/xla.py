@@ -1,4 +1,4 @@
-"""Quantised products in plain XLA: the specification, and the programs for every platform.
+"""Quantised products in XLA, on every platform.
 
 Shapes and formulas are those of `quantized_matmul`. Here and in the kernels, programs are functions
 of two trees, what has a gradient and what has none, so that one wrapper serves them all:
@@ -15,20 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.packing import Planes, as_words, check_planes, packed_rows, unpack, unpack_tile
+from pallas_kernels.packing import Planes, as_words, check_planes, packed_rows, unpack_tile
 from pallas_kernels.tiling import pad_axis
 
 
-def int8_reference(floats: Any, codes: Any, *, out_dtype: Any) -> jax.Array:
-    """The specification of `int8_matmul`: zero points added to the weights' codes."""
-    (x_scale, w_scale), (x_codes, w_codes, w_zero) = floats, codes
-    weights = w_codes.astype(jnp.int32)
-    weights = weights if w_zero is None else weights + w_zero
-    product = jnp.matmul(x_codes.astype(jnp.int32), weights).astype(jnp.float32)
-    return (product * x_scale * w_scale).astype(out_dtype)
-
-
-def int8_xla(floats: Any, codes: Any, *, out_dtype: Any) -> jax.Array:
+def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any) -> jax.Array:
     """One integer product, and the zero points by the rows' sums."""
     (x_scale, w_scale), (x_codes, w_codes, w_zero) = floats, codes
     product = jnp.matmul(x_codes, w_codes, preferred_element_type=jnp.int32)
@@ -37,20 +28,7 @@ def int8_xla(floats: Any, codes: Any, *, out_dtype: Any) -> jax.Array:
     return (product.astype(jnp.float32) * x_scale * w_scale).astype(out_dtype)
 
 
-def packed_reference(floats: Any, codes: Any, *, bits: int, out_dtype: Any) -> jax.Array:
-    """The specification of `packed_matmul`: the whole matrix in float32, and one product."""
-    (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
-    x = (x_codes if x is None else x).astype(jnp.float32)
-    repeat = partial(jnp.repeat, repeats=x.shape[1] // scale.shape[0], axis=0)
-    weights = unpack(planes, bits, x.shape[1]).astype(jnp.float32)
-    if zero is not None:
-        weights += repeat(zero.astype(jnp.float32))
-    weights *= repeat(scale.astype(jnp.float32))
-    product = jnp.matmul(x, weights, precision=jax.lax.Precision.HIGHEST)
-    return (product if x_scale is None else product * x_scale).astype(out_dtype)
-
-
-def packed_xla(floats: Any, codes: Any, *, bits: int, out_dtype: Any) -> jax.Array:
+def packed_matmul(floats: Any, codes: Any, *, bits: int, out_dtype: Any) -> jax.Array:
     """A scan over tiles of K; what is unpacked at any time is one tile."""
     (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
     x, scale, zero = whole_groups(x_codes if x is None else x, planes, scale, zero, bits=bits)

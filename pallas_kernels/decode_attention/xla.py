@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.decode_attention_tiles import (
+from pallas_kernels.decode_attention.tiles import (
     Operands,
     Part,
     Problem,

@@ -35,24 +35,24 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import decode_attention_tiles as tiles
-from pallas_kernels.decode_attention_checks import (
+from pallas_kernels.decode_attention import tiles
+from pallas_kernels.decode_attention.checks import (
     check_cache,
     check_places,
     check_queries,
     check_shape,
     code_bits,
 )
-from pallas_kernels.decode_attention_gpu import gpu_refusal, pallas_gpu
-from pallas_kernels.decode_attention_reference import (
+from pallas_kernels.decode_attention.gpu import gpu_refusal, pallas_gpu
+from pallas_kernels.decode_attention.reference import (
     dequantize,
     flat_reference,
     rebuild_keys,
     reference,
 )
-from pallas_kernels.decode_attention_tiles import Operands, Problem, Side
-from pallas_kernels.decode_attention_tpu import pallas_tpu, tpu_refusal
-from pallas_kernels.decode_attention_xla import xla
+from pallas_kernels.decode_attention.tiles import Operands, Problem, Side
+from pallas_kernels.decode_attention.tpu import pallas_tpu, tpu_refusal
+from pallas_kernels.decode_attention.xla import xla
 from pallas_kernels.implementation import Implementation, dispatch
 
 Result = Array | tuple[Array, Array]

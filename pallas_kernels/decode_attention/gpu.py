@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode_attention_tiles import Operands, Part, Problem, hidden, segments
+from pallas_kernels.decode_attention.tiles import Operands, Part, Problem, hidden, segments
 from pallas_kernels.merge import merge_rows
 
 WORKERS = 528  # four for each multiprocessor of a large GPU

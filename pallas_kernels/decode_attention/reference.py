@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.decode_attention_checks import code_bits
-from pallas_kernels.decode_attention_tiles import code_planes
+from pallas_kernels.decode_attention.checks import code_bits
+from pallas_kernels.decode_attention.tiles import code_planes
 
 
 def dequantize(codes: Array, scale: Array, offset: Array | None = None) -> Array:

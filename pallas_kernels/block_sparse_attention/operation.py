@@ -18,16 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import block_sparse_attention_pallas as pallas
-from pallas_kernels import block_sparse_attention_xla as xla
 from pallas_kernels.block_mask import (
     EVERYTHING,
     BlockMask,
     Rule,
     block_mask,
-    dense_mask,
     visible_pairs,
 )
+from pallas_kernels.block_sparse_attention import gpu, reference, tpu, xla
 from pallas_kernels.implementation import Implementation, dispatch
 from pallas_kernels.useful import useful
 
@@ -51,9 +49,8 @@ def block_sparse_attention(
     Differentiable in q, k and v (reverse mode); the backward pass visits the same blocks.
 
     Args:
-        q: float[B, S, H, D].
-        k: float[B, T, K, D].
-        v: float[B, T, K, E].
+        q: [B, S, H, D], float32, bfloat16 or float16.
+        k, v: [B, T, K, D] and [B, T, K, E] in q's dtype.
         mask: lists of blocks, or a rule, for which each implementation chooses its own blocks.
         scale: of the logits; D^-1/2 if None.
         segments: int32[B, S] and int32[B, T]; a query sees only keys of its own segment.
@@ -66,7 +63,7 @@ def block_sparse_attention(
         [B, S, H, E] in v's dtype.
 
     Raises:
-        ValueError: for shapes or a mask that do not fit.
+        ValueError: for shapes, dtypes or a mask that do not fit.
         NotImplementedError: if the named implementation cannot run these operands.
     """
     _check(q, k, v, segments)
@@ -132,18 +129,10 @@ class _Problem(NamedTuple):
 def _forward(problem: _Problem, q: Array, k: Array, v: Array, integers: Any) -> Any:
     interpret = problem.interpret
     programs = {
-        "reference": (_reference, xla.BLOCKS, None),
+        "reference": (reference.forward, xla.BLOCKS, None),
         "xla": (xla.forward, xla.BLOCKS, xla.flops),
-        "pallas_tpu": (
-            partial(pallas.tpu_forward, interpret=interpret),
-            pallas.TPU_BLOCKS,
-            pallas.tpu_flops,
-        ),
-        "pallas_gpu": (
-            partial(pallas.gpu_forward, interpret=interpret),
-            pallas.GPU_BLOCKS,
-            pallas.gpu_flops,
-        ),
+        "pallas_tpu": (partial(tpu.forward, interpret=interpret), tpu.BLOCKS, tpu.flops),
+        "pallas_gpu": (partial(gpu.forward, interpret=interpret), gpu.BLOCKS, gpu.flops),
     }
     return dispatch(
         "block_sparse_attention",
@@ -179,11 +168,9 @@ def _run(
 def _refusals(
     problem: _Problem, q: Array, k: Array, v: Array, lists: BlockMask | None
 ) -> dict[str, str | None]:
-    of_tpu = problem.blocks(lists, q, k, **pallas.TPU_BLOCKS)
-    of_gpu = problem.blocks(lists, q, k, **pallas.GPU_BLOCKS)
     return {
-        "pallas_tpu": pallas.tpu_refusal(of_tpu, q, v),
-        "pallas_gpu": pallas.gpu_refusal(of_gpu, q, v),
+        "pallas_tpu": tpu.refusal(problem.blocks(lists, q, k, **tpu.BLOCKS), q, v),
+        "pallas_gpu": gpu.refusal(problem.blocks(lists, q, k, **gpu.BLOCKS), q, v),
     }
 
 
@@ -203,23 +190,6 @@ _attend = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _reference(mask: BlockMask, scale: float, q: Array, k: Array, v: Array, segments: Any) -> Any:
-    """The specification: all logits, masked, in float32."""
-    group = q.shape[1] // k.shape[1]
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-    k32, v32 = (jnp.repeat(x, group, axis=1) for x in (k32, v32))
-    logits = jnp.einsum("bhsd,bhtd->bhst", q32, k32, precision="highest") * scale
-    seen = dense_mask(mask)
-    if segments is not None:
-        of_queries, of_keys = segments
-        seen &= (of_queries[:, :, None] == of_keys[:, None])[:, None]
-    lse = jax.nn.logsumexp(jnp.where(seen, logits, -jnp.inf), axis=-1)
-    weights = jnp.where(
-        seen, jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]), 0.0
-    )
-    return jnp.einsum("bhst,bhte->bhse", weights, v32, precision="highest").astype(v.dtype), lse
-
-
 def _check(q: Array, k: Array, v: Array, segments: Segments | None) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -230,6 +200,12 @@ def _check(q: Array, k: Array, v: Array, segments: Segments | None) -> None:
         raise ValueError(
             f"queries and keys must agree in batch and width, keys and values in batch, tokens "
             f"and heads; {shapes}"
+        )
+    floats = (jnp.float32, jnp.bfloat16, jnp.float16)
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in floats:
+        raise ValueError(
+            f"queries, keys and values must have one dtype of float32, bfloat16 and float16; got "
+            f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads must be a multiple of key heads; {shapes}")

@@ -1,0 +1,8 @@
+"""Attention over lists of key blocks."""
+
+from pallas_kernels.block_sparse_attention.operation import block_sparse_attention, refusals
+
+__all__ = [
+    "block_sparse_attention",
+    "refusals",
+]

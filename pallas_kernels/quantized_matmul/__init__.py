@@ -1,0 +1,17 @@
+"""Products with quantised matrices."""
+
+from pallas_kernels.quantized_matmul.operation import (
+    GROUP_SIZES,
+    dynamic_int8_matmul,
+    int8_matmul,
+    packed_matmul,
+    quantize_per_token,
+)
+
+__all__ = [
+    "GROUP_SIZES",
+    "dynamic_int8_matmul",
+    "int8_matmul",
+    "packed_matmul",
+    "quantize_per_token",
+]
