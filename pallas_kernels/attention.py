@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_mask import EVERYTHING
-from pallas_kernels.block_sparse_attention import block_sparse_attention, refusals
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
+from pallas_kernels.block_sparse_attention.operation import Problem, check, heads_first, refusals
 from pallas_kernels.implementation import Implementation, dispatch
 from pallas_kernels.tiling import pad_axis
 
@@ -47,6 +49,10 @@ def dense_attention(
         ValueError: for shapes or dtypes that do not fit.
         NotImplementedError: if the named implementation cannot run these operands.
     """
+    check(q, k, v)
+    problem = Problem(
+        "dense_attention", EVERYTHING, Arithmetic(1.0, v.dtype.name), implementation, interpret
+    )
     listed = partial(block_sparse_attention, mask=EVERYTHING)
     programs = {
         "reference": partial(listed, implementation="reference"),
@@ -55,11 +61,11 @@ def dense_attention(
         "pallas_gpu": partial(listed, implementation="pallas_gpu", interpret=interpret),
     }
     return dispatch(
-        "dense_attention",
+        problem.operation,
         implementation,
         programs,
         *(q, k, v),
-        refusals=refusals(q, k, v, EVERYTHING),
+        refusals=refusals(problem, Heads(*heads_first(q, k, v))),
         interpret=interpret,
     )
 

@@ -199,7 +199,7 @@ class Levels(Rule):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("index", "count", "full"),
-    meta_fields=("queries", "keys", "block_q", "block_k", "rule", "seen"),
+    meta_fields=("queries", "keys", "block_q", "block_k", "rule", "seen", "rest"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMask:
@@ -215,6 +215,8 @@ class BlockMask:
         rule: what is visible inside of the blocks.
         seen: (query, key) pairs that the lists and the rule let be seen, over all lists; None for
             lists that are made at run time.
+        rest: whether the lists go on, beyond `count`, with all blocks in which nothing is seen: for
+            kernels that attend to everything and to what is seen in one pass.
     """
 
     index: Any
@@ -226,6 +228,7 @@ class BlockMask:
     block_k: int
     rule: Rule
     seen: int | None
+    rest: bool = False
 
     @property
     def static(self) -> bool:
@@ -267,7 +270,12 @@ class BlockMask:
 
 
 def block_mask(
-    rule: Rule, queries: int, keys: int | None = None, *, block: int | tuple[int, int] = 128
+    rule: Rule,
+    queries: int,
+    keys: int | None = None,
+    *,
+    block: int | tuple[int, int] = 128,
+    rest: bool = False,
 ) -> BlockMask:
     """The blocks in which a rule lets anything be seen.
 
@@ -276,18 +284,21 @@ def block_mask(
         queries: number of queries S.
         keys: number of keys T; S if None.
         block: tokens in a block, of queries and keys or (of queries, of keys).
+        rest: let every list go on with the blocks in which nothing is seen.
 
     Raises:
         ValueError: for a length or block below 1.
     """
-    return _from_rule(rule, *_sizes(queries, keys, block))
+    return _from_rule(rule, *_sizes(queries, keys, block), rest)
 
 
 @lru_cache(maxsize=256)
-def _from_rule(rule: Rule, queries: int, keys: int, block_q: int, block_k: int) -> BlockMask:
+def _from_rule(
+    rule: Rule, queries: int, keys: int, block_q: int, block_k: int, rest: bool
+) -> BlockMask:
     pairs, whole = _pairs(rule, queries, keys, block_q, block_k)
-    lists = _lists(np, whole[None], (pairs > 0)[None])
-    return BlockMask(*lists, queries, keys, block_q, block_k, rule, int(pairs.sum()))
+    lists = _lists(np, whole[None], (pairs > 0)[None], rest=rest)
+    return BlockMask(*lists, queries, keys, block_q, block_k, rule, int(pairs.sum()), rest)
 
 
 def from_map(
@@ -435,7 +446,9 @@ def _pairs(
     return pairs, pairs == rows[:, None] * block_k
 
 
-def _lists(xp: Any, whole: Any, kept: Any, width: int | None = None) -> tuple[Any, Any, Any]:
+def _lists(
+    xp: Any, whole: Any, kept: Any, width: int | None = None, *, rest: bool = False
+) -> tuple[Any, Any, Any]:
     """index, count and full of `BlockMask` from maps [B, H, M, N] of blocks."""
     full, count = (xp.sum(kind, -1).astype(np.int32) for kind in (whole, kept))
     if width is None:
@@ -444,6 +457,8 @@ def _lists(xp: Any, whole: Any, kept: Any, width: int | None = None) -> tuple[An
         raise ValueError(f"a row keeps {int(count.max())} blocks, more than the width {width}")
     full, count = xp.minimum(full, width), xp.minimum(count, width)
     order = xp.argsort(xp.where(whole, 0, xp.where(kept, 1, 2)), -1, stable=True)
+    if rest:
+        return order.astype(np.int32), count, full
     slot = xp.minimum(xp.arange(width), xp.maximum(count - 1, 0)[..., None])
     return xp.take_along_axis(order, slot, -1).astype(np.int32), count, full
 

@@ -16,17 +16,20 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import online_softmax as softmax
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.tiling import pad_axis
 
 # Sides of the blocks that a rule is cut into.
 BLOCKS = {"smallest": 64, "largest": 64}
 
 
-def refusal(mask: BlockMask, q: Array, v: Array) -> str | None:
+def refusal(mask: BlockMask, heads: Heads) -> str | None:
     """Why the GPU kernel cannot run these operands; None if it can."""
+    q, v = heads.q, heads.v
+    smallest = _least(heads)
     for block in (mask.block_q, mask.block_k):
-        if block < 16 or block & (block - 1):
-            return f"blocks must be powers of two of at least 16, got {block}"
+        if block < smallest or block & (block - 1):
+            return f"blocks must be powers of two of at least {smallest}, got {block}"
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"heads must be at most 256 wide, got {q.shape[-1]} and {v.shape[-1]}"
     if q.dtype == jnp.float32 and max(q.shape[-1], v.shape[-1]) > 128:
@@ -35,28 +38,24 @@ def refusal(mask: BlockMask, q: Array, v: Array) -> str | None:
 
 
 def forward(
-    mask: BlockMask,
-    scale: float,
-    q: Array,
-    k: Array,
-    v: Array,
-    segments: Any,
-    *,
-    interpret: bool = False,
-) -> tuple[Array, Array]:
-    """Output [B, H, S, E] and log-sum-exp float32[B, H, S]."""
-    batch, heads, queries, _ = q.shape
-    group, value_width = heads // k.shape[1], v.shape[-1]
+    mask: BlockMask, arithmetic: Arithmetic, heads: Heads, *, interpret: bool = False
+) -> Any:
+    """Output [B, H, S, E] and log-sum-exp float32[B, H, S], of `mask.rest` also of all keys."""
+    batch, of_heads, queries, _ = heads.q.shape
+    group, value_width = of_heads // heads.k.shape[1], heads.v.shape[-1]
     block_q, block_k = mask.block_q, mask.block_k
-    rows = mask.index.shape[2]
-    # Triton's blocks are powers of two.
-    q = _whole_width(pad_axis(q, 2, block_q))
-    k, v = (_whole_width(pad_axis(x, 2, block_k)) for x in (k, v))
+    rows, longest = mask.index.shape[2:]
+    ragged = mask.keys % block_k != 0
+    heads = _arranged(mask, heads)
+    shape = heads.q.shape[:3]
     lists = [
-        jnp.broadcast_to(x.reshape(*x.shape[:3], -1), (batch, heads, rows, x[0, 0, 0].size))
+        jnp.broadcast_to(x.reshape(*x.shape[:3], -1), (batch, of_heads, rows, x[0, 0, 0].size))
         for x in (mask.index, mask.count, mask.full)
     ]
     table = softmax.table(mask)
+
+    def key_head(h: Array) -> Array:
+        return jax.lax.div(h, jnp.int32(group))
 
     def of_lists(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, None, x.shape[-1]), lambda b, h, m: (b, h, m, 0))
@@ -65,86 +64,127 @@ def forward(
         return pl.BlockSpec((None, None, block_q, x.shape[-1]), lambda b, h, m: (b, h, m, 0))
 
     def of_keys(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, None, *x.shape[2:]), lambda b, h, m: (b, jax.lax.div(h, jnp.int32(group)), 0, 0)
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, m: (b, key_head(h), 0, 0))
+
+    own_rows = pl.BlockSpec((None, None, block_q), lambda b, h, m: (b, h, m))
+    specs = Heads(of_queries(heads.q), of_keys(heads.k), of_keys(heads.v))
+    if heads.segments is not None:
+        specs = specs._replace(
+            segments=(
+                pl.BlockSpec((None, block_q), lambda b, h, m: (b, m)),
+                pl.BlockSpec((None, heads.k.shape[2]), lambda b, h, m: (b, 0)),
+            )
         )
+    if heads.scales is not None:
+        of_columns = pl.BlockSpec(
+            (None, None, heads.k.shape[2]), lambda b, h, m: (b, key_head(h), 0)
+        )
+        specs = specs._replace(scales=(own_rows, of_columns))
 
-    operands = [*lists, table, q, k, v]
-    in_specs = [
-        *map(of_lists, lists),
-        pl.BlockSpec(table.shape, lambda b, h, m: (0,)),
-        of_queries(q),
-        of_keys(k),
-        of_keys(v),
-    ]
-    if segments is not None:
-        of_rows, of_columns = pad_axis(segments[0], 1, block_q), pad_axis(segments[1], 1, block_k)
-        operands += [of_rows, of_columns]
-        in_specs += [
-            pl.BlockSpec((None, block_q), lambda b, h, m: (b, m)),
-            pl.BlockSpec((None, of_columns.shape[1]), lambda b, h, m: (b, 0)),
-        ]
-
-    def kernel(index, count, full, table, q_ref, k_ref, v_ref, *refs):
-        *segment_refs, out_ref, lse_ref = refs
+    def kernel(index, count, full, table, refs, *results):
         h, m = pl.program_id(1), pl.program_id(2)
         row = m * block_q + jnp.arange(block_q)[:, None]
         parameters = softmax.parameters(mask, table, h)
 
-        def visit(w: Array, carry: Any, *, cut: bool) -> Any:
+        def visit(w: Array, carries: Any, *, inside: bool, outside: bool) -> Any:
+            """One block, in which something is seen, or something is not, or both."""
             keys = pl.ds(index[w] * block_k, block_k)
+            column = index[w] * block_k + jnp.arange(block_k)[None]
+            logits = softmax.product(refs.q[...], refs.k[keys, :], ((1,), (1,)))
+            if refs.scales is None:
+                logits *= arithmetic.scale
+            else:
+                logits *= refs.scales[0][...][:, None] * refs.scales[1][keys][None]
             seen = None
-            if cut:
-                column = index[w] * block_k + jnp.arange(block_k)[None]
+            if inside and outside:
                 seen = mask.rule.visible(row, column, mask.keys, *parameters)
-                if segment_refs:
-                    of_rows, of_columns = segment_refs
-                    seen &= of_rows[...][:, None] == of_columns[keys][None]
-            logits = softmax.product(q_ref[...], k_ref[keys, :], ((1,), (1,))) * scale
-            return softmax.accumulate(carry, logits, seen, v_ref[keys, :])
+                if refs.segments is not None:
+                    seen &= refs.segments[0][...][:, None] == refs.segments[1][keys][None]
+            values = refs.v[keys, :]
+            carries = list(carries)
+            if inside:
+                carries[0] = softmax.accumulate(carries[0], logits, seen, values, arithmetic.levels)
+            if outside and mask.rest:
+                exists = column < mask.keys if ragged or seen is not None else None
+                beyond = exists if seen is None else exists & ~seen
+                carries[1] = softmax.accumulate(
+                    carries[1], logits, beyond, values, arithmetic.levels
+                )
+            return tuple(carries)
 
-        whole = jnp.int32(0) if segment_refs else full[0]
-        carry = (
-            jnp.full((block_q, 1), softmax.MASKED, jnp.float32),
-            jnp.zeros((block_q, 1), jnp.float32),
-            jnp.zeros((block_q, v.shape[-1]), jnp.float32),
-        )
-        carry = jax.lax.fori_loop(0, whole, partial(visit, cut=False), carry)
-        carry = jax.lax.fori_loop(whole, count[0], partial(visit, cut=True), carry)
-        out, lse = softmax.finish(*carry)
-        out_ref[...] = out.astype(out_ref.dtype)
-        lse_ref[...] = lse[:, 0]
+        whole = jnp.int32(0) if refs.segments is not None else full[0]
+        carries = (softmax.empty(block_q, heads.v.shape[-1]),) * (1 + mask.rest)
+        walk = jax.lax.fori_loop
+        carries = walk(0, whole, partial(visit, inside=True, outside=False), carries)
+        carries = walk(whole, count[0], partial(visit, inside=True, outside=True), carries)
+        if mask.rest:
+            carries = walk(count[0], longest, partial(visit, inside=False, outside=True), carries)
+            carries = carries[0], softmax.merge(*carries)
+        for (out_ref, lse_ref), carry in zip(results, carries):
+            out, lse = softmax.finish(carry)
+            out_ref[...] = out.astype(out_ref.dtype)
+            lse_ref[...] = lse[:, 0]
 
-    out, lse = pl.pallas_call(
+    parts = 1 + mask.rest
+    result = (
+        jax.ShapeDtypeStruct((*shape, heads.v.shape[-1]), jnp.dtype(arithmetic.out)),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    results = pl.pallas_call(
         kernel,
         name="block_sparse_attention",
-        grid=(batch, heads, rows),
-        in_specs=in_specs,
-        out_specs=[
-            of_queries(v),
-            pl.BlockSpec((None, None, block_q), lambda b, h, m: (b, h, m)),
+        grid=(batch, of_heads, rows),
+        in_specs=[
+            *map(of_lists, lists),
+            pl.BlockSpec(table.shape, lambda b, h, m: (0,)),
+            specs,
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), v.dtype),
-            jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        cost_estimate=softmax.cost(mask, q, v),
+        out_specs=[(of_queries(heads.v), own_rows)] * parts,
+        out_shape=[result] * parts,
+        compiler_params=plgpu.CompilerParams(
+            num_warps=4 if block_q * block_k <= 64 * 64 else 8, num_stages=2
+        ),
+        cost_estimate=softmax.cost(mask, heads, arithmetic.out),
         interpret=interpret,
-    )(*operands)
-    return out[:, :, :queries, :value_width], lse[:, :, :queries]
+    )(*lists, table, heads)
+    results = [(out[:, :, :queries, :value_width], lse[:, :, :queries]) for out, lse in results]
+    return tuple(results) if mask.rest else results[0]
 
 
-def flops(mask: BlockMask, q: Array, v: Array) -> int:
+def _arranged(mask: BlockMask, heads: Heads) -> Heads:
+    """Whole blocks, heads as wide as Triton's."""
+    width, value_width = _widths(heads)
+
+    def whole(x: Array, block: int, width: int) -> Array:
+        return pad_axis(pad_axis(x, 2, block), 3, width)
+
+    def numbers(pair: Any, axis: int) -> Any:
+        if pair is None:
+            return None
+        return tuple(pad_axis(x, axis, size) for x, size in zip(pair, (mask.block_q, mask.block_k)))
+
+    return Heads(
+        whole(heads.q, mask.block_q, width),
+        whole(heads.k, mask.block_k, width),
+        whole(heads.v, mask.block_k, value_width),
+        numbers(heads.segments, 1),
+        numbers(heads.scales, 2),
+    )
+
+
+def _least(heads: Heads) -> int:
+    """The smallest side of a product on tensor cores."""
+    return 32 if min(heads.q.dtype.itemsize, heads.v.dtype.itemsize) == 1 else 16
+
+
+def _widths(heads: Heads) -> tuple[int, int]:
+    """Triton's blocks are powers of two."""
+    width, value_width = (
+        max(_least(heads), pl.next_power_of_2(x.shape[-1])) for x in (heads.q, heads.v)
+    )
+    return width, value_width
+
+
+def flops(mask: BlockMask, heads: Heads) -> int:
     """FLOPs of `forward` on these operands, whose heads it pads."""
-    width, value_width = (_width(x) for x in (q, v))
-    return mask.flops(*q.shape[:2], head_dim=width, value_dim=value_width)
-
-
-def _width(x: Array) -> int:
-    """Triton's blocks are powers of two, and its products at least 16 wide."""
-    return max(16, pl.next_power_of_2(x.shape[-1]))
-
-
-def _whole_width(x: Array) -> Array:
-    return pad_axis(x, -1, _width(x))
+    return softmax.flops(mask, heads.q.shape[0] * heads.q.shape[1], *_widths(heads))

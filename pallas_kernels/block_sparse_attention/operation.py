@@ -18,14 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.block_mask import (
-    EVERYTHING,
-    BlockMask,
-    Rule,
-    block_mask,
-    visible_pairs,
-)
+from pallas_kernels.block_mask import BlockMask, Rule, block_mask, visible_pairs
 from pallas_kernels.block_sparse_attention import gpu, reference, tpu, xla
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.implementation import Implementation, dispatch
 from pallas_kernels.useful import useful
 
@@ -66,38 +61,30 @@ def block_sparse_attention(
         ValueError: for shapes, dtypes or a mask that do not fit.
         NotImplementedError: if the named implementation cannot run these operands.
     """
-    _check(q, k, v, segments)
+    check(q, k, v, segments)
     batch, queries, heads, width = q.shape
     if not isinstance(mask, Rule):
         mask.check(batch, queries, heads, k.shape[1])
     known = isinstance(mask, Rule) or mask.static
-    problem = _Problem(
+    problem = Problem(
+        operation="block_sparse_attention",
         mask=mask if known else None,
-        scale=width**-0.5 if scale is None else scale,
+        arithmetic=Arithmetic(width**-0.5 if scale is None else scale, v.dtype.name),
         implementation=implementation,
         interpret=interpret,
     )
     # Lists that are made at run time go in as an operand, so that no tracer is closed over.
     integers = (segments, None if known else mask)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    out, lse = _attend(problem, q, k, v, integers)
+    out, lse = _differentiable(problem, *heads_first(q, k, v), integers)
     out = out.swapaxes(1, 2)
     return (out, lse.swapaxes(1, 2)) if return_lse else out
 
 
-def refusals(q: Array, k: Array, v: Array, mask: BlockMask | Rule) -> dict[str, str | None]:
-    """Why kernels cannot run these operands [B, S, H, D]; None for those that can."""
-    _check(q, k, v, None)
-    problem = _Problem(mask, 1.0, None, False)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return _refusals(problem, q, k, v, None)
-
-
 @lru_cache(maxsize=256)
-def choose_blocks(
+def choose_block(
     rule: Rule, queries: int, keys: int, *, smallest: int, largest: int, keys_in: int = 1
-) -> BlockMask:
-    """A mask in blocks that suit a rule: few, and little of them cut.
+) -> tuple[int, int]:
+    """Blocks of queries and keys that suit a rule: few, and little of them cut.
 
     Blocks of queries are about a quarter of what a query sees, blocks of keys a `keys_in`th of
     them.
@@ -105,92 +92,124 @@ def choose_blocks(
     seen = visible_pairs(rule, queries, keys) / (len(rule.parameters) * queries)
     block = 2 ** round(math.log2(max(seen, 4) / 4))
     block = min(max(block, smallest), largest)
-    return block_mask(rule, queries, keys, block=(block, block // keys_in))
+    return block, block // keys_in
 
 
-class _Problem(NamedTuple):
-    """What is known while tracing."""
+class Problem(NamedTuple):
+    """What is known while tracing.
 
-    mask: BlockMask | Rule | None  # None if the lists are made at run time
-    scale: float
+    Attributes:
+        operation: its name, for messages.
+        mask: lists or a rule; None if the lists are made at run time.
+        arithmetic: how numbers are made.
+        implementation, interpret: as in `block_sparse_attention`.
+        block: tokens in the blocks of a rule; None for the implementation's own choice.
+        rest: attend to all keys too, in the same pass.
+    """
+
+    operation: str
+    mask: BlockMask | Rule | None
+    arithmetic: Arithmetic
     implementation: Implementation | None
     interpret: bool
+    block: int | None = None
+    rest: bool = False
 
-    def blocks(self, lists: BlockMask | None, q: Array, k: Array, **sizes: int) -> BlockMask:
-        """The mask as lists, in the implementation's own blocks if it is a rule."""
-        mask = lists or self.mask
-        if isinstance(mask, BlockMask):
+    def lists(self, made: BlockMask | None, heads: Heads, **sizes: int) -> BlockMask:
+        """The mask as lists, those made at run time or those of a rule."""
+        mask = made or self.mask
+        if not isinstance(mask, Rule):
+            assert mask is not None
             return mask
-        return choose_blocks(mask or EVERYTHING, q.shape[2], k.shape[2], **sizes)
+        lengths = heads.q.shape[2], heads.k.shape[2]
+        block = self.block or choose_block(mask, *lengths, **sizes)
+        return block_mask(mask, *lengths, block=block, rest=self.rest)
 
 
 # Jitted, so that the equal layers of a model trace it once.
 @partial(jax.jit, static_argnums=0)
-def _forward(problem: _Problem, q: Array, k: Array, v: Array, integers: Any) -> Any:
+def attend(problem: Problem, heads: Heads, made: BlockMask | None = None) -> Any:
+    """Output [B, H, S, E] and log-sum-exp float32[B, H, S], without gradients."""
+    return dispatch(
+        problem.operation,
+        problem.implementation,
+        programs(problem),
+        *(heads, made),
+        refusals=refusals(problem, heads, made),
+        interpret=problem.interpret,
+    )
+
+
+def programs(problem: Problem) -> dict[str, Callable[[Heads, BlockMask | None], Any]]:
+    """What each implementation runs."""
     interpret = problem.interpret
-    programs = {
+    known = {
         "reference": (reference.forward, xla.BLOCKS, None),
         "xla": (xla.forward, xla.BLOCKS, xla.flops),
         "pallas_tpu": (partial(tpu.forward, interpret=interpret), tpu.BLOCKS, tpu.flops),
         "pallas_gpu": (partial(gpu.forward, interpret=interpret), gpu.BLOCKS, gpu.flops),
     }
-    return dispatch(
-        "block_sparse_attention",
-        problem.implementation,
-        {name: partial(_run, problem, *program) for name, program in programs.items()},
-        *(q, k, v, integers),
-        refusals=_refusals(problem, q, k, v, integers[1]),
-        interpret=interpret,
-    )
+    return {name: partial(_run, problem, *program) for name, program in known.items()}
 
 
-def _run(
-    problem: _Problem,
-    attend: Callable[..., Any],
-    sizes: dict[str, int],
-    flops: Callable[..., int] | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    integers: Any,
-) -> Any:
-    """One program in its own blocks, marked with how much of its work is seen."""
-    segments, lists = integers
-    mask = problem.blocks(lists, q, k, **sizes)
-    attend = partial(attend, mask, problem.scale)
-    if flops is not None and mask.seen is not None and segments is None:
-        copies = q.shape[0] * q.shape[1] // (mask.index.shape[0] * mask.index.shape[1])
-        seen = 2 * mask.seen * copies * (q.shape[-1] + v.shape[-1])
-        attend = useful(attend, seen, flops(mask, q, v))
-    return attend(q, k, v, segments)
-
-
-def _refusals(
-    problem: _Problem, q: Array, k: Array, v: Array, lists: BlockMask | None
+def refusals(
+    problem: Problem, heads: Heads, made: BlockMask | None = None
 ) -> dict[str, str | None]:
+    """Why kernels cannot run these operands; None for those that can."""
     return {
-        "pallas_tpu": tpu.refusal(problem.blocks(lists, q, k, **tpu.BLOCKS), q, v),
-        "pallas_gpu": gpu.refusal(problem.blocks(lists, q, k, **gpu.BLOCKS), q, v),
+        "pallas_tpu": tpu.refusal(problem.lists(made, heads, **tpu.BLOCKS), heads),
+        "pallas_gpu": gpu.refusal(problem.lists(made, heads, **gpu.BLOCKS), heads),
     }
 
 
-def _attend_forward(problem: _Problem, q: Array, k: Array, v: Array, integers: Any) -> Any:
+def _run(
+    problem: Problem,
+    forward: Callable[..., Any],
+    sizes: dict[str, int],
+    flops: Callable[..., int] | None,
+    heads: Heads,
+    made: BlockMask | None,
+) -> Any:
+    """One program on its own blocks, marked with how much of its work is seen."""
+    mask = problem.lists(made, heads, **sizes)
+    forward = partial(forward, mask, problem.arithmetic)
+    if flops is not None and mask.seen is not None and heads.segments is None:
+        lines = heads.q.shape[0] * heads.q.shape[1]
+        copies = lines // (mask.index.shape[0] * mask.index.shape[1])
+        pairs = lines * mask.queries * mask.keys if mask.rest else mask.seen * copies
+        width = heads.q.shape[-1] + heads.v.shape[-1]
+        forward = useful(forward, 2 * pairs * width, flops(mask, heads))
+    return forward(heads)
+
+
+def _forward(problem: Problem, q: Array, k: Array, v: Array, integers: Any) -> Any:
+    segments, made = integers
+    return attend(problem, Heads(q, k, v, segments), made)
+
+
+def _forward_and_save(problem: Problem, q: Array, k: Array, v: Array, integers: Any) -> Any:
     out, lse = _forward(problem, q, k, v, integers)
     return (out, lse), (q, k, v, integers, out, lse)
 
 
-def _attend_backward(problem: _Problem, saved: Any, gradients: Any) -> Any:
-    q, k, v, (segments, mask), out, lse = saved
-    mask = problem.blocks(mask, q, k, **xla.BLOCKS)
-    d_q, d_k, d_v = xla.backward(mask, problem.scale, q, k, v, segments, out, lse, *gradients)
-    return d_q, d_k, d_v, None
+def _backward(problem: Problem, saved: Any, gradients: Any) -> Any:
+    q, k, v, (segments, made), out, lse = saved
+    heads = Heads(q, k, v, segments)
+    mask = problem.lists(made, heads, **xla.BLOCKS)
+    return *xla.backward(mask, problem.arithmetic, heads, out, lse, *gradients), None
 
 
-_attend = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-_attend.defvjp(_attend_forward, _attend_backward)
+_differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_differentiable.defvjp(_forward_and_save, _backward)
 
 
-def _check(q: Array, k: Array, v: Array, segments: Segments | None) -> None:
+def heads_first(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """[B, S, H, D] as [B, H, S, D]."""
+    return q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def check(q: Array, k: Array, v: Array, segments: Segments | None = None) -> None:
+    """Raise ValueError unless these operands [B, S, H, D] can be attended with."""
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import online_softmax as softmax
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.tiling import pad_axis
 
 # Sides of the blocks that a rule is cut into.
@@ -30,7 +31,7 @@ SCALARS = 3 << 16
 _LANES = 128
 
 
-def refusal(mask: BlockMask, q: Array, v: Array) -> str | None:
+def refusal(mask: BlockMask, heads: Heads) -> str | None:
     """Why the TPU kernel cannot run these operands; None if it can."""
     if mask.block_q % _LANES or mask.block_k % _LANES:
         return f"blocks must be multiples of 128 tokens, got {mask.block_q} x {mask.block_k}"
@@ -40,136 +41,181 @@ def refusal(mask: BlockMask, q: Array, v: Array) -> str | None:
             f"lists of {entries} entries do not fit in scalar memory, which takes {SCALARS}. Use "
             f"larger blocks, or lists that heads share"
         )
-    if q.dtype == jnp.float16:
-        return "TPUs have no float16; use bfloat16 or float32"
+    for x in (heads.q, heads.v):
+        if x.dtype in (jnp.float16, jnp.float8_e4m3fn):
+            return f"the kernel has no {x.dtype}, as most TPUs have none; use bfloat16 or int8"
     return None
 
 
 def forward(
-    mask: BlockMask,
-    scale: float,
-    q: Array,
-    k: Array,
-    v: Array,
-    segments: Any,
-    *,
-    interpret: bool = False,
-) -> tuple[Array, Array]:
-    """Output [B, H, S, E] and log-sum-exp float32[B, H, S]."""
-    batch, heads, queries, width = q.shape
-    group, value_width = heads // k.shape[1], v.shape[-1]
+    mask: BlockMask, arithmetic: Arithmetic, heads: Heads, *, interpret: bool = False
+) -> Any:
+    """Output [B, H, S, E] and log-sum-exp float32[B, H, S], of `mask.rest` also of all keys."""
+    batch, of_heads, queries, width = heads.q.shape
+    group, value_width = of_heads // heads.k.shape[1], heads.v.shape[-1]
     block_q, block_k = mask.block_q, mask.block_k
     rows, longest = mask.index.shape[2:]
-    q = pad_axis(q, 2, block_q)
-    k, v = (pad_axis(x, 2, block_k) for x in (k, v))
+    ragged = mask.keys % block_k != 0
+    heads = _arranged(mask, heads)
     lists = [jnp.asarray(x).reshape(-1) for x in (mask.index, mask.count, mask.full)]
 
     def line(b: Array, h: Array, m: Array) -> Array:
         """Place of a list among all."""
-        of_batch, of_heads = mask.index.shape[:2]
-        head = (b if of_batch > 1 else 0) * of_heads + (h if of_heads > 1 else 0)
+        lists_of_batch, lists_of_heads = mask.index.shape[:2]
+        head = (b if lists_of_batch > 1 else 0) * lists_of_heads + (h if lists_of_heads > 1 else 0)
         return head * rows + m
+
+    def key_head(h: Array) -> Array:
+        return jax.lax.div(h, jnp.int32(group))
 
     def of_queries(b, h, m, w, *_):
         return b, h, m, 0
 
+    def of_rows(b, h, m, w, *_):
+        return b, h, m, 0, 0
+
     def of_keys(b, h, m, w, index, *_):
-        return b, jax.lax.div(h, jnp.int32(group)), index[line(b, h, m) * longest + w], 0
+        return b, key_head(h), index[line(b, h, m) * longest + w], 0
 
-    in_specs = [
-        pl.BlockSpec((1, 1, block_q, width), of_queries),
-        pl.BlockSpec((1, 1, block_k, width), of_keys),
-        pl.BlockSpec((1, 1, block_k, value_width), of_keys),
-    ]
-    operands = [q, k, v]
-    if segments is not None:
-        # Along sublanes for queries and along lanes for keys, as the logits need them.
-        of_rows = pad_axis(segments[0], 1, block_q)[:, :, None]
-        of_columns = pad_axis(segments[1], 1, block_k)[:, None]
-        operands += [
-            jnp.broadcast_to(of_rows, (*of_rows.shape[:2], _LANES)),
-            jnp.broadcast_to(of_columns, (batch, 8, of_columns.shape[2])),
-        ]
-        in_specs += [
-            pl.BlockSpec((1, block_q, _LANES), lambda b, h, m, w, *_: (b, m, 0)),
-            pl.BlockSpec(
-                (1, 8, block_k),
-                lambda b, h, m, w, index, *_: (b, 0, index[line(b, h, m) * longest + w]),
-            ),
-        ]
+    def of_columns(b, h, m, w, index, *_):
+        return b, key_head(h), 0, index[line(b, h, m) * longest + w]
 
-    def kernel(index, count, full, table, q_ref, k_ref, v_ref, *refs):
-        *segment_refs, out_ref, lse_ref, peak_ref, total_ref, sum_ref = refs
+    specs = Heads(
+        q=pl.BlockSpec((1, 1, block_q, width), of_queries),
+        k=pl.BlockSpec((1, 1, block_k, width), of_keys),
+        v=pl.BlockSpec((1, 1, block_k, value_width), of_keys),
+    )
+    if heads.segments is not None:
+        own_rows = pl.BlockSpec((1, block_q, _LANES), lambda b, h, m, w, *_: (b, m, 0))
+        own_columns = pl.BlockSpec(
+            (1, 8, block_k),
+            lambda b, h, m, w, index, *_: (b, 0, index[line(b, h, m) * longest + w]),
+        )
+        specs = specs._replace(segments=(own_rows, own_columns))
+    line_of_rows = pl.BlockSpec((1, 1, 1, 1, block_q), of_rows)
+    if heads.scales is not None:
+        specs = specs._replace(scales=(line_of_rows, pl.BlockSpec((1, 1, 1, block_k), of_columns)))
+
+    def kernel(index, count, full, table, refs, results, carries, scale_ref):
         b, h, m, w = (pl.program_id(axis) for axis in range(4))
         own = line(b, h, m)
 
         @pl.when(w == 0)
         def _():
-            peak_ref[...] = jnp.full_like(peak_ref, softmax.MASKED)
-            total_ref[...] = jnp.zeros_like(total_ref)
-            sum_ref[...] = jnp.zeros_like(sum_ref)
+            for carry in carries:
+                _store(carry, softmax.empty(block_q, value_width))
+            if refs.scales is not None:
+                scale = jnp.broadcast_to(refs.scales[0][0, 0, 0], (_LANES, block_q))
+                scale_ref[...] = scale.T
 
-        def visit(cut: bool) -> None:
+        def visit(*, inside: bool, outside: bool) -> None:
+            """One block, in which something is seen, or something is not, or both."""
+            logits = softmax.product(refs.q[0, 0], refs.k[0, 0], ((1,), (1,)))
+            if refs.scales is None:
+                logits *= arithmetic.scale
+            else:
+                logits *= scale_ref[:, :1] * refs.scales[1][0, 0]
+            shape = (block_q, block_k)
+            first = index[own * longest + w] * block_k
+            column = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
             seen = None
-            if cut:
-                shape = (block_q, block_k)
+            if inside and outside:
                 row = m * block_q + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-                first = index[own * longest + w] * block_k
-                column = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-                seen = mask.rule.visible(
-                    row, column, mask.keys, *softmax.parameters(mask, table, h)
-                )
-                if segment_refs:
-                    of_rows, of_columns = segment_refs
-                    seen &= of_rows[0, :, :1] == of_columns[0, :1, :]
-            carry = peak_ref[:, :1], total_ref[:, :1], sum_ref[...]
-            logits = softmax.product(q_ref[0, 0], k_ref[0, 0], ((1,), (1,))) * scale
-            peak, total, weighted = softmax.accumulate(carry, logits, seen, v_ref[0, 0])
-            peak_ref[...] = jnp.broadcast_to(peak, peak_ref.shape)
-            total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
-            sum_ref[...] = weighted
+                parameters = softmax.parameters(mask, table, h)
+                seen = mask.rule.visible(row, column, mask.keys, *parameters)
+                if refs.segments is not None:
+                    seen &= refs.segments[0][0, :, :1] == refs.segments[1][0, :1, :]
+
+            def add(carry: softmax.Carry, seen: Array | None) -> None:
+                before = softmax.Carry(carry.peak[:, :1], carry.total[:, :1], carry.weighted[...])
+                values = refs.v[0, 0]
+                _store(carry, softmax.accumulate(before, logits, seen, values, arithmetic.levels))
+
+            if inside:
+                add(carries[0], seen)
+            if outside and mask.rest:
+                exists = column < mask.keys if ragged or seen is not None else None
+                add(carries[1], exists if seen is None else exists & ~seen)
 
         # Segments cut any block.
-        whole = jnp.int32(0) if segment_refs else full[own]
-        pl.when(w < whole)(partial(visit, cut=False))
-        pl.when((w >= whole) & (w < count[own]))(partial(visit, cut=True))
+        whole = jnp.int32(0) if refs.segments is not None else full[own]
+        pl.when(w < whole)(partial(visit, inside=True, outside=False))
+        pl.when((w >= whole) & (w < count[own]))(partial(visit, inside=True, outside=True))
+        if mask.rest:
+            pl.when(w >= count[own])(partial(visit, inside=False, outside=True))
 
         @pl.when(w == longest - 1)
         def _():
-            out, lse = softmax.finish(peak_ref[:, :1], total_ref[:, :1], sum_ref[...])
-            out_ref[0, 0] = out.astype(out_ref.dtype)
-            lse_ref[0, 0, 0] = jnp.broadcast_to(lse, (block_q, _LANES)).T[:1]
+            parts = [
+                softmax.Carry(carry.peak[:, :1], carry.total[:, :1], carry.weighted[...])
+                for carry in carries
+            ]
+            if mask.rest:
+                parts[1] = softmax.merge(*parts)
+            for (out_ref, lse_ref), part in zip(results, parts):
+                out, lse = softmax.finish(part)
+                out_ref[0, 0] = out.astype(out_ref.dtype)
+                lse_ref[0, 0, 0] = jnp.broadcast_to(lse, (block_q, _LANES)).T[:1]
 
-    out, lse = pl.pallas_call(
+    parts = 1 + mask.rest
+    lanes = pltpu.VMEM((block_q, _LANES), jnp.float32)
+    carry = softmax.Carry(lanes, lanes, pltpu.VMEM((block_q, value_width), jnp.float32))
+    shape = heads.q.shape[:3]
+    result = (
+        jax.ShapeDtypeStruct((*shape, value_width), jnp.dtype(arithmetic.out)),
+        jax.ShapeDtypeStruct((batch, of_heads, rows, 1, block_q), jnp.float32),
+    )
+    [results] = pl.pallas_call(
         kernel,
         name="block_sparse_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(batch, heads, rows, longest),
-            in_specs=in_specs,
+            grid=(batch, of_heads, rows, longest),
+            in_specs=[specs],
             out_specs=[
-                pl.BlockSpec((1, 1, block_q, value_width), of_queries),
-                pl.BlockSpec((1, 1, 1, 1, block_q), lambda b, h, m, w, *_: (b, h, m, 0, 0)),
+                [(pl.BlockSpec((1, 1, block_q, value_width), of_queries), line_of_rows)] * parts
             ],
-            scratch_shapes=[
-                pltpu.VMEM((block_q, _LANES), jnp.float32),
-                pltpu.VMEM((block_q, _LANES), jnp.float32),
-                pltpu.VMEM((block_q, value_width), jnp.float32),
-            ],
+            scratch_shapes=[[carry] * parts, None if heads.scales is None else lanes],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((*q.shape[:3], value_width), v.dtype),
-            jax.ShapeDtypeStruct((batch, heads, rows, 1, block_q), jnp.float32),
-        ],
+        out_shape=[[result] * parts],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
-        cost_estimate=softmax.cost(mask, q, v),
+        cost_estimate=softmax.cost(mask, heads, arithmetic.out),
         interpret=interpret,
-    )(*lists, softmax.table(mask), *operands)
-    return out[:, :, :queries], lse.reshape(batch, heads, -1)[:, :, :queries]
+    )(*lists, softmax.table(mask), heads)
+    results = [(out[:, :, :queries], lse.reshape(shape)[:, :, :queries]) for out, lse in results]
+    return tuple(results) if mask.rest else results[0]
 
 
-def flops(mask: BlockMask, q: Array, v: Array) -> int:
+def _arranged(mask: BlockMask, heads: Heads) -> Heads:
+    """Whole blocks, and numbers of queries and keys as the logits need them."""
+    q = pad_axis(heads.q, 2, mask.block_q)
+    k, v = (pad_axis(x, 2, mask.block_k) for x in (heads.k, heads.v))
+    segments = scales = None
+    if heads.segments is not None:
+        # Queries along sublanes, keys along lanes.
+        rows = pad_axis(heads.segments[0], 1, mask.block_q)[:, :, None]
+        columns = pad_axis(heads.segments[1], 1, mask.block_k)[:, None]
+        segments = (
+            jnp.broadcast_to(rows, (*rows.shape[:2], _LANES)),
+            jnp.broadcast_to(columns, (rows.shape[0], 8, columns.shape[2])),
+        )
+    if heads.scales is not None:
+        rows = pad_axis(heads.scales[0], 2, mask.block_q)
+        columns = pad_axis(heads.scales[1], 2, mask.block_k)
+        scales = rows.reshape(*rows.shape[:2], -1, 1, mask.block_q), columns[:, :, None]
+    return Heads(q, k, v, segments, scales)
+
+
+def _store(refs: softmax.Carry, carry: softmax.Carry) -> None:
+    """Write to scratch memory, whose columns of one number are lanes."""
+    refs.peak[...] = jnp.broadcast_to(carry.peak, refs.peak.shape)
+    refs.total[...] = jnp.broadcast_to(carry.total, refs.total.shape)
+    refs.weighted[...] = carry.weighted
+
+
+def flops(mask: BlockMask, heads: Heads) -> int:
     """FLOPs of `forward` on these operands."""
-    return mask.flops(*q.shape[:2], head_dim=q.shape[-1], value_dim=v.shape[-1])
+    lines = heads.q.shape[0] * heads.q.shape[1]
+    return softmax.flops(mask, lines, heads.q.shape[-1], heads.v.shape[-1])

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
+from pallas_kernels.block_sparse_attention.online_softmax import weight_codes
 from pallas_kernels.tiling import pad_axis
 
 # Blocks that a rule is cut into: gathering is cheap, so keys come in smaller ones than queries.
@@ -42,12 +44,11 @@ class Steps(NamedTuple):
 Group = tuple[Steps, bool]  # steps, and whether an element of their blocks may be masked
 
 
-def forward(
-    mask: BlockMask, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any
-) -> tuple[jax.Array, jax.Array]:
+def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[jax.Array, jax.Array]:
     """Output [B, H, S, E] and log-sum-exp float32[B, H, S]."""
-    tiles = _Tiles(mask, scale, q, k, segments)
-    values = tiles.of_keys(v)
+    tiles = _Tiles(mask, arithmetic.scale, heads)
+    dtype, levels = heads.v.dtype, arithmetic.levels
+    values = tiles.of_keys(heads.v)
 
     def step(which: Steps, cut: bool) -> tuple[jax.Array, jax.Array]:
         logits = tiles.logits(which, cut)
@@ -56,23 +57,36 @@ def forward(
         weights = jnp.exp(logits - peak)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         own = tiles.gather(values, which)
-        out = jnp.matmul(weights.astype(v.dtype), own, preferred_element_type=jnp.float32)
+        if levels is None:
+            weights = weights.astype(dtype)
+        else:
+            # Products of codes are exact in float32, which is faster than int8 on a CPU.
+            weights, own = _coded(mask, weights, levels, dtype), own.astype(jnp.float32)
+        out = jnp.matmul(weights, own, preferred_element_type=jnp.float32)
         lse = (peak + jnp.log(total))[..., 0]
-        return (out / jnp.where(total == 0, 1.0, total)).astype(v.dtype), lse
+        return (out / jnp.where(total == 0, 1.0, total)).astype(arithmetic.out), lse
 
-    groups = _groups(mask, *q.shape[:2])
+    groups = _groups(mask, *heads.q.shape[:2])
     parts = [_run(step, mask, *group) for group in groups]
-    out = tiles.rows(groups, [part for part, _ in parts], v.shape[-1:], v.dtype, fill=0.0)
+    out = [part for part, _ in parts]
+    out = tiles.rows(groups, out, heads.v.shape[-1:], jnp.dtype(arithmetic.out), fill=0.0)
     return out, tiles.rows(groups, [part for _, part in parts], (), jnp.float32, fill=-jnp.inf)
+
+
+def _coded(
+    mask: BlockMask, weights: jax.Array, levels: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Weights [block_q, c * block_k] as codes, in units of a query's largest one in each block."""
+    blocks = weights.reshape(weights.shape[0], -1, mask.block_k)
+    largest = jnp.max(blocks, axis=-1, keepdims=True)
+    codes = weight_codes(blocks / jnp.where(largest > 0, largest, 1.0), levels, dtype)
+    return (codes.astype(jnp.float32) * (largest / levels)).reshape(weights.shape)
 
 
 def backward(
     mask: BlockMask,
-    scale: float,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: Any,
+    arithmetic: Arithmetic,
+    heads: Heads,
     out: jax.Array,
     lse: jax.Array,
     d_out: jax.Array,
@@ -82,7 +96,8 @@ def backward(
 
     With P = exp(logits - lse): dV = P^T dO and dS = P (dO V^T - rowsum(dO O) + d lse).
     """
-    tiles = _Tiles(mask, scale, q, k, segments)
+    q, k, v = heads[:3]
+    tiles = _Tiles(mask, arithmetic.scale, heads)
     values = tiles.of_keys(v)
     through = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     d_out, through, lse = (tiles.of_queries(x) for x in (d_out, through, lse))
@@ -104,13 +119,15 @@ def backward(
     d_q = tiles.rows(groups, [part for part, _, _ in parts], q.shape[-1:], jnp.float32, fill=0.0)
     d_k = tiles.scatter(groups, [part for _, part, _ in parts], k)
     d_v = tiles.scatter(groups, [part for _, _, part in parts], v)
-    return (d_q * scale).astype(q.dtype), (d_k * scale).astype(k.dtype), d_v.astype(v.dtype)
+    d_q, d_k = d_q * arithmetic.scale, d_k * arithmetic.scale
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
 class _Tiles:
     """q and k in blocks, and what a step needs of them."""
 
-    def __init__(self, mask: BlockMask, scale: float, q: jax.Array, k: jax.Array, segments: Any):
+    def __init__(self, mask: BlockMask, scale: float, heads: Heads):
+        q, k = heads.q, heads.k
         self.mask = mask
         self.batch, self.heads, self.queries = q.shape[:3]
         self.key_heads = k.shape[1]
@@ -118,13 +135,16 @@ class _Tiles:
         self.scale = scale
         self.q = self.of_queries(q)
         self.k = self.of_keys(k)
-        self.segments = None
-        if segments is not None:
-            of_queries, of_keys = segments
+        self.segments = self.scales = None
+        if heads.segments is not None:
+            of_queries, of_keys = heads.segments
             self.segments = (
                 pad_axis(of_queries, 1, mask.block_q),
                 pad_axis(of_keys, 1, mask.block_k),
             )
+        if heads.scales is not None:
+            of_queries, of_keys = heads.scales
+            self.scales = self.of_queries(of_queries), self.of_keys(of_keys[..., None])
 
     def of_queries(self, x: jax.Array) -> jax.Array:
         """[B, H, S, ...] as [B H M, block_q, ...]."""
@@ -180,13 +200,16 @@ class _Tiles:
 
     def logits(self, which: Steps, cut: bool) -> jax.Array:
         """float32[block_q, c * block_k] of one step, -inf where nothing is seen."""
-        logits = jax.lax.dot_general(
-            self.q[which.place],
-            self.gather(self.k, which),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        logits = logits * self.scale
+        q, k = self.q[which.place], self.gather(self.k, which)
+        if self.scales is not None:  # products of codes are exact in float32
+            q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        contracted = (((1,), (1,)), ((), ()))
+        logits = jax.lax.dot_general(q, k, contracted, preferred_element_type=jnp.float32)
+        if self.scales is None:
+            logits *= self.scale
+        else:
+            of_queries, of_keys = self.scales
+            logits *= of_queries[which.place][:, None] * self.gather(of_keys, which)[:, 0]
         return jnp.where(self.visible(which), logits, -jnp.inf) if cut else logits
 
     def visible(self, which: Steps) -> jax.Array:
@@ -241,7 +264,8 @@ def _rounded(count: Any) -> np.ndarray:
     return -(-count // step) * step
 
 
-def flops(mask: BlockMask, q: jax.Array, v: jax.Array) -> int:
+def flops(mask: BlockMask, heads: Heads) -> int:
     """FLOPs of `forward` on these operands, masked and repeated blocks included."""
-    blocks = sum(which.blocks.size for which, _ in _groups(mask, *q.shape[:2]))
-    return 2 * blocks * mask.block_q * mask.block_k * (q.shape[-1] + v.shape[-1])
+    blocks = sum(which.blocks.size for which, _ in _groups(mask, *heads.q.shape[:2]))
+    width = heads.q.shape[-1] + heads.v.shape[-1]
+    return 2 * blocks * mask.block_q * mask.block_k * width

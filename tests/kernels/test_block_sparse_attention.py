@@ -303,7 +303,7 @@ def test_refusals_are_named():
         run("pallas_tpu")
     with pytest.raises(NotImplementedError, match="powers of two of at least 16, got 8"):
         run("pallas_gpu")
-    with pytest.raises(NotImplementedError, match="TPUs have no float16"):
+    with pytest.raises(NotImplementedError, match="the kernel has no float16"):
         run("pallas_tpu", [x.astype(jnp.float16) for x in (q, k, v)], Band(3))
     wide = heads(20, 20, width=300)
     with pytest.raises(NotImplementedError, match="at most 256 wide"):

@@ -17,7 +17,8 @@ layer uses AST, the residual [B, N, H, D] if it uses a window.
 
 Cost of one layer and call, in multiply-adds of QK^T and PV, with A = 2 B N^2 C and
 b = ((2W + 1) N - W (W + 1)) / N^2: FULL A, FULL that refreshes the residual A (1 + b), WARS A b,
-half of that with ASC, AST 0. See `attention_macs`.
+half of that with ASC, AST 0. See `attention_macs`. On TPU and GPU a FULL that refreshes costs about
+A: one kernel makes both (`pallas_kernels.residual_attention`).
 
 Paper: DiTFastAttn, arXiv 2406.08552. As in the released code the window reaches W = N / 8 tokens to
 *each* side. Unlike it, WARS_ASC reads the conditional half of the residual in either batch order.
@@ -39,13 +40,14 @@ from tqdm.auto import tqdm
 from effjax import metrics, testing
 from effjax.context import Context, Guidance, PyTree, State, Step, is_static, switch
 from effjax.forward import Forward, Params
-from effjax.layers.attention import Attention
+from effjax.layers.attention import Attention, AttentionCore
 from effjax.samplers import Carry, Sampler
 from effjax.sites import Wrapper, sites, wrap
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Band, visible_pairs
 from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.residual_attention import dense_and_sparse_attention
 
 METRICS = {
     "relative": metrics.relative_difference,
@@ -307,9 +309,8 @@ def _attend(module: FastAttention, x: jax.Array, *, action: int) -> jax.Array:
         residual = guidance.cond(residual) if strategy.halved else residual
         o = _window(q, k, v, module.window) + residual
     else:
-        o = attention.core(q, k, v)
-        if fresh:
-            window = _window(q, k, v, module.window)
+        o, window = _dense(attention, q, k, v, module.window if fresh else None)
+        if window is not None:
             residual = (o.astype(jnp.float32) - window.astype(jnp.float32)).astype(o.dtype)
             module.residual.write(guidance.duplicate(residual) if strategy.halved else residual)
     y = attention.merge(o)
@@ -317,6 +318,18 @@ def _attend(module: FastAttention, x: jax.Array, *, action: int) -> jax.Array:
     if module.shares_output:
         module.output.write(y)
     return y
+
+
+def _dense(
+    attention: Attention, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Dense attention, and window attention beside it if asked for."""
+    if window is None:
+        return attention.core(q, k, v), None
+    if type(attention.core) is AttentionCore and window < q.shape[1] - 1:
+        with jax.named_scope("attention"):
+            return dense_and_sparse_attention(q, k, v, Band(window))
+    return attention.core(q, k, v), _window(q, k, v, window)
 
 
 def _window(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:

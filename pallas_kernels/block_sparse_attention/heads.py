@@ -1,0 +1,40 @@
+"""What all programs of block-sparse attention take, heads first."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jax import Array
+
+
+class Heads(NamedTuple):
+    """Operands; a pytree.
+
+    Attributes:
+        q: [B, H, S, D], float, or int8 codes.
+        k, v: [B, K, T, D] and [B, K, T, E]; v may be float8 or int8 codes while k is not.
+        segments: int32[B, S] and int32[B, T]; a query sees only keys of its own segment.
+        scales: float32[B, H, S] and float32[B, K, T], what the codes of a query and of a key count;
+            None for floats.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    segments: tuple[Array, Array] | None = None
+    scales: tuple[Array, Array] | None = None
+
+
+class Arithmetic(NamedTuple):
+    """How numbers are made of them; static.
+
+    Attributes:
+        scale: factor on the logits q k^T.
+        out: name of the output's dtype.
+        levels: largest code of a probability, 127 for int8; each block of keys is coded in units of
+            its largest probability. None leaves them float.
+    """
+
+    scale: float
+    out: str
+    levels: int | None = None

@@ -1,0 +1,200 @@
+"""Attention on integer codes: int8 q k^T, and probabilities times values in int8, float8 or floats.
+
+    k' = k - mean_t(k)                    smoothing: adds the same number to all logits of a query
+    q = s_q q_int,  k' = s_k k_int        s = max |x| / n over one or several tokens, n = 127
+    logits = (q_int . k_int) s_q s_k scale
+    p_int = round(n p / p_max)            p_max: the query's largest weight in a block of keys
+    out = sum_blocks p_max / n (p_int v_int) s_v / sum p,      s_v = max |v| / n of a channel
+
+The kernels are those of `block_sparse_attention`, in blocks of 128 tokens on every platform, so
+that all compute the same numbers; the reference spells them out.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.block_mask import EVERYTHING, BlockMask, Rule
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
+from pallas_kernels.block_sparse_attention.operation import (
+    Problem,
+    Segments,
+    attend,
+    check,
+    heads_first,
+)
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.tiling import pad_axis
+
+# Codes of values and the largest code of a probability beside them.
+VALUES = {"int8": 127, "int4": 7, "float8": 448}
+
+
+def quantized_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask | Rule = EVERYTHING,
+    *,
+    bits: int = 8,
+    values: str | None = None,
+    tokens: tuple[int, int] = (1, 1),
+    smooth: bool = True,
+    scale: float | None = None,
+    segments: Segments | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Any:
+    """Attention of every query to the keys that a mask lets it see, on quantised operands.
+
+    Operands come in floats and are quantised here. Gradients are those of attention without
+    quantisation (straight through).
+
+    Args:
+        q: [B, S, H, D], float32, bfloat16 or float16.
+        k, v: [B, T, K, D] and [B, T, K, E] in q's dtype.
+        mask: lists of blocks, or a rule, which is cut into blocks of 128 tokens.
+        bits: of the codes of queries and keys: 8, or 4 (kept in int8: the accuracy of 4 bits, not
+            their speed).
+        values: codes of probabilities and values: "int8", "int4" (kept in int8), "float8" (e4m3);
+            None leaves them in v's dtype.
+        tokens: how many consecutive queries, and keys, share a scale: (128, 64) in SageAttention,
+            (32, 64) in PAROAttention, one by default.
+        smooth: subtract the keys' mean over tokens first. Exact in real arithmetic, and what keys
+            with a common offset need.
+        scale: of the logits; D^-1/2 if None.
+        segments: as in `block_sparse_attention`.
+        return_lse: return (output, log-sum-exp float32[B, S, H]) too, that of the keys as given.
+        implementation: see `pallas_kernels.implementation`.
+        interpret: run a named kernel in interpret mode.
+
+    Returns:
+        [B, S, H, E] in v's dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes, options or a mask that do not fit.
+        NotImplementedError: if the named implementation cannot run these operands.
+
+    Source: SageAttention, arXiv 2410.02367, 2411.10958; PAROAttention, arXiv 2506.16054.
+    """
+    check(q, k, v, segments)
+    if bits not in (8, 4):
+        raise ValueError(f"bits must be 8 or 4, got {bits}")
+    if values is not None and values not in VALUES:
+        raise ValueError(f"values must be None or one of {sorted(VALUES)}, got {values!r}")
+    if len(tokens) != 2 or min(tokens) < 1:
+        raise ValueError(f"tokens must be two numbers of at least 1, got {tokens}")
+    if not isinstance(mask, Rule):
+        mask.check(q.shape[0], q.shape[1], q.shape[2], k.shape[1])
+    known = isinstance(mask, Rule) or mask.static
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    problem = Problem(
+        operation="quantized_attention",
+        mask=mask if known else None,
+        arithmetic=Arithmetic(factor, v.dtype.name, VALUES[values] if values else None),
+        implementation=implementation,
+        interpret=interpret,
+        block=128,
+    )
+    codes = _Codes(bits, values, tokens, smooth)
+    integers = (segments, None if known else mask)
+    out, lse = _differentiable(problem, codes, q, k, v, integers)
+    return (out, lse) if return_lse else out
+
+
+class _Codes(NamedTuple):
+    """The options of `quantized_attention` that say how operands are quantised; static."""
+
+    bits: int
+    values: str | None
+    tokens: tuple[int, int]
+    smooth: bool
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(
+    problem: Problem, codes: _Codes, q: Array, k: Array, v: Array, integers: Any
+) -> tuple[Array, Array]:
+    segments, made = integers
+    q, k, v = heads_first(q, k, v)
+    group = q.shape[1] // k.shape[1]
+    shift = None
+    if codes.smooth:
+        mean = jnp.mean(k.astype(jnp.float32), axis=2, keepdims=True)
+        k = k.astype(jnp.float32) - mean
+        shift = jnp.einsum(
+            "bhsd,bhd->bhs", q.astype(jnp.float32), jnp.repeat(mean[:, :, 0], group, axis=1)
+        )
+    most = 2 ** (codes.bits - 1) - 1
+    q_codes, q_scale = quantize_tokens(q, most, codes.tokens[0])
+    k_codes, k_scale = quantize_tokens(k, most, codes.tokens[1])
+    v_codes, v_scale = quantize_channels(v, codes.values)
+    # The factor on the logits goes into the queries' scales.
+    scales = q_scale * problem.arithmetic.scale, k_scale
+    inner = problem._replace(arithmetic=problem.arithmetic._replace(scale=1.0))
+    out, lse = attend(inner, Heads(q_codes, k_codes, v_codes, segments, scales), made)
+    if v_scale is not None:
+        out = (out.astype(jnp.float32) * jnp.repeat(v_scale, group, axis=1)).astype(out.dtype)
+    if shift is not None:
+        lse = lse + shift * problem.arithmetic.scale
+    return out.swapaxes(1, 2), lse.swapaxes(1, 2)
+
+
+def quantize_tokens(x: Array, most: int, tokens: int) -> tuple[Array, Array]:
+    """Codes int8[B, H, S, D] and scales float32[B, H, S] of heads, by groups of tokens.
+
+    scale = max |x| / most, code = round(x / scale), halves away from zero.
+    """
+    x = x.astype(jnp.float32)
+    largest = pad_axis(jnp.max(jnp.abs(x), axis=-1), 2, tokens)
+    largest = jnp.max(largest.reshape(*x.shape[:2], -1, tokens), axis=-1)
+    scale = jnp.repeat(largest, tokens, axis=2)[:, :, : x.shape[2]] / most
+    return _codes(x, scale[..., None]), scale
+
+
+def quantize_channels(v: Array, values: str | None) -> tuple[Array, Array | None]:
+    """Codes of values [B, K, T, E] and scales float32[B, K, 1, E] of their channels."""
+    if values is None:
+        return v, None
+    v = v.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(v), axis=2, keepdims=True) / VALUES[values]
+    if values == "float8":
+        return (v / jnp.where(scale > 0, scale, 1.0)).astype(jnp.float8_e4m3fn), scale
+    return _codes(v, scale), scale
+
+
+def _codes(x: Array, scale: Array) -> Array:
+    x = x / jnp.where(scale > 0, scale, 1.0)
+    return (jnp.sign(x) * jnp.floor(jnp.abs(x) + 0.5)).astype(jnp.int8)
+
+
+def _forward_and_save(
+    problem: Problem, codes: _Codes, q: Array, k: Array, v: Array, integers: Any
+) -> Any:
+    return _forward(problem, codes, q, k, v, integers), (q, k, v, integers)
+
+
+def _backward(problem: Problem, codes: _Codes, saved: Any, gradients: Any) -> Any:
+    q, k, v, (segments, made) = saved
+    mask = problem.mask if made is None else made
+    assert mask is not None
+    exact = partial(
+        block_sparse_attention,
+        mask=mask,
+        scale=problem.arithmetic.scale,
+        segments=segments,
+        return_lse=True,
+        implementation="xla",
+    )
+    return *jax.vjp(exact, q, k, v)[1](gradients), None
+
+
+_differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
+_differentiable.defvjp(_forward_and_save, _backward)

@@ -1,0 +1,110 @@
+"""Dense attention and the part of it that a rule lets be seen, in one pass over the keys.
+
+DiTFastAttn keeps the residual (dense - window): a step that refreshes it needs both. A kernel keeps
+two running softmaxes, over the keys that the rule shows and over the others, and merges them at the
+end. Logits are computed once, and only blocks that the rule cuts meet the values twice.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+
+from pallas_kernels.attention import dense_attention
+from pallas_kernels.block_mask import Rule
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
+from pallas_kernels.block_sparse_attention.operation import (
+    Problem,
+    check,
+    heads_first,
+    programs,
+    refusals,
+)
+from pallas_kernels.implementation import Implementation, dispatch
+
+
+def dense_and_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    rule: Rule,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """Attention to all keys, and attention to those that a rule shows.
+
+    "reference" and "xla" are two attentions; only the kernels share the logits.
+
+    Args:
+        q: [B, S, H, D], float32, bfloat16 or float16.
+        k, v: [B, T, K, D] and [B, T, K, E] in q's dtype.
+        rule: what the second result sees.
+        implementation: see `pallas_kernels.implementation`.
+        interpret: run a named kernel in interpret mode.
+
+    Returns:
+        `dense_attention(q, k, v)` and `block_sparse_attention(q, k, v, rule)`.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
+        NotImplementedError: if the named implementation cannot run these operands.
+    """
+    check(q, k, v)
+    problem = Problem(
+        operation="dense_and_sparse_attention",
+        mask=rule,
+        arithmetic=Arithmetic(q.shape[-1] ** -0.5, v.dtype.name),
+        implementation=implementation,
+        interpret=interpret,
+        rest=True,
+    )
+
+    return _differentiable(problem, q, k, v)
+
+
+# Jitted, so that the equal layers of a model trace it once.
+@partial(jax.jit, static_argnums=0)
+def _forward(problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    return dispatch(
+        problem.operation,
+        problem.implementation,
+        {
+            "reference": partial(_apart, problem, "reference"),
+            "xla": partial(_apart, problem, "xla"),
+            "pallas_tpu": partial(_together, problem, "pallas_tpu"),
+            "pallas_gpu": partial(_together, problem, "pallas_gpu"),
+        },
+        *(q, k, v),
+        refusals=refusals(problem, Heads(*heads_first(q, k, v))),
+        interpret=problem.interpret,
+    )
+
+
+def _apart(
+    problem: Problem, name: Implementation, q: Array, k: Array, v: Array
+) -> tuple[Array, Array]:
+    assert problem.mask is not None
+    dense = dense_attention(q, k, v, implementation=name)
+    return dense, block_sparse_attention(q, k, v, problem.mask, implementation=name)
+
+
+def _together(problem: Problem, name: str, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    (sparse, _), (dense, _) = programs(problem)[name](Heads(*heads_first(q, k, v)), None)
+    return dense.swapaxes(1, 2), sparse.swapaxes(1, 2)
+
+
+def _forward_and_save(problem: Problem, *operands: Array) -> tuple[Any, Any]:
+    return _forward(problem, *operands), operands
+
+
+def _backward(problem: Problem, saved: Any, gradients: Any) -> Any:
+    return jax.vjp(partial(_apart, problem, "xla"), *saved)[1](gradients)
+
+
+_differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_differentiable.defvjp(_forward_and_save, _backward)
