@@ -18,6 +18,7 @@ lint: $(VENV)/.test
 
 # TPU programs compiled ahead of time; libtpu has its own environment, as JAX would look for a TPU.
 aot: $(VENV)-tpu/.aot
+	$(VENV)-tpu/bin/python -c "import libtpu"
 	$(VENV)-tpu/bin/python -m pytest -q -n 2 -m aot_tpu tests
 
 docs: $(VENV)/.docs

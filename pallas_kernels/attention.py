@@ -14,8 +14,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_mask import EVERYTHING
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
-from pallas_kernels.block_sparse_attention.operation import Problem, check, heads_first, refusals
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads, precision
+from pallas_kernels.block_sparse_attention.operation import (
+    Problem,
+    check,
+    heads_first,
+    logit_scale,
+    refusal,
+)
 from pallas_kernels.implementation import Implementation, dispatch
 from pallas_kernels.tiling import pad_axis
 
@@ -51,21 +57,26 @@ def dense_attention(
     """
     check(q, k, v)
     problem = Problem(
-        "dense_attention", EVERYTHING, Arithmetic(1.0, v.dtype.name), implementation, interpret
+        operation="dense_attention",
+        mask=EVERYTHING,
+        arithmetic=Arithmetic(logit_scale(None, q), v.dtype.name),
+        implementation=implementation,
+        interpret=interpret,
     )
-    listed = partial(block_sparse_attention, mask=EVERYTHING)
-    programs = {
-        "reference": partial(listed, implementation="reference"),
-        "xla": _xla,
-        "pallas_tpu": partial(listed, implementation="pallas_tpu", interpret=interpret),
-        "pallas_gpu": partial(listed, implementation="pallas_gpu", interpret=interpret),
-    }
+    listed = partial(block_sparse_attention, mask=EVERYTHING, interpret=interpret)
     return dispatch(
         problem.operation,
         implementation,
-        programs,
+        {
+            "reference": partial(
+                block_sparse_attention, mask=EVERYTHING, implementation="reference"
+            ),
+            "xla": _xla,
+            "pallas_tpu": partial(listed, implementation="pallas_tpu"),
+            "pallas_gpu": partial(listed, implementation="pallas_gpu"),
+        },
         *(q, k, v),
-        refusals=refusals(problem, Heads(*heads_first(q, k, v))),
+        refusal=partial(refusal, problem, Heads(*heads_first(q, k, v)), None),
         interpret=interpret,
     )
 
@@ -92,13 +103,15 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """
     lines = tuple(range(q.ndim - 2))
     contracted = ((q.ndim - 1,), (q.ndim - 1,))
+    exact = precision(q.dtype)
     logits = jax.lax.dot_general(
-        q, k, (contracted, (lines, lines)), preferred_element_type=jnp.float32
+        q, k, (contracted, (lines, lines)), precision=exact, preferred_element_type=jnp.float32
     )
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    weights = weights.astype(v.dtype)
+    out = jnp.matmul(weights, v, precision=exact, preferred_element_type=jnp.float32) / total
     return out.astype(v.dtype)
 
 

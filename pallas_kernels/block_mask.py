@@ -53,6 +53,15 @@ class Rule:
         """What differs by head: int32[H, P]; H = 1 if nothing does."""
         return np.zeros((1, 0), np.int32)
 
+    def check(self, batch: int, queries: int, heads: int, keys: int) -> None:
+        """Raise ValueError unless the rule fits arrays of these sizes."""
+        given = self.parameters.shape[0]
+        if given not in (1, heads):
+            raise ValueError(
+                f"{self} is a rule for {given} heads, the arrays have {heads}. Give one number for "
+                f"all heads, or one for each."
+            )
+
     def visible(
         self, row: Integers, column: Integers, keys: int, *parameters: Integers
     ) -> Integers:
@@ -255,17 +264,16 @@ class BlockMask:
     def check(self, batch: int, queries: int, heads: int, keys: int) -> None:
         """Raise ValueError unless the mask fits arrays of these sizes."""
         lists = self.index.shape[:2]
-        rule_heads = self.rule.parameters.shape[0]
+        self.rule.check(batch, queries, heads, keys)
         if (self.queries, self.keys) != (queries, keys):
             raise ValueError(
                 f"the mask was made for {self.queries} queries and {self.keys} keys, got {queries} "
                 f"and {keys}. Make one for these lengths."
             )
-        if lists[0] not in (1, batch) or {lists[1], rule_heads} - {1, heads}:
+        if lists[0] not in (1, batch) or lists[1] not in (1, heads):
             raise ValueError(
-                f"the mask has lists for batch {lists[0]} and {lists[1]} heads, and a rule for "
-                f"{rule_heads} heads; the arrays have batch {batch} and {heads} heads. Each must "
-                f"agree or be 1."
+                f"the mask has lists for batch {lists[0]} and {lists[1]} heads; the arrays have "
+                f"batch {batch} and {heads} heads. Each must agree or be 1."
             )
 
 
@@ -275,7 +283,6 @@ def block_mask(
     keys: int | None = None,
     *,
     block: int | tuple[int, int] = 128,
-    rest: bool = False,
 ) -> BlockMask:
     """The blocks in which a rule lets anything be seen.
 
@@ -284,17 +291,21 @@ def block_mask(
         queries: number of queries S.
         keys: number of keys T; S if None.
         block: tokens in a block, of queries and keys or (of queries, of keys).
-        rest: let every list go on with the blocks in which nothing is seen.
 
     Raises:
         ValueError: for a length or block below 1.
     """
-    return _from_rule(rule, *_sizes(queries, keys, block), rest)
+    return _from_rule(rule, *_sizes(queries, keys, block), rest=False)
+
+
+def with_rest(rule: Rule, queries: int, keys: int, *, block: int | tuple[int, int]) -> BlockMask:
+    """`block_mask` whose lists go on with the blocks in which nothing is seen."""
+    return _from_rule(rule, *_sizes(queries, keys, block), rest=True)
 
 
 @lru_cache(maxsize=256)
 def _from_rule(
-    rule: Rule, queries: int, keys: int, block_q: int, block_k: int, rest: bool
+    rule: Rule, queries: int, keys: int, block_q: int, block_k: int, *, rest: bool
 ) -> BlockMask:
     pairs, whole = _pairs(rule, queries, keys, block_q, block_k)
     lists = _lists(np, whole[None], (pairs > 0)[None], rest=rest)
@@ -318,7 +329,7 @@ def from_map(
         queries, keys, block: as for `block_mask`.
         rule: what is visible inside of the blocks.
         width: length of the lists; the longest static list if None. Required at run time, where
-            blocks beyond it are dropped (the last ones of a row).
+            blocks beyond it are dropped, those that the rule cuts first.
 
     Raises:
         ValueError: for a map of another shape, or static lists longer than `width`.
@@ -436,14 +447,24 @@ def _pairs(
     edges = np.arange(-(-keys // block_k)) * block_k
     seen = []
     for parameters in table:
-        pairs = np.zeros((queries, len(edges)), np.int64)
-        for start, stop in rule.spans(row, keys, *parameters):
-            inside = np.minimum(stop[:, None], edges + block_k) - np.maximum(start[:, None], edges)
-            pairs += np.maximum(inside, 0)
-        seen.append(np.add.reduceat(pairs, np.arange(0, queries, block_q), axis=0))
+        spans = rule.spans(row, keys, *parameters)
+        # By blocks of queries: all at once would take gigabytes for long sequences.
+        firsts = range(0, queries, block_q)
+        rows = [slice(first, first + block_q) for first in firsts]
+        seen.append(np.stack([_overlaps(spans, own, edges, block_k) for own in rows]))
     rows = np.minimum(block_q, queries - np.arange(0, queries, block_q))
     pairs = np.stack(seen)[which.reshape(-1)]
     return pairs, pairs == rows[:, None] * block_k
+
+
+def _overlaps(spans: Spans, rows: slice, edges: np.ndarray, block_k: int) -> np.ndarray:
+    """Pairs of these queries and of the keys of each block that they see, int64[N]."""
+    total = np.zeros(len(edges), np.int64)
+    for start, stop in spans:
+        first = np.maximum(start[rows, None], edges)
+        inside = np.minimum(stop[rows, None], edges + block_k) - first
+        total += np.maximum(inside, 0).sum(0)
+    return total
 
 
 def _lists(

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -35,7 +37,7 @@ def dispatch(
     implementation: Implementation | None,
     programs: Mapping[str, Callable[..., PyTree]],
     *operands: PyTree,
-    refusals: Mapping[str, str | None],
+    refusal: Callable[[str], str | None],
     interpret: bool = False,
 ) -> PyTree:
     """Run one of an operation's programs.
@@ -46,7 +48,7 @@ def dispatch(
             operands and "xla" elsewhere. A named one that cannot run them is an error.
         programs: implementation -> function of the operands; all return equal shapes and dtypes.
         operands: trees of arrays.
-        refusals: implementation -> why it cannot run these operands, None or absent if it can.
+        refusal: why a kernel (its name) cannot run these operands; None if it can.
         interpret: run a named Pallas kernel in interpret mode, on any platform.
 
     Raises:
@@ -63,7 +65,7 @@ def dispatch(
         kernels = {
             platform: programs[name]
             for name, platform in _PLATFORMS.items()
-            if name in programs and not refusals.get(name)
+            if name in programs and not refusal(name)
         }
         if not kernels:
             return programs["xla"](*operands)
@@ -72,10 +74,12 @@ def dispatch(
         raise ValueError(
             f"{operation} has no implementation {implementation!r}; there are {sorted(programs)}"
         )
-    if reason := refusals.get(implementation):
-        raise NotImplementedError(f"{operation}, implementation {implementation!r}: {reason}")
     program = programs[implementation]
-    if interpret or implementation not in _PLATFORMS:
+    if implementation not in _PLATFORMS:
+        return program(*operands)
+    if reason := refusal(implementation):
+        raise NotImplementedError(f"{operation}, implementation {implementation!r}: {reason}")
+    if interpret:
         return program(*operands)
     platform = _PLATFORMS[implementation]
     message = (
@@ -84,13 +88,27 @@ def dispatch(
         f"its values elsewhere."
     )
 
-    def refuse(*operands: PyTree) -> PyTree:
-        shapes = jax.eval_shape(program, *operands)
+    def refuse(shapes: PyTree, *operands: PyTree) -> PyTree:
         leaves, tree = jax.tree.flatten(shapes)
         outs = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         return tree.unflatten(_refusal.bind(*jax.tree.leaves(operands), outs=outs, message=message))
 
-    return jax.lax.platform_dependent(*operands, default=refuse, **{platform: program})
+    # With a gradient, so that what has one can be traced too, and is refused when lowered.
+    @jax.custom_vjp
+    def instead(*operands: PyTree) -> PyTree:
+        return refuse(jax.eval_shape(program, *operands), *operands)
+
+    def backward(operands: tuple[PyTree, ...], _: PyTree) -> tuple[PyTree, ...]:
+        gradients = refuse(jax.eval_shape(lambda *x: x, *operands), *operands)
+        return jax.tree.map(_as_gradient, gradients)
+
+    instead.defvjp(lambda *operands: (instead(*operands), operands), backward)
+    return jax.lax.platform_dependent(*operands, default=instead, **{platform: program})
+
+
+def _as_gradient(x: jax.Array) -> jax.Array | np.ndarray:
+    floating = jnp.issubdtype(x.dtype, jnp.inexact)
+    return x if floating else np.zeros(x.shape, jax.dtypes.float0)
 
 
 # An equation that can be traced, and batched, but not lowered: it stands for a kernel on the

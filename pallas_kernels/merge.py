@@ -54,7 +54,7 @@ def merge(
     total = jnp.sum(weight, axis=0)
     merged = jnp.sum(weight[..., None] * output.astype(jnp.float32), axis=0)
     merged = merged / _nonzero(total)[..., None]
-    return merged.astype(output.dtype), peak + jnp.log(total)
+    return merged.astype(output.dtype), _log_sum(peak, total)
 
 
 def merge_rows(
@@ -77,12 +77,16 @@ def merge_rows(
     merged = jax.ops.segment_sum(
         weight[..., None] * outputs.astype(jnp.float32), rows, num_segments=count
     )
-    return merged / _nonzero(total)[..., None], peak + jnp.log(total)
+    return merged / _nonzero(total)[..., None], _log_sum(peak, total)
 
 
 def _finite(peak: Array) -> Array:
     """A maximum to subtract: 0 where all parts are empty, so that -inf - (-inf) never occurs."""
     return jnp.where(jnp.isfinite(peak), peak, 0.0)
+
+
+def _log_sum(peak: Array, total: Array) -> Array:
+    return jnp.where(total > 0, peak + jnp.log(_nonzero(total)), -jnp.inf)
 
 
 def _nonzero(total: Array) -> Array:

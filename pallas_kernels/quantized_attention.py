@@ -6,8 +6,9 @@
     p_int = round(n p / p_max)            p_max: the query's largest weight in a block of keys
     out = sum_blocks p_max / n (p_int v_int) s_v / sum p,      s_v = max |v| / n of a channel
 
-The kernels are those of `block_sparse_attention`, in blocks of 128 tokens on every platform, so
-that all compute the same numbers; the reference spells them out.
+The kernels are those of `block_sparse_attention`. Blocks of keys are those of the mask, so that all
+implementations compute the same numbers; with a rule each takes blocks of its own, and results with
+coded probabilities differ by their rounding.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from pallas_kernels.block_sparse_attention.operation import (
     attend,
     check,
     heads_first,
+    logit_scale,
+    split_mask,
 )
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.tiling import pad_axis
@@ -60,11 +63,11 @@ def quantized_attention(
     Args:
         q: [B, S, H, D], float32, bfloat16 or float16.
         k, v: [B, T, K, D] and [B, T, K, E] in q's dtype.
-        mask: lists of blocks, or a rule, which is cut into blocks of 128 tokens.
+        mask: lists of blocks, or a rule, for which each implementation chooses its own blocks.
         bits: of the codes of queries and keys: 8, or 4 (kept in int8: the accuracy of 4 bits, not
             their speed).
         values: codes of probabilities and values: "int8", "int4" (kept in int8), "float8" (e4m3);
-            None leaves them in v's dtype.
+            None leaves them in v's dtype. GPUs have float8 from compute capability 8.9.
         tokens: how many consecutive queries, and keys, share a scale: (128, 64) in SageAttention,
             (32, 64) in PAROAttention, one by default.
         smooth: subtract the keys' mean over tokens first. Exact in real arithmetic, and what keys
@@ -91,21 +94,21 @@ def quantized_attention(
         raise ValueError(f"values must be None or one of {sorted(VALUES)}, got {values!r}")
     if len(tokens) != 2 or min(tokens) < 1:
         raise ValueError(f"tokens must be two numbers of at least 1, got {tokens}")
-    if not isinstance(mask, Rule):
-        mask.check(q.shape[0], q.shape[1], q.shape[2], k.shape[1])
-    known = isinstance(mask, Rule) or mask.static
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    known, made = split_mask(mask, q, k)
     problem = Problem(
         operation="quantized_attention",
-        mask=mask if known else None,
-        arithmetic=Arithmetic(factor, v.dtype.name, VALUES[values] if values else None),
+        mask=known,
+        # Coded values get their scales, and v's dtype, behind the kernel.
+        arithmetic=Arithmetic(
+            logit_scale(scale, q),
+            "float32" if values else v.dtype.name,
+            VALUES[values] if values else None,
+        ),
         implementation=implementation,
         interpret=interpret,
-        block=128,
     )
-    codes = _Codes(bits, values, tokens, smooth)
-    integers = (segments, None if known else mask)
-    out, lse = _differentiable(problem, codes, q, k, v, integers)
+    codes = _Codes(bits, values, (tokens[0], tokens[1]), smooth)
+    out, lse = _differentiable(problem, codes, q, k, v, (segments, made))
     return (out, lse) if return_lse else out
 
 
@@ -123,6 +126,7 @@ def _forward(
     problem: Problem, codes: _Codes, q: Array, k: Array, v: Array, integers: Any
 ) -> tuple[Array, Array]:
     segments, made = integers
+    dtype = v.dtype
     q, k, v = heads_first(q, k, v)
     group = q.shape[1] // k.shape[1]
     shift = None
@@ -130,7 +134,10 @@ def _forward(
         mean = jnp.mean(k.astype(jnp.float32), axis=2, keepdims=True)
         k = k.astype(jnp.float32) - mean
         shift = jnp.einsum(
-            "bhsd,bhd->bhs", q.astype(jnp.float32), jnp.repeat(mean[:, :, 0], group, axis=1)
+            "bhsd,bhd->bhs",
+            q.astype(jnp.float32),
+            jnp.repeat(mean[:, :, 0], group, axis=1),
+            precision="highest",
         )
     most = 2 ** (codes.bits - 1) - 1
     q_codes, q_scale = quantize_tokens(q, most, codes.tokens[0])
@@ -141,7 +148,7 @@ def _forward(
     inner = problem._replace(arithmetic=problem.arithmetic._replace(scale=1.0))
     out, lse = attend(inner, Heads(q_codes, k_codes, v_codes, segments, scales), made)
     if v_scale is not None:
-        out = (out.astype(jnp.float32) * jnp.repeat(v_scale, group, axis=1)).astype(out.dtype)
+        out = (out * jnp.repeat(v_scale, group, axis=1)).astype(dtype)
     if shift is not None:
         lse = lse + shift * problem.arithmetic.scale
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)

@@ -21,8 +21,10 @@ from pallas_kernels.block_sparse_attention.operation import (
     Problem,
     check,
     heads_first,
+    logit_scale,
     programs,
-    refusals,
+    refusal,
+    split_mask,
 )
 from pallas_kernels.implementation import Implementation, dispatch
 
@@ -55,10 +57,11 @@ def dense_and_sparse_attention(
         NotImplementedError: if the named implementation cannot run these operands.
     """
     check(q, k, v)
+    split_mask(rule, q, k)
     problem = Problem(
         operation="dense_and_sparse_attention",
         mask=rule,
-        arithmetic=Arithmetic(q.shape[-1] ** -0.5, v.dtype.name),
+        arithmetic=Arithmetic(logit_scale(None, q), v.dtype.name),
         implementation=implementation,
         interpret=interpret,
         rest=True,
@@ -80,7 +83,7 @@ def _forward(problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Arr
             "pallas_gpu": partial(_together, problem, "pallas_gpu"),
         },
         *(q, k, v),
-        refusals=refusals(problem, Heads(*heads_first(q, k, v))),
+        refusal=partial(refusal, problem, Heads(*heads_first(q, k, v)), None),
         interpret=problem.interpret,
     )
 

@@ -11,7 +11,6 @@ that a pause of the machine hits none of them.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 
 from experiments import report
+from experiments.kernels.timing import best_seconds
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Band, BlockMask, block_mask, from_map
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -57,19 +57,6 @@ def dense_programs(operands: tuple[jax.Array, ...]) -> dict[str, Callable[[], An
     tensors = [torch.tensor(np.array(x.swapaxes(1, 2))) for x in operands]
     programs["torch"] = lambda: torch.nn.functional.scaled_dot_product_attention(*tensors)
     return programs
-
-
-def best_seconds(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The best time of each program; they take turns."""
-    for run in programs.values():
-        jax.block_until_ready(run())
-    best = dict.fromkeys(programs, float("inf"))
-    for _ in range(repeats):
-        for name, run in programs.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            best[name] = min(best[name], time.perf_counter() - began)
-    return best
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,6 +22,11 @@ from pallas_kernels.tiling import pad_axis
 # Sides of the blocks that a rule is cut into.
 BLOCKS = {"smallest": 64, "largest": 64}
 
+# Shared memory of a multiprocessor that programs can count on (A100; an H100 has more).
+SHARED_BYTES = 163 << 10
+
+_STAGES = 2
+
 
 def refusal(mask: BlockMask, heads: Heads) -> str | None:
     """Why the GPU kernel cannot run these operands; None if it can."""
@@ -32,8 +37,15 @@ def refusal(mask: BlockMask, heads: Heads) -> str | None:
             return f"blocks must be powers of two of at least {smallest}, got {block}"
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"heads must be at most 256 wide, got {q.shape[-1]} and {v.shape[-1]}"
-    if q.dtype == jnp.float32 and max(q.shape[-1], v.shape[-1]) > 128:
-        return "float32 heads wider than 128 do not fit in shared memory; use bfloat16"
+    width, value_width = _widths(heads)
+    of_key = width * heads.k.dtype.itemsize + value_width * v.dtype.itemsize
+    needed = mask.block_q * width * q.dtype.itemsize + _STAGES * mask.block_k * of_key
+    if needed > SHARED_BYTES:
+        return (
+            f"blocks of {mask.block_q} x {mask.block_k} tokens, {q.shape[-1]} and {v.shape[-1]} "
+            f"wide in {q.dtype} and {v.dtype}, take {needed} bytes of shared memory; there are "
+            f"{SHARED_BYTES}. Use smaller blocks, or bfloat16"
+        )
     return None
 
 
@@ -48,41 +60,46 @@ def forward(
     ragged = mask.keys % block_k != 0
     heads = _arranged(mask, heads)
     shape = heads.q.shape[:3]
-    lists = [
-        jnp.broadcast_to(x.reshape(*x.shape[:3], -1), (batch, of_heads, rows, x[0, 0, 0].size))
-        for x in (mask.index, mask.count, mask.full)
-    ]
+    lists = [jnp.asarray(x.reshape(*x.shape[:3], -1)) for x in (mask.index, mask.count, mask.full)]
     table = softmax.table(mask)
 
     def key_head(h: Array) -> Array:
         return jax.lax.div(h, jnp.int32(group))
 
     def of_lists(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, None, x.shape[-1]), lambda b, h, m: (b, h, m, 0))
+        shared = [size == 1 for size in x.shape[:2]]  # by the batch, by the heads
+
+        def place(m: Array, h: Array, b: Array) -> tuple[Any, ...]:
+            return 0 if shared[0] else b, 0 if shared[1] else h, m, 0
+
+        return pl.BlockSpec((None, None, None, x.shape[-1]), place)
 
     def of_queries(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, block_q, x.shape[-1]), lambda b, h, m: (b, h, m, 0))
+        return pl.BlockSpec((None, None, block_q, x.shape[-1]), lambda m, h, b: (b, h, m, 0))
 
     def of_keys(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, m: (b, key_head(h), 0, 0))
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda m, h, b: (b, key_head(h), 0, 0))
 
-    own_rows = pl.BlockSpec((None, None, block_q), lambda b, h, m: (b, h, m))
+    own_rows = pl.BlockSpec((None, None, block_q), lambda m, h, b: (b, h, m))
     specs = Heads(of_queries(heads.q), of_keys(heads.k), of_keys(heads.v))
     if heads.segments is not None:
         specs = specs._replace(
             segments=(
-                pl.BlockSpec((None, block_q), lambda b, h, m: (b, m)),
-                pl.BlockSpec((None, heads.k.shape[2]), lambda b, h, m: (b, 0)),
+                pl.BlockSpec((None, block_q), lambda m, h, b: (b, m)),
+                pl.BlockSpec((None, heads.k.shape[2]), lambda m, h, b: (b, 0)),
             )
         )
     if heads.scales is not None:
         of_columns = pl.BlockSpec(
-            (None, None, heads.k.shape[2]), lambda b, h, m: (b, key_head(h), 0)
+            (None, None, heads.k.shape[2]), lambda m, h, b: (b, key_head(h), 0)
         )
         specs = specs._replace(scales=(own_rows, of_columns))
 
     def kernel(index, count, full, table, refs, *results):
-        h, m = pl.program_id(1), pl.program_id(2)
+        m, h = pl.program_id(0), pl.program_id(1)
+        q = refs.q[...]
+        row_scale = None if refs.scales is None else refs.scales[0][...][:, None]
+        row_segment = None if refs.segments is None else refs.segments[0][...][:, None]
         row = m * block_q + jnp.arange(block_q)[:, None]
         parameters = softmax.parameters(mask, table, h)
 
@@ -90,16 +107,16 @@ def forward(
             """One block, in which something is seen, or something is not, or both."""
             keys = pl.ds(index[w] * block_k, block_k)
             column = index[w] * block_k + jnp.arange(block_k)[None]
-            logits = softmax.product(refs.q[...], refs.k[keys, :], ((1,), (1,)))
-            if refs.scales is None:
+            logits = softmax.product(q, refs.k[keys, :], ((1,), (1,)))
+            if row_scale is None:
                 logits *= arithmetic.scale
             else:
-                logits *= refs.scales[0][...][:, None] * refs.scales[1][keys][None]
+                logits *= row_scale * refs.scales[1][keys][None]
             seen = None
             if inside and outside:
                 seen = mask.rule.visible(row, column, mask.keys, *parameters)
-                if refs.segments is not None:
-                    seen &= refs.segments[0][...][:, None] == refs.segments[1][keys][None]
+                if row_segment is not None:
+                    seen &= row_segment == refs.segments[1][keys][None]
             values = refs.v[keys, :]
             carries = list(carries)
             if inside:
@@ -133,16 +150,16 @@ def forward(
     results = pl.pallas_call(
         kernel,
         name="block_sparse_attention",
-        grid=(batch, of_heads, rows),
+        grid=(rows, of_heads, batch),  # programs that run together share keys and values
         in_specs=[
             *map(of_lists, lists),
-            pl.BlockSpec(table.shape, lambda b, h, m: (0,)),
+            pl.BlockSpec(table.shape, lambda m, h, b: (0,)),
             specs,
         ],
         out_specs=[(of_queries(heads.v), own_rows)] * parts,
         out_shape=[result] * parts,
         compiler_params=plgpu.CompilerParams(
-            num_warps=4 if block_q * block_k <= 64 * 64 else 8, num_stages=2
+            num_warps=4 if block_q * block_k <= 64 * 64 else 8, num_stages=_STAGES
         ),
         cost_estimate=softmax.cost(mask, heads, arithmetic.out),
         interpret=interpret,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -23,6 +25,11 @@ class Heads(NamedTuple):
     v: Any
     segments: tuple[Array, Array] | None = None
     scales: tuple[Array, Array] | None = None
+
+
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """That of products: float32 operands are multiplied as such, on accelerators too."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 class Arithmetic(NamedTuple):

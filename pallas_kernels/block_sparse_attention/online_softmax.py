@@ -11,7 +11,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.heads import Heads
+from pallas_kernels.block_sparse_attention.heads import Heads, precision
 
 MASKED = -1e30  # finite, so that rows without any key stay numbers
 
@@ -83,10 +83,13 @@ def finish(carry: Carry) -> tuple[Array, Array]:
 
 def product(x: Array, y: Array, contracted: Any) -> Array:
     """A product as float32: exact for integers and float32, with float32 sums for others."""
-    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     out = jax.lax.dot_general(
-        x, y, (contracted, ((), ())), precision=exact, preferred_element_type=sums
+        x,
+        y,
+        (contracted, ((), ())),
+        precision=precision(x.dtype),
+        preferred_element_type=sums,
     )
     return out.astype(jnp.float32)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.block_mask import BlockMask, Rule, block_mask, visible_pairs
+from pallas_kernels.block_mask import BlockMask, Rule, block_mask, visible_pairs, with_rest
 from pallas_kernels.block_sparse_attention import gpu, reference, tpu, xla
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.implementation import Implementation, dispatch
@@ -62,20 +62,15 @@ def block_sparse_attention(
         NotImplementedError: if the named implementation cannot run these operands.
     """
     check(q, k, v, segments)
-    batch, queries, heads, width = q.shape
-    if not isinstance(mask, Rule):
-        mask.check(batch, queries, heads, k.shape[1])
-    known = isinstance(mask, Rule) or mask.static
+    known, made = split_mask(mask, q, k)
     problem = Problem(
         operation="block_sparse_attention",
-        mask=mask if known else None,
-        arithmetic=Arithmetic(width**-0.5 if scale is None else scale, v.dtype.name),
+        mask=known,
+        arithmetic=Arithmetic(logit_scale(scale, q), v.dtype.name),
         implementation=implementation,
         interpret=interpret,
     )
-    # Lists that are made at run time go in as an operand, so that no tracer is closed over.
-    integers = (segments, None if known else mask)
-    out, lse = _differentiable(problem, *heads_first(q, k, v), integers)
+    out, lse = _differentiable(problem, *heads_first(q, k, v), (segments, made))
     out = out.swapaxes(1, 2)
     return (out, lse.swapaxes(1, 2)) if return_lse else out
 
@@ -103,7 +98,6 @@ class Problem(NamedTuple):
         mask: lists or a rule; None if the lists are made at run time.
         arithmetic: how numbers are made.
         implementation, interpret: as in `block_sparse_attention`.
-        block: tokens in the blocks of a rule; None for the implementation's own choice.
         rest: attend to all keys too, in the same pass.
     """
 
@@ -112,7 +106,6 @@ class Problem(NamedTuple):
     arithmetic: Arithmetic
     implementation: Implementation | None
     interpret: bool
-    block: int | None = None
     rest: bool = False
 
     def lists(self, made: BlockMask | None, heads: Heads, **sizes: int) -> BlockMask:
@@ -122,8 +115,8 @@ class Problem(NamedTuple):
             assert mask is not None
             return mask
         lengths = heads.q.shape[2], heads.k.shape[2]
-        block = self.block or choose_block(mask, *lengths, **sizes)
-        return block_mask(mask, *lengths, block=block, rest=self.rest)
+        block = choose_block(mask, *lengths, **sizes)
+        return (with_rest if self.rest else block_mask)(mask, *lengths, block=block)
 
 
 # Jitted, so that the equal layers of a model trace it once.
@@ -135,7 +128,7 @@ def attend(problem: Problem, heads: Heads, made: BlockMask | None = None) -> Any
         problem.implementation,
         programs(problem),
         *(heads, made),
-        refusals=refusals(problem, heads, made),
+        refusal=partial(refusal, problem, heads, made),
         interpret=problem.interpret,
     )
 
@@ -152,14 +145,10 @@ def programs(problem: Problem) -> dict[str, Callable[[Heads, BlockMask | None], 
     return {name: partial(_run, problem, *program) for name, program in known.items()}
 
 
-def refusals(
-    problem: Problem, heads: Heads, made: BlockMask | None = None
-) -> dict[str, str | None]:
-    """Why kernels cannot run these operands; None for those that can."""
-    return {
-        "pallas_tpu": tpu.refusal(problem.lists(made, heads, **tpu.BLOCKS), heads),
-        "pallas_gpu": gpu.refusal(problem.lists(made, heads, **gpu.BLOCKS), heads),
-    }
+def refusal(problem: Problem, heads: Heads, made: BlockMask | None, name: str) -> str | None:
+    """Why a kernel cannot run these operands; None if it can."""
+    kernel = {"pallas_tpu": tpu, "pallas_gpu": gpu}[name]
+    return kernel.refusal(problem.lists(made, heads, **kernel.BLOCKS), heads)
 
 
 def _run(
@@ -203,6 +192,28 @@ _differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 _differentiable.defvjp(_forward_and_save, _backward)
 
 
+def split_mask(
+    mask: BlockMask | Rule, q: Array, k: Array
+) -> tuple[BlockMask | Rule | None, BlockMask | None]:
+    """What of a mask is static, and lists that are made at run time.
+
+    Those go into a program as an operand, so that no tracer is closed over.
+
+    Raises:
+        ValueError: if the mask does not fit operands [B, S, H, D].
+    """
+    batch, queries, heads, _ = q.shape
+    mask.check(batch, queries, heads, k.shape[1])
+    if isinstance(mask, Rule) or mask.static:
+        return mask, None
+    return None, mask
+
+
+def logit_scale(scale: float | None, q: Array) -> float:
+    """The factor on the logits of operands [B, S, H, D]."""
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
 def heads_first(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """[B, S, H, D] as [B, H, S, D]."""
     return q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -226,6 +237,8 @@ def check(q: Array, k: Array, v: Array, segments: Segments | None = None) -> Non
             f"queries, keys and values must have one dtype of float32, bfloat16 and float16; got "
             f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise ValueError(f"there must be at least one of everything; {shapes}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads must be a multiple of key heads; {shapes}")
     if segments is not None:

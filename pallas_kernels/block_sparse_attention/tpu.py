@@ -28,6 +28,9 @@ BLOCKS = {"smallest": 128, "largest": 512}
 # Scalar memory of a TPU core holds 2^18 integers; the lists share it with the compiler's own.
 SCALARS = 3 << 16
 
+# Logits of a block: some arrays of so many float32 must fit in fast memory beside the operands.
+LOGITS = 1 << 19
+
 _LANES = 128
 
 
@@ -35,7 +38,13 @@ def refusal(mask: BlockMask, heads: Heads) -> str | None:
     """Why the TPU kernel cannot run these operands; None if it can."""
     if mask.block_q % _LANES or mask.block_k % _LANES:
         return f"blocks must be multiples of 128 tokens, got {mask.block_q} x {mask.block_k}"
-    entries = int(np.prod(mask.index.shape))
+    if mask.block_q * mask.block_k > LOGITS:
+        return (
+            f"the logits of a block must be at most {LOGITS} to fit in fast memory, got "
+            f"{mask.block_q} x {mask.block_k}"
+        )
+    entries = sum(int(np.prod(x.shape)) for x in (mask.index, mask.count, mask.full))
+    entries += mask.rule.parameters.size
     if entries > SCALARS:
         return (
             f"lists of {entries} entries do not fit in scalar memory, which takes {SCALARS}. Use "

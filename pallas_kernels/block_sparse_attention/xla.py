@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads, precision
 from pallas_kernels.block_sparse_attention.online_softmax import weight_codes
 from pallas_kernels.tiling import pad_axis
 
@@ -62,11 +62,11 @@ def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[jax.
         else:
             # Products of codes are exact in float32, which is faster than int8 on a CPU.
             weights, own = _coded(mask, weights, levels, dtype), own.astype(jnp.float32)
-        out = jnp.matmul(weights, own, preferred_element_type=jnp.float32)
+        out = _product(weights, own)
         lse = (peak + jnp.log(total))[..., 0]
         return (out / jnp.where(total == 0, 1.0, total)).astype(arithmetic.out), lse
 
-    groups = _groups(mask, *heads.q.shape[:2])
+    groups = tiles.groups()
     parts = [_run(step, mask, *group) for group in groups]
     out = [part for part, _ in parts]
     out = tiles.rows(groups, out, heads.v.shape[-1:], jnp.dtype(arithmetic.out), fill=0.0)
@@ -107,14 +107,13 @@ def backward(
         logits = tiles.logits(which, cut) - jnp.where(sums == -jnp.inf, 0.0, sums)
         weights = jnp.exp(logits)
         of_out = d_out[which.place]
-        product = partial(jnp.matmul, preferred_element_type=jnp.float32)
-        d_values = product(weights.astype(of_out.dtype).T, of_out)
-        d_weights = product(of_out, tiles.gather(values, which).T)
+        d_values = _product(weights.astype(of_out.dtype).T, of_out)
+        d_weights = _product(of_out, tiles.gather(values, which).T)
         d_logits = (weights * (d_weights - through[which.place][:, None])).astype(q.dtype)
         keys = tiles.gather(tiles.k, which)
-        return product(d_logits, keys), product(d_logits.T, tiles.q[which.place]), d_values
+        return _product(d_logits, keys), _product(d_logits.T, tiles.q[which.place]), d_values
 
-    groups = _groups(mask, *q.shape[:2])
+    groups = tiles.groups()
     parts = [_run(step, mask, *group) for group in groups]
     d_q = tiles.rows(groups, [part for part, _, _ in parts], q.shape[-1:], jnp.float32, fill=0.0)
     d_k = tiles.scatter(groups, [part for _, part, _ in parts], k)
@@ -145,6 +144,11 @@ class _Tiles:
         if heads.scales is not None:
             of_queries, of_keys = heads.scales
             self.scales = self.of_queries(of_queries), self.of_keys(of_keys[..., None])
+
+    def groups(self) -> list[Group]:
+        """The steps in groups; segments may mask an element of any block."""
+        groups = _groups(self.mask, self.batch, self.heads)
+        return [(which, cut or self.segments is not None) for which, cut in groups]
 
     def of_queries(self, x: jax.Array) -> jax.Array:
         """[B, H, S, ...] as [B H M, block_q, ...]."""
@@ -203,8 +207,7 @@ class _Tiles:
         q, k = self.q[which.place], self.gather(self.k, which)
         if self.scales is not None:  # products of codes are exact in float32
             q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-        contracted = (((1,), (1,)), ((), ()))
-        logits = jax.lax.dot_general(q, k, contracted, preferred_element_type=jnp.float32)
+        logits = _product(q, k.T)
         if self.scales is None:
             logits *= self.scale
         else:
@@ -227,6 +230,10 @@ class _Tiles:
             of_queries, of_keys = self.segments
             seen &= of_queries[batch, row] == of_keys[batch, column]
         return seen
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _run(step: Callable[..., Any], mask: BlockMask, which: Steps, cut: bool) -> Any:

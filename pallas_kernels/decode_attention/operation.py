@@ -455,6 +455,7 @@ def _run(
 
         return run
 
+    refusals = {"pallas_tpu": tpu_refusal, "pallas_gpu": gpu_refusal}
     output, log_sum_exp = dispatch(
         operation,
         implementation,
@@ -465,10 +466,7 @@ def _run(
             "pallas_gpu": finished(partial(pallas_gpu, interpret=interpret)),
         },
         operands,
-        refusals={
-            "pallas_tpu": tpu_refusal(problem, operands),
-            "pallas_gpu": gpu_refusal(problem, operands),
-        },
+        refusal=lambda kernel: refusals[kernel](problem, operands),
         interpret=interpret,
     )
     return (output, log_sum_exp) if return_lse else output

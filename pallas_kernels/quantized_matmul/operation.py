@@ -251,12 +251,16 @@ def _run(
 ) -> jax.Array:
     """Dispatch, with the gradient of the `xla` program whatever runs forward."""
     empty = "a product without rows or columns has nothing to run; use 'xla'" if not size else None
-    refusals = {"pallas_tpu": empty, "pallas_gpu": empty}
 
     @jax.custom_vjp
     def run(floats: tuple, codes: tuple) -> jax.Array:
         return dispatch(
-            name, implementation, programs, floats, codes, refusals=refusals, interpret=interpret
+            name,
+            implementation,
+            programs,
+            *(floats, codes),
+            refusal=lambda kernel: empty,
+            interpret=interpret,
         )
 
     def forward(floats: tuple, codes: tuple) -> tuple[jax.Array, tuple]:

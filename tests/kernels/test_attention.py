@@ -64,3 +64,15 @@ def test_gradients_equal_the_reference():
         return jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2))(q, k, v)
 
     chex.assert_trees_all_close(through(dense_attention), through(softmax_attention), atol=1e-4)
+
+
+def test_gradients_of_a_named_kernel():
+    q, k, v = heads(20)
+
+    def loss(q):
+        return jnp.sum(dense_attention(q, k, v, implementation="pallas_tpu"))
+
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' runs on tpu alone"):
+        jax.jit(jax.grad(loss))(q)
+    lowered = jax.jit(jax.grad(loss)).trace(q).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effjax.cost import cost
+from experiments.kernels.cases import ATTENTION
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import (
     EVERYTHING,
@@ -113,7 +114,7 @@ def test_dtypes_and_lengths(implementation, dtype):
 
 
 @pytest.mark.parametrize("implementation", BLOCKS)
-@pytest.mark.parametrize("width", [72, 256])
+@pytest.mark.parametrize("width", [64, 72, 80, 96, 128, 256])
 def test_head_widths(implementation, width):
     mask = block_mask(Band(9), 40, block=BLOCKS[implementation])
     operands = heads(40, 40, width=width, query_heads=1, key_heads=1)
@@ -158,6 +159,31 @@ def test_segments(implementation):
         *(x[:1, :70] for x in operands)
     )
     chex.assert_trees_all_close(out[:1, :70], alone, **TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_segments_cut_whole_blocks(implementation):
+    # 128 tokens: whole blocks of every implementation, which no rule cuts.
+    operands = heads(128, 128)
+    numbers = jnp.arange(128)[None].repeat(2, 0) // 50
+    for mask in (EVERYTHING, block_mask(EVERYTHING, 128, block=BLOCKS[implementation])):
+        assert_equals_reference(implementation, mask, operands, segments=(numbers, numbers))
+
+
+def test_gradients_with_segments():
+    operands = heads(32, 32)
+    numbers = jnp.arange(32)[None].repeat(2, 0) // 10
+
+    def loss(attend, *operands):
+        return jnp.sum(jnp.sin(attend(*operands)))
+
+    packed = partial(block_sparse_attention, mask=EVERYTHING, segments=(numbers, numbers))
+    same = numbers[0][:, None] == numbers[0]
+    plain = partial(jax.nn.dot_product_attention, mask=same[None, None])
+    found, expected = jax.jit(
+        lambda *x: [jax.grad(partial(loss, f), (0, 1, 2))(*x) for f in (packed, plain)]
+    )(*operands)
+    chex.assert_trees_all_close(found, expected, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("rule", [Band((3, 9)), Causal(4), EVERYTHING])
@@ -243,53 +269,28 @@ def test_declared_cost_with_padded_heads():
     assert counted.useful_flops == 2 * mask.seen * 4 * 72
 
 
-PRODUCTION = [
-    ((1, 16384, 16, 72), 16, Band(2048)),  # PixArt at 2048 x 2048
-    ((2, 4096 + 333, 24, 64), 24, Arrow((256,) * 24, text=333)),  # SD3 at 1024 x 1024, uneven
-    ((1, 8192, 32, 128), 8, SinkLocal((64,) * 32, (1024,) * 32)),  # a prompt, grouped heads
-]
-
-
 @pytest.mark.aot_tpu
-@pytest.mark.parametrize(("shape", "key_heads", "rule"), PRODUCTION)
-def test_compiles_for_tpus(compile_for_tpu, shape, key_heads, rule):
-    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    k = jax.ShapeDtypeStruct((*shape[:2], key_heads, shape[3]), jnp.bfloat16)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_compiles_for_tpus(compile_for_tpu, case):
+    function, operands = ATTENTION[case]
     # Without a name, the TPU's program is the kernel.
-    program = compile_for_tpu(jax.jit(partial(block_sparse_attention, mask=rule)), q, k, k)
-    assert "tpu_custom_call" in program.as_text()
+    assert "tpu_custom_call" in compile_for_tpu(jax.jit(function), *operands).as_text()
 
 
 @pytest.mark.aot_tpu
-def test_segments_lists_at_run_time_and_gradients_compile_for_tpus(compile_for_tpu):
-    x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.bfloat16)
-    numbers = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
-    scores = jax.ShapeDtypeStruct((1, 8, 32, 32), jnp.float32)
-
-    def packed(q, k, v, numbers):
-        return block_sparse_attention(q, k, v, Causal(), segments=(numbers, numbers))
-
-    def best(q, k, v, scores):
-        return block_sparse_attention(q, k, v, top_blocks(scores, 4, 4096))
-
+def test_gradients_compile_for_tpus(compile_for_tpu):
     def loss(q, k, v):
         return jnp.sum(block_sparse_attention(q, k, v, Band(256)).astype(jnp.float32))
 
-    for function, more in (
-        (packed, (numbers,)),
-        (best, (scores,)),
-        (jax.grad(loss, (0, 1, 2)), ()),
-    ):
-        program = compile_for_tpu(jax.jit(function), x, x, x, *more)
-        assert "tpu_custom_call" in program.as_text()
+    x = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.bfloat16)
+    program = compile_for_tpu(jax.jit(jax.grad(loss, (0, 1, 2))), x, x, x)
+    assert "tpu_custom_call" in program.as_text()
 
 
-@pytest.mark.parametrize(("shape", "key_heads", "rule"), PRODUCTION)
-def test_lowers_for_gpus(lower_for_gpu, shape, key_heads, rule):
-    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    k = jax.ShapeDtypeStruct((*shape[:2], key_heads, shape[3]), jnp.bfloat16)
-    program = lower_for_gpu(jax.jit(partial(block_sparse_attention, mask=rule)), q, k, k)
-    assert "triton" in program
+@pytest.mark.parametrize("case", ATTENTION)
+def test_lowers_for_gpus(lower_for_gpu, case):
+    function, operands = ATTENTION[case]
+    assert "triton" in lower_for_gpu(jax.jit(function), *operands)
 
 
 def test_refusals_are_named():
@@ -312,6 +313,11 @@ def test_refusals_are_named():
         jax.jit(lambda *x: run("pallas_tpu", x, Band(3)))(q, k, v)
     with pytest.raises(ValueError, match="interpret mode needs a named kernel"):
         run(None, interpret=True)
+    large = block_mask(Band(3), 20, block=1024)
+    with pytest.raises(NotImplementedError, match="at most 524288 to fit in fast memory"):
+        run("pallas_tpu", mask=large)
+    with pytest.raises(NotImplementedError, match="bytes of shared memory"):
+        run("pallas_gpu", heads(20, 20, width=256), Band(3))
     lists = from_map(np.ones((512, 512), bool), 65536, block=128)
     long = jnp.zeros((1, 65536, 1, 8))
     with pytest.raises(NotImplementedError, match="do not fit in scalar memory"):
@@ -327,6 +333,7 @@ def test_refusals_are_named():
         (((2, 8, 4, 8), (1, 8, 2, 8), (1, 8, 2, 8)), "must agree in batch"),
         (((2, 8, 4, 8), (2, 8, 2, 8), (2, 9, 2, 8)), "must agree in batch"),
         (((2, 8, 4, 8), (2, 8, 3, 8), (2, 8, 3, 8)), "multiple of key heads"),
+        (((2, 0, 4, 8), (2, 8, 2, 8), (2, 8, 2, 8)), "at least one of everything"),
     ],
 )
 def test_shapes_that_do_not_fit(shapes, message):
@@ -342,6 +349,14 @@ def test_dtypes_that_do_not_fit(other):
         block_sparse_attention(*operands, Band(2))
     with pytest.raises(ValueError, match="must have one dtype of float32"):
         block_sparse_attention(*(jnp.ones((1, 8, 2, 4), jnp.int32) for _ in range(3)), Band(2))
+
+
+def test_masks_that_do_not_fit():
+    operands = heads(8, 8)
+    with pytest.raises(ValueError, match="a rule for 2 heads, the arrays have 4"):
+        block_sparse_attention(*operands, Band((3, 9)))
+    with pytest.raises(ValueError, match="made for 9 queries"):
+        block_sparse_attention(*operands, block_mask(Band(3), 9))
 
 
 def test_segments_that_do_not_fit():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effjax.cost import cost
+from experiments.kernels.cases import DECODE
 from pallas_kernels.decode_attention import (
     decode_attention,
     flat_decode_attention,
@@ -488,62 +489,22 @@ def test_named_programs_that_cannot_run():
 # --- compilers ---
 
 
-def production(case):
-    """A function of `implementation` to call, and its operands' shapes."""
-    bf16, tokens = jnp.bfloat16, 1000 if case == "unaligned" else 32768
-    width = 80 if case == "unaligned" else 128
-    q, lengths = ((8, 1, 32, width), bf16), ((8,), jnp.int32)
-    if case in ("plain", "unaligned"):
-        cache = ((8, tokens, 8, width), bf16)
-        return decode_attention, shapes(q, cache, cache, lengths)
-    if case == "int4":
-
-        def attend(q, k, v, lengths, k_scale, v_scale, k_offset, v_offset, **options):
-            names = ("k_scale", k_scale), ("k_offset", k_offset)
-            names += ("v_scale", v_scale), ("v_offset", v_offset)
-            return quantized_decode_attention(q, k, v, lengths, **dict(names), **options)
-
-        cache = ((8, tokens, 8, 64), jnp.uint8)
-        scales = [((8, tokens // 32, 8, 128), bf16), ((8, tokens, 8, 1), bf16)] * 2
-        return attend, shapes(q, cache, cache, lengths, *scales)
-    if case == "flat":
-        capacities = [128, 8192, 1024, 512, 256, 4096, 2048, 192] * 4
-        starts = [sum(capacities[:h]) for h in range(32)]
-        cache = ((8, sum(capacities), 128), bf16)
-        places = {"head_start": starts, "head_capacity": capacities}
-        attend = partial(flat_decode_attention, **places)
-        return attend, shapes(q, cache, cache, ((8, 32), jnp.int32))
-
-    def rebuild(q, features, basis, v, lengths, frequencies, **options):
-        return low_rank_decode_attention(
-            q, features, basis, v, lengths, frequencies=frequencies, **options
-        )
-
-    return rebuild, shapes(
-        ((4, 1, 32, 128), bf16),
-        ((4, 8192, 1024), bf16),
-        ((1024, 4096), bf16),
-        ((4, 8192, 32, 128), bf16),
-        ((4,), jnp.int32),
-        ((64,), jnp.float32),
-    )
-
-
 @pytest.mark.aot_tpu
-@pytest.mark.parametrize("case", ["plain", "unaligned", "int4", "flat", "low_rank"])
+@pytest.mark.parametrize("case", DECODE)
 def test_compiles_for_tpu_without_copying_the_cache(case, compile_for_tpu):
-    function, operands = production(case)
+    function, operands = DECODE[case]
     program = compile_for_tpu(jax.jit(partial(function, implementation="pallas_tpu")), *operands)
     memory = program.memory_analysis()
     # Small arrays, and the scales of the values; odd shapes may be laid out anew.
-    limit = {"unaligned": 1.0, "int4": 0.06}.get(case, 0.02)
+    uneven = "uneven" in case
+    limit = 1.0 if uneven else 0.06 if "int4" in case else 0.02
     assert memory.temp_size_in_bytes <= limit * memory.argument_size_in_bytes
     stored = sum(x.size * x.dtype.itemsize for x in operands)
-    assert case == "unaligned" or memory.argument_size_in_bytes < 1.1 * stored  # nothing padded
+    assert uneven or memory.argument_size_in_bytes < 1.1 * stored  # nothing padded
 
 
-@pytest.mark.parametrize("case", ["plain", "unaligned", "int4", "flat"])
+@pytest.mark.parametrize("case", [case for case in DECODE if "low-rank" not in case])
 def test_lowers_for_gpus(lower_for_gpu, case):
-    function, operands = production(case)
+    function, operands = DECODE[case]
     program = jax.jit(partial(function, implementation="pallas_gpu"))
     assert "triton" in lower_for_gpu(program, *operands)

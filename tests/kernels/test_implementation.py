@@ -32,7 +32,7 @@ def double(x, implementation=None, *, interpret=False, refusals=None):
         "pallas_tpu": partial(kernel, interpret=interpret),
     }
     return dispatch(
-        "double", implementation, programs, x, refusals=refusals or {}, interpret=interpret
+        "double", implementation, programs, x, refusal=(refusals or {}).get, interpret=interpret
     )
 
 
@@ -75,7 +75,7 @@ def test_a_named_kernel_of_another_platform():
 def test_cost_knows_the_platform():
     def product(x, implementation):
         programs = {"xla": lambda x: x @ x, "pallas_tpu": lambda x: x @ x @ x}
-        return dispatch("product", implementation, programs, x, refusals={})
+        return dispatch("product", implementation, programs, x, refusal={}.get)
 
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     either = partial(product, implementation=None)

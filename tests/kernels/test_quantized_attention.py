@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effjax.cost import cost
+from experiments.kernels.cases import QUANTIZED_ATTENTION
 from pallas_kernels.block_mask import EVERYTHING, Band, Causal, block_mask, from_map, top_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.merge import merge
@@ -71,7 +72,8 @@ def by_hand(q, k, v, *, n, levels, block):
 )
 def test_reference_is_the_formula(bits, values, n, levels):
     q, k, v = heads(20, 300, query_heads=1)
-    out = quantized_attention(q, k, v, bits=bits, values=values, implementation="reference")
+    mask = block_mask(EVERYTHING, 20, 300, block=128)
+    out = attend("reference", q, k, v, mask=mask, bits=bits, values=values)
     expected = by_hand(q, k, v, n=n, levels=levels, block=128)
     # In float32 a code may fall on the other side of a half: a step of 1/127 of one logit's term.
     np.testing.assert_allclose(out[0, :, 0], expected, atol=2e-4)
@@ -89,7 +91,8 @@ def test_programs_equal_the_reference(implementation, values):
         pytest.skip("refused: see test_errors")
     operands = heads()
     # Whole blocks of keys and cut ones, of both lengths a part.
-    options = {"mask": Causal(160), "values": values, "tokens": (32, 64), "return_lse": True}
+    mask = block_mask(Causal(160), 140, 300, block=128)
+    options = {"mask": mask, "values": values, "tokens": (32, 64), "return_lse": True}
     expected = attend("reference", *operands, **options)
     found = attend(implementation, *operands, **options)
     chex.assert_trees_all_close(found[1], expected[1], atol=2e-5)
@@ -100,12 +103,36 @@ def test_programs_equal_the_reference(implementation, values):
 @pytest.mark.parametrize("implementation", PROGRAMS)
 def test_bfloat16_and_odd_widths(implementation):
     operands = heads(width=72, dtype=jnp.bfloat16)
+    # Each in its own blocks: probabilities are rounded differently.
     expected = attend("reference", *operands, mask=Band(40), values="int8")
     found = attend(implementation, *operands, mask=Band(40), values="int8")
     assert found.dtype == jnp.bfloat16
     chex.assert_trees_all_close(
         found.astype(jnp.float32), expected.astype(jnp.float32), atol=2e-2, rtol=2e-2
     )
+
+
+def test_grouped_heads_are_heads_with_their_own_keys():
+    q, k, v = heads(64, 100, query_heads=4, key_heads=2)
+    k = k + jnp.array([5.0, -7.0])[:, None]  # every head has its own mean
+    options = {"values": "int8", "return_lse": True}
+    found = attend("reference", q, k, v, **options)
+    expected = attend("reference", q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2), **options)
+    chex.assert_trees_all_close(found, expected, atol=1e-6)
+    exact = block_sparse_attention(q, k, v, EVERYTHING, return_lse=True, implementation="reference")
+    assert relative(found[0], exact[0]) < 0.02
+    chex.assert_trees_all_close(found[1], exact[1], atol=0.05)
+
+
+@pytest.mark.parametrize("implementation", PROGRAMS)
+def test_programs_read_grouped_heads(implementation):
+    operands = heads(64, 100, query_heads=4, key_heads=2, dtype=jnp.float16)
+    mask = block_mask(EVERYTHING, 64, 100, block=128)
+    found, expected = (
+        attend(name, *operands, mask=mask, values="int8").astype(jnp.float32)
+        for name in (implementation, "reference")
+    )
+    chex.assert_trees_all_close(found, expected, atol=5e-3)
 
 
 @pytest.mark.parametrize("implementation", PROGRAMS)
@@ -122,7 +149,9 @@ def test_maps_lists_at_run_time_and_segments(implementation):
         return (
             quantized_attention(*operands, from_map(keep, 256, 300), **options),
             quantized_attention(*operands, top_blocks(scores, 2, 256, 300), **options),
-            quantized_attention(*operands, segments=numbers, **options),
+            quantized_attention(
+                *operands, block_mask(EVERYTHING, 256, 300), segments=numbers, **options
+            ),
         )
 
     expected = jax.jit(partial(run, "reference"))(scores, *operands)
@@ -192,25 +221,20 @@ def test_gradients_are_straight_through():
         assert relative(a, b) < 0.02  # the loss's own gradient is at the quantised output
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_cost_is_that_of_the_listed_blocks(platform):
+@pytest.mark.parametrize(("platform", "block"), [("tpu", 128), ("cuda", 64)])
+def test_cost_is_that_of_the_listed_blocks(platform, block):
     x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
-    counted = cost(
-        partial(quantized_attention, mask=Band(128), values="int8"), x, x, x, platform=platform
-    )
-    listed = block_mask(Band(128), 1024, block=128)
-    scope = counted.flops - listed.flops(1, 2, head_dim=64)
-    assert scope == 2 * 2 * 1024 * 64  # and the product of queries and the keys' mean
+    attend = partial(quantized_attention, mask=Band(128), values="int8")
+    listed = block_mask(Band(128), 1024, block=block).flops(1, 2, head_dim=64)
+    # Beside it, the product of queries and the keys' mean.
+    assert cost(attend, x, x, x, platform=platform).flops == listed + 2 * 2 * 1024 * 64
 
 
 @pytest.mark.aot_tpu
-@pytest.mark.parametrize("values", [None, "int8"])
-def test_compiles_for_tpus(compile_for_tpu, values):
-    for shape, key_heads in (((1, 17776, 8, 64), 8), ((1, 8192, 16, 128), 4)):
-        q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        k = jax.ShapeDtypeStruct((*shape[:2], key_heads, shape[3]), jnp.bfloat16)
-        program = compile_for_tpu(jax.jit(partial(quantized_attention, values=values)), q, k, k)
-        assert "tpu_custom_call" in program.as_text()
+@pytest.mark.parametrize("case", QUANTIZED_ATTENTION)
+def test_compiles_for_tpus(compile_for_tpu, case):
+    function, operands = QUANTIZED_ATTENTION[case]
+    assert "tpu_custom_call" in compile_for_tpu(jax.jit(function), *operands).as_text()
 
 
 @pytest.mark.parametrize("values", [None, "int8", "float8"])

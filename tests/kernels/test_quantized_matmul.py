@@ -10,6 +10,7 @@ import pytest
 
 from effjax.compat import inner_jaxprs
 from effjax.cost import cost
+from experiments.kernels.cases import PRODUCTS
 from pallas_kernels.packing import pack
 from pallas_kernels.quantized_matmul import (
     dynamic_int8_matmul,
@@ -414,46 +415,14 @@ def test_kernels_of_other_platforms():
         packed_matmul(**empty, bits=4, group_size=64, **PROGRAMS["pallas_tpu"])
 
 
-def abstract_int8(m, k, n):
-    codes = {"x_codes": struct((m, k), jnp.int8), "w_codes": struct((k, n), jnp.int8)}
-    scales = {"x_scale": struct((m, 1), jnp.float32), "w_scale": struct((n,), jnp.float32)}
-    return int8_matmul, codes | scales | {"w_zero": struct((n,), jnp.int32)}
-
-
-def abstract_packed(m, k, n, bits, group_size, dtype):
-    planes = jax.eval_shape(partial(pack, bits=bits), struct((k, n), jnp.int8))
-    groups = {
-        "scale": struct((k // group_size, n), jnp.bfloat16),
-        "zero": struct((k // group_size, n), jnp.int8),
-    }
-    shapes = {"x": struct((m, k), dtype), "planes": planes} | groups
-    if dtype == jnp.int8:
-        shapes["x_scale"] = struct((m, 1), jnp.float32)
-    return partial(packed_matmul, bits=bits, group_size=group_size), shapes
-
-
-PRODUCTION = {
-    "int8 GEMM": abstract_int8(4096, 1152, 4608),
-    "int8 uneven": abstract_int8(1000, 200, 1000),
-    "W4A16 GEMV": abstract_packed(1, 4096, 14336, 4, 128, jnp.bfloat16),
-    "W3A16 GEMV": abstract_packed(8, 3584, 18944, 3, 128, jnp.bfloat16),
-    "W4A8 uneven": abstract_packed(1000, 1152, 600, 4, 64, jnp.int8),
-}
-
-
-def production(name):
-    function, shapes = PRODUCTION[name]
-    return jax.jit(lambda shapes: function(**shapes)), shapes
-
-
 @pytest.mark.aot_tpu
-@pytest.mark.parametrize("name", PRODUCTION)
-def test_compiles_for_tpus(name, compile_for_tpu):
-    compiled = compile_for_tpu(*production(name))
-    assert "tpu_custom_call" in compiled.as_text()
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_compiles_for_tpus(case, compile_for_tpu):
+    function, operands = PRODUCTS[case]
+    assert "tpu_custom_call" in compile_for_tpu(jax.jit(function), *operands).as_text()
 
 
-@pytest.mark.parametrize("name", PRODUCTION)
-def test_lowers_for_gpus(lower_for_gpu, name):
-    function, shapes = production(name)
-    assert "triton" in lower_for_gpu(function, shapes)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_lowers_for_gpus(lower_for_gpu, case):
+    function, operands = PRODUCTS[case]
+    assert "triton" in lower_for_gpu(jax.jit(function), *operands)

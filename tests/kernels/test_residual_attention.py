@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from effjax.cost import cost
+from experiments.kernels.cases import RESIDUAL
 from pallas_kernels.attention import dense_attention
-from pallas_kernels.block_mask import Arrow, Band, Levels, block_mask
+from pallas_kernels.block_mask import Arrow, Band, Levels, block_mask, with_rest
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.residual_attention import dense_and_sparse_attention
 
@@ -91,7 +92,7 @@ def test_kernels_cost_little_more_than_dense_attention(platform, block):
 
 
 def test_lists_with_the_rest_hold_every_block_once():
-    mask = block_mask(Band((3, 40)), 100, block=16, rest=True)
+    mask = with_rest(Band((3, 40)), 100, 100, block=16)
     assert np.array_equal(np.sort(mask.index), np.broadcast_to(np.arange(7), mask.index.shape))
     own = block_mask(Band((3, 40)), 100, block=16)
     for head, row in np.ndindex(*mask.count.shape[1:]):
@@ -101,17 +102,16 @@ def test_lists_with_the_rest_hold_every_block_once():
 
 
 @pytest.mark.aot_tpu
-def test_compiles_for_tpus(compile_for_tpu):
-    for shape in ((2, 4096, 16, 72), (2, 1024, 16, 72), (1, 4096 + 333, 24, 64)):
-        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        attend = jax.jit(partial(dense_and_sparse_attention, rule=Band(shape[1] // 8)))
-        assert "tpu_custom_call" in compile_for_tpu(attend, x, x, x).as_text()
+@pytest.mark.parametrize("case", RESIDUAL)
+def test_compiles_for_tpus(compile_for_tpu, case):
+    function, operands = RESIDUAL[case]
+    assert "tpu_custom_call" in compile_for_tpu(jax.jit(function), *operands).as_text()
 
 
-def test_lowers_for_gpus(lower_for_gpu):
-    x = jax.ShapeDtypeStruct((2, 4096, 16, 72), jnp.bfloat16)
-    program = lower_for_gpu(jax.jit(partial(dense_and_sparse_attention, rule=Band(512))), x, x, x)
-    assert "triton" in program
+@pytest.mark.parametrize("case", RESIDUAL)
+def test_lowers_for_gpus(lower_for_gpu, case):
+    function, operands = RESIDUAL[case]
+    assert "triton" in lower_for_gpu(jax.jit(function), *operands)
 
 
 def test_errors():

@@ -1,0 +1,175 @@
+"""Kernels at the sizes of real models: what is compiled, lowered and tabulated.
+
+A case is a function of arrays, which takes `implementation=` too, and the shapes of its arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import dense_attention
+from pallas_kernels.block_mask import Arrow, Band, Rule, SinkLocal, top_blocks
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.decode_attention import (
+    decode_attention,
+    flat_decode_attention,
+    low_rank_decode_attention,
+    quantized_decode_attention,
+)
+from pallas_kernels.packing import pack
+from pallas_kernels.quantized_attention import quantized_attention
+from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul
+from pallas_kernels.residual_attention import dense_and_sparse_attention
+
+Case = tuple[Callable[..., Any], tuple[Any, ...]]
+
+_struct = jax.ShapeDtypeStruct
+_bf16 = jnp.bfloat16
+
+
+def _heads(batch: int, tokens: int, heads: int, width: int, key_heads: int = 0) -> tuple[Any, ...]:
+    q = _struct((batch, tokens, heads, width), _bf16)
+    k = _struct((batch, tokens, key_heads or heads, width), _bf16)
+    return q, k, k
+
+
+def _sparse(rule: Rule) -> Callable[..., Any]:
+    return partial(block_sparse_attention, mask=rule)
+
+
+def _packed_rows(q: Any, k: Any, v: Any, numbers: Any, **options: Any) -> jax.Array:
+    return block_sparse_attention(q, k, v, Band(512), segments=(numbers, numbers), **options)
+
+
+def _best_blocks(q: Any, k: Any, v: Any, scores: Any, **options: Any) -> jax.Array:
+    mask = top_blocks(scores, 16, q.shape[1], block=128)
+    return block_sparse_attention(q, k, v, mask, **options)
+
+
+def _quantized_cache(
+    q: Any, k: Any, v: Any, lengths: Any, k_scale: Any, v_scale: Any, k_offset: Any, v_offset: Any,
+    **options: Any,
+) -> jax.Array:  # fmt: skip
+    scales = {"k_scale": k_scale, "k_offset": k_offset, "v_scale": v_scale, "v_offset": v_offset}
+    return quantized_decode_attention(q, k, v, lengths, **scales, **options)
+
+
+def _low_rank_cache(
+    q: Any, features: Any, basis: Any, v: Any, lengths: Any, frequencies: Any, **options: Any
+) -> jax.Array:
+    return low_rank_decode_attention(
+        q, features, basis, v, lengths, frequencies=frequencies, **options
+    )
+
+
+def _cache(tokens: int, width: int) -> tuple[Any, ...]:
+    cache = _struct((8, tokens, 8, width), _bf16)
+    return _struct((8, 1, 32, width), _bf16), cache, cache, _struct((8,), jnp.int32)
+
+
+def _int4_cache(tokens: int) -> tuple[Any, ...]:
+    q, _, _, lengths = _cache(tokens, 128)
+    codes = _struct((8, tokens, 8, 64), jnp.uint8)
+    scales = _struct((8, tokens // 32, 8, 128), _bf16), _struct((8, tokens, 8, 1), _bf16)
+    return q, codes, codes, lengths, *scales, *scales
+
+
+_CAPACITIES = [128, 8192, 1024, 512, 256, 4096, 2048, 192] * 4
+_STARTS = [sum(_CAPACITIES[:head]) for head in range(32)]
+
+
+def _int8_product(m: int, k: int, n: int) -> Case:
+    def product(x: Any, w: Any, x_scale: Any, w_scale: Any, zero: Any, **options: Any) -> jax.Array:
+        return int8_matmul(x, w, x_scale=x_scale, w_scale=w_scale, w_zero=zero, **options)
+
+    codes = _struct((m, k), jnp.int8), _struct((k, n), jnp.int8)
+    scales = _struct((m, 1), jnp.float32), _struct((n,), jnp.float32), _struct((n,), jnp.int32)
+    return product, (*codes, *scales)
+
+
+def _packed_product(m: int, k: int, n: int, bits: int, group: int, dtype: Any) -> Case:
+    def product(x: Any, planes: Any, scale: Any, zero: Any, x_scale: Any, **options: Any):
+        quantizer = {"bits": bits, "group_size": group, "scale": scale, "zero": zero}
+        return packed_matmul(x, planes, x_scale=x_scale, **quantizer, **options)
+
+    planes = jax.eval_shape(partial(pack, bits=bits), _struct((k, n), jnp.int8))
+    scale, zero = _struct((k // group, n), _bf16), _struct((k // group, n), jnp.int8)
+    x_scale = _struct((m, 1), jnp.float32) if dtype == jnp.int8 else None
+    return product, (_struct((m, k), dtype), planes, scale, zero, x_scale)
+
+
+ATTENTION: dict[str, Case] = {
+    "dense, PixArt 2048": (dense_attention, _heads(1, 16384, 16, 72)),
+    "band, PixArt 2048": (_sparse(Band(2048)), _heads(1, 16384, 16, 72)),
+    "arrow, SD3 1024, uneven": (_sparse(Arrow((256,) * 24, text=333)), _heads(2, 4429, 24, 64)),
+    "sinks and local, prompt of 8192": (
+        _sparse(SinkLocal((64,) * 32, (1024,) * 32)),
+        _heads(1, 8192, 32, 128, 8),
+    ),
+    "segments": (_packed_rows, (*_heads(1, 4096, 8, 64), _struct((1, 4096), jnp.int32))),
+    "best 16 of 64 blocks, at run time": (
+        _best_blocks,
+        (*_heads(1, 8192, 8, 64), _struct((1, 8, 64, 64), jnp.float32)),
+    ),
+}
+
+RESIDUAL: dict[str, Case] = {
+    f"dense and band, {name}": (partial(dense_and_sparse_attention, rule=Band(window)), operands)
+    for name, window, operands in (
+        ("DiT-XL/2 512", 128, _heads(2, 1024, 16, 72)),
+        ("PixArt 1024", 512, _heads(2, 4096, 16, 72)),
+        ("uneven", 512, _heads(1, 4429, 24, 64)),
+    )
+}
+
+QUANTIZED_ATTENTION: dict[str, Case] = {
+    f"{name}, {values or 'bfloat16'} values": (
+        partial(quantized_attention, values=values),
+        operands,
+    )
+    for name, operands in (
+        ("int8, CogVideoX", _heads(1, 17776, 8, 64)),
+        ("int8, grouped heads", _heads(1, 8192, 16, 128, 4)),
+    )
+    for values in (None, "int8")
+}
+
+DECODE: dict[str, Case] = {
+    "decode, 32768 keys": (decode_attention, _cache(32768, 128)),
+    "decode, uneven": (decode_attention, _cache(1000, 80)),
+    "decode, int4 cache": (_quantized_cache, _int4_cache(32768)),
+    "decode, rings of each head": (
+        partial(flat_decode_attention, head_start=_STARTS, head_capacity=_CAPACITIES),
+        (
+            _struct((8, 1, 32, 128), _bf16),
+            *[_struct((8, sum(_CAPACITIES), 128), _bf16)] * 2,
+            _struct((8, 32), jnp.int32),
+        ),
+    ),
+    "decode, low-rank keys": (
+        _low_rank_cache,
+        (
+            _struct((4, 1, 32, 128), _bf16),
+            _struct((4, 8192, 1024), _bf16),
+            _struct((1024, 4096), _bf16),
+            _struct((4, 8192, 32, 128), _bf16),
+            _struct((4,), jnp.int32),
+            _struct((64,), jnp.float32),
+        ),
+    ),
+}
+
+PRODUCTS: dict[str, Case] = {
+    "W8A8, DiT-XL": _int8_product(4096, 1152, 4608),
+    "W8A8, uneven": _int8_product(1000, 200, 1000),
+    "W4A16 GEMV, Llama": _packed_product(1, 4096, 14336, 4, 128, _bf16),
+    "W3A16, 8 rows, Qwen": _packed_product(8, 3584, 18944, 3, 128, _bf16),
+    "W4A8, uneven": _packed_product(1000, 1152, 600, 4, 64, jnp.int8),
+}
+
+CASES = {**ATTENTION, **RESIDUAL, **QUANTIZED_ATTENTION, **DECODE, **PRODUCTS}

@@ -1,0 +1,67 @@
+"""The kernels' benchmark scripts run from end to end, at sizes that say nothing of speed."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import report
+from experiments.kernels import attention_cpu, cases, gpu, tpu_table
+from experiments.kernels.timing import best_seconds
+
+
+@pytest.fixture(autouse=True)
+def results(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_the_best_of_programs_that_take_turns():
+    calls = []
+    programs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = best_seconds(programs, 2, calls=3)
+    assert calls == ["a", "b", *"aaabbb" * 2]
+    assert all(0 <= taken < 1 for taken in seconds.values())
+
+
+def test_attention_on_a_cpu(results, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "HEADS", 1)
+    monkeypatch.setattr(attention_cpu, "DENSITIES", (2,))
+    attention_cpu.main(["--tokens", "128", "--repeats", "1", "--block", "32"])
+    written = json.loads((results / "kernels_attention_cpu.json").read_text())
+    assert "--tokens 128 --repeats 1 --block 32" in written["command"]
+    rows = {row["program"]: row for row in written["tables"].popitem()[1]}
+    assert {"dense, effjax", "dense, jax.nn", "band, 1 in 2", "random, 1 in 2"} <= set(rows)
+    assert rows["random, 1 in 2"]["density"] == 0.5
+
+
+def test_kernels_on_a_gpu_without_one(results, monkeypatch):
+    monkeypatch.setattr(gpu, "HEADS", 1)
+    monkeypatch.setattr(gpu, "DENSITIES", (2,))
+    small = {name: case for name, case in cases.CASES.items() if name == "W4A8, uneven"}
+    monkeypatch.setattr(gpu, "CASES", small)
+    gpu.main(["--tokens", "128", "--repeats", "1", "--scale", "512"])
+    tables = json.loads((results / "kernels_cpu.json").read_text())["tables"]
+    assert set(tables) == {"against_the_reference", "programs_bound_by_memory", "attention"}
+    [row] = tables["against_the_reference"]
+    assert row["runs"] == "XLA"
+    assert row["largest_difference_over_largest_value"] < 1e-5
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_cases_are_functions_of_their_shapes(name):
+    function, operands = cases.CASES[name]
+    for implementation in (None, "xla"):
+        out = jax.eval_shape(partial(function, implementation=implementation), *operands)
+        assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(out))
+
+
+@pytest.mark.aot_tpu
+def test_the_table_reads_what_the_compiler_says(results, monkeypatch):
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    row = tpu_table.row("v5e", "W8A8, DiT-XL")
+    assert row["GFLOP"] == pytest.approx(2 * 4096 * 1152 * 4608 / 1e9, rel=0.01)
+    assert 0 < row["VMEM_KiB"] < 128 * 1024
+    assert row["memory_MB"] > (4096 * 1152 + 1152 * 4608) / 1e6
