@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from effjax import compat
 from effjax.context import PyTree
 from effjax.forward import Forward, Params
+from effjax.quant import QTensor
 from pallas_kernels.useful import useful_fraction
 
 Branch = str | int | Callable[[int, str], int]
@@ -181,8 +182,11 @@ def array_bytes(array: Any) -> int:
 
 
 def weight_bytes(params: PyTree) -> int:
-    """Logical bytes of all leaves of a tree of parameters (arrays or shapes)."""
-    return sum(map(array_bytes, jax.tree.leaves(params)))
+    """Logical bytes of all leaves of a tree of parameters (arrays, shapes, quantised leaves)."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return sum(
+        leaf.logical_bytes if isinstance(leaf, QTensor) else array_bytes(leaf) for leaf in leaves
+    )
 
 
 def state_bytes(state: PyTree) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from effjax import registry
-from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
+from effjax.forward import Forward, Params, abstract
 from effjax.storage import (
     Spec,
     Tensor,
@@ -62,7 +62,7 @@ def save(
             "this forward has edits that do not come from a method's transform, so a recipe could "
             "not bring them back. Save before adding them."
         )
-    leaves = flatten_params(params)
+    leaves = named_arrays(params)
     wrong = [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]
     if wrong:
         raise ValueError(f"these parameters are no arrays: {wrong}")
@@ -106,17 +106,23 @@ def load(
     if not index.is_file() and not single.is_file():
         raise ValueError(f"{directory} lacks {single.name}; copy the whole directory again")
     tensors = open_shards(index) if index.is_file() else open_safetensors(single)
-    expected = flatten_params(template)
+    expected = named_arrays(template)
     _check(directory, expected, tensors)
-    params = {}
+    arrays = []
     total = sum(Spec(tensors[name].shape, tensors[name].dtype).bytes_ for name in expected)
     with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, delay=1, disable=not progress
     ) as bar:
         for name in expected:
-            params[name] = place(np.array(tensors[name].read()), sharding)
-            bar.update(params[name].nbytes)
-    return forward, nest_params(params)
+            arrays.append(place(np.array(tensors[name].read()), sharding))
+            bar.update(arrays[-1].nbytes)
+    return forward, jax.tree.unflatten(jax.tree.structure(template), arrays)
+
+
+def named_arrays(params: Params) -> dict[str, Any]:
+    """Arrays by name, those within a quantised leaf too (`blocks.0.mlp.fc1.kernel.qvalue.0`)."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
 def describe(path: str | os.PathLike) -> Pair:

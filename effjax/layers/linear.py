@@ -7,9 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from effjax.quant import QTensor, qdot
 
-def dot(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """Multiply activations by a weight leaf in the activations' dtype."""
+
+def dot(x: Float[Array, "*B I"], weight: Float[Array, "I O"] | QTensor) -> Float[Array, "*B O"]:
+    """Multiply activations by a weight leaf, an array or quantised, in the activations' dtype."""
+    if isinstance(weight, QTensor):
+        return qdot(x, weight)
     return jnp.dot(x, weight.astype(x.dtype))
 
 

@@ -1,0 +1,1 @@
+"""Methods on the leaves: weights and activations as codes."""

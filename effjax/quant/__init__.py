@@ -1,0 +1,18 @@
+"""Quantised weights and activations: the leaf, its product, quantisers, rotations."""
+
+from effjax.quant.hadamard import Rotation, hadamard
+from effjax.quant.product import qdot
+from effjax.quant.quantizer import Quantizer, dequantize, fake_quantize
+from effjax.quant.tensor import Activations, QTensor, quantize_matrix
+
+__all__ = [
+    "Activations",
+    "QTensor",
+    "Quantizer",
+    "Rotation",
+    "dequantize",
+    "fake_quantize",
+    "hadamard",
+    "qdot",
+    "quantize_matrix",
+]

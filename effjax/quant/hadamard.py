@@ -1,0 +1,154 @@
+"""Hadamard rotations of any width that has one, applied as a product of small matrices.
+
+H has entries +-1 and H H^T = n I. Known orders come from Paley's two constructions over a prime
+field and from Sylvester's doubling; H_a (x) H_b has order a b. A rotation of width C = a b,
+R = diag(signs) H / sqrt(C), is applied as two products: reshape to [a, b], multiply either side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+# Largest factor that is multiplied as a dense matrix.
+LARGEST = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """An orthogonal matrix R [C, C] = diag(random signs) H / sqrt(C); static.
+
+    Attributes:
+        width: C.
+        seed: of the signs; all matrices of one width and seed are equal.
+        strict: an error if there is no Hadamard matrix of this width; else blocks on the diagonal,
+            as large as there are.
+    """
+
+    width: int
+    seed: int = 0
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if self.strict and _factors(self.width) is None:
+            raise ValueError(
+                f"there is no known Hadamard matrix of order {self.width} here: an odd part must "
+                f"come from Paley orders such as {_paley_orders()[:6]}. Use strict=False for "
+                f"blocks of {_block(self.width)} on the diagonal, or leave this layer unrotated."
+            )
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Orders of the small matrices whose Kronecker product is H, and 1s for blocks."""
+        return _factors(self.width) or (1, *(_factors(_block(self.width)) or ()))
+
+    def signs(self) -> np.ndarray:
+        """The random signs, float32[C]."""
+        return np.random.default_rng(self.seed).choice((-1.0, 1.0), self.width).astype(np.float32)
+
+    def apply(self, x: Array) -> Array:
+        """x R along the last axis, in float32 inside.
+
+        Args:
+            x: float[..., C].
+        """
+        lead, y = x.shape[:-1], x.astype(jnp.float32) * self.signs()
+        factors = [factor for factor in self.factors if factor > 1]
+        blocks = self.width // int(np.prod(factors, dtype=int))
+        y = y.reshape(*lead, blocks, *factors)
+        for axis, factor in enumerate(factors):
+            y = jnp.moveaxis(y, len(lead) + 1 + axis, -1)
+            y = jnp.matmul(y, hadamard(factor) * np.float32(factor**-0.5), precision="highest")
+            y = jnp.moveaxis(y, -1, len(lead) + 1 + axis)
+        return y.reshape(*lead, self.width).astype(x.dtype)
+
+    def matrix(self) -> np.ndarray:
+        """R itself, float32[C, C]."""
+        return np.asarray(self.apply(jnp.eye(self.width)))
+
+
+@cache
+def hadamard(order: int) -> np.ndarray:
+    """A Hadamard matrix, float32[n, n].
+
+    Raises:
+        ValueError: for an order that these constructions do not give.
+    """
+    if order == 1:
+        return np.ones((1, 1), np.float32)
+    if order & (order - 1) == 0:
+        return np.kron(np.array([[1, 1], [1, -1]], np.float32), hadamard(order // 2))
+    if _is_prime(order - 1) and order % 4 == 0:
+        matrix = _paley_first(order - 1)
+    elif order % 4 == 0 and _is_prime(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
+        matrix = _paley_second(order // 2 - 1)
+    elif order % 8 == 0:
+        return np.kron(np.array([[1, 1], [1, -1]], np.float32), hadamard(order // 2))
+    else:
+        raise ValueError(f"no Hadamard matrix of order {order} is known here")
+    return matrix.astype(np.float32)
+
+
+def _paley_first(q: int) -> np.ndarray:
+    """Order q + 1, q = 3 mod 4."""
+    skew = np.zeros((q + 1, q + 1), int)
+    skew[0, 1:], skew[1:, 0] = 1, -1
+    skew[1:, 1:] = _jacobsthal(q)
+    return skew + np.eye(q + 1, dtype=int)
+
+
+def _paley_second(q: int) -> np.ndarray:
+    """Order 2 (q + 1), q = 1 mod 4."""
+    symmetric = np.zeros((q + 1, q + 1), int)
+    symmetric[0, 1:] = symmetric[1:, 0] = 1
+    symmetric[1:, 1:] = _jacobsthal(q)
+    eye = np.eye(q + 1, dtype=int)
+    return np.kron(symmetric, [[1, 1], [1, -1]]) + np.kron(eye, [[1, -1], [-1, -1]])
+
+
+def _jacobsthal(q: int) -> np.ndarray:
+    """Quadratic character of differences modulo a prime."""
+    character = np.full(q, -1)
+    character[np.arange(q) ** 2 % q] = 1
+    character[0] = 0
+    place = np.arange(q)
+    return character[(place[:, None] - place) % q]
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+
+
+@cache
+def _paley_orders() -> tuple[int, ...]:
+    first = [q + 1 for q in range(3, LARGEST) if q % 4 == 3 and _is_prime(q)]
+    second = [2 * (q + 1) for q in range(5, LARGEST // 2) if q % 4 == 1 and _is_prime(q)]
+    return tuple(sorted(n for n in {*first, *second} if n <= LARGEST and n & (n - 1)))
+
+
+@cache
+def _factors(width: int) -> tuple[int, ...] | None:
+    """Orders with a Hadamard matrix whose product is the width, few and large; None if none."""
+    if width & (width - 1) == 0:
+        powers: list[int] = []
+        while width > 1:
+            powers.append(min(width, LARGEST // 2))
+            width //= powers[-1]
+        return tuple(powers)
+    for order in _paley_orders():
+        if width % order == 0 and (rest := _factors(width // order)) is not None:
+            return (order, *rest)
+    return None
+
+
+def _block(width: int) -> int:
+    """The largest order that divides a width and has a Hadamard matrix."""
+    return next(
+        width // count
+        for count in range(1, width + 1)
+        if width % count == 0 and _factors(width // count) is not None
+    )

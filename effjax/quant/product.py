@@ -1,0 +1,136 @@
+"""The only place where models multiply by a quantised weight."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from effjax.quant.quantizer import Quantizer, dequantize
+from effjax.quant.tensor import QTensor
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul, quantize_per_token
+
+Path = Literal["integer", "reference"]
+
+
+def qdot(
+    x: Array,
+    w: QTensor,
+    *,
+    path: Path = "integer",
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Array:
+    """Inputs times a quantised matrix, in x's dtype.
+
+    Args:
+        x: float[..., I].
+        w: [I, O].
+        path: "integer" multiplies codes: int8 with int8 where inputs are coded, floats with packed
+            codes else. "reference" multiplies what the codes stand for, in float32: the
+            specification.
+        implementation, interpret: of the kernels; see `pallas_kernels.implementation`.
+
+    Returns:
+        [..., O] in x's dtype. Gradients of the integer path are straight through the codes of the
+        inputs.
+
+    Raises:
+        ValueError: for inputs of another width, or a path that there is not.
+        NotImplementedError: if the integer path cannot run these operands; nothing falls back.
+    """
+    if x.shape[-1:] != w.shape[:1]:
+        raise ValueError(f"inputs of width {x.shape[-1:]} do not fit a matrix {list(w.shape)}")
+    if path not in ("integer", "reference"):
+        raise ValueError(f'path must be "integer" or "reference", got {path!r}')
+    if path == "reference":
+        return _reference(x, w)
+    return _integer((implementation, interpret), x, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> Array:
+    run: Any = {"implementation": how[0], "interpret": how[1]}
+    prepared = w.prepare(x)
+    # The kernels' zero points are added, a leaf's are subtracted.
+    zero = None if w.zero_point is None else -w.zero_point
+    if w.activations is None:
+        if not w.packed:
+            raise NotImplementedError(
+                "float inputs are multiplied with packed codes: quantise with packed=True, or use "
+                'path="reference"'
+            )
+        kernel_dtype = x.dtype if x.dtype != jnp.float16 else jnp.dtype(jnp.float32)
+        out = packed_matmul(
+            prepared.astype(kernel_dtype),
+            w.qvalue,
+            bits=w.bits,
+            group_size=w.group_size,
+            scale=w.scale,
+            zero=zero,
+            **run,
+        )
+        return out.astype(x.dtype)
+    codes, scale, input_zero = _input_codes(prepared, w)
+    if w.packed:
+        out = packed_matmul(
+            codes,
+            w.qvalue,
+            bits=w.bits,
+            group_size=w.group_size,
+            scale=w.scale,
+            zero=zero,
+            x_scale=scale,
+            **run,
+        )
+    elif w.group_size == w.shape[0]:
+        out = int8_matmul(codes, w.qvalue, x_scale=scale, w_scale=w.scale, w_zero=zero, **run)
+    else:
+        raise NotImplementedError(
+            f"int8 codes with a scale for every {w.group_size} inputs are multiplied when packed: "
+            f'quantise with packed=True, or use path="reference"'
+        )
+    if input_zero is not None:
+        out = out - scale * input_zero.astype(jnp.float32) * w.column_sums
+    return out.astype(x.dtype)
+
+
+def _forward(how: Any, x: Array, w: QTensor) -> tuple[Array, Any]:
+    return _integer(how, x, w), (x, w)
+
+
+def _backward(how: Any, saved: Any, gradient: Array) -> Any:
+    """Straight through the codes of the inputs."""
+
+    def smooth(x: Array, w: QTensor) -> Array:
+        values = w.prepare(x).astype(jnp.float32)
+        return jnp.matmul(values, w.dequantize()).astype(x.dtype)
+
+    return jax.vjp(smooth, *saved)[1](gradient)
+
+
+_integer.defvjp(_forward, _backward)
+
+
+def _reference(x: Array, w: QTensor) -> Array:
+    values = w.prepare(x).astype(jnp.float32)
+    if w.activations is not None:
+        values = dequantize(*_input_codes(values, w))
+    return jnp.matmul(values, w.dequantize(), precision="highest").astype(x.dtype)
+
+
+def _input_codes(x: Array, w: QTensor) -> tuple[Array, Array, Array | None]:
+    """Codes int8[..., I] of inputs, their scales float32[..., 1] and a zero point."""
+    assert w.activations is not None
+    quantizer = w.activations.quantizer
+    if not w.activations.dynamic:
+        codes = quantizer.quantize(x, w.input_scale, w.input_zero_point)
+        return codes, jnp.broadcast_to(w.input_scale, (*x.shape[:-1], 1)), w.input_zero_point
+    if quantizer == Quantizer(quantizer.bits):
+        return *quantize_per_token(x, bits=quantizer.bits), None
+    scale, _ = quantizer.fit_axes(x.astype(jnp.float32), -1)
+    return quantizer.quantize(x, scale), scale, None

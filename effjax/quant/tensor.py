@@ -1,0 +1,217 @@
+"""The quantised weight: one leaf in the place of an array, and what its layer does with inputs.
+
+    y = x W   with   W = (q - z) s   by channel or by group of inputs
+
+and, where a method prepares the inputs for it, x -> rotate(x m), whose inverse is in W already.
+Codes are int8, or packed planes of 2 to 8 bits (`pallas_kernels.packing`). Names and signs are
+those of `qwix.QArray`, into which `to_qwix` turns a leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from effjax.quant.hadamard import Rotation
+from effjax.quant.quantizer import Quantizer, dequantize, logical_bytes
+from pallas_kernels.packing import pack, unpack
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """How a layer's inputs become codes; static.
+
+    Attributes:
+        quantizer: of the inputs.
+        dynamic: each token takes its own range; else one range was calibrated for all of them.
+    """
+
+    quantizer: Quantizer = dataclasses.field(default_factory=Quantizer)
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dynamic and not self.quantizer.symmetric:
+            raise ValueError(
+                "ranges of single tokens are symmetric; asymmetric ones are calibrated "
+                "(dynamic=False)"
+            )
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "qvalue",
+        "scale",
+        "zero_point",
+        "mask",
+        "input_scale",
+        "input_zero_point",
+        "column_sums",
+    ),
+    meta_fields=("shape", "bits", "activations", "rotation"),
+)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantised matrix [I, O]; a pytree that stands where the array did.
+
+    Attributes:
+        qvalue: codes int8[I, O], or the planes of `pallas_kernels.packing.pack`.
+        scale: float32[G, O], one for each output and I / G consecutive inputs.
+        zero_point: int32[G, O]; None if symmetric.
+        mask: float32[I] that inputs are multiplied by; None for ones.
+        input_scale, input_zero_point: float32[] and int32[] of calibrated activations.
+        column_sums: float32[O] of the matrix, which zero points of activations need.
+        shape: (I, O).
+        bits: of a weight's code.
+        activations: how inputs become codes; None leaves them floats.
+        rotation: of the inputs, after the mask; None for none.
+    """
+
+    qvalue: Any
+    scale: Any
+    zero_point: Any
+    mask: Any
+    input_scale: Any
+    input_zero_point: Any
+    column_sums: Any
+    shape: tuple[int, int]
+    bits: int
+    activations: Activations | None
+    rotation: Rotation | None
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes are packed planes."""
+        return isinstance(self.qvalue, tuple)
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def dtype(self) -> Any:
+        return self.scale.dtype
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[0] // self.scale.shape[0]
+
+    @property
+    def logical_bytes(self) -> int:
+        """Bytes of codes at their bits, and of everything beside them."""
+        beside = [x for x in jax.tree.leaves(self) if not any(x is c for c in self._codes())]
+        own = sum(logical_bytes(8 * x.dtype.itemsize, *x.shape) for x in beside)
+        return logical_bytes(self.bits, *self.shape) + own
+
+    def _codes(self) -> tuple[Any, ...]:
+        return self.qvalue if self.packed else (self.qvalue,)
+
+    def codes(self) -> Array:
+        """int8[I, O]."""
+        return unpack(self.qvalue, self.bits, self.shape[0]) if self.packed else self.qvalue
+
+    def dequantize(self) -> Array:
+        """The matrix float32[I, O] that the codes stand for, of prepared inputs."""
+        every = partial(jnp.repeat, repeats=self.group_size, axis=0)
+        zero = None if self.zero_point is None else every(self.zero_point)
+        return dequantize(self.codes(), every(self.scale), zero)
+
+    def prepare(self, x: Array) -> Array:
+        """Inputs [..., I] as the codes expect them: masked, then rotated."""
+        if self.mask is not None:
+            x = (x.astype(jnp.float32) * self.mask).astype(x.dtype)
+        return x if self.rotation is None else self.rotation.apply(x)
+
+    def to_qwix(self) -> Any:
+        """As a `qwix.QArray` [I, O], whose zero points are int8 (ranges must contain zero).
+
+        Raises:
+            ValueError: if inputs are prepared or coded, which a QArray does not know.
+        """
+        if self.mask is not None or self.rotation is not None or self.activations is not None:
+            raise ValueError("a qwix.QArray knows nothing of masks, rotations and activations")
+        from qwix import QArray
+
+        zero = None if self.zero_point is None else self.zero_point.astype(jnp.int8)
+        return QArray(self.codes(), self.scale, zero, f"int{self.bits}")
+
+
+def quantize_matrix(
+    w: Array,
+    quantizer: Quantizer | None = None,
+    *,
+    group_size: int | None = None,
+    activations: Activations | None = None,
+    input_range: tuple[Array, Array] | None = None,
+    mask: Array | None = None,
+    rotation: Rotation | None = None,
+    packed: bool | None = None,
+) -> QTensor:
+    """Quantise a matrix to the nearest codes, with what its inputs need.
+
+    Args:
+        w: float[I, O].
+        quantizer: of the weights; symmetric 8 bits if None.
+        group_size: inputs that share a scale; all of a channel if None.
+        activations: how inputs become codes; None leaves them floats.
+        input_range: float[] low and high of (prepared) inputs, for activations that are not
+            dynamic.
+        mask: float[I]: inputs will be multiplied by it, and the matrix is divided by it.
+        rotation: of inputs of width I, after the mask.
+        packed: pack the codes; None packs those that are not products of int8 codes by channel.
+
+    Raises:
+        ValueError: for a matrix, group, mask, rotation or range that does not fit.
+    """
+    quantizer = quantizer or Quantizer()
+    if w.ndim != 2:
+        raise ValueError(f"a quantised weight is a matrix [I, O]; got {list(w.shape)}")
+    inputs, outputs = w.shape
+    group_size = group_size or inputs
+    if inputs % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the {inputs} inputs")
+    if mask is not None and mask.shape != (inputs,):
+        raise ValueError(f"mask must have one factor for each of {inputs} inputs, got {mask.shape}")
+    if rotation is not None and rotation.width != inputs:
+        raise ValueError(f"a rotation of width {rotation.width} does not fit {inputs} inputs")
+    static = activations is not None and not activations.dynamic
+    if static != (input_range is not None):
+        raise ValueError("activations that are not dynamic, and no others, need an input_range")
+    w = w.astype(jnp.float32)
+    if mask is not None:
+        mask = mask.astype(jnp.float32)
+        w = w / mask[:, None]
+    if rotation is not None:  # x R R^T W
+        w = rotation.apply(w.T).T
+    groups = w.reshape(-1, group_size, outputs)
+    scale, zero = quantizer.fit_axes(groups, 1)
+    codes = quantizer.quantize(groups, scale, zero).reshape(inputs, outputs)
+    scale, zero = jax.tree.map(lambda x: x[:, 0], (scale, zero))
+    input_scale = input_zero = sums = None
+    if activations is not None and input_range is not None:
+        input_scale, input_zero = activations.quantizer.fit(*input_range)
+    if packed is None:
+        packed = activations is None or quantizer.bits < 8 or group_size != inputs
+    tensor = QTensor(
+        qvalue=codes,
+        scale=scale,
+        zero_point=zero,
+        mask=mask,
+        input_scale=input_scale,
+        input_zero_point=input_zero,
+        column_sums=None,
+        shape=(inputs, outputs),
+        bits=quantizer.bits,
+        activations=activations,
+        rotation=rotation,
+    )
+    if input_zero is not None:
+        sums = jnp.sum(tensor.dequantize(), axis=0)
+    qvalue = pack(codes, quantizer.bits) if packed else codes
+    return dataclasses.replace(tensor, qvalue=qvalue, column_sums=sums)

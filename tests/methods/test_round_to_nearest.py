@@ -1,0 +1,130 @@
+"""Round to nearest: which layers, which bits, how near, what it takes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from effjax import testing
+from effjax.cost import cost, weight_bytes
+from effjax.forward import abstract, flatten_params
+from effjax.methods.attention import dit_fast_attn
+from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, transform, uniform
+from effjax.models.dit import DiT, DiTConfig
+from effjax.quant import QTensor, qdot
+from effjax.transform import chain
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return testing.tiny_dit(num_heads=2, head_dim=64)
+
+
+def relative(found, expected):
+    return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+
+
+def test_rules_decide_by_the_first_match(subject):
+    plan = RoundToNearestPlan(
+        ((r".*\.to_q", 16, 16), (r".*\.attn\..*", 8, 8), (r"blocks.*\.fc2", 4, 16))
+    )
+    _, params = transform(plan)(subject.forward, subject.params)
+    leaves = {k: v for k, v in flatten_params(params).items() if isinstance(v, QTensor)}
+    assert set(leaves) == {
+        f"blocks.{i}.{name}.kernel"
+        for i in range(2)
+        for name in ("attn.to_k", "attn.to_v", "attn.to_out", "mlp.fc2")
+    }
+    assert leaves["blocks.0.attn.to_k.kernel"].activations.quantizer.bits == 8
+    assert leaves["blocks.1.mlp.fc2.kernel"].bits == 4
+    assert leaves["blocks.1.mlp.fc2.kernel"].activations is None
+    # Layers that are coded hold the nearest codes of their own matrix.
+    w = subject.params["blocks"]["0"]["attn"]["to_k"]["kernel"]
+    leaf = leaves["blocks.0.attn.to_k.kernel"]
+    assert jnp.abs(leaf.dequantize() - w).max() <= leaf.scale.max() * 0.501
+
+
+def test_error_falls_with_bits(subject):
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 4))
+    inputs = (x, jnp.array([10.0, 500.0]), jnp.array([1, 2]))
+    run = jax.jit(lambda forward, params: forward(params, {}, *inputs)[0])
+    dense = run(subject.forward, subject.params)
+    errors = {
+        bits: relative(run(*transform(uniform(*bits))(subject.forward, subject.params)), dense)
+        for bits in ((8, 16), (8, 8), (6, 8), (4, 8), (3, 16))
+    }
+    assert list(errors.values()) == sorted(errors.values()), errors
+    assert errors[8, 8] < 0.02
+
+
+def test_bytes_in_closed_form():
+    config = DiTConfig.preset("DiT-XL/2")
+    forward, params = abstract(DiT, config)
+    coded = 28 * (4 * 1152**2 + 2 * 1152 * 4608)
+    rows = 28 * (4 * 1152 + 4608 + 1152)
+    for bits in (8, 4):
+        _, quantized = jax.eval_shape(
+            lambda p, bits=bits: (0, transform(uniform(bits))(forward, p)[1]), params
+        )
+        saved = weight_bytes(params) - weight_bytes(quantized)
+        assert saved == 4 * coded - (bits * coded // 8 + 8 * rows)  # scales and zero points
+
+
+def test_products_are_of_integers(subject):
+    forward, params = transform(uniform(8, 8))(subject.forward, subject.params)
+    x = jnp.zeros((2, 16, 16, 4))
+    text = jax.jit(forward).lower(params, {}, x, jnp.zeros(2), jnp.zeros(2, jnp.int32)).as_text()
+    assert text.count("xi8>, tensor<") >= 12
+    counted, dense = (
+        cost(f, p, {}, x, jnp.zeros(2), jnp.zeros(2, jnp.int32))
+        for f, p in ((forward, params), (subject.forward, subject.params))
+    )
+    assert counted.flops == dense.flops
+
+
+def test_it_composes_with_attention_in_either_order(subject):
+    plan = dit_fast_attn.uniform(
+        (dit_fast_attn.Strategy.WARS,), layers=2, calls=4, tokens=subject.forward.config.tokens
+    )
+    both = (dit_fast_attn.transform(plan), transform(uniform(8, 8)))
+    results = []
+    for order in (both, both[::-1]):
+        forward, params = chain(*order)(subject.forward, subject.params)
+        assert {name for name, _ in forward.recipe} == {"dit_fast_attn", "round_to_nearest"}
+        results.append(jax.jit(subject.sampler)(forward, params, subject.cond, jax.random.key(0)))
+    chex.assert_trees_all_equal(*results)
+
+
+def test_gradients_are_straight_through(subject):
+    _, params = transform(uniform(8, 8))(subject.forward, subject.params)
+    leaf = params["blocks"]["0"]["attn"]["to_q"]["kernel"]
+    x = jax.random.normal(jax.random.key(2), (3, 128))
+    found = jax.grad(lambda x: jnp.sum(jnp.sin(qdot(x, leaf))))(x)
+    expected = jnp.cos(qdot(x, leaf)) @ leaf.dequantize().T
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (((".*", 9, 8),), "codes have 2 ... 8 bits, got bits=9"),
+        ((("(", 8, 8),), "is no regular expression"),
+        (((".*", 16, 8),), "codes the inputs of float weights"),
+    ],
+)
+def test_rules_that_say_nothing(rules, message):
+    with pytest.raises(ValueError, match=message):
+        RoundToNearestPlan(rules)
+
+
+def test_plans_that_do_not_fit(subject):
+    short = {"rules": [[".*", 8]], "group_size": None, "symmetric": False}
+    with pytest.raises((ValueError, TypeError), match="rule"):
+        RoundToNearestPlan.from_dict(short)
+    with pytest.raises(ValueError, match="'nowhere' matches no linear layer; there are"):
+        transform(RoundToNearestPlan((("nowhere", 8, 8),)))(subject.forward, subject.params)
+    twice = chain(transform(uniform(8)), transform(uniform(4)))
+    with pytest.raises(ValueError, match="is quantised already"):
+        twice(subject.forward, subject.params)
+    with pytest.raises(ValueError, match="group_size 100 does not divide"):
+        transform(uniform(4, group_size=100))(subject.forward, subject.params)
