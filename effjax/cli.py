@@ -1,4 +1,4 @@
-"""The command line: `effjax demo | info | convert | search | sample | bench | methods`.
+"""The command line: `effjax demo | info | convert | search | quantize | sample | bench | methods`.
 
 Figures go to standard output (as JSON with --json), progress and messages to standard error.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ _EXAMPLES = """examples:
   effjax demo                                       the whole story on the bundled model
   effjax info facebook/DiT-XL-2-512                 what a checkpoint is
   effjax search MODEL SMALLER --threshold 0.1       search a plan, save the compressed pipeline
+  effjax quantize MODEL SMALLER --bits w8a8         quantise, save the compressed pipeline
   effjax sample SMALLER --labels 207,360 -o images  generate images
   effjax bench SMALLER                              compressed against dense, side by side
 """
@@ -73,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--method", default="dit_fast_attn", help="see `effjax methods`")
     search.add_argument("--threshold", type=float, default=0.1, help="larger saves more")
     search.add_argument("--labels", default="8", help="calibration: how many, or which with commas")
+
+    quantize = add("quantize", _quantize, "quantise weights and inputs, save the pipeline")
+    quantize.add_argument("source", help="pipeline directory or hub repository")
+    quantize.add_argument("destination", type=Path, help="directory of the compressed pipeline")
+    quantize.add_argument("--method", default="round_to_nearest", help="see `effjax methods`")
+    quantize.add_argument("--bits", default="w8a8", help="w8a8, w4a8, w4 ..., or a plan.json")
+    quantize.add_argument("--group-size", type=int, help="inputs that share a weight scale")
+    quantize.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
 
     sample = add("sample", _sample, "generate images")
     _pipeline_arguments(sample)
@@ -179,6 +189,42 @@ def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
     return figures, f"{plan.describe()}\nsaved {arguments.destination}"
 
 
+def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
+    from effjax.cost import weight_bytes
+    from effjax.registry import method
+
+    chosen = method(arguments.method)
+    uniform = getattr(sys.modules[chosen.transform.__module__], "uniform", None)
+    if "leaves" not in chosen.seams or uniform is None:
+        raise ValueError(f"{chosen.name} does not quantise; see `effjax methods`")
+    if arguments.destination.exists():
+        raise ValueError(f"{arguments.destination} exists; choose another destination")
+    bits = re.fullmatch(r"w(\d+)(?:a(\d+))?", arguments.bits.lower())
+    if bits:
+        inputs = () if bits[2] is None else (int(bits[2]),)
+        plan = uniform(int(bits[1]), *inputs, group_size=arguments.group_size)
+    elif Path(arguments.bits).is_file():
+        plan = chosen.plan.from_json(Path(arguments.bits).read_text())
+    else:
+        raise ValueError(
+            f"--bits must be such as w8a8, w4a8 or w4, or a plan.json; got {arguments.bits!r}"
+        )
+    pipe = _pipeline(arguments)
+    small = pipe.transform(chosen.transform(plan))
+    small.save(arguments.destination)
+    before, after = weight_bytes(pipe.params), weight_bytes(small.params)
+    figures = {
+        "destination": str(arguments.destination),
+        "plan": plan.to_dict(),
+        "weight_bytes": after,
+        "weight_bytes_before": before,
+    }
+    return figures, (
+        f"{plan.describe()}\n{before:,} bytes of weights are {after:,} now "
+        f"({after / before:.3f})\nsaved {arguments.destination}"
+    )
+
+
 def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
 
@@ -203,29 +249,34 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
     import jax.numpy as jnp
 
-    from effjax.cost import sampler_cost
+    from effjax.cost import memory_of, sampler_cost, weight_bytes
+    from effjax.quant import restore
 
     pipe = _pipeline(arguments)
-    if not pipe.forward.edits:
+    if not pipe.forward.recipe:
         raise ValueError(
             f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
-            f"pipeline with `effjax search`."
+            f"pipeline with `effjax search` or `effjax quantize`."
         )
     sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
     labels = jnp.zeros(arguments.batch, jnp.int32)
     key = jax.random.key(arguments.seed)
-    forwards = {
-        "dense": dataclasses.replace(pipe.forward, edits=(), recipe=()),
-        "compressed": pipe.forward,
+    weights = restore(pipe.params, pipe.forward.config.param_dtype)
+    pairs = {
+        "dense": (dataclasses.replace(pipe.forward, edits=(), recipe=()), weights),
+        "compressed": (pipe.forward, pipe.params),
     }
     figures: dict[str, Any] = {}
     programs = {}
-    for name, forward in forwards.items():
+    for name, pair in pairs.items():
         began = time.perf_counter()
-        programs[name] = jax.jit(sampler).lower(forward, pipe.params, labels, key).compile()
-        cost = sampler_cost(sampler, forward, pipe.params, labels)
+        programs[name] = jax.jit(sampler).lower(*pair, labels, key).compile()
+        compiled = time.perf_counter() - began
+        cost = sampler_cost(sampler, *pair, labels)
         figures[name] = {
-            "compile_seconds": time.perf_counter() - began,
+            "compile_seconds": compiled,
+            "weight_bytes": weight_bytes(pair[1]),
+            "peak_bytes": memory_of(programs[name])["peak_bytes"],
             "flops": cost.flops,
             "attention_flops": cost.scope("attention").flops,
             "seconds": float("inf"),
@@ -233,7 +284,7 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
     for _ in range(arguments.repeats + 1):
         for name, program in programs.items():
             began = time.perf_counter()
-            jax.block_until_ready(program(forwards[name], pipe.params, labels, key))
+            jax.block_until_ready(program(*pairs[name], labels, key))
             seconds = time.perf_counter() - began
             figures[name]["seconds"] = min(figures[name]["seconds"], seconds)
     dense, compressed = figures["dense"], figures["compressed"]

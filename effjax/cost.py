@@ -208,7 +208,12 @@ def compiled_memory(function: Callable[..., PyTree], *args: PyTree, **kwargs: Py
         ValueError: if the backend reports no memory.
     """
     jitted = function if hasattr(function, "lower") else jax.jit(function)
-    stats = jitted.lower(*args, **kwargs).compile().memory_analysis()
+    return memory_of(jitted.lower(*args, **kwargs).compile())
+
+
+def memory_of(program: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes by name of a compiled program; see `compiled_memory`."""
+    stats = program.memory_analysis()
     if stats is None:
         raise ValueError("this backend reports no memory; compile for CPU, GPU or TPU")
     memory = {

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effjax.context import Context, Guidance, Layout, Model, PyTree, State, Step, is_static, states
+from effjax.quant import QTensor
 from effjax.sites import Site, canonical, sites
 
 Edit = Callable[[nnx.Module, Context], None]
@@ -288,5 +289,6 @@ def nest_params(flat: Mapping[str, Any]) -> Params:
 
 
 def parameter_count(params: Params) -> int:
-    """Number of parameters (elements) of a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    """Number of parameters (elements) of a tree of arrays, shapes or quantised leaves."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -60,6 +60,34 @@ def test_search_sample_bench(capsys, folder, tmp_path):
     assert figures["dense"]["seconds"] > 0
 
 
+def test_quantize_and_bench(capsys, folder, tmp_path):
+    small = tmp_path / "small"
+    status, figures, _ = run(capsys, "quantize", folder, small, "--bits", "w8a8")
+    assert status == 0
+    assert figures["weight_bytes"] < figures["weight_bytes_before"]
+    _, info, _ = run(capsys, "info", small)
+    assert info["methods"] == ["round_to_nearest"]
+    assert info["weight_bytes"] == figures["weight_bytes"]
+    _, dense, _ = run(capsys, "info", folder)
+    assert info["parameters"] == dense["parameters"]
+    status, bench, _ = run(capsys, "bench", small, "--batch", 1, "--repeats", 1, "--steps", 2)
+    assert status == 0
+    assert bench["ratio"]["weight_bytes"] < 1
+    assert bench["ratio"]["flops"] == 1
+    assert bench["compressed"]["peak_bytes"] > 0
+
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(figures["plan"]))
+    status, again, _ = run(capsys, "quantize", folder, tmp_path / "again", "--bits", plan)
+    assert status == 0
+    assert again["weight_bytes"] == figures["weight_bytes"]
+    for bits, message in (("w9", "codes have 2 ... 8 bits"), ("eight", "--bits must be such as")):
+        status, _, error = run(capsys, "quantize", folder, tmp_path / "bad", "--bits", bits)
+        assert status == 1
+        assert message in error
+    assert not (tmp_path / "bad").exists()
+
+
 def test_methods(capsys):
     status, figures, _ = run(capsys, "methods")
     assert status == 0

@@ -3,7 +3,7 @@
 from effjax.quant.hadamard import Rotation, hadamard
 from effjax.quant.product import qdot
 from effjax.quant.quantizer import Quantizer, dequantize, fake_quantize
-from effjax.quant.tensor import Activations, QTensor, quantize_matrix
+from effjax.quant.tensor import Activations, QTensor, quantize_matrix, restore
 
 __all__ = [
     "Activations",
@@ -15,4 +15,5 @@ __all__ = [
     "hadamard",
     "qdot",
     "quantize_matrix",
+    "restore",
 ]

@@ -56,15 +56,24 @@ class Rotation:
         Args:
             x: float[..., C].
         """
-        lead, y = x.shape[:-1], x.astype(jnp.float32) * self.signs()
+        return self._products(x.astype(jnp.float32) * self.signs(), False).astype(x.dtype)
+
+    def undo(self, x: Array) -> Array:
+        """x R^T along the last axis: `undo(apply(x))` is x."""
+        return (self._products(x.astype(jnp.float32), True) * self.signs()).astype(x.dtype)
+
+    def _products(self, y: Array, transpose: bool) -> Array:
+        """y H / sqrt(C), or with H^T: one product for each factor."""
+        lead = y.shape[:-1]
         factors = [factor for factor in self.factors if factor > 1]
         blocks = self.width // int(np.prod(factors, dtype=int))
         y = y.reshape(*lead, blocks, *factors)
         for axis, factor in enumerate(factors):
+            matrix = hadamard(factor) * np.float32(factor**-0.5)
             y = jnp.moveaxis(y, len(lead) + 1 + axis, -1)
-            y = jnp.matmul(y, hadamard(factor) * np.float32(factor**-0.5), precision="highest")
+            y = jnp.matmul(y, matrix.T if transpose else matrix, precision="highest")
             y = jnp.moveaxis(y, -1, len(lead) + 1 + axis)
-        return y.reshape(*lead, self.width).astype(x.dtype)
+        return y.reshape(*lead, self.width)
 
     def matrix(self) -> np.ndarray:
         """R itself, float32[C, C]."""

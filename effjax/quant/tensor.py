@@ -122,6 +122,13 @@ class QTensor:
         zero = None if self.zero_point is None else every(self.zero_point)
         return dequantize(self.codes(), every(self.scale), zero)
 
+    def restore(self) -> Array:
+        """The matrix float32[I, O] of unprepared inputs: what was quantised, with its rounding."""
+        w = self.dequantize()
+        if self.rotation is not None:
+            w = self.rotation.undo(w.T).T
+        return w if self.mask is None else w * self.mask[:, None]
+
     def prepare(self, x: Array) -> Array:
         """Inputs [..., I] as the codes expect them: masked, then rotated."""
         if self.mask is not None:
@@ -140,6 +147,15 @@ class QTensor:
 
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.int8)
         return QArray(self.codes(), self.scale, zero, f"int{self.bits}")
+
+
+def restore(params: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """A tree of parameters with arrays of a dtype in the place of its quantised leaves."""
+    return jax.tree.map(
+        lambda leaf: leaf.restore().astype(dtype) if isinstance(leaf, QTensor) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, QTensor),
+    )
 
 
 def quantize_matrix(

@@ -43,6 +43,7 @@ def test_the_fast_product_is_the_matrix():
     assert set(np.unique(rotation.signs())) == {-1.0, 1.0}
     x = jax.random.normal(jax.random.key(0), (5, 144))
     chex.assert_trees_all_close(rotation.apply(x), x @ matrix, atol=1e-5)
+    chex.assert_trees_all_close(rotation.undo(rotation.apply(x)), x, atol=1e-5)
 
 
 def test_it_costs_the_factors_alone():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from effjax.compat import relaxed_promotion
-from effjax.quant import Activations, QTensor, Quantizer, Rotation, qdot, quantize_matrix
+from effjax.quant import Activations, QTensor, Quantizer, Rotation, qdot, quantize_matrix, restore
 
 W = jax.random.normal(jax.random.key(0), (256, 48)) + 0.2
 X = jax.random.normal(jax.random.key(1), (2, 5, 256)) + 0.5
@@ -91,6 +91,16 @@ def test_scaling_and_rotation_without_rounding_change_nothing():
     matrix = Rotation(256).apply((W / mask[:, None]).T).T
     chex.assert_trees_all_close(prepared @ matrix, X @ W, atol=2e-3)
     assert jnp.abs(exact.dequantize() - matrix).max() < exact.scale.max()
+
+
+@pytest.mark.parametrize("case", ["W4A16 groups", "mask and rotation"])
+def test_what_was_quantised_comes_back_rounded(case):
+    leaf = quantize_matrix(W, **CASES[case])
+    error = jnp.linalg.norm(leaf.restore() - W) / jnp.linalg.norm(W)
+    assert 0 < error < (0.02 if leaf.bits == 8 else 0.12)
+    restored = restore({"a": leaf, "b": X}, "bfloat16")
+    chex.assert_trees_all_equal(restored["a"], leaf.restore().astype(jnp.bfloat16))
+    assert restored["b"] is X
 
 
 def test_an_outlier_channel_wants_a_mask_and_a_rotation():
