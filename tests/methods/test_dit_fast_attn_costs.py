@@ -116,9 +116,12 @@ def test_projections_are_skipped_or_halved(model, dense):
         assert other == projections * left
 
 
-def test_the_total_of_a_synthetic_plan(model):
+def test_the_total_of_a_synthetic_plan_on_the_whole_model():
+    model = abstract(DiT, DiTConfig.preset("DiT-XL/2", sample_size=64))
+    layers = model[0].config.num_layers
+    assert layers == 28
     sampler = Sampler(DDIM(steps=12), guidance=4.0)
-    plan = synthetic_plan(LAYERS, 12, TOKENS)
+    plan = synthetic_plan(layers, 12, TOKENS)
     assert {code for row in plan.codes for code in row} == set(map(int, Strategy))
     forward, params = transform(plan)(*model)
     columns = list(zip(zip(*plan.codes), zip(*plan.need)))

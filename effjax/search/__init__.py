@@ -1,0 +1,1 @@
+"""Searches that methods share: integer programs with budgets."""

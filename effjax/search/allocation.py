@@ -1,0 +1,192 @@
+"""One candidate for every layer under a budget: small 0/1 programs, and their Pareto front.
+
+    maximise   sum_i sum_c x_ic score_ic      x_ic in {0, 1},  sum_c x_ic = 1
+    so that    low <= sum_i sum_c x_ic cost_ic <= high     (one or several budgets)
+
+Candidates are bits in MixDQ and ViDiT-Q, spans of attention in MoA. HiGHS solves the programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+Numbers: TypeAlias = Sequence[float | int] | np.ndarray
+
+# A total that exceeds its budget by no more than rounding is within it.
+_SLACK = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Limits on the sum of the chosen candidates' costs.
+
+    Attributes:
+        costs: [layers][candidates]; NaN nowhere, infinity for a candidate that is not allowed.
+        high: the most that the sum may be.
+        low: the least.
+        name: for messages.
+    """
+
+    costs: np.ndarray
+    high: float
+    low: float = -np.inf
+    name: str = "budget"
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """A choice.
+
+    Attributes:
+        choice: index of the candidate of every layer.
+        score: sum of their scores.
+        totals: sum of their costs in every budget.
+        optimal: whether this is proven best; False if time ran out first.
+    """
+
+    choice: tuple[int, ...]
+    score: float
+    totals: tuple[float, ...]
+    optimal: bool
+
+
+def allocate(
+    scores: np.ndarray, budgets: Sequence[Budget], *, time_limit: float = 60.0
+) -> Allocation:
+    """The best choice within all budgets.
+
+    Args:
+        scores: float[layers, candidates], higher is better; -infinity for a candidate that is not
+            allowed.
+        budgets: one or several.
+        time_limit: seconds; the best choice found by then is returned.
+
+    Raises:
+        ValueError: for shapes that disagree or NaN, and if no choice meets the budgets; the message
+            says what the sums can be.
+        TimeoutError: if no choice was found in time.
+    """
+    scores = np.asarray(scores, float)
+    if scores.ndim != 2 or not scores.size:
+        raise ValueError(f"scores must be [layers, candidates], got shape {scores.shape}")
+    layers, candidates = scores.shape
+    costs = [np.asarray(budget.costs, float) for budget in budgets]
+    for budget, own in zip(budgets, costs):
+        if own.shape != scores.shape:
+            raise ValueError(
+                f"{budget.name}: costs must have the scores' shape {scores.shape}, got {own.shape}"
+            )
+        if np.isnan(own).any():
+            raise ValueError(f"{budget.name}: layers {_nan_layers(own)} have costs that are NaN")
+    if np.isnan(scores).any():
+        raise ValueError(f"layers {_nan_layers(scores)} have scores that are NaN")
+    allowed = np.isfinite(scores) & np.all([np.isfinite(own) for own in costs], axis=0)
+    without = np.flatnonzero(~allowed.any(1)).tolist()
+    if without:
+        raise ValueError(f"layers {without} have no candidate that is allowed")
+    for budget, own in zip(budgets, costs):
+        least = np.where(allowed, own, np.inf).min(1).sum()
+        most = np.where(allowed, own, -np.inf).max(1).sum()
+        slack = _SLACK * max(abs(least), abs(most), 1)
+        if least > budget.high + slack or most < budget.low - slack:
+            raise ValueError(
+                f"{budget.name}: no choice sums to {budget.low:g} ... {budget.high:g}; the sums "
+                f"lie in {least:g} ... {most:g}. Change the budget, or allow other candidates."
+            )
+    count = layers * candidates
+    place = np.arange(count)
+    each = LinearConstraint(coo_array((np.ones(count), (place // candidates, place))), 1, 1)
+    limits = []
+    for budget, own in zip(budgets, costs):
+        row = np.where(allowed, own, 0).reshape(-1)
+        unit = max(np.abs(row).max(), 1e-300)  # the solver's tolerances are absolute
+        limits.append(LinearConstraint(row[None] / unit, budget.low / unit, budget.high / unit))
+    found = milp(
+        -np.where(allowed, scores, 0).reshape(-1),
+        constraints=[each, *limits],
+        integrality=np.ones(count),
+        bounds=Bounds(0, allowed.reshape(-1).astype(float)),
+        options={"time_limit": time_limit},
+    )
+    if found.x is None:
+        if found.status == 1:
+            raise TimeoutError(f"no choice was found within {time_limit} seconds; allow more")
+        sums = [f"{budget.name} {budget.low:g} ... {budget.high:g}" for budget in budgets]
+        raise ValueError(f"no choice meets all budgets at once: {', '.join(sums)}")
+    choice = found.x.reshape(layers, candidates).argmax(1)
+    rows = np.arange(layers)
+    return Allocation(
+        choice=tuple(choice.tolist()),
+        score=float(scores[rows, choice].sum()),
+        totals=tuple(float(own[rows, choice].sum()) for own in costs),
+        optimal=found.status == 0,
+    )
+
+
+def pareto(
+    scores: np.ndarray, costs: np.ndarray, highs: Numbers, *, time_limit: float = 60.0
+) -> tuple[Allocation, ...]:
+    """The best choice for each of several budgets, those that a cheaper one equals left out.
+
+    Args:
+        scores, costs: [layers, candidates].
+        highs: the budgets to try.
+        time_limit: seconds for each.
+
+    Returns:
+        From cheap to dear; scores rise strictly.
+
+    Raises:
+        ValueError: as `allocate`, for the smallest budget too.
+    """
+    front: list[Allocation] = []
+    for high in sorted(highs):
+        found = allocate(scores, [Budget(costs, high)], time_limit=time_limit)
+        if not front or found.score > front[-1].score:
+            front.append(found)
+    return tuple(front)
+
+
+def bit_costs(sizes: Numbers, bits: Numbers) -> np.ndarray:
+    """Bits that layers of these sizes take with each candidate: float[layers, candidates]."""
+    return np.asarray(sizes, float)[:, None] * np.asarray(bits, float)
+
+
+def bit_budget(sizes: Numbers, bits: Numbers, average: float, *, tolerance: float = 0.02) -> Budget:
+    """An average number of bits, up to a tolerance to both sides (MixDQ's constraint)."""
+    total = float(np.sum(sizes))
+    return Budget(
+        bit_costs(sizes, bits),
+        high=(average + tolerance) * total,
+        low=(average - tolerance) * total,
+        name=f"{average:g} bits on average",
+    )
+
+
+def split_bits(average: float, ratio: float, proportion: float) -> tuple[float, float]:
+    """Average bits of two groups of layers that together have a given average.
+
+    B_q = B (1 + r) / (k r + 1), B_c = k B_q: MixDQ's quality and content groups.
+
+    Args:
+        average: B.
+        ratio: k = B_c / B_q.
+        proportion: r = size of the content group / size of the quality group.
+
+    Returns:
+        B_c and B_q.
+
+    Source: MixDQ, arXiv 2405.17873.
+    """
+    quality = average * (1 + proportion) / (ratio * proportion + 1)
+    return ratio * quality, quality
+
+
+def _nan_layers(values: np.ndarray) -> list[int]:
+    return np.flatnonzero(np.isnan(values).any(1)).tolist()
