@@ -1,17 +1,27 @@
 """Round to nearest: which layers, which bits, how near, what it takes."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
 from effjax import testing
+from effjax.capture import tap
 from effjax.cost import cost, weight_bytes
 from effjax.forward import abstract, flatten_params
+from effjax.layers.linear import Linear
 from effjax.methods.attention import dit_fast_attn
-from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, transform, uniform
+from effjax.methods.quantization.round_to_nearest import (
+    RoundToNearestPlan,
+    calibrate,
+    transform,
+    uniform,
+)
 from effjax.models.dit import DiT, DiTConfig
 from effjax.quant import QTensor, qdot
+from effjax.quant.ranges import moving_average
 from effjax.transform import chain
 
 
@@ -102,6 +112,49 @@ def test_gradients_are_straight_through(subject):
     found = jax.grad(lambda x: jnp.sum(jnp.sin(qdot(x, leaf))))(x)
     expected = jnp.cos(qdot(x, leaf)) @ leaf.dequantize().T
     chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
+def batches(count):
+    for i in range(count):
+        x = (1 + i) * jax.random.normal(jax.random.key(i), (2, 16, 16, 4))
+        yield x, jnp.array([10.0, 500.0]), jnp.array([1, 2])
+
+
+def test_calibrated_inputs(subject):
+    plan = calibrate(uniform(8, 8), subject.forward, subject.params, batches(2))
+    assert len(plan.input_ranges) == 12
+    inputs = [
+        tap(subject.forward, subject.params, batch, kind=Linear, what="input")
+        for batch in batches(2)
+    ]
+    for path, low, high in plan.input_ranges:
+        assert low == pytest.approx(min(float(seen[path].min()) for seen in inputs))
+        assert high == pytest.approx(max(float(seen[path].max()) for seen in inputs))
+    again = RoundToNearestPlan.from_json(plan.to_json())
+    assert again == plan
+    forward, params = transform(plan)(subject.forward, subject.params)
+    leaf = params["blocks"]["0"]["attn"]["to_q"]["kernel"]
+    assert not leaf.activations.dynamic
+    [batch] = list(batches(1))
+    run = jax.jit(lambda forward, params: forward(params, {}, *batch)[0])
+    dense = run(subject.forward, subject.params)
+    static = relative(run(forward, params), dense)
+    dynamic = relative(run(*transform(uniform(8, 8))(subject.forward, subject.params)), dense)
+    assert dynamic < static < 0.1
+    averaged = calibrate(
+        uniform(8, 8), subject.forward, subject.params, batches(2), join=moving_average
+    )
+    assert averaged.input_ranges[0][2] < plan.input_ranges[0][2]
+
+
+def test_calibrations_that_say_nothing(subject):
+    with pytest.raises(ValueError, match="no batches to calibrate with"):
+        calibrate(uniform(8, 8), subject.forward, subject.params, [])
+    with pytest.raises(ValueError, match="codes no layer's inputs"):
+        calibrate(uniform(8), subject.forward, subject.params, batches(1))
+    foreign = dataclasses.replace(uniform(8, 8), input_ranges=(("blocks.9.attn.to_q", -1.0, 1.0),))
+    with pytest.raises(ValueError, match=r"input ranges of \['blocks.9.attn.to_q'\]"):
+        transform(foreign)(subject.forward, subject.params)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-"""Round to nearest: weights, and inputs token by token, to the nearest code; no calibration.
+"""Round to nearest: weights and inputs to the nearest code.
 
 Buys: weights of 2 to 8 bits, and products of int8 codes where inputs are coded too. The baseline
 that every method of post-training quantisation has to beat.
 
     W = (q - z) s, one scale for each output channel, or for each group of inputs
     x = q s, one scale for each token, from its largest magnitude
+    x = (q - z) s, one scale for all, from a calibrated range (the "static" baseline)
 
-Static: the plan, hence the bits of every layer. Dynamic: the scales of the inputs. Cost: as many
+Static: the plan, hence the bits of every layer. Dynamic: the scales of tokens. Cost: as many
 products; weights take bits / 32 of float32's bytes, and scales and zero points.
 
 Source: the dynamic W8A8 and W4A8 baselines of ViDiT-Q, arXiv 2406.02540.
@@ -16,11 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
 
 from effjax import testing
+from effjax.capture import tap
+from effjax.context import Guidance, PyTree
 from effjax.forward import Forward, Params, flatten_params, nest_params
 from effjax.layers.linear import Linear
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
+from effjax.quant.ranges import Range, minmax, union
 from effjax.transform import Method, Pair, Plan, Transform
 
 FLOAT = 16  # bits that leave numbers as they are
@@ -39,11 +47,14 @@ class RoundToNearestPlan(Plan):
             a layer decides; a layer without one stays as it is. Bits are 2 ... 8, or 16 for floats.
         group_size: inputs that share a scale of the weights; all of a channel if None.
         symmetric: whether weights have zero points.
+        input_ranges: (path, low, high) of layers whose inputs take a calibrated range instead of
+            each token's own; see `calibrate`.
     """
 
     rules: tuple[tuple[str, int, int], ...]
     group_size: int | None = None
     symmetric: bool = False
+    input_ranges: tuple[tuple[str, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for rule in self.rules:
@@ -66,7 +77,12 @@ class RoundToNearestPlan(Plan):
     def describe(self) -> str:
         """Rules, in the field's notation."""
         rules = "; ".join(f"{pattern}: W{w}A{a}" for pattern, w, a in self.rules)
-        return f"{rules or 'nothing'}; group size {self.group_size or 'of a channel'}"
+        inputs = (
+            f"calibrated for {len(self.input_ranges)} layers" if self.input_ranges else "by token"
+        )
+        return (
+            f"{rules or 'nothing'}; group size {self.group_size or 'of a channel'}; inputs {inputs}"
+        )
 
     def bits(self, path: str) -> tuple[int, int]:
         """Bits of the weights and the inputs of the layer at a path."""
@@ -97,6 +113,13 @@ def transform(plan: RoundToNearestPlan) -> Transform:
     def apply(forward: Forward, params: Params) -> Pair:
         flat = flatten_params(params)
         paths = [site.path for site in forward.sites(params, Linear)]
+        ranges = {path: (jnp.float32(a), jnp.float32(b)) for path, a, b in plan.input_ranges}
+        wrong = sorted(path for path in ranges if plan.bits(path)[1] == FLOAT or path not in paths)
+        if wrong:
+            raise ValueError(
+                f"the plan has input ranges of {wrong}, whose inputs it does not code; calibrate "
+                f"it for this model"
+            )
         for pattern, *_ in plan.rules:
             if not any(re.fullmatch(pattern, path) for path in paths):
                 raise ValueError(
@@ -109,16 +132,71 @@ def transform(plan: RoundToNearestPlan) -> Transform:
             name = f"{path}.kernel"
             if isinstance(flat[name], QTensor):
                 raise ValueError(f"{name} is quantised already; a layer can be quantised once")
-            activations = None if inputs == FLOAT else Activations(Quantizer(inputs))
+            found = ranges.get(path)
+            activations = None
+            if inputs != FLOAT:
+                static = found is not None
+                activations = Activations(Quantizer(inputs, symmetric=not static), not static)
             flat[name] = quantize_matrix(
                 flat[name],
                 Quantizer(weights, plan.symmetric),
                 group_size=plan.group_size,
                 activations=activations,
+                input_range=found,
             )
         return forward, nest_params(flat)
 
     return Transform(METHOD.name, plan, apply)
+
+
+def calibrate(
+    plan: RoundToNearestPlan,
+    forward: Forward,
+    params: Params,
+    batches: Iterable[tuple[PyTree, ...]],
+    *,
+    estimate: Callable[[jax.Array], Range] = minmax,
+    join: Callable[[Range | None, Range], Range] = union,
+    guidance: Guidance | None = None,
+) -> RoundToNearestPlan:
+    """The plan with ranges of the inputs that its layers see in some batches.
+
+    Args:
+        plan: its input ranges are replaced.
+        forward: the model, not quantised.
+        params: its parameters.
+        batches: tuples of the forward's inputs; one compiled program for each shape.
+        estimate: range of one layer's inputs in one batch: `effjax.quant.ranges`.
+        join: range of all batches so far and one more: `union` or `moving_average`.
+        guidance: arrangement of guided batches.
+
+    Raises:
+        ValueError: without batches, or if the plan codes no inputs.
+    """
+    paths = [site.path for site in forward.sites(params, Linear)]
+    coded = [path for path in paths if plan.bits(path)[1] != FLOAT]
+    if not coded:
+        raise ValueError("the plan codes no layer's inputs, there is nothing to calibrate")
+    pattern = "|".join(map(re.escape, coded))
+
+    @jax.jit
+    def look(params: Params, inputs: tuple[PyTree, ...]) -> dict[str, Range]:
+        seen = tap(
+            forward, params, inputs, kind=Linear, pattern=pattern, what="input", guidance=guidance
+        )
+        return {path: estimate(x) for path, x in seen.items()}
+
+    found: dict[str, Range | None] = dict.fromkeys(coded)
+    for inputs in batches:
+        for path, own in look(params, inputs).items():
+            found[path] = join(found[path], own)
+    ranges = [(path, own) for path, own in found.items() if own is not None]
+    if not ranges:
+        raise ValueError("there are no batches to calibrate with")
+    return dataclasses.replace(
+        plan,
+        input_ranges=tuple((path, own.low.item(), own.high.item()) for path, own in ranges),
+    )
 
 
 def _ladder(subject: testing.Subject) -> tuple[RoundToNearestPlan, ...]:
