@@ -11,7 +11,7 @@ Rounding is half to even. Where a range is empty, the scale is 1.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +125,3 @@ def _fit(quantizer: Quantizer, bits: Array, low: Array, high: Array) -> tuple[Ar
 
 def _positive(scale: Array) -> Array:
     return jnp.where(scale > 0, scale, jnp.ones_like(scale))
-
-
-def logical_bytes(bits: int, *sizes: Any) -> int:
-    """Bytes that so many codes of some bits take, packed without padding."""
-    total = 1
-    for size in sizes:
-        total *= size
-    return -(-total * bits // 8)

@@ -10,6 +10,7 @@ those of `qwix.QArray`, into which `to_qwix` turns a leaf.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.quant.hadamard import Rotation
-from effjax.quant.quantizer import Quantizer, dequantize, logical_bytes
+from effjax.quant.quantizer import Quantizer, dequantize
 from pallas_kernels.packing import pack, unpack
 
 
@@ -105,12 +106,9 @@ class QTensor:
     @property
     def logical_bytes(self) -> int:
         """Bytes of codes at their bits, and of everything beside them."""
-        beside = [x for x in jax.tree.leaves(self) if not any(x is c for c in self._codes())]
-        own = sum(logical_bytes(8 * x.dtype.itemsize, *x.shape) for x in beside)
-        return logical_bytes(self.bits, *self.shape) + own
-
-    def _codes(self) -> tuple[Any, ...]:
-        return self.qvalue if self.packed else (self.qvalue,)
+        beside = jax.tree.leaves(dataclasses.replace(self, qvalue=()))
+        codes = -(-math.prod(self.shape) * self.bits // 8)
+        return codes + sum(math.prod(x.shape) * x.dtype.itemsize for x in beside)
 
     def codes(self) -> Array:
         """int8[I, O]."""
@@ -209,7 +207,7 @@ def quantize_matrix(
     scale, zero = quantizer.fit_axes(groups, 1)
     codes = quantizer.quantize(groups, scale, zero).reshape(inputs, outputs)
     scale, zero = jax.tree.map(lambda x: x[:, 0], (scale, zero))
-    input_scale = input_zero = sums = None
+    input_scale = input_zero = None
     if activations is not None and input_range is not None:
         input_scale, input_zero = activations.quantizer.fit(*input_range)
     if packed is None:
@@ -227,7 +225,8 @@ def quantize_matrix(
         activations=activations,
         rotation=rotation,
     )
-    if input_zero is not None:
-        sums = jnp.sum(tensor.dequantize(), axis=0)
-    qvalue = pack(codes, quantizer.bits) if packed else codes
-    return dataclasses.replace(tensor, qvalue=qvalue, column_sums=sums)
+    return dataclasses.replace(
+        tensor,
+        qvalue=pack(codes, quantizer.bits) if packed else codes,
+        column_sums=None if input_zero is None else jnp.sum(tensor.dequantize(), axis=0),
+    )
