@@ -123,12 +123,14 @@ class Table:
     Attributes:
         rules: see `Rule`; the first rule that fits a parameter's path holds.
         buffers: tensors that are computed, not loaded.
+        aliases: tensors that some files hold a second time, under another name; never written.
         infer: configuration from the tensors' shapes by name, for files without a config.json.
         stem: name of the weight files that are written, without suffix.
     """
 
     rules: tuple[Rule, ...]
     buffers: tuple[Buffer, ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     infer: Callable[[Mapping[str, Shape]], Any] | None = None
     stem: str = "diffusion_pytorch_model"
 

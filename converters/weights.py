@@ -160,7 +160,7 @@ def _problems(
     for name, tensor in tensors.items():
         if name in buffers and not _close(tensor.read(), buffers[name].value(config)):
             problems.append((name, "differs from what the model computes in its place"))
-        elif name not in buffers and name not in expected:
+        elif name not in buffers and name not in expected and name not in table.aliases:
             problems.append((name, "unexpected"))
     if problems:
         return problems
@@ -171,6 +171,11 @@ def _problems(
             for copy in copies
             if not _same_bits(value, copy.read(tensors[copy.source].read()))
         ]
+    problems += [
+        (alias, f"differs from its copy {name}")
+        for alias, name in table.aliases.items()
+        if alias in tensors and not _same_bits(tensors[alias].read(), tensors[name].read())
+    ]
     return problems
 
 

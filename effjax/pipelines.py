@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,32 +18,117 @@ from PIL import Image
 import converters
 from converters import hub
 from effjax import recipe
+from effjax.context import Guidance, PyTree
 from effjax.forward import Forward, Params
 from effjax.models import autoencoder_kl
+from effjax.models.pixart import Caption
 from effjax.samplers import Sampler, Schedule
 from effjax.storage import new_directory, write_json
 from effjax.transform import Pair
 
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
-STEPS, GUIDANCE = 50, 4.0  # of diffusers' DiTPipeline
+
+AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
+OnStepEnd = Callable[[int, jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassConditionalPipeline:
-    """A class-conditional diffusion model, ready to sample.
+class Pipeline:
+    """A diffusion model, ready to sample: what all pipelines share.
 
     Attributes:
         forward, params: the denoiser, possibly transformed.
         scheduler: contents of its scheduler_config.json.
-        names: class index by name; may be empty.
         vae: forward and parameters of the latent decoder, None for models of pixels.
     """
 
     forward: Forward
     params: Params
     scheduler: Mapping[str, Any]
-    names: Mapping[str, int] = dataclasses.field(default_factory=dict)
     vae: Pair | None = None
+
+    STEPS: ClassVar[int]
+    GUIDANCE: ClassVar[float]
+    ARRANGEMENT: ClassVar[Guidance]
+
+    def sampler(
+        self, *, num_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """The sampler that a call uses: `jax.jit(sampler)(forward, params, cond, key)`."""
+        steps = self._planned("calls", self.STEPS) if num_steps is None else num_steps
+        scale = guidance_scale
+        scale = self._planned("guidance", self.GUIDANCE) if scale is None else scale
+        tokens = getattr(self.forward.config, "tokens", None)
+        schedule = Schedule.from_config(self.scheduler, steps=steps, tokens=tokens)
+        return Sampler(schedule, guidance=float(scale), arrangement=self.ARRANGEMENT)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Samples [B, H, W, C] to images float32 in -1 ... 1 (about)."""
+        return x if self.vae is None else _decode(*self.vae, x)
+
+    def transform(self: AnyPipeline, *transforms: Callable[[Forward, Params], Pair]) -> AnyPipeline:
+        """This pipeline with a transformed denoiser."""
+        forward, params = self.forward, self.params
+        for each in transforms:
+            forward, params = each(forward, params)
+        return dataclasses.replace(self, forward=forward, params=params)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save all components as one directory that `effjax.pipeline` reads, atomically."""
+        with new_directory(Path(path)) as directory:
+            write_json(directory / INDEX, {"_class_name": type(self).__name__, **self._index()})
+            (directory / SCHEDULER).parent.mkdir()
+            write_json(directory / SCHEDULER, self.scheduler)
+            recipe.save(directory / "transformer", self.forward, self.params)
+            if self.vae is not None:
+                recipe.save(directory / "vae", *self.vae)
+            self._save_more(directory)
+
+    def _index(self) -> dict[str, Any]:
+        """What model_index.json holds besides the class."""
+        return {}
+
+    def _save_more(self, directory: Path) -> None:
+        """Save the components that only this kind of pipeline has."""
+
+    def _generate(
+        self,
+        sampler: Sampler,
+        cond: PyTree,
+        key: jax.Array,
+        *,
+        uncond: PyTree = None,
+        progress: bool,
+        callback_on_step_end: OnStepEnd | None,
+    ) -> list[Image.Image]:
+        x = sampler.stepwise(
+            self.forward,
+            self.params,
+            cond,
+            key,
+            uncond=uncond,
+            progress=progress,
+            callback=callback_on_step_end,
+        )
+        return to_pil(self.decode(x))
+
+    def _planned(self, attribute: str, default: Any) -> Any:
+        """What a plan of the recipe says, else the default."""
+        values = [getattr(plan, attribute, None) for _, plan in self.forward.recipe]
+        return next((value for value in values if value is not None), default)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassConditionalPipeline(Pipeline):
+    """A class-conditional diffusion model (diffusers' DiTPipeline).
+
+    Attributes:
+        names: class index by name; may be empty.
+    """
+
+    names: Mapping[str, int] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    STEPS, GUIDANCE, ARRANGEMENT = 50, 4.0, Guidance()  # of diffusers' DiTPipeline
 
     def __call__(
         self,
@@ -52,7 +138,7 @@ class ClassConditionalPipeline:
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         progress: bool = True,
-        callback_on_step_end: Callable[[int, jax.Array], Any] | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
     ) -> list[Image.Image]:
         """Generate one image for each label.
 
@@ -70,27 +156,13 @@ class ClassConditionalPipeline:
         Raises:
             ValueError: for unknown labels, or steps that the forward is not planned for.
         """
-        sampler = self.sampler(num_steps=num_steps, guidance_scale=guidance_scale)
-        indices = jnp.asarray([self.index(label) for label in labels], jnp.int32)
-        x = sampler.stepwise(
-            self.forward,
-            self.params,
-            indices,
+        return self._generate(
+            self.sampler(num_steps=num_steps, guidance_scale=guidance_scale),
+            jnp.asarray([self.index(label) for label in labels], jnp.int32),
             key,
             progress=progress,
-            callback=callback_on_step_end,
+            callback_on_step_end=callback_on_step_end,
         )
-        return to_pil(self.decode(x))
-
-    def sampler(
-        self, *, num_steps: int | None = None, guidance_scale: float | None = None
-    ) -> Sampler:
-        """The sampler that a call uses: `jax.jit(sampler)(forward, params, labels, key)`."""
-        steps = self._planned("calls", STEPS) if num_steps is None else num_steps
-        scale = self._planned("guidance", GUIDANCE) if guidance_scale is None else guidance_scale
-        tokens = getattr(self.forward.config, "tokens", None)
-        schedule = Schedule.from_config(self.scheduler, steps=steps, tokens=tokens)
-        return Sampler(schedule, guidance=float(scale))
 
     def index(self, label: int | str) -> int:
         """Class index of a label: an index, the name of a class, or an index as text.
@@ -107,35 +179,123 @@ class ClassConditionalPipeline:
             raise ValueError(f"no class {label!r}: a label is 0 ... {classes - 1}{known}")
         return index
 
-    def decode(self, x: jax.Array) -> jax.Array:
-        """Samples [B, H, W, C] to images float32 in -1 ... 1 (about)."""
-        return x if self.vae is None else _decode(*self.vae, x)
+    def _index(self) -> dict[str, Any]:
+        return {"id2label": {str(index): name for name, index in self.names.items()}}
 
-    def transform(self, *transforms: Callable[[Forward, Params], Pair]) -> ClassConditionalPipeline:
-        """This pipeline with a transformed denoiser."""
-        forward, params = self.forward, self.params
-        for each in transforms:
-            forward, params = each(forward, params)
-        return dataclasses.replace(self, forward=forward, params=params)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Save all components as one directory that `effjax.pipeline` reads, atomically."""
-        index = {
-            "_class_name": type(self).__name__,
-            "id2label": {str(index): name for name, index in self.names.items()},
-        }
-        with new_directory(Path(path)) as directory:
-            write_json(directory / INDEX, index)
-            (directory / SCHEDULER).parent.mkdir()
-            write_json(directory / SCHEDULER, self.scheduler)
-            recipe.save(directory / "transformer", self.forward, self.params)
-            if self.vae is not None:
-                recipe.save(directory / "vae", *self.vae)
+@dataclasses.dataclass(frozen=True)
+class TextToImagePipeline(Pipeline):
+    """A text-to-image diffusion model with one text encoder (diffusers' PixArtSigmaPipeline).
 
-    def _planned(self, attribute: str, default: Any) -> Any:
-        """What a plan of the recipe says, else the default."""
-        values = [getattr(plan, attribute, None) for _, plan in self.forward.recipe]
-        return next((value for value in values if value is not None), default)
+    Attributes:
+        text_encoder: forward and parameters of the text encoder.
+        tokenizer: of transformers.
+    """
+
+    text_encoder: Pair = dataclasses.field(kw_only=True)
+    tokenizer: Any = dataclasses.field(kw_only=True)
+    _captions: OrderedDict[str, Caption] = dataclasses.field(
+        default_factory=OrderedDict, init=False, repr=False, compare=False
+    )
+
+    # Of diffusers' PixArtSigmaPipeline: [negative, positive].
+    STEPS, GUIDANCE, ARRANGEMENT = 20, 4.5, Guidance(cond_first=False)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        key: jax.Array,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
+        progress: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> list[Image.Image]:
+        """Generate one image for each prompt.
+
+        Args:
+            prompt: one or more; the same key gives the same image for a prompt's place.
+            key: PRNG key, `jax.random.key(seed)`.
+            num_steps: denoising steps; those of the plan, else 20.
+            guidance_scale: 1 is no guidance; that of the plan, else 4.5.
+            negative_prompt: what the images are led away from, if they are guided.
+            progress: show a bar over the steps.
+            callback_on_step_end: called as `callback_on_step_end(step, latents)`.
+
+        Returns:
+            PIL images, "L" or "RGB".
+
+        Raises:
+            ValueError: for prompts of more tokens than the model was trained on, or steps that the
+                forward is not planned for.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        sampler = self.sampler(num_steps=num_steps, guidance_scale=guidance_scale)
+        negative = [negative_prompt] * len(prompts)
+        return self._generate(
+            sampler,
+            self.encode(prompts),
+            key,
+            uncond=self.encode(negative) if sampler.guided else None,
+            progress=progress,
+            callback_on_step_end=callback_on_step_end,
+        )
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a caption, its padding included."""
+        return min(self.tokenizer.model_max_length, _MAX_TOKENS)
+
+    def encode(self, prompts: Sequence[str]) -> Caption:
+        """Captions [B, max_tokens] of prompts, in lower case; the last few are remembered.
+
+        Raises:
+            ValueError: for prompts that are too long.
+        """
+        prompts = [prompt.lower().strip() for prompt in prompts]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._captions]
+        if new:
+            for prompt, *caption in zip(new, *self._encode(new), strict=True):
+                self._captions[prompt] = Caption(*caption)
+        found = [self._captions[prompt] for prompt in prompts]
+        for prompt in dict.fromkeys(prompts):
+            self._captions.move_to_end(prompt)
+        while len(self._captions) > _REMEMBERED:
+            self._captions.popitem(last=False)
+        return Caption(*(jnp.stack(parts) for parts in zip(*found, strict=True)))
+
+    def _encode(self, prompts: Sequence[str]) -> Caption:
+        length = self.max_tokens
+        read = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, return_tensors="np"
+        )
+        ids = read["input_ids"]
+        if ids.shape[1] > length:
+            longest = max(prompts, key=lambda prompt: len(self.tokenizer(prompt)["input_ids"]))
+            raise ValueError(
+                f"a prompt has {ids.shape[1]} tokens, this model reads {length}; shorten "
+                f"{longest[:60]!r}..."
+            )
+        mask = jnp.asarray(read["attention_mask"]).astype(bool)
+        return Caption(_states(*self.text_encoder, jnp.asarray(ids, jnp.int32), mask), mask)
+
+    def _save_more(self, directory: Path) -> None:
+        recipe.save(directory / "text_encoder", *self.text_encoder)
+        self.tokenizer.save_pretrained(directory / "tokenizer")
+
+
+_MAX_TOKENS = 300  # of PixArt-Sigma; its tokenizer says 512, T5's
+_REMEMBERED = 64  # captions: 300 x 4096 values each
+
+# diffusers' classes, and those that `save` writes.
+_KINDS: Mapping[str, type[Pipeline]] = {
+    "DiTPipeline": ClassConditionalPipeline,
+    "PixArtSigmaPipeline": TextToImagePipeline,
+    "PixArtAlphaPipeline": TextToImagePipeline,
+    "ClassConditionalPipeline": ClassConditionalPipeline,
+    "TextToImagePipeline": TextToImagePipeline,
+}
 
 
 def pipeline(
@@ -148,19 +308,22 @@ def pipeline(
     local_files_only: bool = False,
     sharding: jax.sharding.Sharding | None = None,
     progress: bool = True,
-) -> ClassConditionalPipeline:
-    """Load a pipeline directory or hub repository: denoiser, scheduler, labels, latent decoder.
+) -> Any:
+    """Load a pipeline directory or hub repository with all its components.
 
     Args:
-        source: directory (diffusers' layout, or written by `ClassConditionalPipeline.save`), or hub
-            repository ("owner/name").
+        source: directory (diffusers' layout, or written by `Pipeline.save`), or hub repository
+            ("owner/name").
         revision, token, cache_dir, local_files_only: as in `converters.from_pretrained`.
         dtype: of parameters; as stored if None.
         sharding: where parameters go.
         progress: show bars for what takes longer than a second.
 
+    Returns:
+        A `ClassConditionalPipeline` or `TextToImagePipeline`, as model_index.json says.
+
     Raises:
-        ValueError: if this is no class-conditional pipeline, or a component is missing or damaged.
+        ValueError: for another kind of pipeline, or if a component is missing or damaged.
     """
     remote = {
         "revision": revision,
@@ -169,10 +332,11 @@ def pipeline(
         "local_files_only": local_files_only,
     }
     index = hub.read_json_of(source, INDEX, **remote)
-    if "transformer" not in index and index.get("_class_name") != "ClassConditionalPipeline":
+    kind = _KINDS.get(index.get("_class_name", ""))
+    if kind is None:
         raise ValueError(
-            f"{source} is a {index.get('_class_name')}; only class-conditional transformer "
-            f"pipelines (DiTPipeline) can be loaded"
+            f"{source} is a {index.get('_class_name')}; pipelines that can be loaded are "
+            f"{', '.join(_KINDS)}"
         )
 
     def component(name: str) -> Pair:
@@ -181,13 +345,30 @@ def pipeline(
         options = {"dtype": dtype, "sharding": sharding, "progress": progress, **remote}
         return converters.from_pretrained(source, subfolder=name, **options)
 
-    has_vae = (Path(source) / "vae").is_dir() or index.get("vae", [None])[0] is not None
-    return ClassConditionalPipeline(
+    has_vae = (Path(source) / "vae").is_dir() or (index.get("vae") or [None])[0] is not None
+    if kind is ClassConditionalPipeline:
+        names = index.get("id2label", {}).items()
+        own = {"names": {name: int(number) for number, name in names}}
+    else:
+        own = {"text_encoder": component("text_encoder"), "tokenizer": _tokenizer(source, **remote)}
+    return kind(
         *component("transformer"),
         scheduler=hub.read_json_of(source, SCHEDULER, **remote),
-        names={name: int(number) for number, name in index.get("id2label", {}).items()},
         vae=component("vae") if has_vae else None,
+        **own,
     )
+
+
+def _tokenizer(source: str | os.PathLike, **remote: Any) -> Any:
+    from transformers import AutoTokenizer  # slow to import
+
+    folder = Path(source) / "tokenizer"
+    try:
+        if Path(source).is_dir():
+            return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(str(source), subfolder="tokenizer", **remote)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{source} has no tokenizer that can be read: {error}") from error
 
 
 def to_pil(images: jax.Array | np.ndarray) -> list[Image.Image]:
@@ -204,3 +385,8 @@ def to_pil(images: jax.Array | np.ndarray) -> list[Image.Image]:
 @jax.jit
 def _decode(forward: Forward, params: Params, latents: jax.Array) -> jax.Array:
     return autoencoder_kl.decode(forward, params, latents)
+
+
+@jax.jit
+def _states(forward: Forward, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return forward(params, {}, ids, mask)[0]

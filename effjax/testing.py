@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
-from effjax.context import PyTree
-from effjax.forward import Forward, Params, functional
+from effjax.context import Guidance, PyTree
+from effjax.forward import (
+    Forward,
+    Params,
+    abstract,
+    flatten_params,
+    nest_params,
+)
 from effjax.models.dit import DiT, DiTConfig
-from effjax.samplers import DDIM, Sampler
+from effjax.models.pixart import Caption, PixArt, PixArtConfig
+from effjax.samplers import DDIM, DPMSolver, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,23 +31,29 @@ class Subject:
         forward, params: the model.
         sampler: a guided sampler of a few steps.
         cond: its conditioning, with a leading batch axis.
+        uncond: the unconditional counterpart, None where the model has a null condition.
     """
 
     forward: Forward
     params: Params
     sampler: Sampler
     cond: PyTree
+    uncond: PyTree = None
 
 
-def randomise(params: Params, key: jax.Array, *, scale: float = 0.05) -> Params:
-    """Add noise to every leaf: new DiTs have zero gates and would ignore their blocks."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [
-        leaf + (scale * jax.random.normal(k, leaf.shape)).astype(leaf.dtype)
-        for leaf, k in zip(leaves, keys)
-    ]
-    return jax.tree.unflatten(structure, noisy)
+def random_params(shapes: Params, *, seed: int = 0) -> Params:
+    """Parameters of these shapes and dtypes, none of them zero: kernels by their inputs' number.
+
+    Made by numpy, which compiles nothing: a new shape costs no time.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(path: str, leaf: Any) -> jax.Array:
+        scale = math.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.05
+        values = scale * rng.standard_normal(leaf.shape) + path.endswith("scale")
+        return jnp.asarray(values.astype(leaf.dtype))
+
+    return nest_params({path: fill(path, leaf) for path, leaf in flatten_params(shapes).items()})
 
 
 def tiny_dit(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
@@ -58,7 +72,36 @@ def tiny_dit(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
         "num_classes": 5,
     }
     config = DiTConfig(**{**shape, **options})
-    forward, params = functional(DiT(config, rngs=nnx.Rngs(0)))
+    forward, shapes = abstract(DiT, config)
     sampler = Sampler(DDIM(steps=steps), guidance=2.0)
     cond = jnp.arange(batch, dtype=jnp.int32) % config.num_classes
-    return Subject(forward, randomise(params, jax.random.key(1)), sampler, cond)
+    return Subject(forward, random_params(shapes), sampler, cond)
+
+
+def tiny_pixart(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
+    """A PixArt of two layers on 16 x 16 images (64 tokens) with random captions of five tokens.
+
+    Args:
+        steps: steps of the sampler, a guided DPM-Solver++.
+        batch: images to sample.
+        options: fields of `PixArtConfig` to change.
+    """
+    shape = {
+        "sample_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "head_dim": 8,
+        "caption_channels": 12,
+        "interpolation": 1.0,
+    }
+    config = PixArtConfig(**{**shape, **options})
+    forward, shapes = abstract(PixArt, config)
+    sampler = Sampler(DPMSolver(steps=steps), guidance=2.0, arrangement=Guidance(cond_first=False))
+    rng = np.random.default_rng(2)
+    states = rng.standard_normal((2, batch, 5, config.caption_channels)).astype(np.float32)
+    mask = np.arange(5) < 2 + np.arange(batch)[:, None] % 4
+    cond, uncond = (
+        Caption(jnp.asarray(each), jnp.asarray(keep))
+        for each, keep in zip(states, (mask, np.ones_like(mask)))
+    )
+    return Subject(forward, random_params(shapes), sampler, cond, uncond)

@@ -45,7 +45,7 @@ HELD_OUT_FONTS = ("cmr10", "cmb10", "cmss10", "cmtt10")
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 
-_RGB = np.array(
+RGB = np.array(
     [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], np.float32
 )  # [colour, channel]
 _QUARTER = SIDE // 2
@@ -136,6 +136,14 @@ class Things:
     colours: np.ndarray
     places: np.ndarray
 
+    @property
+    def held_out(self) -> np.ndarray:
+        """True, bool [N], for the eighth of all combinations that no model is trained on.
+
+        Every class, colour and place occurs in both parts.
+        """
+        return (self.labels + 3 * self.colours + self.places) % 8 == 0
+
     def names(self) -> list[tuple[str, str, str]]:
         """Spell each thing out as (class, colour, place)."""
         indices = zip(self.labels, self.colours, self.places, strict=True)
@@ -143,23 +151,42 @@ class Things:
             (CLASSES[label], COLOURS[colour], PLACES[place]) for label, colour, place in indices
         ]
 
+    def captions(self) -> list[str]:
+        """Say what each thing is, such as `a red A at the top left`."""
+        return [f"a {colour} {name} at the {place}" for name, colour, place in self.names()]
+
 
 def captioned(
-    rng: np.random.Generator, size: int, *, fonts: tuple[str, ...] = FONTS
+    rng: np.random.Generator,
+    size: int,
+    *,
+    fonts: tuple[str, ...] = FONTS,
+    held_out: bool | None = None,
 ) -> tuple[np.ndarray, list[str], Things]:
     """Draw `size` images of one small coloured glyph in one quarter of a black image.
+
+    Args:
+        held_out: only combinations that are `Things.held_out`, or only the others; all if None.
 
     Returns images float32 [B, 32, 32, 3], captions such as `a red A at the top left`, and what they
     say as `Things` with one entry per image.
     """
-    things = Things(
-        rng.integers(len(CLASSES), size=size, dtype=np.int32),
-        rng.integers(len(COLOURS), size=size, dtype=np.int32),
-        rng.integers(len(PLACES), size=size, dtype=np.int32),
-    )
-    images = _paint(rng, things, np.arange(size), size, fonts)
-    captions = [f"a {colour} {name} at the {place}" for name, colour, place in things.names()]
-    return images, captions, things
+    labels, colours, places = np.indices((len(CLASSES), len(COLOURS), len(PLACES))).reshape(3, -1)
+    every = Things(*(x.astype(np.int32) for x in (labels, colours, places)))
+    pool = np.flatnonzero(True if held_out is None else every.held_out == held_out)
+    chosen = rng.choice(pool, size=size)
+    things = Things(every.labels[chosen], every.colours[chosen], every.places[chosen])
+    return _paint(rng, things, np.arange(size), size, fonts), things.captions(), things
+
+
+def captioned_batches(
+    seed: int, size: int, *, start: int = 0
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Yield images and captions that are not held out, without end; as `batches` does."""
+    while True:
+        images, captions, _ = captioned(np.random.default_rng([seed, start]), size, held_out=False)
+        yield images, captions
+        start += 1
 
 
 def question(
@@ -269,7 +296,7 @@ def _paint(
     ink = _stamps(rng, _small_atlas(fonts), things.labels, jitter=1)
     quarters = np.full((images, 2, _QUARTER, 2, _QUARTER, 3), -1, np.float32)
     row, column = np.divmod(things.places, 2)
-    quarters[image, row, :, column] = 2 * ink[..., None] * _RGB[things.colours][:, None, None] - 1
+    quarters[image, row, :, column] = 2 * ink[..., None] * RGB[things.colours][:, None, None] - 1
     return quarters.reshape(images, SIDE, SIDE, 3)
 
 

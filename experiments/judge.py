@@ -97,6 +97,41 @@ def accuracy(judge: Judge, images: np.ndarray | Array, labels: np.ndarray | Arra
     return float(np.mean(predict(judge, images) == np.asarray(labels)))
 
 
+def read_scenes(judge: Judge, images: np.ndarray | Array) -> glyphs.Things:
+    """The thing that each of the images [N, 32, 32, 3] shows, as `glyphs.captioned` draws them.
+
+    The place is the quarter with most light, the colour that nearest to the light's direction
+    there, and the class is what the judge reads in that quarter, enlarged to twice its size.
+    """
+    images = np.asarray(images, np.float32)
+    side, half = glyphs.SIDE, glyphs.SIDE // 2
+    if images.shape[1:] != (side, side, 3):
+        raise ValueError(f"images of shape {images.shape}: scenes are [N, {side}, {side}, 3]")
+    light = np.clip((images + 1) / 2, 0, 1).reshape(-1, 2, half, 2, half, 3)
+    quarters = light.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, half, half, 3)
+    places = quarters.sum((2, 3, 4)).argmax(1)
+    shown = quarters[np.arange(len(images)), places]
+    total = shown.sum((1, 2))
+    directions = glyphs.RGB / np.linalg.norm(glyphs.RGB, axis=1, keepdims=True)
+    enlarged = ndimage.zoom(shown.max(-1), (1, 2, 2), order=1, grid_mode=True, mode="nearest")
+    labels = predict(judge, 2 * enlarged[..., None] - 1)
+    return glyphs.Things(
+        labels, (total @ directions.T).argmax(1).astype(np.int32), places.astype(np.int32)
+    )
+
+
+def alignment(judge: Judge, images: np.ndarray | Array, asked: glyphs.Things) -> dict[str, float]:
+    """The part of images [N, 32, 32, 3] that show what was asked: class, colour, place, and all."""
+    seen = read_scenes(judge, images)
+    right = {
+        "class": seen.labels == asked.labels,
+        "colour": seen.colours == asked.colours,
+        "place": seen.places == asked.places,
+    }
+    right["all"] = np.logical_and.reduce(list(right.values()))
+    return {name: float(np.mean(values)) for name, values in right.items()}
+
+
 def frechet(a: np.ndarray | Array, b: np.ndarray | Array) -> float:
     """Frechet distance between the Gaussians fitted to two sets of features, [N, F] and [M, F].
 

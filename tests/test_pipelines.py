@@ -1,22 +1,25 @@
 """Pipelines: from a directory in diffusers' layout to PIL images, and back to disk compressed."""
 
+import dataclasses
 import json
+import shutil
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import converters
 import effjax
-from effjax import testing
-from effjax.forward import functional
+from effjax import pipelines, testing
+from effjax.forward import abstract
 from effjax.methods import dit_fast_attn
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import to_pil
-from effjax.samplers import DDIM
+from effjax.samplers import DDIM, DPMSolver
+from experiments import train_pixart
 
 
 def write_pipeline(path, *, vae=False, channels=1):
@@ -37,9 +40,8 @@ def write_pipeline(path, *, vae=False, channels=1):
         config = AutoencoderKLConfig(
             latent_channels=channels, block_out_channels=(4, 8), layers_per_block=1, norm_groups=2
         )
-        converters.save_pretrained(
-            *functional(AutoencoderKL(config, rngs=nnx.Rngs(0))), path / "vae"
-        )
+        forward, shapes = abstract(AutoencoderKL, config)
+        converters.save_pretrained(forward, testing.random_params(shapes), path / "vae")
     return subject
 
 
@@ -126,3 +128,87 @@ def test_bad_pipelines_and_labels(pipe, folder, tmp_path):
 def test_pixels_are_rounded_and_clipped():
     (image,) = to_pil(np.array([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).reshape(1, 2, 3, 1))
     assert np.asarray(image).tolist() == [[0, 0, 128], [255, 255, 191]]
+
+
+# Text to image ------------------------------------------------------------------------------
+
+
+def write_text_pipeline(path):
+    """A tiny random text-to-image pipeline of pixels that reads the glyphs' captions."""
+    subject = testing.tiny_pixart(in_channels=3, out_channels=3)
+    converters.save_pretrained(subject.forward, subject.params, path / "transformer")
+    config = T5Config(vocab_size=64, width=12, hidden=24, num_layers=1, num_heads=3, head_dim=4)
+    forward, shapes = abstract(T5Encoder, config)
+    encoder = (forward, testing.random_params(shapes))
+    converters.save_pretrained(*encoder, path / "text_encoder", layout="transformers")
+    train_pixart.tokenizer().save_pretrained(path / "tokenizer")
+    index = {"_class_name": "PixArtSigmaPipeline", "vae": [None, None]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    (path / "scheduler").mkdir()
+    scheduler = DPMSolver(steps=10).to_config()
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text")
+    write_text_pipeline(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_pipe(text_folder):
+    return effjax.pipeline(text_folder, progress=False)
+
+
+def test_images_by_prompt(text_pipe):
+    options = {"key": jax.random.key(0), "num_steps": 2, "progress": False}
+    one, two = text_pipe(["a red A", "A Blue 7 "], **options)
+    assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() > 0
+    assert (one.mode, one.size) == ("RGB", (16, 16))
+    (alone,) = text_pipe("a RED a", **options)  # captions are read in lower case
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(alone))
+    (led,) = text_pipe("a red a", negative_prompt="green", **options)
+    assert np.abs(np.asarray(led, int) - np.asarray(one, int)).max() > 0
+    (free,) = text_pipe("a red a", guidance_scale=1.0, **options)
+    assert np.abs(np.asarray(free, int) - np.asarray(one, int)).max() > 0
+
+
+def test_captions_are_remembered(text_pipe, monkeypatch):
+    fresh = dataclasses.replace(text_pipe)
+    read = []
+    encode = pipelines.TextToImagePipeline._encode
+    monkeypatch.setattr(
+        pipelines.TextToImagePipeline,
+        "_encode",
+        lambda self, prompts: (read.append(list(prompts)), encode(self, prompts))[1],
+    )
+    first = fresh.encode(["a red a", "", "a red a"])
+    second = fresh.encode(["", "a red a", "a 7"])
+    assert read == [["a red a", ""], ["a 7"]]
+    chex.assert_trees_all_equal(first.states[0], second.states[1])
+    assert first.mask.sum(1).tolist() == [4, 1, 4]
+    assert first.states.shape == (3, 10, 12)
+    fresh.encode([f"a {i}" for i in range(100)])
+    assert len(fresh._captions) == pipelines._REMEMBERED
+
+
+def test_a_text_pipeline_is_saved_whole(text_pipe, tmp_path):
+    plan = dit_fast_attn.uniform((3, 1), layers=2, calls=3, tokens=64)
+    fast = text_pipe.transform(dit_fast_attn.transform(plan))
+    fast.save(tmp_path / "fast")
+    again = effjax.pipeline(tmp_path / "fast", progress=False)
+    assert again.forward == fast.forward
+    options = {"key": jax.random.key(0), "progress": False}
+    (image,), (same,) = fast("a red a", **options), again("a red a", **options)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(same))
+
+
+def test_bad_prompts_and_text_pipelines(text_pipe, text_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"a prompt has 13 tokens, this model reads 10.*'a a a a"):
+        text_pipe(["a red a", "a " * 12], key=jax.random.key(0))
+    copy = tmp_path / "copy"
+    shutil.copytree(text_folder, copy)
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(ValueError, match="has no tokenizer that can be read"):
+        effjax.pipeline(copy, progress=False)

@@ -76,7 +76,7 @@ def sincos_2d(
     rows: int,
     columns: int,
     *,
-    base: float | None = None,
+    base: int | None = None,
     interpolation: float = 1.0,
 ) -> np.ndarray:
     """Fixed 2-D sine-cosine position table, float32 [rows * columns, width], raster order.

@@ -15,7 +15,30 @@ gelu_tanh = partial(jax.nn.gelu, approximate=True)
 
 
 class MLP(nnx.Module):
-    """Linear -> tanh-approximated GELU -> linear, on the last axis."""
+    """Linear -> tanh-approximated GELU -> linear, on the last axis: width -> hidden -> outputs.
+
+    Args:
+        outputs: `width` if None.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        outputs: int | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.fc1 = Linear(width, hidden, param_dtype=param_dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, outputs or width, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S O"]:
+        return self.fc2(gelu_tanh(self.fc1(x)))
+
+
+class GatedMLP(nnx.Module):
+    """gelu(x W_gate) * (x W_up), then W_down, without biases (GEGLU, arXiv 2002.05202)."""
 
     def __init__(
         self,
@@ -25,8 +48,12 @@ class MLP(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.fc1 = Linear(width, hidden, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, width, param_dtype=param_dtype, rngs=rngs)
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, bias=False, param_dtype=param_dtype, rngs=rngs)
+
+        self.gate = linear(width, hidden)
+        self.up = linear(width, hidden)
+        self.down = linear(hidden, width)
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.down(gelu_tanh(self.gate(x)) * self.up(x))

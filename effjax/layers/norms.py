@@ -31,6 +31,25 @@ class LayerNorm(nnx.Module):
         return _standardise(x.astype(jnp.float32), (-1,), self.eps).astype(x.dtype)
 
 
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467)."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float = 1e-6,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+    ):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        return (y * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
+
+
 class GroupNorm(nnx.Module):
     """Group norm with scale and shift over an NHWC image; groups are runs of channels."""
 

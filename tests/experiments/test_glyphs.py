@@ -160,13 +160,13 @@ def test_questions_are_answered_by_their_image():
         if asked.startswith("how many"):
             assert answer == str(len(colours))
         elif asked.startswith("is there"):
-            wanted = glyphs._RGB[glyphs.COLOURS.index(asked.split()[3])].astype(bool)
+            wanted = glyphs.RGB[glyphs.COLOURS.index(asked.split()[3])].astype(bool)
             assert (answer == "yes") == (tuple(wanted) in colours)
         elif asked.startswith("what is"):
             place = glyphs.PLACES.index(asked.removeprefix("what is at the ").removesuffix("?"))
             assert (answer == "nothing") == (not lit[place].any())
         elif asked.startswith("what colour"):
-            assert tuple(glyphs._RGB[glyphs.COLOURS.index(answer)].astype(bool)) in colours
+            assert tuple(glyphs.RGB[glyphs.COLOURS.index(answer)].astype(bool)) in colours
         else:
             assert lit[glyphs.PLACES.index(answer.removeprefix("at the "))].any()
     assert len(kinds) == 5
@@ -186,3 +186,19 @@ def test_text_is_ascii_of_the_length_asked_and_answers_follow():
             assert f" {name} is {answer}" in facts
             places += 1
     assert places > 5
+
+
+def test_every_part_of_a_caption_occurs_in_both_parts_of_the_world():
+    for held_out in (True, False):
+        _, captions, things = glyphs.captioned(rng(), 2000, held_out=held_out)
+        assert (things.held_out == held_out).all()
+        for values, pool in (
+            (things.labels, glyphs.CLASSES),
+            (things.colours, glyphs.COLOURS),
+            (things.places, glyphs.PLACES),
+        ):
+            assert set(values) == set(range(len(pool)))
+        assert captions == things.captions()
+    first, second = (next(glyphs.captioned_batches(3, 8, start=5)) for _ in range(2))
+    np.testing.assert_array_equal(first[0], second[0])
+    assert first[1] == second[1]

@@ -167,3 +167,19 @@ def test_wilson_interval_solves_its_equation():
 def test_wilson_interval_refuses_impossible_counts(arguments):
     with pytest.raises(ValueError, match="are needed"):
         judge.wilson_interval(*arguments)
+
+
+def test_scenes_are_read_back():
+    images, _, things = glyphs.captioned(np.random.default_rng(5), 512)
+    reader = judge.load()
+    right = judge.alignment(reader, images, things)
+    assert min(right.values()) > 0.98
+    noisy = images + 0.2 * np.random.default_rng(6).standard_normal(images.shape)
+    assert judge.alignment(reader, noisy, things)["all"] > 0.9
+    other = glyphs.Things(things.labels, np.roll(things.colours, 1), things.places)
+    wrong = judge.alignment(reader, images, other)
+    assert wrong["class"] == right["class"]
+    assert wrong["colour"] < 0.3
+    assert wrong["all"] <= wrong["colour"]
+    with pytest.raises(ValueError, match="scenes are"):
+        judge.read_scenes(reader, images[..., :1])

@@ -1,0 +1,243 @@
+"""PixArt: text-to-image diffusion transformer (PixArt-Sigma, arXiv 2403.04692).
+
+A DiT whose blocks share one time projection and read a caption by cross-attention. Parity target:
+diffusers' `PixArtTransformer2DModel`, without the size conditions of PixArt-alpha at 1024 pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from effjax.context import Layout, Model
+from effjax.layers.attention import Attention, CrossAttention
+from effjax.layers.embeddings import PatchEmbed, TimestepEmbedding, sincos_2d, unpatchify
+from effjax.layers.linear import Linear
+from effjax.layers.mlp import MLP
+from effjax.layers.norms import LayerNorm, modulate
+from effjax.layers.stack import Stack
+
+
+class Caption(NamedTuple):
+    """Captions as a text encoder gives them: the condition of a text-to-image model.
+
+    Attributes:
+        states: the encoder's output, one vector per token.
+        mask: True for tokens of the caption, False for padding.
+    """
+
+    states: Float[Array, "B T E"]
+    mask: Bool[Array, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PixArtConfig:
+    """Shape and numerics of a PixArt; the defaults are PixArt-Sigma-XL/2 at 1024 pixels.
+
+    Attributes:
+        sample_size: height and width of the latent image that positions are made for.
+        patch_size: side of a patch.
+        in_channels: channels of the latent image.
+        out_channels: channels of the output: twice `in_channels` if the variance is learned.
+        num_layers, num_heads, head_dim: depth and width; width is num_heads * head_dim.
+        caption_channels: width of the text encoder.
+        interpolation: divides positions: 1 up to 512 pixels, 2 at 1024, 4 at 2048.
+        norm_eps: epsilon of the blocks' norms.
+        dtype: dtype of the computation; norms and softmax are float32.
+        param_dtype: dtype of new parameters.
+    """
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 4
+    out_channels: int = 8
+    num_layers: int = 28
+    num_heads: int = 16
+    head_dim: int = 72
+    caption_channels: int = 4096
+    interpolation: float = 2.0
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        counts = ("sample_size", "patch_size", "in_channels", "num_layers", "num_heads")
+        for name in (*counts, "head_dim", "caption_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sample_size % self.patch_size:
+            raise ValueError(
+                f"sample_size must be a multiple of patch_size; "
+                f"got sample_size={self.sample_size}, patch_size={self.patch_size}"
+            )
+        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
+            raise ValueError(
+                f"out_channels must be in_channels ({self.in_channels}) or twice that (learned "
+                f"variance); got {self.out_channels}"
+            )
+        if self.width % 4:
+            raise ValueError(
+                f"num_heads * head_dim must be a multiple of 4; got {self.num_heads} * "
+                f"{self.head_dim}"
+            )
+        if self.interpolation <= 0:
+            raise ValueError(f"interpolation must be positive, got {self.interpolation}")
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens at `sample_size`."""
+        return (self.sample_size // self.patch_size) ** 2
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape (height, width, channels) of what a sampler denoises."""
+        return (self.sample_size, self.sample_size, self.in_channels)
+
+
+class PixArtBlock(nnx.Module):
+    """Self-attention, cross-attention and MLP.
+
+    adaLN-single: shifts, scales and gates are a table added to a shared time vector.
+    Cross-attention reads un-normalised tokens and has no gate.
+    """
+
+    def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
+        width, dtype = config.width, jnp.dtype(config.param_dtype)
+        heads: dict[str, Any] = {"heads": config.num_heads, "head_dim": config.head_dim}
+        init = nnx.initializers.normal(width**-0.5)
+        self.table = nnx.Param(init(rngs.params(), (6, width), dtype))
+        self.norm1 = LayerNorm(eps=config.norm_eps)
+        self.attn = Attention(width, **heads, param_dtype=dtype, rngs=rngs)
+        self.cross = CrossAttention(width, **heads, param_dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(eps=config.norm_eps)
+        self.mlp = MLP(width, 4 * width, param_dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S C"],
+        time: Float[Array, "B 6 C"],
+        caption: Caption,
+    ) -> Float[Array, "B S C"]:
+        table = self.table.get_value().astype(x.dtype)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table + time, 1, 0)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + self.cross(x, *caption)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class SharedTime(nnx.Module):
+    """Time to the vector that the last norm reads [B, C], and to the blocks' six [B, 6, C]."""
+
+    def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
+        width, param_dtype = config.width, config.param_dtype
+        self.embed = TimestepEmbedding(
+            width, dtype=config.dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.proj = Linear(
+            width, 6 * width, param_dtype=param_dtype, init=nnx.initializers.normal(0.02), rngs=rngs
+        )
+
+    def __call__(self, t: Float[Array, " B"]) -> tuple[Float[Array, "B C"], Float[Array, "B 6 C"]]:
+        embedded = self.embed(t)
+        return embedded, self.proj(nnx.silu(embedded)).reshape(embedded.shape[0], 6, -1)
+
+
+class FinalLayer(nnx.Module):
+    """Adaptive norm and projection to patches."""
+
+    def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
+        width, dtype = config.width, jnp.dtype(config.param_dtype)
+        init, zeros = nnx.initializers.normal(width**-0.5), nnx.initializers.zeros
+        outputs = config.patch_size**2 * config.out_channels
+        self.table = nnx.Param(init(rngs.params(), (2, width), dtype))
+        self.norm = LayerNorm(eps=1e-6)
+        self.proj = Linear(width, outputs, param_dtype=dtype, init=zeros, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B S C"], time: Float[Array, "B C"]
+    ) -> Float[Array, "B S P"]:
+        shift, scale = jnp.moveaxis(self.table.get_value().astype(x.dtype) + time[:, None], 1, 0)
+        return self.proj(modulate(self.norm(x), shift, scale))
+
+
+class PixArt(Model):
+    """Noisy images, times and captions to the predicted noise or velocity."""
+
+    Config = PixArtConfig
+
+    def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.patch = PatchEmbed(
+            config.in_channels,
+            config.width,
+            patch=config.patch_size,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.time = SharedTime(config, rngs=rngs)
+        self.caption = MLP(
+            config.caption_channels,
+            config.width,
+            outputs=config.width,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.blocks = Stack([PixArtBlock(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final = FinalLayer(config, rngs=rngs)
+
+    def layout(self, x: Array, *_: Any) -> Layout:
+        rows, columns = (size // self.config.patch_size for size in x.shape[1:3])
+        return Layout(grid=(1, rows, columns))
+
+    def __call__(
+        self, x: Float[Array, "B H W I"], t: Float[Array, " B"], caption: Caption
+    ) -> Float[Array, "B H W O"]:
+        """Run the network.
+
+        Args:
+            x: image [B, height, width, in_channels]; sides may differ from `sample_size` and from
+                each other, and must be multiples of `patch_size`.
+            t: time in the units of the noise schedule, 0 ... 1000.
+            caption: states [B, T, caption_channels] and mask of a text encoder.
+
+        Returns:
+            [B, height, width, out_channels] in `config.dtype`.
+
+        Raises:
+            ValueError: for images or captions that do not fit.
+        """
+        config = self.config
+        if x.shape[-1] != config.in_channels:
+            raise ValueError(
+                f"this PixArt takes images of {config.in_channels} channels, got {list(x.shape)}"
+            )
+        if caption.states.shape[-1] != config.caption_channels:
+            raise ValueError(
+                f"this PixArt reads captions of {config.caption_channels} channels, got "
+                f"{list(caption.states.shape)}: is this another text encoder's output?"
+            )
+        rows, columns = (size // config.patch_size for size in x.shape[1:3])
+        tokens = self.patch(x.astype(config.dtype))
+        positions = sincos_2d(
+            config.width,
+            rows,
+            columns,
+            base=config.sample_size // config.patch_size,
+            interpolation=config.interpolation,
+        )
+        tokens = tokens + jnp.asarray(positions, config.dtype)
+        embedded, time = self.time(t)
+        states = self.caption(caption.states.astype(config.dtype))
+        tokens = self.blocks(tokens, time, Caption(states, caption.mask))
+        return unpatchify(self.final(tokens, embedded), rows, columns, patch=config.patch_size)
+
+
+MODEL = PixArt

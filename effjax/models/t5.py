@@ -1,0 +1,155 @@
+"""T5's encoder, version 1.1 (arXiv 1910.10683; gated GELU, arXiv 2002.05202): texts to vectors.
+
+Parity target: transformers' `T5EncoderModel`. Positions enter as one table of relative biases,
+which all layers share; logits are not scaled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from effjax.context import Layout, Model
+from effjax.layers.attention import BiasedAttentionCore, Projections
+from effjax.layers.mlp import GatedMLP
+from effjax.layers.norms import RMSNorm
+from effjax.layers.stack import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Shape and numerics of a T5 encoder; the defaults are T5 v1.1 XXL's.
+
+    Attributes:
+        vocab_size: number of token ids.
+        width: channels of a token.
+        hidden: channels inside an MLP.
+        num_layers, num_heads, head_dim: num_heads * head_dim may differ from width.
+        buckets: of relative positions, half of them for each direction.
+        max_distance: positions as far apart as this share the last bucket.
+        norm_eps: epsilon of the norms.
+        dtype: dtype of the computation; norms and softmax are float32.
+        param_dtype: dtype of new parameters.
+    """
+
+    vocab_size: int = 32128
+    width: int = 4096
+    hidden: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    head_dim: int = 64
+    buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        counts = ("vocab_size", "width", "hidden", "num_layers", "num_heads", "head_dim")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.buckets % 4 or self.max_distance <= self.buckets // 4:
+            raise ValueError(
+                f"buckets must be a multiple of 4 and max_distance more than a quarter of it; got "
+                f"buckets={self.buckets}, max_distance={self.max_distance}"
+            )
+
+
+class T5Attention(Projections):
+    """Self-attention with biases, without a scale."""
+
+    def __init__(self, width: int, **options: Any):
+        super().__init__(width, bias=False, **options)
+        self.core = BiasedAttentionCore(scale=1.0)
+
+    def __call__(
+        self, x: Float[Array, "B S C"], bias: Float[Array, "B H S S"]
+    ) -> Float[Array, "B S C"]:
+        q, k, v = (self.split(y) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
+        with jax.named_scope("attention"):
+            return self.merge(self.core(q, k, v, bias))
+
+
+class T5Block(nnx.Module):
+    """Attention and gated MLP, each behind an RMS norm."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        width, dtype, eps = config.width, config.param_dtype, config.norm_eps
+        self.norm1 = RMSNorm(width, eps=eps, param_dtype=dtype)
+        self.attn = T5Attention(
+            width, heads=config.num_heads, head_dim=config.head_dim, param_dtype=dtype, rngs=rngs
+        )
+        self.norm2 = RMSNorm(width, eps=eps, param_dtype=dtype)
+        self.mlp = GatedMLP(width, config.hidden, param_dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B S C"], bias: Float[Array, "B H S S"]
+    ) -> Float[Array, "B S C"]:
+        x = x + self.attn(self.norm1(x), bias)
+        return x + self.mlp(self.norm2(x))
+
+
+class T5Encoder(Model):
+    """Token ids to one vector per token."""
+
+    Config = T5Config
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = jnp.dtype(config.param_dtype)
+        init = nnx.initializers.normal(1.0)
+        self.table = nnx.Param(init(rngs.params(), (config.vocab_size, config.width), dtype))
+        self.positions = nnx.Param(init(rngs.params(), (config.buckets, config.num_heads), dtype))
+        self.blocks = Stack([T5Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=config.param_dtype)
+
+    def layout(self, ids: Array, *_: Any) -> Layout:
+        return Layout(grid=(0, 0, 0), text=ids.shape[1])
+
+    def __call__(self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
+        """Encode.
+
+        Args:
+            ids: tokens, 0 ... vocab_size - 1.
+            mask: False for padding, which no token attends to.
+
+        Returns:
+            [B, T, width] in `config.dtype`; rows of padding hold values too.
+        """
+        config = self.config
+        x = self.table.get_value()[ids].astype(config.dtype)
+        buckets = relative_buckets(
+            ids.shape[1], buckets=config.buckets, max_distance=config.max_distance
+        )
+        relative = self.positions.get_value()[buckets].astype(jnp.float32).transpose(2, 0, 1)
+        padding = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
+        return self.norm(
+            self.blocks(x, jnp.maximum(relative + padding, jnp.finfo(jnp.float32).min))
+        )
+
+
+def relative_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndarray:
+    """Bucket of every pair of positions, int32 [query, key].
+
+    One half of the buckets is for keys after the query. In each half, the first half counts
+    distances singly, the second in logarithmic steps up to `max_distance`.
+    """
+    offset = np.arange(length)[None] - np.arange(length)[:, None]
+    half, exact = buckets // 2, buckets // 4
+    distance = np.abs(offset)
+    # float32, as in transformers: bucket edges lie exactly on integers
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    steps = ratio / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + steps.astype(np.int32), half - 1)
+    return (np.where(distance < exact, distance, far) + half * (offset > 0)).astype(np.int32)
+
+
+MODEL = T5Encoder

@@ -1,0 +1,151 @@
+"""What the training scripts of the bundled tiny models share: flow matching, resumed training.
+
+Interpolant x_s = (1 - s) x + s e with noise e and s in [0, 1]; the network predicts e - x at time
+1000 s (rectified flow, arXiv 2209.03003; logit-normal s as in SD3, arXiv 2403.03206). Conditions
+are dropped in one sample of ten, for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Float, Key
+from tqdm.auto import trange
+
+from effjax.compat import relaxed_promotion
+from effjax.context import PyTree
+from effjax.forward import Params
+
+Loss = Callable[[Params, PyTree, Key[Array, ""]], Float[Array, ""]]
+
+
+def optimiser(steps: int, learning_rate: float) -> optax.GradientTransformation:
+    """AdamW with a short warm-up, cosine decay and clipped gradients."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(200, steps // 10 + 1), steps, learning_rate / 100
+    )
+    adamw = optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=0.01)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def flow_matching(
+    images: Float[Array, "B H W C"],
+    key: Key[Array, ""],
+    predict: Callable[[Array, Array, Array], Float[Array, "B H W C"]],
+) -> Float[Array, ""]:
+    """Mean squared error of the velocity `predict(noisy images, times [B], dropped bool [B])`."""
+    key_s, key_noise, key_drop = jax.random.split(key, 3)
+    batch = images.shape[0]
+    s = jax.nn.sigmoid(jax.random.normal(key_s, (batch,)))
+    noise = jax.random.normal(key_noise, images.shape)
+    mixed = (1 - s)[:, None, None, None] * images + s[:, None, None, None] * noise
+    dropped = jax.random.bernoulli(key_drop, 0.1, (batch,))
+    return jnp.mean(jnp.square(predict(mixed, 1000 * s, dropped) - (noise - images)))
+
+
+def train(
+    loss: Loss,
+    params: Params,
+    batches: Callable[[int], Iterator[PyTree]],
+    *,
+    steps: int,
+    seed: int,
+    learning_rate: float,
+    checkpoints: Path,
+) -> tuple[Params, dict[str, Any]]:
+    """Train from the last checkpoint on.
+
+    Args:
+        loss: of parameters, a batch and a key.
+        params: initial parameters.
+        batches: batches without end, from the one with this number on.
+        checkpoints: folder of orbax checkpoints; a second run resumes.
+
+    Returns:
+        Averaged parameters, and the log: runs, loss by step, seconds.
+    """
+    key = jax.random.key(seed)
+    transform = optimiser(steps, learning_rate)
+    carry = {"params": params, "average": params, "optimiser": transform.init(params)}
+
+    @jax.jit
+    def train_step(carry: dict, batch: PyTree, step: jax.Array):
+        params = carry["params"]
+        value, gradients = jax.value_and_grad(loss)(params, batch, jax.random.fold_in(key, step))
+        with relaxed_promotion():
+            updates, state = transform.update(gradients, carry["optimiser"], params)
+            params = optax.apply_updates(params, updates)
+            decay = jnp.minimum(0.999, (1 + step) / (10 + step))
+            average = optax.incremental_update(params, carry["average"], 1 - decay)
+        return {"params": params, "average": average, "optimiser": state}, value
+
+    log: dict = {"runs": [], "loss": {}, "seconds": 0.0}
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
+        start = manager.latest_step() or 0
+        if start:
+            restored = manager.restore(
+                start,
+                args=ocp.args.Composite(
+                    carry=ocp.args.StandardRestore(carry), log=ocp.args.JsonRestore()
+                ),
+            )
+            carry, log = restored["carry"], restored["log"]
+        if start < steps:
+            # A resumed run may shorten or lengthen the learning-rate schedule: note each.
+            log.setdefault("runs", []).append({"first_step": start, "steps": steps})
+        began, recent = time.monotonic() - log["seconds"], []
+        data = batches(start)
+        for step in (bar := trange(start, steps, initial=start, total=steps, unit="step")):
+            carry, value = train_step(carry, next(data), np.int32(step))
+            recent.append(value)
+            done = step + 1
+            if done % 50 == 0 or done == steps:
+                log["loss"][str(done)] = round(float(np.mean(jax.device_get(recent))), 5)
+                log["seconds"] = round(time.monotonic() - began, 1)
+                bar.set_postfix(loss=log["loss"][str(done)])
+                recent = []
+            if done % 200 == 0 or done == steps:
+                manager.save(
+                    done,
+                    args=ocp.args.Composite(
+                        carry=ocp.args.StandardSave(carry), log=ocp.args.JsonSave(log)
+                    ),
+                )
+    return carry["average"], log
+
+
+def bfloat16(params: Params) -> Params:
+    """Parameters as they are shipped."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, and put it in the place of `path` at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, Path(folder) / "old")
+        os.replace(new, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write an indented JSON file with sorted keys, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
