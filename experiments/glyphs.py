@@ -173,8 +173,8 @@ def captioned(
     """
     labels, colours, places = np.indices((len(CLASSES), len(COLOURS), len(PLACES))).reshape(3, -1)
     every = Things(*(x.astype(np.int32) for x in (labels, colours, places)))
-    pool = np.flatnonzero(True if held_out is None else every.held_out == held_out)
-    chosen = rng.choice(pool, size=size)
+    allowed = np.full(labels.shape, True) if held_out is None else every.held_out == held_out
+    chosen = rng.choice(np.flatnonzero(allowed), size=size)
     things = Things(every.labels[chosen], every.colours[chosen], every.places[chosen])
     return _paint(rng, things, np.arange(size), size, fonts), things.captions(), things
 
