@@ -61,19 +61,15 @@ def poison(x, lengths):
     return jnp.where(valid[..., None], x, jnp.nan)
 
 
-# Compiled quickly rather than to run fast.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def specified(function, *operands, **options):
     """The reference's result, compiled as one program."""
-    return jit(partial(function, implementation="reference", **options))(*operands)
+    return jax.jit(partial(function, implementation="reference", **options))(*operands)
 
 
 def assert_agrees(function, *operands, program, dtype="float32"):
     """A program gives the reference's outputs and log-sum-exps."""
     expected = specified(function, *operands, return_lse=True)
-    out = jit(partial(function, return_lse=True, **PROGRAMS[program]))(*operands)
+    out = jax.jit(partial(function, return_lse=True, **PROGRAMS[program]))(*operands)
     assert out[0].dtype == operands[0].dtype
     assert np.isfinite(np.asarray(out[0], np.float32)).all()
     chex.assert_trees_all_equal_shapes_and_dtypes(out, expected)
@@ -203,7 +199,7 @@ def test_any_division_gives_the_same(program):
     expected = specified(decode_attention, q, k, v, lengths)
     for splits in (1, 100) if program == "xla" else (1,):
         options = PROGRAMS[program] | {"splits": splits}
-        out = jit(partial(decode_attention, **options))(q, k, v, lengths)
+        out = jax.jit(partial(decode_attention, **options))(q, k, v, lengths)
         chex.assert_trees_all_close(out, expected, **TOLERANCE["float32"])
 
 
@@ -211,7 +207,7 @@ def test_the_default_is_the_platforms_program():
     q, k, v = plain(tokens=20)
     lengths = jnp.array([20, 7])
     chex.assert_trees_all_close(
-        jit(decode_attention)(q, k, v, lengths),
+        jax.jit(decode_attention)(q, k, v, lengths),
         specified(decode_attention, q, k, v, lengths),
         **TOLERANCE["float32"],
     )
@@ -223,7 +219,7 @@ def test_slots_have_no_order_and_equal_capacities_are_a_plain_cache():
     places = {"head_start": (0, 12), "head_capacity": (12, 12)}
     lengths = jnp.array([12, 5])
     expected = specified(decode_attention, q, k, v, lengths)
-    attend = jit(partial(flat_decode_attention, **places, implementation="xla"))
+    attend = jax.jit(partial(flat_decode_attention, **places, implementation="xla"))
     chex.assert_trees_all_close(attend(q, *flat, lengths), expected, **TOLERANCE["float32"])
     turned = [jnp.concatenate([x[:, 3:12], x[:, :3], x[:, 12:]], axis=1) for x in flat]
     full = jnp.array([12, 12])
@@ -234,7 +230,7 @@ def test_slots_have_no_order_and_equal_capacities_are_a_plain_cache():
 
 def test_a_row_does_not_depend_on_its_neighbours():
     q, k, v = plain(tokens=40)
-    attend = jit(partial(decode_attention, implementation="xla", tile=16))
+    attend = jax.jit(partial(decode_attention, implementation="xla", tile=16))
     both = attend(q, k, v, jnp.array([33, 40]))
     other = attend(*(x.at[1].set(7.0) for x in (q, k, v)), jnp.array([33, 1]))
     chex.assert_trees_all_close(both[0], other[0], **TOLERANCE["float32"])
@@ -249,7 +245,9 @@ def test_low_rank_of_full_rank_is_exact_and_values_can_be_absorbed():
     value_basis = normal(8, 6, 2, 24)
     v = jnp.einsum("btr,rkw->btkw", value_features, value_basis)
     expected = specified(decode_attention, q, k, v, lengths)
-    attend = jit(partial(low_rank_decode_attention, frequencies=frequencies, implementation="xla"))
+    attend = jax.jit(
+        partial(low_rank_decode_attention, frequencies=frequencies, implementation="xla")
+    )
     explicit = attend(q, features, basis, v, lengths, positions=zeros)
     chex.assert_trees_all_close(explicit, expected, **TOLERANCE["float32"])
     absorbed = attend(q, features, basis, value_features, lengths, positions=zeros)

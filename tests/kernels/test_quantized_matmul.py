@@ -81,18 +81,14 @@ def shapes_of(operands):
     return jax.tree.map(lambda a: struct(a.shape, a.dtype), operands)
 
 
-# What takes the time here is to compile, not to run.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def run(function, operands, **options):
-    return jit(lambda operands: function(**operands, **options))(operands)
+    return jax.jit(lambda operands: function(**operands, **options))(operands)
 
 
 def run_all(function, operands, programs=tuple(PROGRAMS), **options):
     """Results of several programs, and the reference's, by one compilation."""
 
-    @jit
+    @jax.jit
     def every(operands):
         outs = {name: function(**operands, **options, **PROGRAMS[name]) for name in programs}
         return outs, function(**operands, **options, implementation="reference")
@@ -263,7 +259,7 @@ def test_gradients_of_scales():
     def loss(x_scale, **options):
         return jnp.sum(int8_matmul(**operands | {"x_scale": x_scale}, **options) ** 2)
 
-    gradient = jit(jax.grad(partial(loss, **PROGRAMS["pallas_tpu"])))(operands["x_scale"])
+    gradient = jax.jit(jax.grad(partial(loss, **PROGRAMS["pallas_tpu"])))(operands["x_scale"])
     weights = operands["w_codes"].astype(jnp.int32) + operands["w_zero"]
     product = (operands["x_codes"].astype(jnp.int32) @ weights).astype(jnp.float32)
     product *= operands["w_scale"]
