@@ -22,7 +22,7 @@ from experiments.plan_speed import synthetic_plan
 from pallas_kernels.block_mask import Band, block_mask
 
 FULL, AST, WARS_ASC, WARS, FULL_ASC = Strategy
-BATCH, TOKENS, WINDOW, LAYERS = 2, 1024, 128, 6
+BATCH, TOKENS, WINDOW, LAYERS = 2, 1024, 128, 2
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,9 @@ def test_projections_are_skipped_or_halved(model, dense):
         assert other == projections * left
 
 
-def test_the_total_of_a_synthetic_plan_on_the_whole_model():
-    model = abstract(DiT, DiTConfig.preset("DiT-XL/2", sample_size=64))
-    layers = model[0].config.num_layers
-    assert layers == 28
+def test_the_total_of_a_synthetic_plan():
+    layers = 8  # after which the plan's rows repeat
+    model = abstract(DiT, DiTConfig.preset("DiT-XL/2", sample_size=64, num_layers=layers))
     sampler = Sampler(DDIM(steps=12), guidance=4.0)
     plan = synthetic_plan(layers, 12, TOKENS)
     assert {code for row in plan.codes for code in row} == set(map(int, Strategy))
