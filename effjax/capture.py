@@ -112,11 +112,31 @@ def tap(
         TypeError: if a value is no array.
     """
     edit = Tap(kind, pattern, what)
-    tapped = forward.edit(edit)
+    options = {"state": state, "step": step, "guidance": guidance}
+    return tapped_call(forward, params, inputs, edit, **options)[2]
+
+
+def tapped_call(
+    forward: Forward,
+    params: Params,
+    inputs: tuple[PyTree, ...],
+    edit: Tap,
+    *,
+    state: StateDict | None = None,
+    step: Step | None = None,
+    guidance: Guidance | None = None,
+) -> tuple[PyTree, StateDict, dict[str, jax.Array]]:
+    """A call of the forward that also gives what a `Tap` saw; arguments as for `tap`.
+
+    Returns:
+        Outputs, the state after the call, and the values by site path.
+    """
+    tapped, name = forward.edit(edit), f"tap_{edit.what}"
     initial, recorded = _initial_record(tapped, edit, params, inputs, guidance)
-    before = initial | {f"{path}.tap_{what}": value for path, value in recorded.items()}
-    _, after = tapped(params, before | (state or {}), *inputs, step=step, guidance=guidance)
-    return {path: after[f"{path}.tap_{what}"] for path in recorded}
+    before = initial | {f"{path}.{name}": value for path, value in recorded.items()}
+    outputs, after = tapped(params, before | (state or {}), *inputs, step=step, guidance=guidance)
+    values = {path: after.pop(f"{path}.{name}") for path in recorded}
+    return outputs, after, values
 
 
 def statistics(

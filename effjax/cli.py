@@ -19,7 +19,7 @@ _EXAMPLES = """examples:
   effjax demo                                       the whole story on the bundled model
   effjax info facebook/DiT-XL-2-512                 what a checkpoint is
   effjax search MODEL SMALLER --threshold 0.1       search a plan, save the compressed pipeline
-  effjax quantize MODEL SMALLER --bits w8a8         quantise, save the compressed pipeline
+  effjax quantize MODEL SMALLER --bits w4a8 --method vidit_q   quantise, save the pipeline
   effjax sample SMALLER --labels 207,360 -o images  generate images
   effjax bench SMALLER                              compressed against dense, side by side
 """
@@ -74,19 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("destination", type=Path, help="directory of the compressed pipeline")
     search.add_argument("--method", default="dit_fast_attn", help="see `effjax methods`")
     search.add_argument("--threshold", type=float, default=0.1, help="larger saves more")
-    search.add_argument("--labels", default="8", help="calibration: how many, or which with commas")
+    _condition_arguments(search, "to search on; 8 labels if none are given")
 
     quantize = add("quantize", _quantize, "quantise weights and inputs, save the pipeline")
-    quantize.add_argument("source", help="pipeline directory or hub repository")
+    _pipeline_arguments(quantize)
     quantize.add_argument("destination", type=Path, help="directory of the compressed pipeline")
-    quantize.add_argument("--method", default="round_to_nearest", help="see `effjax methods`")
+    quantize.add_argument("--method", default="vidit_q", help="see `effjax methods`")
     quantize.add_argument("--bits", default="w8a8", help="w8a8, w4a8, w4 ..., or a plan.json")
     quantize.add_argument("--group-size", type=int, help="inputs that share a weight scale")
-    quantize.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+    _condition_arguments(quantize, "to calibrate on; 8 labels if none are given")
 
     sample = add("sample", _sample, "generate images")
     _pipeline_arguments(sample)
-    sample.add_argument("--labels", required=True, help="class names or indices, with commas")
+    _condition_arguments(sample, "to generate")
     sample.add_argument("-o", "--output", type=Path, default=Path("images"))
 
     bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")
@@ -101,10 +101,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="pipeline directory or hub repository")
-    command.add_argument("--steps", type=int, help="denoising steps; those of the plan, else 50")
-    command.add_argument("--guidance", type=float, help="scale; that of the plan, else 4.0")
+    command.add_argument(
+        "--steps", type=int, help="denoising steps; those of the plan, else the model's"
+    )
+    command.add_argument("--guidance", type=float, help="scale; that of the plan, else the model's")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+
+
+def _condition_arguments(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--labels", help=f"class names or indices with commas, {what}")
+    command.add_argument("--prompt", action="append", help=f"may be repeated, {what}")
 
 
 def _demo(arguments: argparse.Namespace) -> tuple[Any, str]:
@@ -158,7 +165,6 @@ def _convert(arguments: argparse.Namespace) -> tuple[Any, str]:
 
 def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
-    import jax.numpy as jnp
 
     from effjax.registry import method
 
@@ -168,19 +174,14 @@ def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
     if arguments.destination.exists():
         raise ValueError(f"{arguments.destination} exists; choose another destination")
     pipe = _pipeline(arguments)
-    if arguments.labels.isdigit():
-        count, classes = int(arguments.labels), pipe.forward.config.num_classes
-        if count < 1:
-            raise ValueError(f"--labels needs at least one label, got {count}")
-        labels = [classes * i // count for i in range(count)]
-    else:
-        labels = [pipe.index(name) for name in _names(arguments.labels)]
+    cond, uncond = pipe.conditions(_asked(pipe, arguments, default=8))
     sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
     plan = chosen.search(
         pipe.forward,
         pipe.params,
         sampler,
-        jnp.asarray(labels, jnp.int32),
+        cond,
+        uncond=uncond,
         key=jax.random.key(arguments.seed),
         threshold=arguments.threshold,
     )
@@ -190,6 +191,8 @@ def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
+    import jax
+
     from effjax.cost import weight_bytes
     from effjax.registry import method
 
@@ -201,8 +204,9 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"{arguments.destination} exists; choose another destination")
     bits = re.fullmatch(r"w(\d+)(?:a(\d+))?", arguments.bits.lower())
     if bits:
-        inputs = () if bits[2] is None else (int(bits[2]),)
-        plan = uniform(int(bits[1]), *inputs, group_size=arguments.group_size)
+        inputs = 16 if bits[2] is None else int(bits[2])
+        group = {} if arguments.group_size is None else {"group_size": arguments.group_size}
+        plan = uniform(int(bits[1]), inputs, **group)
     elif Path(arguments.bits).is_file():
         plan = chosen.plan.from_json(Path(arguments.bits).read_text())
     else:
@@ -210,7 +214,14 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
             f"--bits must be such as w8a8, w4a8 or w4, or a plan.json; got {arguments.bits!r}"
         )
     pipe = _pipeline(arguments)
-    small = pipe.transform(chosen.transform(plan))
+    learned = ()
+    if chosen.calibrate is not None:
+        cond, uncond = pipe.conditions(_asked(pipe, arguments, default=8))
+        sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
+        key = jax.random.key(arguments.seed)
+        pair = (pipe.forward, pipe.params)
+        learned = (chosen.calibrate(plan, *pair, sampler, cond, key=key, uncond=uncond),)
+    small = pipe.transform(chosen.transform(plan, *learned))
     small.save(arguments.destination)
     before, after = weight_bytes(pipe.params), weight_bytes(small.params)
     figures = {
@@ -229,17 +240,18 @@ def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
 
     pipe = _pipeline(arguments)
-    labels = _names(arguments.labels)
+    asked = _asked(pipe, arguments)
     images = pipe(
-        labels,
+        asked,
         key=jax.random.key(arguments.seed),
         num_steps=arguments.steps,
         guidance_scale=arguments.guidance,
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = []
-    for number, (label, image) in enumerate(zip(labels, images)):
-        files.append(str(arguments.output / f"{number:03d}_{label}.png"))
+    for number, (name, image) in enumerate(zip(asked, images)):
+        word = re.sub(r"\W+", "_", name)[:40]
+        files.append(str(arguments.output / f"{number:03d}_{word}.png"))
         image.save(files[-1])
     return {"files": files}, "\n".join(files)
 
@@ -247,7 +259,6 @@ def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
 def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
     """Alternate the two programs, so that what else the machine does hits both."""
     import jax
-    import jax.numpy as jnp
 
     from effjax.cost import memory_of, sampler_cost, weight_bytes
     from effjax.quant import restore
@@ -259,7 +270,9 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
             f"pipeline with `effjax search` or `effjax quantize`."
         )
     sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
-    labels = jnp.zeros(arguments.batch, jnp.int32)
+    some = [""] if hasattr(pipe, "encode") else [0]
+    cond, uncond = pipe.conditions(some * arguments.batch)
+    uncond = uncond if sampler.guided else None
     key = jax.random.key(arguments.seed)
     weights = restore(pipe.params, pipe.forward.config.param_dtype)
     pairs = {
@@ -270,9 +283,9 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
     programs = {}
     for name, pair in pairs.items():
         began = time.perf_counter()
-        programs[name] = jax.jit(sampler).lower(*pair, labels, key).compile()
+        programs[name] = jax.jit(sampler).lower(*pair, cond, key, uncond=uncond).compile()
         compiled = time.perf_counter() - began
-        cost = sampler_cost(sampler, *pair, labels)
+        cost = sampler_cost(sampler, *pair, cond, uncond=uncond)
         figures[name] = {
             "compile_seconds": compiled,
             "weight_bytes": weight_bytes(pair[1]),
@@ -284,7 +297,7 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
     for _ in range(arguments.repeats + 1):
         for name, program in programs.items():
             began = time.perf_counter()
-            jax.block_until_ready(program(*pairs[name], labels, key))
+            jax.block_until_ready(program(*pairs[name], cond, key, uncond=uncond))
             seconds = time.perf_counter() - began
             figures[name]["seconds"] = min(figures[name]["seconds"], seconds)
     dense, compressed = figures["dense"], figures["compressed"]
@@ -330,8 +343,25 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
     return effjax.pipeline(arguments.source, dtype=arguments.dtype)
 
 
-def _names(labels: str) -> list[str]:
-    return [name.strip() for name in labels.split(",")]
+def _asked(pipe: Any, arguments: argparse.Namespace, *, default: int = 0) -> list[str]:
+    """Prompts of a text-to-image pipeline, labels of another: `default` of all classes if none."""
+    takes_prompts = hasattr(pipe, "encode")
+    given, other = arguments.prompt, arguments.labels
+    if not takes_prompts:
+        given, other = other and [name.strip() for name in other.split(",")], given
+    if other:
+        raise ValueError(
+            "this pipeline is conditioned on "
+            + ("texts: give --prompt" if takes_prompts else "classes: give --labels")
+        )
+    if not given and default and not takes_prompts:
+        classes = pipe.forward.config.num_classes
+        given = [str(classes * i // default) for i in range(default)]
+    if not given:
+        raise ValueError(
+            f"nothing is asked for: give {'--prompt' if takes_prompts else '--labels'}"
+        )
+    return given
 
 
 if __name__ == "__main__":

@@ -111,12 +111,33 @@ class Context:
         guidance: arrangement of the guided batch, None when the batch is not guided.
         layout: token layout of the model's sequence, None if the model has none.
         learned: `params["methods"]`: what methods learned, by method name and site.
+        span: the first network call that this trace serves and the one after the last; None if that
+            is not known.
     """
 
     step: Step = 0
     guidance: Guidance | None = None
     layout: Layout | None = None
     learned: Mapping[str, Mapping[str, PyTree]] = dataclasses.field(default_factory=dict)
+    span: tuple[int, int] | None = None
+
+    def segment(self, boundaries: tuple[int, ...]) -> int:
+        """Which segment of the network calls this trace serves, static.
+
+        Args:
+            boundaries: first call of every segment but the first, in order.
+
+        Raises:
+            ValueError: if it may serve several.
+        """
+        span = (int(self.step), int(self.step) + 1) if is_static(self.step) else self.span
+        if span is None or any(span[0] < boundary < span[1] for boundary in boundaries):
+            raise ValueError(
+                f"parameters change at the network calls {boundaries}, but this trace may serve "
+                f"calls on both sides. Samplers scan each segment by itself; in a loop of your own "
+                f"use forward.within(start, stop), or forward.at(step)."
+            )
+        return sum(span[0] >= boundary for boundary in boundaries)
 
 
 class Model(nnx.Module):

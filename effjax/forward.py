@@ -8,6 +8,7 @@ copy of the module, so that nothing outside a call ever changes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,6 +42,7 @@ class Forward:
         config: the model's configuration, a frozen dataclass.
         edits: functions `edit(module, context)` that wrap sites, applied in order.
         fixed_step: the step that `at` fixed, or None.
+        span: the calls that `within` promised, or None.
         recipe: (method, plan) of every transform that was applied.
     """
 
@@ -50,6 +52,7 @@ class Forward:
     config: Any
     edits: tuple[Edit, ...] = ()
     fixed_step: int | None = None
+    span: tuple[int, int] | None = None
     recipe: tuple[tuple[str, Any], ...] = ()
 
     def _key(self) -> tuple:
@@ -104,9 +107,10 @@ class Forward:
         Every branch of every step is seen, whatever `at` has fixed.
         """
         found: dict[str, tuple] = {}
+        first = self.segments(0, 1)[0][0]  # in all segments the same
 
         def shape_states(params: Params, inputs: tuple, step: jax.Array) -> None:
-            module = self._edited(params, inputs, step, guidance)
+            module = first._edited(params, inputs, step, guidance)
             held = _named_states(module)
             for path, variable in held.items():
                 variable.set_metadata(path=path, creating=True)
@@ -128,6 +132,24 @@ class Forward:
         if not is_static(step) or step < 0:
             raise ValueError(f"at() takes a static step >= 0, got {step!r}")
         return dataclasses.replace(self, fixed_step=int(step))
+
+    def within(self, start: int, stop: int) -> Forward:
+        """Promise that steps lie in start ... stop - 1, where no plan changes parameters."""
+        return dataclasses.replace(self, span=(start, stop))
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Network calls at which some edit changes parameters: samplers scan between them."""
+        found = {call for edit in self.edits for call in getattr(edit, "boundaries", ())}
+        return tuple(sorted(found))
+
+    def segments(self, start: int, stop: int) -> tuple[tuple[Forward, int, int], ...]:
+        """The calls start ... stop - 1 cut at the boundaries, each with the forward for it."""
+        inner = [call for call in self.boundaries if start < call < stop]
+        cuts = [start, *inner, stop]
+        if not self.boundaries:
+            return ((self, start, stop),)
+        return tuple((self.within(a, b), a, b) for a, b in itertools.pairwise(cuts))
 
     def check_calls(self, calls: int) -> None:
         """Check that every edit is planned for this number of network calls.
@@ -199,7 +221,8 @@ class Forward:
         self, params: Params, inputs: tuple, step: Step, guidance: Guidance | None
     ) -> Model:
         module = self.module(params)
-        context = Context(step, guidance, module.layout(*inputs), params.get(METHODS, {}))
+        layout, learned = module.layout(*inputs), params.get(METHODS, {})
+        context = Context(step, guidance, layout, learned, self.span)
         for edit in self.edits:
             edit(module, context)
         return module

@@ -94,19 +94,19 @@ class Pipeline:
     def _generate(
         self,
         sampler: Sampler,
-        cond: PyTree,
+        conditions: tuple[PyTree, PyTree],
         key: jax.Array,
         *,
-        uncond: PyTree = None,
         progress: bool,
         callback_on_step_end: OnStepEnd | None,
     ) -> list[Image.Image]:
+        cond, uncond = conditions
         x = sampler.stepwise(
             self.forward,
             self.params,
             cond,
             key,
-            uncond=uncond,
+            uncond=uncond if sampler.guided else None,
             progress=progress,
             callback=callback_on_step_end,
         )
@@ -158,11 +158,15 @@ class ClassConditionalPipeline(Pipeline):
         """
         return self._generate(
             self.sampler(num_steps=num_steps, guidance_scale=guidance_scale),
-            jnp.asarray([self.index(label) for label in labels], jnp.int32),
+            self.conditions(labels),
             key,
             progress=progress,
             callback_on_step_end=callback_on_step_end,
         )
+
+    def conditions(self, labels: Sequence[int | str]) -> tuple[jax.Array, None]:
+        """What a sampler takes for these labels: `cond` and `uncond`."""
+        return jnp.asarray([self.index(label) for label in labels], jnp.int32), None
 
     def index(self, label: int | str) -> int:
         """Class index of a label: an index, the name of a class, or an index as text.
@@ -231,16 +235,19 @@ class TextToImagePipeline(Pipeline):
                 forward is not planned for.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        sampler = self.sampler(num_steps=num_steps, guidance_scale=guidance_scale)
-        negative = [negative_prompt] * len(prompts)
         return self._generate(
-            sampler,
-            self.encode(prompts),
+            self.sampler(num_steps=num_steps, guidance_scale=guidance_scale),
+            self.conditions(prompts, negative_prompt=negative_prompt),
             key,
-            uncond=self.encode(negative) if sampler.guided else None,
             progress=progress,
             callback_on_step_end=callback_on_step_end,
         )
+
+    def conditions(
+        self, prompts: Sequence[str], *, negative_prompt: str = ""
+    ) -> tuple[Caption, Caption]:
+        """What a sampler takes for these prompts: `cond` and `uncond`."""
+        return self.encode(prompts), self.encode([negative_prompt] * len(prompts))
 
     @property
     def max_tokens(self) -> int:

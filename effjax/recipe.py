@@ -153,7 +153,7 @@ def describe(path: str | os.PathLike) -> Pair:
 
 def _replay(base: Forward, recipe: tuple[tuple[str, Any], ...]) -> Pair:
     """Apply a recipe to a base model's forward and to the shapes of its parameters."""
-    transform = chain(*[registry.method(name).transform(plan) for name, plan in recipe])
+    transform = chain(*[registry.method(name).transform(plan).on_shapes() for name, plan in recipe])
     forward = base
 
     def on_params(params: Params) -> Params:

@@ -72,11 +72,17 @@ class Transform:
         method: name of the method in the registry.
         plan: its plan.
         apply: the function itself.
+        shapes: what `effjax.load` runs instead, for a transform that needs more than its plan.
     """
 
     method: str
     plan: Plan
     apply: Callable[[Forward, Params], Pair]
+    shapes: Callable[[Forward, Params], Pair] | None = None
+
+    def on_shapes(self) -> Transform:
+        """The transform for parameters that are shapes only."""
+        return dataclasses.replace(self, apply=self.shapes or self.apply)
 
     def __call__(self, forward: Forward, params: Params) -> Pair:
         forward, params = self.apply(forward, params)
@@ -114,14 +120,17 @@ class Method:
         identity: subject -> plan under which wrappers are installed and change nothing.
         ladder: subject -> three or more plans from weak to strong; executed cost falls.
         tiny: makes the subject (see `effjax.testing`) on which the contract suite runs.
+        calibrate: (plan, forward, params, sampler, cond, *, key, uncond) -> what `transform` takes
+            beside the plan; None if it needs nothing.
     """
 
     name: str
     paper: str
     seams: tuple[str, ...]
     plan: type[Plan]
-    transform: Callable[[Any], Transform]
+    transform: Callable[..., Transform]
     search: Callable[..., Plan] | None
     identity: Callable[[Any], Plan]
     ladder: Callable[[Any], tuple[Plan, ...]]
     tiny: Callable[[], Any]
+    calibrate: Callable[..., Any] | None = None

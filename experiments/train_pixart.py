@@ -204,12 +204,13 @@ def sample(
         part = captions[first : first + chunk]
         padded = part + [""] * (chunk - len(part))
         keys = sample_keys(jax.random.key(seed), chunk, first=first)
+        cond, uncond = pipe.conditions(padded)
         batch = program(
             pipe.forward,
             pipe.params,
-            pipe.encode(padded),
+            cond,
             keys,
-            uncond=pipe.encode([""] * chunk) if sampler.guided else None,
+            uncond=uncond if sampler.guided else None,
         )
         images.append(np.asarray(batch)[: len(part)])
     return np.concatenate(images)

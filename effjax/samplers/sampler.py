@@ -123,11 +123,13 @@ class Sampler:
 
         uncond = self.unconditional(forward, cond, uncond)
         carry = _compiled_init(self, forward, params, cond, key, uncond)
+        segments = forward.segments(0, self.calls)
         for step in tqdm(range(self.calls), desc="sampling", disable=not progress):
             x, memory, state, keys = carry
+            own = next(segment for segment, _, stop in segments if step < stop)
             # The state is donated, caches can be large; x is not, a callback may keep it.
             carry = _compiled_step(
-                self, forward, params, cond, uncond, x, memory, keys, np.int32(step), state=state
+                self, own, params, cond, uncond, x, memory, keys, np.int32(step), state=state
             )
             if progress:
                 carry.x.block_until_ready()
@@ -163,9 +165,10 @@ class Sampler:
         start: int = 0,
         stop: int | None = None,
     ) -> Carry:
-        """Do the calls `start ... stop - 1` in one `lax.scan`.
+        """Do the calls `start ... stop - 1` in one `lax.scan`, or one for each of its segments.
 
-        Between two such segments a caller may change forward, parameters or state.
+        A plan may change parameters at `forward.boundaries`. Between two runs a caller may change
+        forward, parameters or state.
         """
         stop = self.calls if stop is None else stop
         if not 0 <= start <= stop <= self.calls:
@@ -175,10 +178,13 @@ class Sampler:
             )
         uncond = self.unconditional(forward, cond, uncond)
 
-        def body(carry: Carry, step: Array) -> tuple[Carry, None]:
-            return self.step(forward, params, carry, cond, uncond, step), None
+        for own, first, last in forward.segments(start, stop):
 
-        return jax.lax.scan(body, carry, jnp.arange(start, stop, dtype=jnp.int32))[0]
+            def body(carry: Carry, step: Array, own: Forward = own) -> tuple[Carry, None]:
+                return self.step(own, params, carry, cond, uncond, step), None
+
+            carry, _ = jax.lax.scan(body, carry, jnp.arange(first, last, dtype=jnp.int32))
+        return carry
 
     def step(
         self,

@@ -1,0 +1,535 @@
+"""ViDiT-Q: quantised diffusion transformers, with channels balanced before they are coded.
+
+Buys: weights of 4 or 8 bits and integer products where rounding to nearest fails, because some
+channels of the inputs are much larger than others and a token's one scale must fit them all.
+
+    x -> x m -> x m R -> codes of each token      m_c = max|W_c|^alpha / max|x_c|^(1 - alpha)
+    W -> W / m -> R^T W / m -> codes, once        R = random signs, then a Hadamard matrix
+
+The mask m takes away what is the same at every step; the rotation R spreads what is left, which
+changes from step to step. Weights are asymmetric, one scale for a channel; inputs symmetric, one
+scale for a token, taken at run time. Nothing is shared over the batch. A plan may change at
+network calls ("timestep-aware"): each segment has its own masks, bits and weights.
+
+Static: the plan, hence bits, which layers are masked and rotated. Dynamic: scales of tokens.
+Cost: as many products; weights take bits / 32 of float32's bytes for each segment, scales and zero
+points; a rotation C = a b adds 2 C (a + b) FLOPs a token.
+
+alpha here is that of the second code generation (0.99 for PixArt, 0.5665 for Open-Sora 1.2); the
+first one's, and SmoothQuant's, is 1 - alpha. alpha = 0.5 without rotation is SmoothQuant.
+
+Source: arXiv 2406.02540, sections 3.2 to 3.4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm.auto import tqdm
+
+from effjax import testing
+from effjax.capture import Tap, tapped_call
+from effjax.context import Context, PyTree
+from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
+from effjax.layers.linear import Linear
+from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
+from effjax.quant.hadamard import Rotation
+from effjax.samplers import Carry, Sampler
+from effjax.search.allocation import allocate, bit_budget
+from effjax.search.sensitivity import Metric, Preparation, sensitivity, sqnr
+from effjax.sites import sites
+from effjax.transform import Method, Pair, Plan, Transform
+
+NAME = "vidit_q"
+FLOAT = 16  # bits that leave numbers as they are
+BITS = (2, 3, 4, 5, 6, 7, 8, FLOAT)
+
+# Coded by default: self-attention and feed-forward layers. Embeddings, modulations, projections of
+# the text and the final layer stay floats, and so does cross-attention, whose keys and values come
+# from the text (its first token is an outlier).
+LAYERS = r"blocks\..*\.(attn|mlp)\..*"
+
+Rule = tuple[str, int, int, float | None, bool]
+Calibration = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViDiTQPlan(Plan):
+    """Bits, masks and rotations of linear layers.
+
+    Attributes:
+        segments: (first network call, rules); one segment starting at 0 holds for all calls. A rule
+            is (pattern, weight bits, input bits, alpha, rotate): the first pattern that matches the
+            whole path of a layer decides; a layer without one stays as it is. Bits are 2 ... 8, or
+            16 for floats; alpha None is no mask.
+        calls: network calls of the sampler that a plan of several segments fits.
+        seed: of the rotations' signs.
+        strict: whether a width without a Hadamard matrix is an error; else it is rotated in blocks.
+    """
+
+    segments: tuple[tuple[int, tuple[Rule, ...]], ...]
+    calls: int | None = None
+    seed: int = 0
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        starts = [start for start, _ in self.segments]
+        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            raise ValueError(
+                f"segments must start at call 0 and then later and later, got {starts}"
+            )
+        if len(starts) > 1 and (self.calls is None or self.calls <= starts[-1]):
+            raise ValueError(
+                f"a plan of several segments needs the sampler's number of calls, more than "
+                f"{starts[-1]}; got {self.calls}"
+            )
+        for _, rules in self.segments:
+            for rule in rules:
+                _check(rule)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Network calls at which parameters change."""
+        return tuple(start for start, _ in self.segments[1:])
+
+    def rule(self, path: str, segment: int = 0) -> Rule | None:
+        """What decides about the layer at a path; None if it stays as it is."""
+        for rule in self.segments[segment][1]:
+            if re.fullmatch(rule[0], path):
+                return None if rule[1] == FLOAT else rule
+        return None
+
+    def describe(self) -> str:
+        """Segments and rules, in the field's notation."""
+        lines = []
+        for start, rules in self.segments:
+            written = "; ".join(
+                f"{pattern}: W{w}A{a}"
+                + ("" if alpha is None else f", alpha {alpha:g}")
+                + (", rotated" if rotate else "")
+                for pattern, w, a, alpha, rotate in rules
+            )
+            lines.append(f"from call {start}: {written or 'nothing'}")
+        return "\n".join(lines)
+
+
+def _check(rule: Any) -> None:
+    if len(rule) != 5:
+        raise ValueError(
+            f"a rule is (pattern, weight bits, input bits, alpha or None, rotate), got {rule!r}"
+        )
+    pattern, weights, inputs, alpha, _ = rule
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    if weights not in BITS or inputs not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {weights} and {inputs} in {rule!r}")
+    if weights == FLOAT and inputs != FLOAT:
+        raise ValueError(
+            f"rule {rule!r} codes the inputs of float weights; code the weights too, or leave both "
+            f"at {FLOAT}"
+        )
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in 0 ... 1, or be None for no mask; got {alpha}")
+
+
+def uniform(
+    weights: int,
+    inputs: int = 8,
+    *,
+    alpha: float | None = 0.99,
+    rotate: bool = True,
+    layers: str = LAYERS,
+    seed: int = 0,
+) -> ViDiTQPlan:
+    """The plan that gives all layers these bits; see `ViDiTQPlan` for the arguments."""
+    return ViDiTQPlan(((0, ((layers, weights, inputs, alpha, rotate),)),), seed=seed)
+
+
+def smooth_quant(weights: int = 8, inputs: int = 8, *, strength: float = 0.5) -> ViDiTQPlan:
+    """SmoothQuant (arXiv 2211.10438): masks alone; strength is its alpha, the inputs' exponent."""
+    return uniform(weights, inputs, alpha=1 - strength, rotate=False)
+
+
+def pixart_sigma(weights: int = 4) -> ViDiTQPlan:
+    """The released plans for PixArt-Sigma: W4A8 with 8 bits where it hurts, or W8A8.
+
+    Eight bits in the first and the last block and in all feed-forward layers, on 28 blocks.
+
+    Raises:
+        ValueError: for other bits than 4 and 8.
+    """
+    if weights not in (4, 8):
+        raise ValueError(f"there are plans for weights of 4 and 8 bits, not {weights}")
+    kept = (
+        (r"blocks\.(0|27)\.(attn|mlp)\..*", 8, 8, 0.99, True),
+        (r".*\.mlp\..*", 8, 8, 0.99, True),
+    )
+    rest: Rule = (r"blocks\..*\.attn\..*", weights, 8, 0.99, True)
+    return ViDiTQPlan(((0, (*kept, rest)),))
+
+
+def by_time(
+    ranges: Sequence[tuple[int, int, Sequence[Rule]]], sampler: Sampler, *, seed: int = 0
+) -> ViDiTQPlan:
+    """A plan whose rules depend on the time: the first generation's "timestep-aware" plans.
+
+    Args:
+        ranges: (low, high, rules), times low ... high inclusive as in [[0, 500], [501, 1000]];
+            together they must cover 0 ... 1000 once.
+        sampler: whose calls are assigned to ranges by their times.
+
+    Raises:
+        ValueError: for gaps or overlaps, or a sampler whose times do not fall.
+    """
+    ordered = sorted(ranges, key=lambda each: each[0])
+    ends = [(low, high) for low, high, _ in ordered]
+    tiled = all(b[0] == a[1] + 1 for a, b in pairwise(ends))
+    if not ends or ends[0][0] != 0 or ends[-1][1] != 1000 or not tiled:
+        raise ValueError(
+            f"time ranges must cover 0 ... 1000 without gap or overlap, such as (0, 500) and "
+            f"(501, 1000); got {ends}"
+        )
+    times = np.asarray(sampler.schedule.times)
+    if (np.diff(times) > 0).any():
+        raise ValueError("times must fall from call to call; this sampler goes back in time")
+    place = [next(i for i, (_, high) in enumerate(ends) if t < high + 1) for t in times]
+    starts = [0, *(i for i in range(1, len(place)) if place[i] != place[i - 1])]
+    segments = tuple((start, tuple(ordered[place[start]][2])) for start in starts)
+    return ViDiTQPlan(segments, calls=len(times) if len(segments) > 1 else None, seed=seed)
+
+
+def calibrate(
+    plan: ViDiTQPlan,
+    forward: Forward,
+    params: Params,
+    sampler: Sampler,
+    cond: PyTree,
+    *,
+    key: jax.Array,
+    uncond: PyTree = None,
+    decay: float | None = None,
+    progress: bool = True,
+) -> dict[str, jax.Array]:
+    """Largest magnitudes of the inputs' channels along the model's own trajectory.
+
+    Args:
+        plan: whose layers and segments.
+        forward, params: the model, not quantised.
+        sampler: with the calls of the plan.
+        cond, uncond, key: a small calibration batch (the paper takes 10 to 32 prompts).
+        decay: None takes the maximum over samples and calls (second generation); a number averages
+            over calls with it, each call giving the mean over samples of the maximum over tokens
+            (first generation: 0.95).
+        progress: show a bar over the calls.
+
+    Returns:
+        float32[segments, I] by path of a layer. `effjax.storage` or `np.savez` keeps it.
+
+    Raises:
+        ValueError: if the plan matches no layer, or is made for another number of calls.
+    """
+    _check_calls(plan, sampler.calls)
+    paths = _decided(plan, forward, params)
+    edit = Tap(Linear, "|".join(map(re.escape, paths)), "input")
+
+    def channels(x: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim - 1)))
+        return jnp.max(largest, axis=0) if decay is None else jnp.mean(largest, axis=0)
+
+    uncond = sampler.unconditional(forward, cond, uncond)
+
+    @jax.jit
+    def call(params: Params, carry: Carry, step: jax.Array) -> tuple[Carry, dict[str, jax.Array]]:
+        inputs = sampler.inputs(carry.x, cond, uncond, step)
+        raw, state, seen = tapped_call(
+            forward, params, inputs, edit, state=carry.state, step=step, guidance=sampler.joined
+        )
+        out = sampler.guide(raw, carry.x.shape[-1])
+        carry = sampler.update(carry._replace(state=state), out, step)
+        return carry, {path: channels(x) for path, x in seen.items()}
+
+    carry = jax.jit(lambda params: sampler.init(forward, params, cond, key, uncond=uncond))(params)
+    found: list[dict[str, jax.Array]] = [{} for _ in plan.segments]
+    for step in tqdm(range(sampler.calls), desc="calibration", disable=not progress, leave=False):
+        carry, seen = call(params, carry, np.int32(step))
+        own = found[sum(step >= boundary for boundary in plan.boundaries)]
+        for path, now in seen.items():
+            new = now
+            if path in own:
+                old = own[path]
+                new = jnp.maximum(old, new) if decay is None else decay * old + (1 - decay) * new
+            own[path] = new
+    return {path: jnp.stack([own[path] for own in found]) for path in paths}
+
+
+def transform(plan: ViDiTQPlan, calibration: Calibration | None = None) -> Transform:
+    """Quantise a model's linear layers by the plan.
+
+    Args:
+        calibration: from `calibrate`, for plans with masks.
+
+    Raises:
+        ValueError: if a pattern decides no layer, a layer is quantised already, or the calibration
+            is missing or belongs to another model or plan.
+    """
+
+    def apply(forward: Forward, params: Params) -> Pair:
+        return _quantise(plan, calibration, forward, params)
+
+    def shapes(forward: Forward, params: Params) -> Pair:
+        ones = {
+            path: jnp.ones((len(plan.segments), flatten_params(params)[f"{path}.kernel"].shape[0]))
+            for path in _decided(plan, forward, params)
+        }
+        return _quantise(plan, ones, forward, params)
+
+    return Transform(METHOD.name, plan, apply, shapes)
+
+
+def _quantise(
+    plan: ViDiTQPlan, calibration: Calibration | None, forward: Forward, params: Params
+) -> Pair:
+    flat = flatten_params({name: value for name, value in params.items() if name != METHODS})
+    paths = _decided(plan, forward, params)
+    _check_calibration(plan, calibration, paths, {p: flat[f"{p}.kernel"].shape[0] for p in paths})
+    for path in paths:
+        if isinstance(flat[f"{path}.kernel"], QTensor):
+            raise ValueError(f"{path} is quantised already; a layer can be quantised once")
+    learned = params.get(METHODS, {})
+    parts = []
+    for segment in range(len(plan.segments)):
+        part = {}
+        for path in paths:
+            kernel, rule = flat[f"{path}.kernel"], plan.rule(path, segment)
+            if rule is not None:
+                _, weights, inputs, alpha, rotate = rule
+                mask = None
+                if alpha is not None:
+                    assert calibration is not None
+                    mask = balance(kernel, calibration[path][segment], alpha)
+                rotation = Rotation(kernel.shape[0], plan.seed, plan.strict) if rotate else None
+                kernel = quantize_matrix(
+                    kernel,
+                    Quantizer(weights, symmetric=False),
+                    activations=None if inputs == FLOAT else Activations(Quantizer(inputs)),
+                    mask=mask,
+                    rotation=rotation,
+                )
+            part[path] = kernel
+        parts.append(part)
+    quantised = nest_params(flat | {f"{path}.kernel": leaf for path, leaf in parts[0].items()})
+    if learned:
+        quantised[METHODS] = learned
+    if len(parts) == 1:
+        return forward, quantised
+    later = {str(segment): part for segment, part in enumerate(parts) if segment}
+    quantised[METHODS] = {**learned, NAME: later}
+    return forward.edit(Segments(plan.boundaries, plan.calls or 0)), quantised
+
+
+def balance(kernel: jax.Array, largest: jax.Array, alpha: float) -> jax.Array:
+    """The mask float32[I] = max|W_c|^alpha / max|x_c|^(1 - alpha); 1 where either is zero.
+
+    Args:
+        kernel: float[I, O].
+        largest: float[I] magnitudes of the inputs' channels.
+    """
+    weights = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=1)
+    usable = (weights > 0) & (largest > 0)
+    mask = jnp.where(usable, weights, 1) ** alpha / jnp.where(usable, largest, 1) ** (1 - alpha)
+    return jnp.where(usable, mask, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Edit: later segments of the network calls use their own leaves.
+
+    Attributes:
+        boundaries: first call of every segment but the first; samplers scan between them.
+        calls: of the sampler.
+    """
+
+    boundaries: tuple[int, ...]
+    calls: int
+
+    def __call__(self, module: nnx.Module, context: Context) -> None:
+        segment = context.segment(self.boundaries)
+        if segment:
+            leaves = context.learned[NAME][str(segment)]
+            for site in sites(module, Linear):
+                if site.path in leaves:
+                    assert isinstance(site.module, Linear)
+                    site.module.kernel.set_value(leaves[site.path])
+
+
+def search(
+    forward: Forward,
+    params: Params,
+    sampler: Sampler,
+    cond: PyTree,
+    *,
+    key: jax.Array,
+    average_bits: float,
+    calibration: Calibration | None = None,
+    candidates: Sequence[int] = (4, 6, 8),
+    inputs: int = 8,
+    alpha: float | None = 0.99,
+    rotate: bool = True,
+    groups: Mapping[str, Metric] | None = None,
+    uncond: PyTree = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> ViDiTQPlan:
+    """Find weight bits for the attention and the feed-forward layers of every block.
+
+    A part is the layers of one group in one block. It is scored by its group's metric on final
+    samples when it alone is quantised; each group is given the same average number of bits by an
+    integer program ("metric-decoupled": scores of different metrics are never added).
+
+    Args:
+        forward, params: the model, not quantised.
+        sampler, cond, uncond, key: a small batch to score on.
+        average_bits: of a weight, in each group, up to 0.02.
+        calibration: from `calibrate` on `uniform(8, ...)`; made here if None and alpha is given.
+        candidates: bits of weights to choose from.
+        inputs: bits of inputs.
+        alpha, rotate, seed: as in the plan.
+        groups: metric by a group's name, the part of a path after the block; None scores attn and
+            mlp by SQNR. Give cross a metric of text alignment to quantise cross-attention too.
+
+    Raises:
+        ValueError: for a group without layers, or an average that no choice meets.
+    """
+    groups = dict(groups or {"attn": sqnr, "mlp": sqnr})
+    whole = uniform(
+        8,
+        inputs,
+        alpha=alpha,
+        rotate=rotate,
+        layers=rf"blocks\..*\.({'|'.join(map(re.escape, groups))})\..*",
+        seed=seed,
+    )
+    paths = _decided(whole, forward, params)
+    if alpha is not None and calibration is None:
+        calibration = calibrate(
+            whole, forward, params, sampler, cond, key=key, uncond=uncond, progress=progress
+        )
+    kernels = {path: flatten_params(params)[f"{path}.kernel"] for path in paths}
+    preparations = {
+        path: Preparation(
+            balance(kernel, calibration[path][0], alpha)
+            if alpha is not None and calibration is not None
+            else None,
+            Rotation(kernel.shape[0], seed) if rotate else None,
+        )
+        for path, kernel in kernels.items()
+    }
+    parts: dict[str, list[str]] = {}
+    for path in paths:
+        block = re.match(rf"(.*\.({'|'.join(map(re.escape, groups))}))\.", path)
+        assert block is not None
+        parts.setdefault(block[1], []).append(path)
+    names = list(parts)
+    group_of = [name.rpartition(".")[2] for name in names]
+    scores = sensitivity(
+        forward,
+        params,
+        sampler,
+        cond,
+        key=key,
+        preparations=preparations,
+        parts=[parts[name] for name in names],
+        candidates=[(bits, inputs) for bits in candidates],
+        metrics=[groups[group] for group in group_of],
+        uncond=uncond,
+        progress=progress,
+    )
+    rules: list[Rule] = []
+    for group in groups:
+        rows = [i for i, own in enumerate(group_of) if own == group]
+        if not rows:
+            raise ValueError(f"there is no layer in group {group!r}; there are {set(group_of)}")
+        sizes = [sum(kernels[path].size for path in parts[names[i]]) for i in rows]
+        found = allocate(scores[rows], [bit_budget(sizes, candidates, average_bits)])
+        for i, choice in zip(rows, found.choice):
+            pattern = rf"{re.escape(names[i])}\..*"
+            rules.append((pattern, candidates[choice], inputs, alpha, rotate))
+    return ViDiTQPlan(((0, tuple(rules)),), seed=seed)
+
+
+def _decided(plan: ViDiTQPlan, forward: Forward, params: Params) -> list[str]:
+    """Paths of the layers that some segment quantises; every pattern must match a layer."""
+    paths = [site.path for site in forward.sites(params, Linear)]
+    for _, rules in plan.segments:
+        for pattern, *_ in rules:
+            if not any(re.fullmatch(pattern, path) for path in paths):
+                raise ValueError(
+                    f"the pattern {pattern!r} matches no linear layer; there are {paths}"
+                )
+    count = len(plan.segments)
+    return [p for p in paths if any(plan.rule(p, s) is not None for s in range(count))]
+
+
+def _check_calls(plan: ViDiTQPlan, calls: int) -> None:
+    if plan.calls is not None and plan.calls != calls:
+        raise ValueError(f"the plan is made for {plan.calls} network calls, not for {calls}")
+
+
+def _check_calibration(
+    plan: ViDiTQPlan,
+    calibration: Calibration | None,
+    paths: Sequence[str],
+    widths: Mapping[str, int],
+) -> None:
+    count = len(plan.segments)
+    masked = [
+        path
+        for path in paths
+        if any(rule and rule[3] is not None for rule in (plan.rule(path, s) for s in range(count)))
+    ]
+    if not masked:
+        return
+    if calibration is None:
+        raise ValueError(
+            "the plan masks channels by the largest magnitudes of inputs: give "
+            "transform(plan, calibrate(plan, ...)), or take alpha=None"
+        )
+    wrong = [
+        f"{path} {'is missing' if path not in calibration else list(calibration[path].shape)}, "
+        f"must be {[count, widths[path]]}"
+        for path in masked
+        if path not in calibration or calibration[path].shape != (count, widths[path])
+    ]
+    if wrong:
+        raise ValueError(
+            "the calibration belongs to another model or plan:\n  " + "\n  ".join(wrong)
+        )
+
+
+def _ladder(subject: testing.Subject) -> tuple[ViDiTQPlan, ...]:
+    return tuple(uniform(bits, alpha=None) for bits in (8, 6, 4, 3))
+
+
+METHOD = Method(
+    name=NAME,
+    paper="ViDiT-Q: Efficient and Accurate Quantization of Diffusion Transformers, "
+    "arXiv 2406.02540",
+    seams=("leaves",),
+    plan=ViDiTQPlan,
+    transform=transform,
+    search=search,
+    identity=lambda subject: uniform(FLOAT, FLOAT, alpha=None, rotate=False),
+    ladder=_ladder,
+    tiny=testing.tiny_dit,
+    calibrate=calibrate,
+)

@@ -1,0 +1,160 @@
+"""How much worse samples become when one part of a model is quantised: every candidate is data.
+
+One program is compiled. It takes the bits of all layers as an array, rounds weights and inputs to
+them, and samples; a search calls it once for each part and candidate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from tqdm.auto import tqdm
+
+from effjax.context import Context, PyTree
+from effjax.forward import Forward, Params
+from effjax.layers.linear import Linear
+from effjax.quant import Quantizer, fake_quantize
+from effjax.quant.hadamard import Rotation
+from effjax.samplers import Sampler
+from effjax.sites import Wrapper, wrap
+
+FLOAT = 16
+
+Metric = Callable[[Array, Array], Array]
+"""Of dense samples and others, float32[B, ...]: one number, higher is better."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What is done to a layer's inputs before they are rounded, and undone in its weights.
+
+    Attributes:
+        mask: float32[I] factors of the inputs, None for ones.
+        rotation: after the mask, None for none.
+    """
+
+    mask: Array | None = None
+    rotation: Rotation | None = None
+
+    def inputs(self, x: Array) -> Array:
+        """Inputs [..., I] as they are rounded."""
+        if self.mask is not None:
+            x = (x.astype(jnp.float32) * self.mask).astype(x.dtype)
+        return x if self.rotation is None else self.rotation.apply(x)
+
+    def weights(self, w: Array) -> Array:
+        """The matrix [I, O] that gives the same product with them."""
+        w = w if self.mask is None else w / self.mask[:, None]
+        return w if self.rotation is None else self.rotation.apply(w.T).T
+
+
+class _Rounded(Wrapper):
+    """A linear layer with weights and inputs rounded to bits that are data."""
+
+    inner: Linear
+
+    def __init__(self, inner: nnx.Module, bits: Array, preparation: Preparation):
+        super().__init__(inner)
+        self.weights, self.inputs = bits
+        self.preparation = preparation
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        kernel = self.inner.kernel.get_value().astype(jnp.float32)
+        w = fake_quantize(
+            self.preparation.weights(kernel),
+            Quantizer(symmetric=False),
+            bits=self.weights,
+            axes=0,
+        )
+        rounded = fake_quantize(
+            self.preparation.inputs(x), Quantizer(), bits=self.inputs, axes=-1
+        ).astype(x.dtype)
+        y = jnp.dot(rounded, w.astype(x.dtype))
+        bias = self.inner.bias
+        return y if bias is None else y + bias.get_value().astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rounding:
+    """Edit: round weights (by channel, asymmetric) and inputs (by token) of linear layers.
+
+    Attributes:
+        bits: int32[layers, 2], of weights and inputs; 16 leaves them as they are.
+        preparations: path and preparation of the layers, in the order of `bits`.
+    """
+
+    bits: Array
+    preparations: Mapping[str, Preparation]
+
+    def __call__(self, module: nnx.Module, context: Context) -> None:
+        for bits, (path, preparation) in zip(self.bits, self.preparations.items(), strict=True):
+            wrap(module, path, _Rounded, bits, preparation)
+
+
+def sensitivity(
+    forward: Forward,
+    params: Params,
+    sampler: Sampler,
+    cond: PyTree,
+    *,
+    key: Array,
+    preparations: Mapping[str, Preparation],
+    parts: Sequence[Sequence[str]],
+    candidates: Sequence[tuple[int, int]],
+    metrics: Sequence[Metric],
+    uncond: PyTree = None,
+    progress: bool = True,
+) -> np.ndarray:
+    """Score samples with one part at a time rounded, all else in floats.
+
+    Args:
+        forward, params: the model, not quantised.
+        sampler, cond, uncond, key: what is sampled, always from the same noise.
+        preparations: of all layers that are in some part, by path.
+        parts: paths of the layers that are rounded together.
+        candidates: (weight bits, input bits) to try.
+        metrics: by which each part is scored.
+
+    Returns:
+        float[parts, candidates], higher is better.
+
+    Raises:
+        ValueError: for a layer without preparation, or as many metrics as there are not parts.
+    """
+    places = {path: i for i, path in enumerate(preparations)}
+    unknown = sorted({path for part in parts for path in part} - set(places))
+    if unknown or len(metrics) != len(parts):
+        raise ValueError(
+            f"each of {len(parts)} parts needs a metric (given: {len(metrics)}) and a preparation "
+            f"for its layers (without: {unknown})"
+        )
+
+    @jax.jit
+    def sample(params: Params, bits: Array) -> Array:
+        rounded = forward.edit(Rounding(bits, preparations))
+        return sampler(rounded, params, cond, key, uncond=uncond)
+
+    floats = np.full((len(places), 2), FLOAT, np.int32)
+    dense = sample(params, floats)
+    scores = np.empty((len(parts), len(candidates)))
+    bar = tqdm(total=scores.size, desc="sensitivity", unit="run", disable=not progress, leave=False)
+    with bar:
+        for i, part in enumerate(parts):
+            for j, candidate in enumerate(candidates):
+                bits = floats.copy()
+                bits[[places[path] for path in part]] = candidate
+                scores[i, j] = metrics[i](dense, sample(params, bits))
+                bar.update()
+    return scores
+
+
+def sqnr(dense: Array, other: Array) -> Array:
+    """Ratio of signal to quantisation noise in dB, over the whole batch (MixDQ)."""
+    noise = jnp.sum(jnp.square(dense - other))
+    return 10 * jnp.log10(jnp.sum(jnp.square(dense)) / jnp.maximum(noise, 1e-20))

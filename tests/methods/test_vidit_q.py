@@ -1,0 +1,397 @@
+"""ViDiT-Q: identities, the ordering of its ingredients, segments, search, errors."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import effjax
+from effjax import testing
+from effjax.capture import tap
+from effjax.forward import METHODS, flatten_params
+from effjax.methods import dit_fast_attn, vidit_q
+from effjax.quant import Activations, QTensor, Quantizer, qdot, quantize_matrix
+from effjax.quant.hadamard import Rotation
+from effjax.samplers import DDIM, Sampler
+from effjax.search.sensitivity import Preparation, Rounding, sensitivity, sqnr
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return testing.tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def calibration(subject):
+    return calibrated(subject, vidit_q.uniform(8))
+
+
+def calibrated(subject, plan, **options):
+    return vidit_q.calibrate(
+        plan,
+        subject.forward,
+        subject.params,
+        subject.sampler,
+        subject.cond,
+        uncond=subject.uncond,
+        key=jax.random.key(7),
+        progress=False,
+        **options,
+    )
+
+
+def sample(subject, forward, params):
+    return jax.jit(subject.sampler)(
+        forward, params, subject.cond, jax.random.key(0), uncond=subject.uncond
+    )
+
+
+def test_masks_and_rotations_alone_change_nothing(subject, calibration):
+    """Quantisers off: equal to the model within float32's rounding."""
+    preparations = {
+        path: Preparation(
+            vidit_q.balance(kernel_of(subject, path), largest[0], 0.99),
+            Rotation(largest.shape[1], 3),
+        )
+        for path, largest in calibration.items()
+    }
+    floats = jnp.full((len(preparations), 2), 16, jnp.int32)
+    same = subject.forward.edit(Rounding(floats, preparations))
+    dense = sample(subject, subject.forward, subject.params)
+    run = jax.jit(lambda params: subject.sampler(same, params, subject.cond, jax.random.key(0)))
+    chex.assert_trees_all_close(run(subject.params), dense, rtol=1e-4, atol=1e-4)
+
+
+def kernel_of(subject, path):
+    return flatten_params(subject.params)[f"{path}.kernel"]
+
+
+def test_the_calibration_is_the_largest_magnitude_on_the_trajectory(subject, calibration):
+    """By hand: the first layer of the first block over all calls."""
+    sampler, path = subject.sampler, "blocks.0.attn.to_q"
+    uncond = sampler.unconditional(subject.forward, subject.cond)
+    carry = sampler.init(subject.forward, subject.params, subject.cond, jax.random.key(7))
+    seen = []
+    for step in range(sampler.calls):
+        inputs = sampler.inputs(carry.x, subject.cond, uncond, step)
+        values = tap(
+            subject.forward, subject.params, inputs, pattern=path.replace(".", r"\."), what="input"
+        )
+        seen.append(np.abs(np.asarray(values[path])))
+        carry = sampler.step(subject.forward, subject.params, carry, subject.cond, uncond, step)
+    expected = np.max([x.max((0, 1)) for x in seen], 0)
+    chex.assert_trees_all_close(calibration[path][0], expected, rtol=1e-4)
+    averaged = calibrated(subject, vidit_q.uniform(8), decay=0.9)[path][0]
+    by_hand = seen[0].max(1).mean(0)
+    for x in seen[1:]:
+        by_hand = 0.9 * by_hand + 0.1 * x.max(1).mean(0)
+    chex.assert_trees_all_close(averaged, by_hand, rtol=1e-4)
+
+
+def test_leaves_are_what_the_paper_says(subject, calibration):
+    plan = vidit_q.uniform(4, alpha=0.7, seed=5)
+    _, params = vidit_q.transform(plan, calibration)(subject.forward, subject.params)
+    flat = flatten_params(params)
+    leaf = flat["blocks.1.mlp.fc2.kernel"]
+    assert isinstance(leaf, QTensor)
+    kernel = kernel_of(subject, "blocks.1.mlp.fc2")
+    largest = calibration["blocks.1.mlp.fc2"][0]
+    mask = np.abs(kernel).max(1) ** 0.7 / np.asarray(largest) ** 0.3
+    chex.assert_trees_all_close(leaf.mask, mask, rtol=1e-5)
+    matrix = Rotation(64, 5).matrix()
+    rotated = matrix.T @ (np.asarray(kernel) / mask[:, None])
+    low, high = np.minimum(rotated.min(0), 0), np.maximum(rotated.max(0), 0)
+    scale = (high - low) / 15
+    chex.assert_trees_all_close(leaf.scale[0], scale, rtol=1e-4)
+    assert np.abs(leaf.dequantize() - rotated).max() <= 0.501 * scale.max()
+    assert leaf.activations.dynamic
+    assert leaf.activations.quantizer == Quantizer(8)
+    assert not isinstance(flat["blocks.1.modulation.kernel"], QTensor)
+    assert not isinstance(flat["final.proj.kernel"], QTensor)
+    # SmoothQuant's strength is the exponent of the inputs.
+    smooth = vidit_q.smooth_quant(strength=0.3)
+    assert smooth.segments[0][1][0][3:] == (0.7, False)
+
+
+def drift(seed):
+    """Section 7(c)'s data: four static outlier channels, and channels that drift from step to
+    step: inputs [steps, tokens, C] and a matrix [C, O]."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((256, 256)) / 16
+    x = rng.standard_normal((10, 64, 256)) * rng.lognormal(0, 0.7, (10, 1, 256))
+    x[..., rng.choice(256, 4, replace=False)] *= 30
+    return jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_both_balances_beat_either_alone(bits):
+    """The sheet's ordering: static tensor > token > rotation, scaling > both."""
+    errors = {name: [] for name in ("static", "token", "scale", "rotate", "both")}
+    for seed in range(3):
+        x, w = drift(seed)
+        exact = x @ w
+        largest = jnp.abs(x).max((0, 1))
+        mask = vidit_q.balance(w, largest, 0.5)
+        options = {
+            "token": {},
+            "scale": {"mask": mask},
+            "rotate": {"rotation": Rotation(256)},
+            "both": {"mask": mask, "rotation": Rotation(256)},
+        }
+        activations = Activations(Quantizer(8))
+        for name, option in options.items():
+            leaf = quantize_matrix(
+                w, Quantizer(bits, symmetric=False), activations=activations, **option
+            )
+            errors[name].append(relative(qdot(x, leaf), exact))
+        leaf = quantize_matrix(
+            w,
+            Quantizer(bits, symmetric=False),
+            activations=Activations(Quantizer(8, symmetric=False), dynamic=False),
+            input_range=(x.min(), x.max()),
+        )
+        errors["static"].append(relative(qdot(x, leaf), exact))
+    mean = {name: float(np.mean(values)) for name, values in errors.items()}
+    assert mean["static"] > mean["token"] > max(mean["rotate"], mean["scale"])
+    assert mean["both"] < 0.8 * min(mean["rotate"], mean["scale"])
+
+
+def relative(out, exact):
+    return float(jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact))
+
+
+def test_more_bits_are_nearer_to_the_model(subject, calibration):
+    dense = sample(subject, subject.forward, subject.params)
+    errors = []
+    for bits in (8, 6, 4):
+        plan = vidit_q.uniform(bits)
+        pair = vidit_q.transform(plan, calibration)(subject.forward, subject.params)
+        errors.append(relative(sample(subject, *pair), dense))
+    assert errors[0] < errors[1] < errors[2]
+    assert errors[0] < 0.05
+
+
+# Segments ---------------------------------------------------------------------------------------
+
+
+def ranged(subject, first, second, boundary=2):
+    rules = tuple(((vidit_q.LAYERS, bits, 8, 0.9, True),) for bits in (first, second))
+    return vidit_q.ViDiTQPlan(((0, rules[0]), (boundary, rules[1])), calls=subject.sampler.calls)
+
+
+def test_segments_have_their_own_leaves(subject, tmp_path):
+    """Equal to running each segment with its own one-segment model, fused, stepwise and loaded."""
+    plan = ranged(subject, 8, 4)
+    calibration = calibrated(subject, plan)
+    forward, params = vidit_q.transform(plan, calibration)(subject.forward, subject.params)
+    assert forward.boundaries == (2,)
+    assert set(params[METHODS]["vidit_q"]["1"]) == set(calibration)
+    fused = sample(subject, forward, params)
+
+    sampler, cond, key = subject.sampler, subject.cond, jax.random.key(0)
+    parts = []
+    for segment, bits in enumerate((8, 4)):
+        own = vidit_q.uniform(bits, alpha=0.9)
+        part = {path: largest[segment][None] for path, largest in calibration.items()}
+        parts.append(vidit_q.transform(own, part)(subject.forward, subject.params))
+    run = jax.jit(sampler.run, static_argnames=("start", "stop"))
+    uncond = sampler.unconditional(subject.forward, cond)
+    carry = sampler.init(subject.forward, subject.params, cond, key)
+    carry = run(*parts[0], carry, cond, uncond, start=0, stop=2)
+    carry = run(*parts[1], carry, cond, uncond, start=2, stop=4)
+    chex.assert_trees_all_close(fused, carry.x, atol=1e-5)
+
+    stepwise = sampler.stepwise(forward, params, cond, key, progress=False)
+    chex.assert_trees_all_close(stepwise, fused, atol=1e-5)
+    effjax.save(tmp_path / "m", forward, params)
+    again = effjax.load(tmp_path / "m")
+    assert again[0] == forward
+    chex.assert_trees_all_equal(again[1], params)
+    assert effjax.cost.weight_bytes(params) > effjax.cost.weight_bytes(parts[0][1])
+
+
+def test_segments_are_never_guessed(subject):
+    plan = ranged(subject, 8, 8)
+    forward, params = vidit_q.transform(plan, calibrated(subject, plan))(
+        subject.forward, subject.params
+    )
+    inputs = (jnp.zeros((2, 16, 16, 4)), jnp.zeros(2), subject.cond)
+    with pytest.raises(ValueError, match=r"parameters change at the network calls \(2,\)"):
+        jax.jit(lambda step: forward(params, {}, *inputs, step=step))(1)
+    forward(params, {}, *inputs, step=1)
+    other = Sampler(DDIM(steps=5))
+    with pytest.raises(ValueError, match="planned for 4 network calls"):
+        other(forward, params, subject.cond, jax.random.key(0))
+
+
+def test_time_ranges_become_segments(subject):
+    rules = {bits: ((vidit_q.LAYERS, bits, 8, None, True),) for bits in (4, 8)}
+    sampler = Sampler(DDIM(steps=10))
+    times = np.asarray(sampler.schedule.times)
+    plan = vidit_q.by_time([(0, 500, rules[4]), (501, 1000, rules[8])], sampler)
+    first_low = int(np.argmax(times < 501))
+    assert plan.segments == ((0, rules[8]), (first_low, rules[4]))
+    assert plan.calls == 10
+    assert vidit_q.by_time([(0, 1000, rules[8])], sampler).calls is None
+    for wrong in (
+        [(0, 500, rules[4])],
+        [(0, 500, rules[4]), (502, 1000, rules[8])],
+        [(0, 500, rules[4]), (500, 1000, rules[8])],
+    ):
+        with pytest.raises(ValueError, match="without gap or overlap"):
+            vidit_q.by_time(wrong, sampler)
+
+
+# Search -----------------------------------------------------------------------------------------
+
+
+def test_the_search_spends_bits_where_they_matter(subject):
+    """One block's feed-forward layers hardly matter: their share of bits goes elsewhere."""
+    params = jax.tree.map(jnp.copy, subject.params)
+    params["blocks"]["0"]["mlp"]["fc2"]["kernel"] *= 1e-3
+    plan = vidit_q.search(
+        subject.forward,
+        params,
+        subject.sampler,
+        subject.cond,
+        key=jax.random.key(0),
+        average_bits=6.0,
+        candidates=(4, 8),
+        groups={"mlp": lambda dense, other: -jnp.mean(jnp.square(dense - other))},
+        progress=False,
+    )
+    assert plan.rule("blocks.0.mlp.fc1")[1] == 4
+    assert plan.rule("blocks.1.mlp.fc2")[1] == 8
+    assert plan.rule("blocks.1.attn.to_q") is None
+    assert vidit_q.ViDiTQPlan.from_json(plan.to_json()) == plan
+
+
+def test_sensitivity_compiles_once_and_rates_bits(subject, calibration):
+    preparations = {path: Preparation() for path in calibration}
+    options = {"key": jax.random.key(0), "preparations": preparations, "progress": False}
+    scores = sensitivity(
+        subject.forward,
+        subject.params,
+        subject.sampler,
+        subject.cond,
+        parts=[["blocks.0.attn.to_q"], ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]],
+        candidates=[(3, 8), (6, 8), (16, 16)],
+        metrics=[sqnr, sqnr],
+        **options,
+    )
+    assert (np.diff(scores) > 0).all()
+    assert (scores[:, 2] > 100).all()
+    # What it rounds is what the leaves hold.
+    plan = vidit_q.ViDiTQPlan(((0, ((r"blocks\.0\.attn\.to_q", 3, 8, None, False),)),))
+    pair = vidit_q.transform(plan)(subject.forward, subject.params)
+    dense = sample(subject, subject.forward, subject.params)
+    assert float(sqnr(dense, sample(subject, *pair))) == pytest.approx(scores[0, 0], abs=0.5)
+    with pytest.raises(ValueError, match="needs a metric"):
+        sensitivity(
+            subject.forward,
+            subject.params,
+            subject.sampler,
+            subject.cond,
+            parts=[["nowhere"]],
+            candidates=[(4, 8)],
+            metrics=[],
+            **options,
+        )
+
+
+# Composition ------------------------------------------------------------------------------------
+
+
+def test_it_composes_with_dit_fast_attn_in_both_orders(tmp_path):
+    subject = testing.tiny_pixart()
+    attention = dit_fast_attn.transform(dit_fast_attn.uniform((3, 1), layers=2, calls=4, tokens=64))
+    plan = ranged(subject, 8, 6)
+    quantise = vidit_q.transform(plan, calibrated(subject, plan))
+    one = effjax.chain(attention, quantise)(subject.forward, subject.params)
+    two = effjax.chain(quantise, attention)(subject.forward, subject.params)
+    chex.assert_trees_all_equal(one[1], two[1])
+    images = sample(subject, *one)
+    chex.assert_trees_all_close(images, sample(subject, *two), atol=1e-5)
+    effjax.save(tmp_path / "both", *one)
+    again = effjax.load(tmp_path / "both")
+    assert again[0] == one[0]
+    chex.assert_trees_all_equal(sample(subject, *again), images)
+    assert [name for name, _ in again[0].recipe] == ["dit_fast_attn", "vidit_q"]
+
+
+# Errors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (("(", 8, 8, None, True), "no regular expression"),
+        ((".*", 9, 8, None, True), "bits must be one of"),
+        ((".*", 16, 8, None, True), "codes the inputs of float weights"),
+        ((".*", 8, 8, 1.5, True), r"alpha must lie in 0 \.\.\. 1"),
+    ],
+)
+def test_bad_rules(rule, message):
+    with pytest.raises(ValueError, match=message):
+        vidit_q.ViDiTQPlan(((0, (rule,)),))
+
+
+def test_bad_plans_and_calibrations(subject, calibration):
+    rules = vidit_q.uniform(8).segments[0][1]
+    with pytest.raises(ValueError, match="must start at call 0"):
+        vidit_q.ViDiTQPlan(((1, rules),))
+    with pytest.raises(ValueError, match="needs the sampler's number of calls"):
+        vidit_q.ViDiTQPlan(((0, rules), (4, rules)), calls=4)
+    pair = (subject.forward, subject.params)
+    with pytest.raises(ValueError, match=r"'blocks\\\\.9.*' matches no linear layer"):
+        vidit_q.transform(vidit_q.uniform(8, layers=r"blocks\.9.*"), calibration)(*pair)
+    with pytest.raises(ValueError, match=r"give transform\(plan, calibrate"):
+        vidit_q.transform(vidit_q.uniform(8))(*pair)
+    wrong = {**calibration, "blocks.0.attn.to_q": jnp.ones((1, 3))}
+    with pytest.raises(
+        ValueError, match=r"another model or plan:\n  blocks\.0\.attn\.to_q \[1, 3\]"
+    ):
+        vidit_q.transform(vidit_q.uniform(8), wrong)(*pair)
+    some = {path: v for path, v in calibration.items() if not path.endswith("1.mlp.fc2")}
+    with pytest.raises(ValueError, match=r"fc2 is missing, must be \[1, 64\]"):
+        vidit_q.transform(vidit_q.uniform(8), some)(*pair)
+    with pytest.raises(ValueError, match="made for 4 network calls, not for 5"):
+        vidit_q.calibrate(
+            ranged(subject, 8, 8),
+            *pair,
+            Sampler(DDIM(steps=5)),
+            subject.cond,
+            key=jax.random.key(0),
+        )
+    twice = vidit_q.transform(vidit_q.uniform(8), calibration)
+    with pytest.raises(ValueError, match="is quantised already"):
+        twice(*twice(*pair))
+    with pytest.raises(ValueError, match="plans for weights of 4 and 8 bits, not 6"):
+        vidit_q.pixart_sigma(6)
+
+
+def test_widths_without_a_hadamard_matrix_are_refused_or_rotated_in_blocks():
+    subject = testing.tiny_dit(num_heads=1, head_dim=28, num_layers=1)  # hidden width 112 = 4 x 28
+    plan = vidit_q.uniform(8, alpha=None, layers=r".*\.attn\..*")
+    strange = testing.tiny_dit(num_heads=1, head_dim=92, num_layers=1)
+    vidit_q.transform(plan)(subject.forward, subject.params)
+    with pytest.raises(ValueError, match="no known Hadamard matrix of order 92"):
+        vidit_q.transform(plan)(strange.forward, strange.params)
+    loose = dataclasses.replace(plan, strict=False)
+    forward, params = vidit_q.transform(loose)(strange.forward, strange.params)
+    dense = sample(strange, strange.forward, strange.params)
+    assert relative(sample(strange, forward, params), dense) < 0.1
+
+
+def test_the_released_plans_match_a_pixart():
+    plan = vidit_q.pixart_sigma()
+    assert plan.rule("blocks.0.attn.to_q")[1] == 8
+    assert plan.rule("blocks.27.mlp.fc1")[1] == 8
+    assert plan.rule("blocks.3.mlp.fc2")[1] == 8
+    assert plan.rule("blocks.3.attn.to_out")[1] == 4
+    assert plan.rule("blocks.3.cross.to_k") is None
+    assert plan.rule("final.proj") is None
+    assert "W4A8" in plan.describe()
