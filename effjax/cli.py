@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("destination", type=Path, help="directory of the compressed pipeline")
     search.add_argument("--method", default="dit_fast_attn", help="see `effjax methods`")
     search.add_argument("--threshold", type=float, default=0.1, help="larger saves more")
-    _condition_arguments(search, "to search on; 8 labels if none are given")
+    _condition_arguments(search, "to search on")
 
     quantize = add("quantize", _quantize, "quantise weights and inputs, save the pipeline")
     _pipeline_arguments(quantize)
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--method", default="vidit_q", help="see `effjax methods`")
     quantize.add_argument("--bits", default="w8a8", help="w8a8, w4a8, w4 ..., or a plan.json")
     quantize.add_argument("--group-size", type=int, help="inputs that share a weight scale")
-    _condition_arguments(quantize, "to calibrate on; 8 labels if none are given")
+    _condition_arguments(quantize, "to calibrate on")
 
     sample = add("sample", _sample, "generate images")
     _pipeline_arguments(sample)
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")
     _pipeline_arguments(bench)
+    _condition_arguments(bench, "to run on")
     bench.add_argument("--batch", type=int, default=4, help="images at a time")
     bench.add_argument("--repeats", type=int, default=3)
 
@@ -206,6 +207,8 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
     if bits:
         inputs = 16 if bits[2] is None else int(bits[2])
         group = {} if arguments.group_size is None else {"group_size": arguments.group_size}
+        if group and chosen.name == "vidit_q":
+            raise ValueError("vidit_q has one scale for a channel; leave out --group-size")
         plan = uniform(int(bits[1]), inputs, **group)
     elif Path(arguments.bits).is_file():
         plan = chosen.plan.from_json(Path(arguments.bits).read_text())
@@ -270,7 +273,7 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
             f"pipeline with `effjax search` or `effjax quantize`."
         )
     sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
-    some = [""] if hasattr(pipe, "encode") else [0]
+    some = _asked(pipe, arguments, default=1, texts=[""])[:1]
     cond, uncond = pipe.conditions(some * arguments.batch)
     uncond = uncond if sampler.guided else None
     key = jax.random.key(arguments.seed)
@@ -343,9 +346,16 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
     return effjax.pipeline(arguments.source, dtype=arguments.dtype)
 
 
-def _asked(pipe: Any, arguments: argparse.Namespace, *, default: int = 0) -> list[str]:
-    """Prompts of a text-to-image pipeline, labels of another: `default` of all classes if none."""
-    takes_prompts = hasattr(pipe, "encode")
+def _asked(
+    pipe: Any, arguments: argparse.Namespace, *, default: int = 0, texts: Sequence[str] = ()
+) -> list[str]:
+    """Prompts of a text-to-image pipeline, labels of another.
+
+    If none are given: `texts`, or `default` of all classes.
+    """
+    from effjax.pipelines import TextToImagePipeline
+
+    takes_prompts = isinstance(pipe, TextToImagePipeline)
     given, other = arguments.prompt, arguments.labels
     if not takes_prompts:
         given, other = other and [name.strip() for name in other.split(",")], given
@@ -354,7 +364,9 @@ def _asked(pipe: Any, arguments: argparse.Namespace, *, default: int = 0) -> lis
             "this pipeline is conditioned on "
             + ("texts: give --prompt" if takes_prompts else "classes: give --labels")
         )
-    if not given and default and not takes_prompts:
+    if not given and takes_prompts:
+        given = list(texts)
+    elif not given and default:
         classes = pipe.forward.config.num_classes
         given = [str(classes * i // default) for i in range(default)]
     if not given:

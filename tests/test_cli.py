@@ -1,13 +1,14 @@
 """The command line: figures on standard output, errors as one line and a status."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from effjax.cli import main
-from tests.test_pipelines import write_pipeline
+from tests.test_pipelines import write_pipeline, write_text_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +61,59 @@ def test_search_sample_bench(capsys, folder, tmp_path):
     assert figures["dense"]["seconds"] > 0
 
 
-def test_quantize_and_bench(capsys, folder, tmp_path):
-    small = tmp_path / "small"
-    status, figures, _ = run(capsys, "quantize", folder, small, "--bits", "w8a8")
+@pytest.mark.parametrize("method", ["vidit_q", "round_to_nearest"])
+def test_quantize_and_bench(capsys, folder, tmp_path, method):
+    small, options = tmp_path / "small", ("--method", method, "--steps", 2, "--labels", "a,b")
+    status, figures, _ = run(capsys, "quantize", folder, small, "--bits", "w8a8", *options)
     assert status == 0
     assert figures["weight_bytes"] < figures["weight_bytes_before"]
     _, info, _ = run(capsys, "info", small)
-    assert info["methods"] == ["round_to_nearest"]
+    assert info["methods"] == [method]
     assert info["weight_bytes"] == figures["weight_bytes"]
     _, dense, _ = run(capsys, "info", folder)
     assert info["parameters"] == dense["parameters"]
     status, bench, _ = run(capsys, "bench", small, "--batch", 1, "--repeats", 1, "--steps", 2)
     assert status == 0
     assert bench["ratio"]["weight_bytes"] < 1
-    assert bench["ratio"]["flops"] == 1
+    # A rotation is a product of its own.
+    assert (bench["ratio"]["flops"] > 1) == (method == "vidit_q")
     assert bench["compressed"]["peak_bytes"] > 0
 
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(figures["plan"]))
-    status, again, _ = run(capsys, "quantize", folder, tmp_path / "again", "--bits", plan)
+    again = tmp_path / "again"
+    status, figures, _ = run(capsys, "quantize", folder, again, "--bits", plan, *options)
     assert status == 0
-    assert again["weight_bytes"] == figures["weight_bytes"]
-    for bits, message in (("w9", "codes have 2 ... 8 bits"), ("eight", "--bits must be such as")):
-        status, _, error = run(capsys, "quantize", folder, tmp_path / "bad", "--bits", bits)
+    assert figures["weight_bytes"] == info["weight_bytes"]
+    bad = tmp_path / "bad"
+    for bits, message in (
+        ("w9", r"got 9|bits must be one of"),
+        ("eight", "--bits must be such as"),
+    ):
+        status, _, error = run(capsys, "quantize", folder, bad, "--bits", bits, *options)
         assert status == 1
-        assert message in error
-    assert not (tmp_path / "bad").exists()
+        assert re.search(message, error) or "codes have 2 ... 8 bits" in error
+    assert not bad.exists()
+
+
+def test_text_to_image(capsys, tmp_path):
+    write_text_pipeline(tmp_path / "text")
+    asked = ("--prompt", "a red A", "--prompt", "a blue 7", "--steps", 2)
+    status, figures, _ = run(capsys, "sample", tmp_path / "text", *asked, "-o", tmp_path / "images")
+    assert status == 0
+    assert [file.rpartition("/")[2] for file in figures["files"]] == [
+        "000_a_red_A.png",
+        "001_a_blue_7.png",
+    ]
+    small = tmp_path / "small"
+    status, _, error = run(capsys, "quantize", tmp_path / "text", small, "--steps", 2)
+    assert status == 1
+    assert "give --prompt" in error
+    status, figures, _ = run(capsys, "quantize", tmp_path / "text", small, *asked)
+    assert status == 0
+    status, bench, _ = run(capsys, "bench", small, "--batch", 1, "--repeats", 1, "--steps", 2)
+    assert status == 0
+    assert bench["ratio"]["weight_bytes"] < 1
 
 
 def test_methods(capsys):
@@ -106,7 +134,10 @@ def test_methods(capsys):
         (("bench", "FOLDER"), "is not compressed"),
         (("search", "FOLDER", "FOLDER"), "exists; choose another"),
         (("search", "FOLDER", "new", "--method", "magic"), "no method 'magic'"),
-        (("search", "FOLDER", "new", "--labels", "0"), "at least one label"),
+        (("search", "FOLDER", "new", "--prompt", "a"), "conditioned on classes: give --labels"),
+        (("sample", "FOLDER"), "nothing is asked for: give --labels"),
+        (("quantize", "FOLDER", "new", "--group-size", "8"), "leave out --group-size"),
+        (("quantize", "FOLDER", "new", "--method", "dit_fast_attn"), "does not quantise"),
         (("demo", "--steps", "1"), "at least 2 steps"),
     ],
 )
