@@ -35,6 +35,7 @@ from effjax.samplers import FlowMatchEuler, sample_keys
 from experiments import glyphs, judge, train_dit, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "pixart_glyphs"
+GUIDANCE = 3.0  # of the judged images
 LENGTH = 10
 """Tokens of a caption: the longest has eight words and an end."""
 
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--images", type=int, default=1024, help="images to judge")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of the judged images")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the judged images")
     arguments = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)
     transformer, text_encoder, log = train(

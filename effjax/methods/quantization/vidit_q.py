@@ -44,7 +44,7 @@ from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
 from effjax.quant.hadamard import Rotation
 from effjax.samplers import Carry, Sampler
 from effjax.search.allocation import allocate, bit_budget
-from effjax.search.sensitivity import Metric, Preparation, sensitivity, sqnr
+from effjax.search.sensitivity import Metric, Preparation, Rounding, sensitivity, sqnr
 from effjax.sites import sites
 from effjax.transform import Method, Pair, Plan, Transform
 
@@ -370,6 +370,72 @@ class Segments:
                 if site.path in leaves:
                     assert isinstance(site.module, Linear)
                     site.module.kernel.set_value(leaves[site.path])
+
+
+def best_alpha(
+    plan: ViDiTQPlan,
+    forward: Forward,
+    params: Params,
+    sampler: Sampler,
+    cond: PyTree,
+    *,
+    key: jax.Array,
+    calibration: Calibration,
+    grid: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99),
+    metric: Metric = sqnr,
+    uncond: PyTree = None,
+) -> ViDiTQPlan:
+    """The plan with the alpha, of several, whose samples are best; one program is compiled.
+
+    Args:
+        plan: of one segment; the alpha of all its masked layers is replaced.
+        forward, params: the model, not quantised.
+        sampler, cond, uncond, key: what is sampled, always from the same noise.
+        calibration: of the plan.
+        grid: to try.
+        metric: of dense samples and others, higher is better.
+
+    Raises:
+        ValueError: for a plan of several segments or without masks.
+    """
+    paths = [path for path in _decided(plan, forward, params) if _rule(plan, path)[3] is not None]
+    if plan.boundaries or not paths:
+        raise ValueError("alpha is swept on a plan of one segment with masked layers")
+    flat = flatten_params(params)
+    rules = {path: _rule(plan, path) for path in _decided(plan, forward, params)}
+
+    @jax.jit
+    def sample(params: Params, bits: jax.Array, masks: Mapping[str, jax.Array]) -> jax.Array:
+        preparations = {
+            path: Preparation(
+                masks.get(path),
+                Rotation(flat[f"{path}.kernel"].shape[0], plan.seed, plan.strict)
+                if rule[4]
+                else None,
+            )
+            for path, rule in rules.items()
+        }
+        rounded = forward.edit(Rounding(bits, preparations))
+        return sampler(rounded, params, cond, key, uncond=uncond)
+
+    def masks(alpha: float) -> dict[str, jax.Array]:
+        return {p: balance(flat[f"{p}.kernel"], calibration[p][0], alpha) for p in paths}
+
+    bits = jnp.asarray([rule[1:3] for rule in rules.values()], jnp.int32)
+    dense = sample(params, jnp.full_like(bits, FLOAT), masks(grid[0]))
+    scores = [float(metric(dense, sample(params, bits, masks(alpha)))) for alpha in grid]
+    best = grid[int(np.argmax(scores))]
+    swept = tuple(
+        (pattern, w, a, None if alpha is None else best, rotate)
+        for pattern, w, a, alpha, rotate in plan.segments[0][1]
+    )
+    return dataclasses.replace(plan, segments=((0, swept),))
+
+
+def _rule(plan: ViDiTQPlan, path: str) -> Rule:
+    rule = plan.rule(path)
+    assert rule is not None
+    return rule
 
 
 def search(
