@@ -1,7 +1,9 @@
-"""The demo: convert the bundled PyTorch checkpoint, search a plan, sample dense and compressed.
+"""The demo: convert the bundled PyTorch checkpoint, compress it, sample dense and compressed.
 
-Both programs start from the same noise and labels, so that their images pair up. The report says
-what was gained (FLOPs, seconds) and what was paid (caches, accuracy, distance to the dense images).
+Three programs: dense; with a searched attention plan (DiTFastAttn); with that plan and codes of 8
+bits for weights and inputs (ViDiT-Q). They start from the same noise and labels, so that their
+images pair up. The report says what was gained (FLOPs, bytes, seconds) and what was paid (caches,
+accuracy, distance to the dense images).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from tqdm.auto import tqdm
 
 import effjax
 from effjax import metrics
-from effjax.cost import sampler_cost, state_bytes
+from effjax.cost import sampler_cost, state_bytes, weight_bytes
 from effjax.forward import Forward, Params
 from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
+from effjax.methods.quantization import vidit_q
 from effjax.samplers import Sampler, sample_keys
 from experiments import glyphs, judge
 
@@ -69,7 +72,7 @@ def sample(
 def program_cost(
     sampler: Sampler, forward: Forward, params: Params, *, distinct: Callable[[int], Any]
 ) -> dict[str, int]:
-    """FLOPs of one image and bytes of the caches of one image."""
+    """FLOPs and bytes of caches of one image, and bytes of weights."""
     label = jnp.zeros(1, jnp.int32)
     cost = sampler_cost(sampler, forward, params, label, distinct=distinct)
     carry = jax.eval_shape(lambda p: sampler.init(forward, p, label, jax.random.key(0)), params)
@@ -79,6 +82,7 @@ def program_cost(
         "attention_flops_useful": attention.useful_flops,
         "total_flops": cost.flops,
         "state_bytes": state_bytes(carry.state),
+        "weight_bytes": weight_bytes(params),
     }
 
 
@@ -103,12 +107,12 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     key = jax.random.key(seed)
 
-    say(f"1/4 converting {model.name} from its PyTorch layout")
+    say(f"1/5 converting {model.name} from its PyTorch layout")
     pipe = effjax.pipeline(model, dtype="float32")
     sampler = pipe.sampler(num_steps=steps, guidance_scale=guidance)
     dense = (pipe.forward, pipe.params)
 
-    say(f"2/4 searching a plan on {sampler.calls} network calls, threshold {threshold}")
+    say(f"2/5 searching a plan on {sampler.calls} network calls, threshold {threshold}")
     began = time.perf_counter()
     plan = dit_fast_attn.search(
         *dense,
@@ -120,7 +124,14 @@ def run(
     search_seconds = time.perf_counter() - began
     compressed = dit_fast_attn.transform(plan)(*dense)
 
-    say(f"3/4 sampling {images} images with each program")
+    say("3/5 calibrating codes of 8 bits")
+    codes = vidit_q.uniform(8, 8)
+    largest = vidit_q.calibrate(
+        codes, *dense, sampler, jnp.asarray(labels_for(8)), key=jax.random.fold_in(key, 2)
+    )
+    quantised = vidit_q.transform(codes, largest)(*compressed)
+
+    say(f"4/5 sampling {images} images with each program")
     labels = labels_for(images)
     reader = judge.load()
     real, _ = glyphs.batch(np.random.default_rng(seed), max(images, 512))
@@ -128,7 +139,8 @@ def run(
     report: dict[str, Any] = {}
     pictures = {}
     columns = np.array(plan.codes).T
-    for name, (forward, params) in {"dense": dense, "compressed": compressed}.items():
+    programs = {"dense": dense, "compressed": compressed, "quantised": quantised}
+    for name, (forward, params) in programs.items():
         pictures[name], timings = sample(sampler, forward, params, labels, key)
         report[name] = {
             **program_cost(
@@ -141,10 +153,10 @@ def run(
             "judge_accuracy": judge.accuracy(reader, pictures[name], labels),
             "frechet": judge.frechet(judge.features(reader, pictures[name]), real_features),
         }
+    for name in ("compressed", "quantised"):
+        pair = (jnp.asarray(pictures[each]) for each in ("dense", name))
+        report[name]["psnr"] = float(metrics.psnr(*pair))
     report |= {
-        "psnr": float(
-            metrics.psnr(jnp.asarray(pictures["dense"]), jnp.asarray(pictures["compressed"]))
-        ),
         "search_seconds": search_seconds,
         "settings": {
             "steps": steps,
@@ -155,10 +167,10 @@ def run(
             "device": str(jax.devices()[0].device_kind),
         },
     }
-    say("4/4 drawing")
+    say("5/5 drawing")
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (output / "plan.json").write_text(plan.to_json() + "\n")
-    draw_samples(pictures["dense"], pictures["compressed"], output / "samples.png")
+    draw_samples(list(pictures.values()), output / "samples.png")
     draw_plan(plan, output / "plan.png")
     return report
 
@@ -172,33 +184,35 @@ def table(report: dict[str, Any]) -> str:
         ("seconds per image", "seconds_per_image", 1, ".3f"),
         ("compile seconds", "compile_seconds", 1, ".1f"),
         ("cache KiB per image", "state_bytes", 1024, ".0f"),
+        ("weights KiB", "weight_bytes", 1024, ".0f"),
         ("judge accuracy, %", "judge_accuracy", 0.01, ".1f"),
         ("Frechet distance to real", "frechet", 1, ".2f"),
     ]
-    dense, compressed = report["dense"], report["compressed"]
-    lines = [f"{'':30}{'dense':>12}{'compressed':>12}{'ratio':>9}"]
+    dense, *others = (report[name] for name in ("dense", "compressed", "quantised"))
+    lines = [f"{'':30}{'dense':>10}{'compressed':>12}{'ratio':>7}{'and W8A8':>12}{'ratio':>7}"]
     for title, field, unit, form in rows:
-        a, b = dense[field], compressed[field]
-        ratio = f"{b / a:9.3f}" if a else f"{'-':>9}"
-        lines.append(f"{title:30}{a / unit:>12{form}}{b / unit:>12{form}}{ratio}")
-    saved = 1 - compressed["attention_flops"] / dense["attention_flops"]
-    lines.append(
-        f"executed attention FLOPs saved: {saved:.1%}; PSNR to dense: {report['psnr']:.1f} dB"
-    )
+        line = f"{title:30}{dense[field] / unit:>10{form}}"
+        for other in others:
+            ratio = f"{other[field] / dense[field]:7.3f}" if dense[field] else f"{'-':>7}"
+            line += f"{other[field] / unit:>12{form}}{ratio}"
+        lines.append(line)
+    far = "".join(f"{other['psnr']:>12.1f}{'-':>7}" for other in others)
+    lines.append(f"{'PSNR to dense, dB':30}{'-':>10}{far}")
+    saved = 1 - others[0]["attention_flops"] / dense["attention_flops"]
+    lines.append(f"executed attention FLOPs saved: {saved:.1%}")
     return "\n".join(lines)
 
 
-def draw_samples(
-    dense: np.ndarray, compressed: np.ndarray, path: Path, *, columns: int = 16
-) -> None:
-    """Pairs of images of the same noise and label, dense above compressed."""
+def draw_samples(programs: Sequence[np.ndarray], path: Path, *, columns: int = 16) -> None:
+    """Images of the same noise and label one below the other, a row for each program."""
     from PIL import Image
 
-    count = min(len(dense) // columns, 4) * columns or len(dense)
+    total = len(programs[0])
+    count = min(total // columns, 4) * columns or total
     columns = min(columns, count)
     bands = []
     for first in range(0, count, columns):
-        for images in (dense, compressed):
+        for images in programs:
             bands.append(np.concatenate(images[first : first + columns, ..., 0], axis=1))
         bands.append(np.zeros((4, bands[-1].shape[1])))
     pixels = np.clip(np.rint(127.5 * (np.concatenate(bands[:-1]) + 1)), 0, 255).astype(np.uint8)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import effjax
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan
-from experiments import demo, train_dit
+from experiments import demo, train_dit, train_pixart
 
 FIGURES = {
     "attention_flops",
@@ -21,6 +21,7 @@ FIGURES = {
     "seconds_per_image",
     "compile_seconds",
     "state_bytes",
+    "weight_bytes",
     "judge_accuracy",
     "frechet",
 }
@@ -30,8 +31,9 @@ FIGURES = {
 def test_the_demo_writes_its_report(tmp_path):
     report = demo.run(tmp_path, steps=3, images=4, threshold=0.5)
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    for program in ("dense", "compressed"):
-        assert set(report[program]) == FIGURES
+    for program in ("dense", "compressed", "quantised"):
+        own = FIGURES if program == "dense" else FIGURES | {"psnr"}
+        assert set(report[program]) == own
         assert all(math.isfinite(value) for value in report[program].values())
     dense, compressed = report["dense"], report["compressed"]
     assert compressed["attention_flops"] < dense["attention_flops"]
@@ -40,6 +42,10 @@ def test_the_demo_writes_its_report(tmp_path):
     # By hand: 3 calls x 6 layers x (QK^T and PV) x 2 halves x 2 FLOPs x N^2 x width
     assert dense["attention_flops"] == 3 * 6 * 2 * 2 * 2 * 256**2 * 128
     assert dense["state_bytes"] == 0 < compressed["state_bytes"]
+    quantised = report["quantised"]
+    assert quantised["attention_flops"] == compressed["attention_flops"]
+    assert quantised["weight_bytes"] < 0.6 * compressed["weight_bytes"]  # modulations stay floats
+    assert compressed["weight_bytes"] == dense["weight_bytes"]
     plan = DiTFastAttnPlan.from_json((tmp_path / "plan.json").read_text())
     assert (plan.layers, plan.calls) == (6, 3)
     for name in ("samples.png", "plan.png"):
@@ -89,3 +95,35 @@ def test_training_resumes_where_it_stopped(tmp_path):
     pipe = effjax.pipeline(tmp_path / "model", progress=False)
     assert pipe.names["A"] == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "model"]
+
+
+@pytest.mark.slow
+def test_training_of_the_text_model_resumes(tmp_path):
+    """From the class-conditional model's blocks: its first loss is that of no new beginning."""
+    config = dataclasses.replace(train_pixart.TINY, num_layers=1)
+    text = dataclasses.replace(train_pixart.TINY_T5, num_layers=1)
+    options = {"batch": 2, "seed": 0, "learning_rate": 1e-3, "checkpoints": tmp_path / "c"}
+    train_pixart.train(config, text, steps=2, **options)
+    *models, log = train_pixart.train(config, text, steps=3, **options)
+    assert [run["first_step"] for run in log["runs"]] == [0, 2]
+    chex.assert_tree_all_finite([params for _, params in models])
+    train_pixart.export(tmp_path / "model", *models)
+    figures = train_pixart.evaluate(tmp_path / "model", images=4, steps=2, guidance=2.0, seed=0)
+    assert figures["alignment_of_real_images"]["all"] == 1.0
+    assert not train_pixart.passes(figures)
+    pipe = effjax.pipeline(tmp_path / "model", progress=False)
+    assert pipe.max_tokens == train_pixart.LENGTH
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "model"]
+
+
+def test_every_caption_is_read_whole():
+    """No word is unknown, no caption is cut, and lower case loses nothing that cannot be read."""
+    reader = train_pixart.tokenizer()
+    _, things = train_pixart.unseen(512, 3)
+    assert things.held_out.all()
+    for caption in things.captions():
+        ids = reader(caption)["input_ids"]
+        assert reader.unk_token_id not in ids
+        assert len(ids) <= train_pixart.LENGTH
+        assert ids[-1] == reader.eos_token_id
+    assert len(reader) <= train_pixart.TINY_T5.vocab_size
