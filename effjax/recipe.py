@@ -29,7 +29,7 @@ from effjax.storage import (
     write_json,
     write_shards,
 )
-from effjax.transform import Pair, chain
+from effjax.transform import Pair, on_shapes
 
 CONFIG, RECIPE, STEM = "config.json", "recipe.json", "model"
 
@@ -153,16 +153,8 @@ def describe(path: str | os.PathLike) -> Pair:
 
 def _replay(base: Forward, recipe: tuple[tuple[str, Any], ...]) -> Pair:
     """Apply a recipe to a base model's forward and to the shapes of its parameters."""
-    transform = chain(*[registry.method(name).transform(plan).on_shapes() for name, plan in recipe])
-    forward = base
-
-    def on_params(params: Params) -> Params:
-        nonlocal forward
-        forward, params = transform(base, params)
-        return params
-
-    template = jax.eval_shape(on_params, base.abstract_params())
-    return forward, template
+    transforms = [registry.method(name).transform(plan) for name, plan in recipe]
+    return on_shapes(transforms, base, base.abstract_params())
 
 
 def _check(directory: Path, expected: dict[str, Any], tensors: dict[str, Tensor]) -> None:

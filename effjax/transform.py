@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import jax
 
 from effjax.forward import Forward, Params
 
@@ -99,6 +101,18 @@ def chain(*transforms: Callable[[Forward, Params], Pair]) -> Callable[[Forward, 
         return forward, params
 
     return chained
+
+
+def on_shapes(transforms: Iterable[Transform], forward: Forward, params: Params) -> Pair:
+    """Apply transforms to the shapes of parameters; nothing is computed or allocated."""
+
+    def apply(params: Params) -> Params:
+        nonlocal forward
+        forward, params = chain(*[each.on_shapes() for each in transforms])(forward, params)
+        return params
+
+    params = jax.eval_shape(apply, params)
+    return forward, params
 
 
 def identity(forward: Forward, params: Params) -> Pair:

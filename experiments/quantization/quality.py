@@ -28,6 +28,7 @@ from effjax.transform import Pair
 from experiments import report
 from experiments.quantization.subjects import Subject, tiny_dit, tiny_pixart
 
+ALPHA = 0.5  # where it is not swept
 BITS = ((8, 8), (6, 6), (4, 8), (4, 4))
 SUBJECTS = {"dit": tiny_dit, "pixart": tiny_pixart}
 
@@ -65,7 +66,8 @@ def qwix_ptq(subject: Subject, weights: int, inputs: int) -> Pair:
     return forward, nest_params(flat)
 
 
-def _calibrated(subject: Subject, plan: vidit_q.ViDiTQPlan) -> dict[str, jax.Array]:
+def calibrated(subject: Subject, plan: vidit_q.ViDiTQPlan) -> dict[str, jax.Array]:
+    """Largest magnitudes of inputs on the subject's calibration batch."""
     return vidit_q.calibrate(
         plan,
         *subject.pair,
@@ -80,7 +82,7 @@ def _calibrated(subject: Subject, plan: vidit_q.ViDiTQPlan) -> dict[str, jax.Arr
 def smooth_quant(subject: Subject, weights: int, inputs: int) -> Pair:
     """Masks alone, strength 1/2."""
     plan = vidit_q.smooth_quant(weights, inputs)
-    return vidit_q.transform(plan, _calibrated(subject, plan))(*subject.pair)
+    return vidit_q.transform(plan, calibrated(subject, plan))(*subject.pair)
 
 
 def rotation(subject: Subject, weights: int, inputs: int) -> Pair:
@@ -91,7 +93,7 @@ def rotation(subject: Subject, weights: int, inputs: int) -> Pair:
 def both(subject: Subject, weights: int, inputs: int) -> Pair:
     """ViDiT-Q: masks with a swept alpha, then rotations."""
     plan = vidit_q.uniform(weights, inputs)
-    calibration = _calibrated(subject, plan)
+    calibration = calibrated(subject, plan)
     plan = vidit_q.best_alpha(
         plan,
         *subject.pair,
@@ -117,7 +119,7 @@ RECIPES: dict[str, Callable[[Subject, int, int], Pair]] = {
 def searched(subject: Subject, average: float) -> Pair:
     """Bits by block and group, from sensitivities of final samples."""
     whole = vidit_q.uniform(8)
-    calibration = _calibrated(subject, whole)
+    calibration = calibrated(subject, whole)
     plan = vidit_q.search(
         *subject.pair,
         subject.sampler,
@@ -127,7 +129,7 @@ def searched(subject: Subject, average: float) -> Pair:
         average_bits=average,
         candidates=(3, 4, 5, 6, 8),
         calibration=calibration,
-        alpha=0.5,
+        alpha=ALPHA,
         progress=False,
     )
     return vidit_q.transform(plan, calibration)(*subject.pair)
@@ -135,8 +137,8 @@ def searched(subject: Subject, average: float) -> Pair:
 
 def everywhere(subject: Subject, bits: int) -> Pair:
     """The same bits in every layer, otherwise as `searched`."""
-    plan = vidit_q.uniform(bits, alpha=0.5)
-    return vidit_q.transform(plan, _calibrated(subject, plan))(*subject.pair)
+    plan = vidit_q.uniform(bits, alpha=ALPHA)
+    return vidit_q.transform(plan, calibrated(subject, plan))(*subject.pair)
 
 
 def main(argv: list[str] | None = None) -> None:
