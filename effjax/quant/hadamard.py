@@ -1,8 +1,9 @@
 """Hadamard rotations of any width that has one, applied as a product of small matrices.
 
 H has entries +-1 and H H^T = n I. Known orders come from Paley's two constructions over a prime
-field and from Sylvester's doubling; H_a (x) H_b has order a b. A rotation of width C = a b,
-R = diag(signs) H / sqrt(C), is applied as two products: reshape to [a, b], multiply either side.
+field, from Williamson's four circulant matrices (156 and 172), and from Sylvester's doubling;
+H_a (x) H_b has order a b. A rotation of width C = a b, R = diag(signs) H / sqrt(C), is applied as
+two products: reshape to [a, b], multiply either side.
 """
 
 from __future__ import annotations
@@ -16,6 +17,24 @@ from jax import Array
 
 # Largest factor that is multiplied as a dense matrix.
 LARGEST = 256
+
+# Signs of four symmetric circulant matrices of order n with A^2 + B^2 + C^2 + D^2 = 4 n I, by 4 n:
+# the first (n + 1) / 2 of each first row, the others mirror them. Found by search; the rows of 172
+# are constant on the classes of the cubic residues modulo 43.
+_WILLIAMSON = {
+    156: (
+        "++------+--+-+--++-+",
+        "++---+--++----+-+-++",
+        "++-++-++---+-----+-+",
+        "+-+-----+-+++--+++--",
+    ),
+    172: (
+        "+++++-++----+-++--++-+",
+        "+++---++--+-+-+-++----",
+        "++-+-++++-+--+--+++--+",
+        "+-++-----++++-+-+++-++",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +56,7 @@ class Rotation:
         if self.strict and _factors(self.width) is None:
             raise ValueError(
                 f"there is no known Hadamard matrix of order {self.width} here: an odd part must "
-                f"come from Paley orders such as {_paley_orders()[:6]}. Use strict=False for "
+                f"come from orders such as {_orders()[:6]}. Use strict=False for "
                 f"blocks of {_block(self.width)} on the diagonal, or leave this layer unrotated."
             )
 
@@ -91,7 +110,9 @@ def hadamard(order: int) -> np.ndarray:
         return np.ones((1, 1), np.float32)
     if order & (order - 1) == 0:
         return np.kron(np.array([[1, 1], [1, -1]], np.float32), hadamard(order // 2))
-    if _is_prime(order - 1) and order % 4 == 0:
+    if order in _WILLIAMSON:
+        matrix = _williamson(_WILLIAMSON[order])
+    elif _is_prime(order - 1) and order % 4 == 0:
         matrix = _paley_first(order - 1)
     elif order % 4 == 0 and _is_prime(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
         matrix = _paley_second(order // 2 - 1)
@@ -119,6 +140,16 @@ def _paley_second(q: int) -> np.ndarray:
     return np.kron(symmetric, [[1, 1], [1, -1]]) + np.kron(eye, [[1, -1], [-1, -1]])
 
 
+def _williamson(halves: tuple[str, ...]) -> np.ndarray:
+    """Order 4 n, of symmetric circulant matrices of odd order n: they commute."""
+    rows = (np.array([1 if sign == "+" else -1 for sign in half]) for half in halves)
+    a, b, c, d = (
+        np.stack([np.roll(row, shift) for shift in range(len(row))])
+        for row in (np.concatenate([half, half[:0:-1]]) for half in rows)
+    )
+    return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]])
+
+
 def _jacobsthal(q: int) -> np.ndarray:
     """Quadratic character of differences modulo a prime."""
     character = np.full(q, -1)
@@ -133,10 +164,11 @@ def _is_prime(n: int) -> bool:
 
 
 @cache
-def _paley_orders() -> tuple[int, ...]:
+def _orders() -> tuple[int, ...]:
+    """Orders of `hadamard` that are no powers of two, up to the largest factor."""
     first = [q + 1 for q in range(3, LARGEST) if q % 4 == 3 and _is_prime(q)]
     second = [2 * (q + 1) for q in range(5, LARGEST // 2) if q % 4 == 1 and _is_prime(q)]
-    return tuple(sorted(n for n in {*first, *second} if n <= LARGEST and n & (n - 1)))
+    return tuple(sorted(n for n in {*first, *second, *_WILLIAMSON} if n <= LARGEST and n & (n - 1)))
 
 
 @cache
@@ -148,7 +180,7 @@ def _factors(width: int) -> tuple[int, ...] | None:
             powers.append(min(width, LARGEST // 2))
             width //= powers[-1]
         return tuple(powers)
-    for order in _paley_orders():
+    for order in _orders():
         if width % order == 0 and (rest := _factors(width // order)) is not None:
             return (order, *rest)
     return None

@@ -8,17 +8,36 @@ import pytest
 
 from effjax.cost import cost
 from effjax.quant import Rotation, hadamard
-from effjax.quant.hadamard import _paley_orders
+from effjax.quant.hadamard import _orders
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 64, 40, 60, 108, 140, *_paley_orders()])
+@pytest.mark.parametrize("order", [1, 2, 4, 64, 40, 144, *_orders()])
 def test_rows_are_orthogonal_signs(order):
     matrix = hadamard(order)
+    assert matrix.shape == (order, order)
     assert set(np.unique(matrix)) <= {-1.0, 1.0}
     assert np.array_equal(matrix @ matrix.T, order * np.eye(order))
 
 
-@pytest.mark.parametrize("width", [8, 12, 36, 144, 1152, 4608, 3584, 18944])
+@pytest.mark.parametrize("order", [12, 20, 28, 36, 40, 60, 108, 140, 144, 156, 172])
+def test_orders_of_the_field_are_there(order):
+    assert Rotation(order).width == order  # strict: an error otherwise
+
+
+def test_williamsons_matrices_are_symmetric_and_circulant():
+    for order in (156, 172):
+        n = order // 4
+        matrix = hadamard(order)
+        squares = 0
+        for k in range(4):
+            block = matrix[:n, k * n : (k + 1) * n]
+            assert np.array_equal(block, block.T)
+            assert np.array_equal(block, np.roll(block, (1, 1), (0, 1)))
+            squares += block @ block
+        assert np.array_equal(squares, order * np.eye(n))
+
+
+@pytest.mark.parametrize("width", [8, 12, 36, 144, 1152, 4608, 3584, 18944, 9984, 11008])
 def test_widths_of_models_rotate(width):
     rotation = Rotation(width, seed=3)
     assert np.prod(rotation.factors) == width
