@@ -9,6 +9,7 @@ two products: reshape to [a, b], multiply either side.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cache
 
 import jax.numpy as jnp
@@ -69,6 +70,10 @@ class Rotation:
         """The random signs, float32[C]."""
         return np.random.default_rng(self.seed).choice((-1.0, 1.0), self.width).astype(np.float32)
 
+    def matrices(self) -> tuple[np.ndarray, ...]:
+        """The small orthogonal matrices whose Kronecker product is H / sqrt(C), or a block."""
+        return tuple(hadamard(n) * np.float32(n**-0.5) for n in self.factors if n > 1)
+
     def apply(self, x: Array) -> Array:
         """x R along the last axis, in float32 inside.
 
@@ -84,11 +89,10 @@ class Rotation:
     def _products(self, y: Array, transpose: bool) -> Array:
         """y H / sqrt(C), or with H^T: one product for each factor."""
         lead = y.shape[:-1]
-        factors = [factor for factor in self.factors if factor > 1]
-        blocks = self.width // int(np.prod(factors, dtype=int))
-        y = y.reshape(*lead, blocks, *factors)
-        for axis, factor in enumerate(factors):
-            matrix = hadamard(factor) * np.float32(factor**-0.5)
+        matrices = self.matrices()
+        factors = [len(matrix) for matrix in matrices]
+        y = y.reshape(*lead, self.width // math.prod(factors), *factors)
+        for axis, matrix in enumerate(matrices):
             y = jnp.moveaxis(y, len(lead) + 1 + axis, -1)
             y = jnp.matmul(y, matrix.T if transpose else matrix, precision="highest")
             y = jnp.moveaxis(y, -1, len(lead) + 1 + axis)
@@ -179,7 +183,7 @@ def _factors(width: int) -> tuple[int, ...] | None:
         while width > 1:
             powers.append(min(width, LARGEST // 2))
             width //= powers[-1]
-        return tuple(powers)
+        return tuple(powers[::-1])  # kernels want the last one large
     for order in _orders():
         if width % order == 0 and (rest := _factors(width // order)) is not None:
             return (order, *rest)

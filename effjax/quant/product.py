@@ -12,7 +12,8 @@ from jax import Array
 from effjax.quant.quantizer import Quantizer, dequantize
 from effjax.quant.tensor import QTensor
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul, quantize_per_token
+from pallas_kernels.input_codes import input_codes
+from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul
 
 Path = Literal["integer", "reference"]
 
@@ -55,7 +56,6 @@ def qdot(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> Array:
     run: Any = {"implementation": how[0], "interpret": how[1]}
-    prepared = w.prepare(x)
     # The kernels' zero points are added, a leaf's are subtracted.
     zero = None if w.zero_point is None else -w.zero_point
     if w.activations is None:
@@ -66,7 +66,7 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
             )
         kernel_dtype = x.dtype if x.dtype != jnp.float16 else jnp.dtype(jnp.float32)
         out = packed_matmul(
-            prepared.astype(kernel_dtype),
+            w.prepare(x).astype(kernel_dtype),
             w.qvalue,
             bits=w.bits,
             group_size=w.group_size,
@@ -75,7 +75,19 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
             **run,
         )
         return out.astype(x.dtype)
-    codes, scale, input_zero = _input_codes(prepared, w)
+    if _fused(w):
+        codes, scale, sums = input_codes(
+            x if x.dtype != jnp.float16 else x.astype(jnp.float32),
+            bits=w.activations.quantizer.bits,
+            mask=w.mask,
+            signs=None if w.rotation is None else jnp.asarray(w.rotation.signs()),
+            factors=() if w.rotation is None else tuple(map(jnp.asarray, w.rotation.matrices())),
+            **run,
+        )
+        input_zero = None
+    else:
+        codes, scale, input_zero = _input_codes(x, w)
+        sums = None
     if w.packed:
         out = packed_matmul(
             codes,
@@ -88,7 +100,9 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
             **run,
         )
     elif w.group_size == w.shape[0]:
-        out = int8_matmul(codes, w.qvalue, x_scale=scale, w_scale=w.scale, w_zero=zero, **run)
+        out = int8_matmul(
+            codes, w.qvalue, x_scale=scale, w_scale=w.scale, w_zero=zero, x_sums=sums, **run
+        )
     else:
         raise NotImplementedError(
             f"int8 codes with a scale for every {w.group_size} inputs are multiplied when packed: "
@@ -117,20 +131,26 @@ _integer.defvjp(_forward, _backward)
 
 
 def _reference(x: Array, w: QTensor) -> Array:
-    values = w.prepare(x).astype(jnp.float32)
-    if w.activations is not None:
-        values = dequantize(*_input_codes(values, w))
+    if w.activations is None:
+        values = w.prepare(x.astype(jnp.float32))
+    else:
+        values = dequantize(*_input_codes(x, w))
     return jnp.matmul(values, w.dequantize(), precision="highest").astype(x.dtype)
 
 
+def _fused(w: QTensor) -> bool:
+    """Whether the kernel of `input_codes` prepares and codes the inputs of a leaf."""
+    how = w.activations
+    return how is not None and how.dynamic and how.quantizer == Quantizer(how.quantizer.bits)
+
+
 def _input_codes(x: Array, w: QTensor) -> tuple[Array, Array, Array | None]:
-    """Codes int8[..., I] of inputs, their scales float32[..., 1] and a zero point."""
+    """Codes int8[..., I] of prepared inputs, their scales float32[..., 1] and a zero point."""
     assert w.activations is not None
     quantizer = w.activations.quantizer
+    values = w.prepare(x.astype(jnp.float32))
     if not w.activations.dynamic:
-        codes = quantizer.quantize(x, w.input_scale, w.input_zero_point)
+        codes = quantizer.quantize(values, w.input_scale, w.input_zero_point)
         return codes, jnp.broadcast_to(w.input_scale, (*x.shape[:-1], 1)), w.input_zero_point
-    if quantizer == Quantizer(quantizer.bits):
-        return *quantize_per_token(x, bits=quantizer.bits), None
-    scale, _ = quantizer.fit_axes(x.astype(jnp.float32), -1)
-    return quantizer.quantize(x, scale), scale, None
+    scale, _ = quantizer.fit_axes(values, -1)
+    return quantizer.quantize(values, scale), scale, None

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effjax.quant import Rotation
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Arrow, Band, Rule, SinkLocal, top_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -21,6 +22,7 @@ from pallas_kernels.decode_attention import (
     low_rank_decode_attention,
     quantized_decode_attention,
 )
+from pallas_kernels.input_codes import input_codes
 from pallas_kernels.packing import pack
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul
@@ -103,6 +105,21 @@ def _packed_product(m: int, k: int, n: int, bits: int, group: int, dtype: Any) -
     return product, (_struct((m, k), dtype), planes, scale, zero, x_scale)
 
 
+def _coded(shape: tuple[int, int, int], *, rotated: bool = False, modulated: bool = False) -> Case:
+    batch, _, width = shape
+
+    def coded(x: Any, mask: Any, modulation: Any, **options: Any) -> jax.Array:
+        if rotated:
+            rotation = Rotation(width)
+            options["signs"] = jnp.asarray(rotation.signs())
+            options["factors"] = tuple(map(jnp.asarray, rotation.matrices()))
+        found = input_codes(x, mask=mask, modulation=modulation, **options)
+        return found.codes.astype(jnp.float32) * found.scale
+
+    pair = (_struct((batch, width), _bf16),) * 2 if modulated else None
+    return coded, (_struct(shape, _bf16), _struct((width,), jnp.float32), pair)
+
+
 ATTENTION: dict[str, Case] = {
     "dense, PixArt 2048": (dense_attention, _heads(1, 16384, 16, 72)),
     "band, PixArt 2048": (_sparse(Band(2048)), _heads(1, 16384, 16, 72)),
@@ -172,4 +189,11 @@ PRODUCTS: dict[str, Case] = {
     "W4A8, uneven": _packed_product(1000, 1152, 600, 4, 64, jnp.int8),
 }
 
-CASES = {**ATTENTION, **RESIDUAL, **QUANTIZED_ATTENTION, **DECODE, **PRODUCTS}
+CODES: dict[str, Case] = {
+    "codes, modulated, DiT-XL": _coded((2, 1024, 1152), modulated=True),
+    "codes, rotated, 1152 channels": _coded((1, 4096, 1152), rotated=True),
+    "codes, rotated, 4608 channels": _coded((1, 4096, 4608), rotated=True),
+    "codes, modulated and rotated, uneven": _coded((2, 300, 1152), rotated=True, modulated=True),
+}
+
+CASES = {**ATTENTION, **RESIDUAL, **QUANTIZED_ATTENTION, **DECODE, **PRODUCTS, **CODES}

@@ -30,12 +30,9 @@ _PROGRAMS = 512  # enough to keep the memory of a large GPU busy
 
 def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> jax.Array:
     """Tiles of int8 into an int32 accumulator; scales and zero points after the loop."""
-    (x_scale, w_scale), (x_codes, w_codes, w_zero) = floats, codes
+    (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
     m, n = x_codes.shape[0], w_codes.shape[1]
     rows, columns = _tiles(m, n)
-    sums = None
-    if w_zero is not None:
-        sums = jnp.sum(x_codes, axis=1, keepdims=True, dtype=jnp.int32)
     x_codes, w_codes = pad_axis(x_codes, 1, _INNER), pad_axis(w_codes, 0, _INNER)
     x_codes, x_scale, sums = _padded((x_codes, x_scale, sums), 0, rows)
     w_codes, w_scale, w_zero = _padded((w_codes, w_scale, w_zero), 1, columns)

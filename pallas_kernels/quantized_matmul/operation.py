@@ -68,6 +68,7 @@ def int8_matmul(
     x_scale: jax.Array,
     w_scale: jax.Array,
     w_zero: jax.Array | None = None,
+    x_sums: jax.Array | None = None,
     out_dtype: Any = jnp.float32,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -81,6 +82,7 @@ def int8_matmul(
         w_scale: float32[N] or [1, N], one for each output.
         w_zero: integers [N] or [1, N] of asymmetric weights W = w_scale (q + w_zero); None for
             symmetric ones. 127 K |w_zero| must stay below 2^31.
+        x_sums: int32[..., 1], sums of the rows' codes, which `w_zero` needs; None computes them.
         out_dtype: float32 or bfloat16.
         implementation, interpret: as in `dispatch`.
 
@@ -104,6 +106,11 @@ def int8_matmul(
     if w_zero is not None:
         _check_integers(name, "w_zero", w_zero)
         w_zero = _row(name, "w_zero", w_zero, columns).astype(jnp.int32)
+        if x_sums is None:
+            x_sums = jnp.sum(x_codes, axis=-1, keepdims=True, dtype=jnp.int32)
+        _check_dtype(name, "x_sums", x_sums, jnp.int32)
+        _check_shape(name, "x_sums", x_sums, (*x_codes.shape[:-1], 1))
+        x_sums = x_sums.reshape(-1, 1)
     if rows > 2**17:
         raise ValueError(
             f"{name}: sums of {rows} products of int8 can exceed int32; split K into parts of at "
@@ -120,7 +127,7 @@ def int8_matmul(
         implementation,
         {key: partial(program, out_dtype=out_dtype) for key, program in programs.items()},
         (x_scale.reshape(-1, 1), w_scale),
-        (x_codes.reshape(-1, rows), w_codes, w_zero),
+        (x_codes.reshape(-1, rows), w_codes, w_zero, None if w_zero is None else x_sums),
         size=x_codes.size * columns,
         interpret=interpret,
     )

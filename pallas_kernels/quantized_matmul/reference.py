@@ -16,7 +16,7 @@ from pallas_kernels.packing import unpack
 
 def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any) -> jax.Array:
     """Zero points are added to the weights' codes."""
-    (x_scale, w_scale), (x_codes, w_codes, w_zero) = floats, codes
+    (x_scale, w_scale), (x_codes, w_codes, w_zero, _) = floats, codes
     weights = w_codes.astype(jnp.int32)
     weights = weights if w_zero is None else weights + w_zero
     product = jnp.matmul(x_codes.astype(jnp.int32), weights).astype(jnp.float32)

@@ -31,11 +31,8 @@ _SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "
 
 def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> jax.Array:
     """Tiles of int8 into an int32 accumulator; scales and zero points after the last one."""
-    (x_scale, w_scale), (x_codes, w_codes, w_zero) = floats, codes
+    (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
     m, n = x_codes.shape[0], w_codes.shape[1]
-    sums = None
-    if w_zero is not None:
-        sums = jnp.sum(x_codes, axis=1, keepdims=True, dtype=jnp.int32)
     x_codes, w_codes = pad_axis(x_codes, 1, 128), pad_axis(w_codes, 0, 128)
     k = x_codes.shape[1]
     x_codes, x_scale, sums = _whole_rows((x_codes, x_scale, sums), m)

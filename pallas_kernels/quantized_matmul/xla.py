@@ -3,7 +3,7 @@
 Shapes and formulas are those of `quantized_matmul`. Here and in the kernels, programs are functions
 of two trees, what has a gradient and what has none, so that one wrapper serves them all:
 
-    W8A8     (x_scale [M, 1], w_scale [1, N])               (x_codes [M, K], w_codes, w_zero [1, N])
+    W8A8     (x_scale [M, 1], w_scale [1, N])               (x_codes, w_codes, w_zero, sums [M, 1])
     packed   (x or None, x_scale or None, scale [K/G, N])   (x_codes or None, planes, zero [K/G, N])
 """
 
@@ -21,10 +21,10 @@ from pallas_kernels.tiling import pad_axis
 
 def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any) -> jax.Array:
     """One integer product, and the zero points by the rows' sums."""
-    (x_scale, w_scale), (x_codes, w_codes, w_zero) = floats, codes
+    (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
     product = jnp.matmul(x_codes, w_codes, preferred_element_type=jnp.int32)
     if w_zero is not None:
-        product += jnp.sum(x_codes, axis=-1, keepdims=True, dtype=jnp.int32) * w_zero
+        product += sums * w_zero
     return (product.astype(jnp.float32) * x_scale * w_scale).astype(out_dtype)
 
 

@@ -121,6 +121,18 @@ def test_zero_points_are_added_to_codes():
     np.testing.assert_allclose(run(int8_matmul, operands), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_given_sums_are_used():
+    operands = int8_operands(5, 64, 16)
+    sums = jnp.sum(operands["x_codes"], axis=1, keepdims=True, dtype=jnp.int32)
+    expected = int8_matmul(**operands, implementation="xla")
+    given = int8_matmul(**operands, x_sums=sums, implementation="xla")
+    chex.assert_trees_all_equal(given, expected)
+    others, _ = run_all(int8_matmul, operands | {"x_sums": sums + 1}, ("xla", "pallas_tpu"))
+    step = operands["x_scale"] * operands["w_scale"] * operands["w_zero"].astype(jnp.float32)
+    for out in others.values():
+        chex.assert_trees_all_close(out - expected, step, atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("shape", "bits", "group_size", "dtype", "zero"),
     [
@@ -388,6 +400,7 @@ def test_errors_of_packed_matmul(change, options, message):
         ({"w_scale": jnp.ones((15,))}, r"w_scale must have shape \(16,\) or \(1, 16\)"),
         ({"w_scale": jnp.ones((16,), jnp.bfloat16)}, "w_scale must be float32"),
         ({"w_zero": jnp.zeros((16,))}, "w_zero must be integers"),
+        ({"x_sums": jnp.zeros((2,), jnp.int32)}, r"x_sums must have shape \(2, 1\)"),
     ],
 )
 def test_errors_of_int8_matmul(change, message):

@@ -71,6 +71,20 @@ def test_the_integer_path_multiplies_integers(case):
     assert f"{X.shape[0] * X.shape[1]}x256xf32" not in text.split("dot_general")[1][:200]
 
 
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+def test_one_kernel_prepares_and_codes_inputs(kernel):
+    leaf = quantize_matrix(W, Quantizer(8, symmetric=False), **CASES["mask and rotation"])
+
+    def product(x):
+        return qdot(x, leaf, implementation=kernel, interpret=True)
+
+    chex.assert_trees_all_close(product(X), qdot(X, leaf, path="reference"), atol=2e-2)
+    jaxpr = jax.make_jaxpr(product)(X)
+    text = str(jaxpr)
+    assert text.count("pallas_call[") == 2  # codes with their sums, and the product
+    assert "reduce_sum" not in text.split("pallas_call[")[0]
+
+
 def test_bfloat16_and_float16_inputs():
     for dtype in (jnp.bfloat16, jnp.float16):
         for case in ("W8A8", "W4A16 groups"):

@@ -1,0 +1,5 @@
+"""Inputs of quantised products: modulated, masked, rotated and coded, in one pass."""
+
+from pallas_kernels.input_codes.operation import InputCodes, input_codes
+
+__all__ = ["InputCodes", "input_codes"]

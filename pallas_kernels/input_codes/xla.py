@@ -1,0 +1,34 @@
+"""Codes in XLA, on every platform: a small product for each factor of the rotation."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.input_codes.reference import (
+    Factors,
+    Modulation,
+    Results,
+    prepare,
+    quantize_rows,
+)
+
+
+def input_codes(
+    x: jax.Array,
+    modulation: Modulation,
+    multiplier: jax.Array | None,
+    factors: Factors,
+    *,
+    bits: int,
+) -> Results:
+    """Results and results are those of the reference."""
+    y = prepare(x, modulation, multiplier)
+    orders = [factor.shape[0] for factor in factors]
+    y = y.reshape(*x.shape[:2], x.shape[2] // math.prod(orders), *orders)
+    for axis, factor in enumerate(factors, start=3):
+        y = jnp.matmul(jnp.moveaxis(y, axis, -1), factor, precision="highest")
+        y = jnp.moveaxis(y, -1, axis)
+    return quantize_rows(y.reshape(x.shape), bits)
