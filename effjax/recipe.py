@@ -2,11 +2,15 @@
 
 `recipe.json` lists methods with their plans. Loading runs these transforms on the *shapes* of the
 base model's parameters; what comes out is the template that the tensors must fill.
+
+Codes of quantised leaves stand in the file as streams of bits (`effjax.quant.disk`); the metadata
+of the file says {"bits": b, "shape": [I, O]} under the tensor's name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,10 @@ from tqdm.auto import tqdm
 
 from effjax import registry
 from effjax.forward import Forward, Params, abstract
+from effjax.quant import QTensor
+from effjax.quant.disk import Codes
 from effjax.storage import (
     Spec,
-    Tensor,
     new_directory,
     open_safetensors,
     open_shards,
@@ -52,21 +57,34 @@ def save(
         progress: show a bar for what takes longer than a second.
 
     Raises:
-        ValueError: if the path is taken, or the forward has edits that its recipe does not make.
+        ValueError: if the path is taken, or the forward has edits, or the parameters leaves, that
+            its recipe does not make.
     """
     if forward.fixed_step is not None:
         raise ValueError("save the forward itself, not forward.at(step)")
     base, _ = abstract(forward.model, forward.config)
-    if _replay(base, forward.recipe)[0] != forward:
+    replayed, template = _replay(base, forward.recipe)
+    if replayed != forward:
         raise ValueError(
             "this forward has edits that do not come from a method's transform, so a recipe could "
             "not bring them back. Save before adding them."
         )
     leaves = named_arrays(params)
-    wrong = [name for name, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)]
+    allowed = jax.Array | np.ndarray
+    wrong = [
+        name
+        for name, leaf in leaves.items()
+        if not all(isinstance(x, allowed) for x in jax.tree.leaves(_value(leaf)))
+    ]
     if wrong:
         raise ValueError(f"these parameters are no arrays: {wrong}")
-    specs = {name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+    specs = {name: _spec(leaf) for name, leaf in leaves.items()}
+    _check(
+        "the parameters do not fit the recipe, which could not bring them back; leaves that were "
+        "imported quantised are written by converters.save_pretrained",
+        named_arrays(template),
+        specs,
+    )
     steps = [{"method": name, "plan": plan.to_dict()} for name, plan in forward.recipe]
     with new_directory(Path(path)) as directory:
         config = {"model": forward.model.__name__, **dataclasses.asdict(forward.config)}
@@ -76,9 +94,14 @@ def save(
             directory,
             STEM,
             specs,
-            lambda name: to_host(leaves[name]),
+            lambda name: _to_disk(leaves[name]),
             max_shard_bytes=max_shard_bytes,
             progress=progress,
+            notes={
+                name: json.dumps({"bits": leaf.bits, "shape": leaf.shape})
+                for name, leaf in leaves.items()
+                if isinstance(leaf, Codes)
+            },
         )
 
 
@@ -107,22 +130,52 @@ def load(
         raise ValueError(f"{directory} lacks {single.name}; copy the whole directory again")
     tensors = open_shards(index) if index.is_file() else open_safetensors(single)
     expected = named_arrays(template)
-    _check(directory, expected, tensors)
-    arrays = []
-    total = sum(Spec(tensors[name].shape, tensors[name].dtype).bytes_ for name in expected)
+    given = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    _check(f"{directory} does not fit its configuration", expected, given)
+    leaves = []
+    total = sum(given[name].bytes_ for name in expected)
     with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, delay=1, disable=not progress
     ) as bar:
-        for name in expected:
-            arrays.append(place(np.array(tensors[name].read()), sharding))
-            bar.update(arrays[-1].nbytes)
-    return forward, jax.tree.unflatten(jax.tree.structure(template), arrays)
+        for name, leaf in expected.items():
+            stored = tensors[name].read()
+            host = leaf.from_disk(stored) if isinstance(leaf, Codes) else np.array(stored)
+            leaves.append(jax.tree.map(lambda array: place(array, sharding), host))
+            bar.update(given[name].bytes_)
+    return forward, jax.tree.unflatten(jax.tree.structure(_as_stored(template)), leaves)
 
 
 def named_arrays(params: Params) -> dict[str, Any]:
-    """Arrays by name, those within a quantised leaf too (`blocks.0.mlp.fc1.kernel.qvalue.0`)."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    """Arrays by name as they are stored, those within a quantised leaf too.
+
+    A leaf's codes are one `Codes` (`blocks.0.mlp.fc1.kernel.qvalue`).
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(_as_stored(params))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+
+
+def _as_stored(params: Params) -> Params:
+    def stored(leaf: Any) -> Any:
+        if not isinstance(leaf, QTensor):
+            return leaf
+        return dataclasses.replace(leaf, qvalue=Codes(leaf.qvalue, leaf.shape, leaf.bits))
+
+    return jax.tree.map(stored, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.value if isinstance(leaf, Codes) else leaf
+
+
+def _spec(leaf: Any) -> Spec:
+    if isinstance(leaf, Codes):
+        return Spec(leaf.disk_shape, leaf.disk_dtype)
+    return Spec(tuple(leaf.shape), np.dtype(leaf.dtype))
+
+
+def _to_disk(leaf: Any) -> np.ndarray:
+    host = jax.tree.map(to_host, _value(leaf))
+    return dataclasses.replace(leaf, value=host).to_disk() if isinstance(leaf, Codes) else host
 
 
 def describe(path: str | os.PathLike) -> Pair:
@@ -157,17 +210,20 @@ def _replay(base: Forward, recipe: tuple[tuple[str, Any], ...]) -> Pair:
     return on_shapes(transforms, base, base.abstract_params())
 
 
-def _check(directory: Path, expected: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    problems = [f"missing: {name}" for name in expected if name not in tensors]
-    for name, tensor in tensors.items():
+def _check(what: str, expected: dict[str, Any], given: dict[str, Spec]) -> None:
+    """Report missing, unexpected and misshapen tensors at once; floats may have any dtype."""
+    problems = [f"missing: {name}" for name in expected if name not in given]
+    for name, spec in given.items():
         if name not in expected:
-            problems.append(f"unexpected: {name} {list(tensor.shape)}")
-        elif tensor.shape != expected[name].shape:
+            problems.append(f"unexpected: {name} {list(spec.shape)}")
+            continue
+        wanted = _spec(expected[name])
+        if spec.shape != wanted.shape:
             problems.append(
-                f"misshapen: {name} is {list(tensor.shape)}, must be {list(expected[name].shape)}"
+                f"misshapen: {name} is {list(spec.shape)}, must be {list(wanted.shape)}"
             )
+        elif isinstance(expected[name], Codes) and spec.dtype != wanted.dtype:
+            problems.append(f"mistyped: {name} is {spec.dtype}, must be {wanted.dtype}")
     if problems:
         listed = "\n  ".join(problems)
-        raise ValueError(
-            f"{directory} does not fit its configuration ({len(problems)} problems):\n  {listed}"
-        )
+        raise ValueError(f"{what} ({len(problems)} problems):\n  {listed}")

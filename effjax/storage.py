@@ -220,6 +220,7 @@ def write_shards(
     *,
     max_shard_bytes: int,
     progress: bool,
+    notes: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write tensors into one safetensors file, or into several with an index.
 
@@ -227,6 +228,7 @@ def write_shards(
         specs: what will be written, by tensor name.
         read: gives one tensor; it is written before the next is asked for.
         max_shard_bytes: size of the tensors in one file; only a single tensor may be larger.
+        notes: what readers must know of a tensor, by its name, for the metadata of its file.
 
     Returns:
         Names of the weight files.
@@ -252,7 +254,8 @@ def write_shards(
     ) as bar:
         for file, names in zip(files, shards):
             held = {name: specs[name] for name in names}
-            write_safetensors(directory / file, held, read, bar.update)
+            said = {name: text for name, text in (notes or {}).items() if name in held}
+            write_safetensors(directory / file, held, read, bar.update, said)
     if count > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -265,9 +268,11 @@ def write_safetensors(
     specs: Mapping[str, Spec],
     read: Callable[[str], np.ndarray],
     written: Callable[[int], Any] = lambda bytes_: None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write one file in the order of `specs`, holding one tensor at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # readers ask for it
+    metadata = {"format": "pt", **(notes or {})}  # readers ask for the format
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, spec in specs.items():
         begin, end = end, end + spec.bytes_

@@ -1,0 +1,156 @@
+"""Codes on disk: a stream of bits that any program can read, and the kernels' planes from it.
+
+A row of codes is one little-endian stream of bits, whatever the machine: code n of b bits, in two's
+complement, is bits b n ... b n + b - 1, and bit k of a row is bit k % 8 of its byte k // 8. A row
+begins with a byte of its own. So eight codes are b bytes, and codes of 8 bits are int8.
+
+Words of 32 bits in little-endian order are the same stream, which is why the formats of other
+libraries are read with these functions too (`converters.quantized`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.packing import codes_per_row, packed_rows, plane_widths
+
+Rows = Callable[[int, int], np.ndarray]  # codes int8[end - begin, O] of rows begin ... end - 1
+
+
+def pack_bits(fields: np.ndarray, bits: int) -> np.ndarray:
+    """The low bits of uint8 or int8[..., N] as streams uint8[..., ceil(N bits / 8)]."""
+    *lead, count = fields.shape
+    octets = np.zeros((*lead, -(-count // 8) * 8), np.uint8)
+    octets[..., :count] = fields.view(np.uint8) & (2**bits - 1)
+    octets = octets.reshape(*lead, -1, 8)
+    words = np.zeros(octets.shape[:-1], "<u8")
+    for k in range(8):
+        words |= octets[..., k].astype("<u8") << (bits * k)
+    stream = words[..., None].view(np.uint8)[..., :bits].reshape(*lead, -1)
+    return stream[..., : -(-count * bits // 8)]
+
+
+def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` fields uint8[..., count] of streams uint8[..., bytes]."""
+    lead, groups = stream.shape[:-1], -(-count // 8)
+    held = np.zeros((*lead, groups * bits), np.uint8)
+    used = stream[..., : groups * bits]
+    held[..., : used.shape[-1]] = used
+    octets = np.zeros((*lead, groups, 8), np.uint8)
+    octets[..., :bits] = held.reshape(*lead, groups, bits)
+    words = octets.view("<u8")[..., 0]
+    fields = [(words >> (bits * k) & (2**bits - 1)).astype(np.uint8) for k in range(8)]
+    return np.stack(fields, axis=-1).reshape(*lead, -1)[..., :count]
+
+
+def signed(fields: np.ndarray, bits: int) -> np.ndarray:
+    """Fields uint8[...], read as two's complement: int8[...]."""
+    return (fields << (8 - bits)).view(np.int8) >> (8 - bits)
+
+
+def planes_of(rows: Rows, shape: tuple[int, int], bits: int) -> tuple[np.ndarray, ...]:
+    """The planes that `pallas_kernels.packing.pack` makes of codes [I, O], block by block."""
+    inputs, outputs = shape
+    counts = codes_per_row(bits)
+    dtype = np.int8 if bits == 8 else np.uint32
+    planes = [np.zeros((packed_rows(inputs, bits) // n, outputs), dtype) for n in counts]
+    for begin, end in _blocks(inputs, bits):
+        codes = np.zeros((packed_rows(1, bits), outputs), np.int8)
+        codes[: end - begin] = rows(begin, end)
+        if bits == 8:
+            planes[0][begin : begin + len(codes)] = codes
+            continue
+        low = 0
+        for plane, width, n in zip(planes, plane_widths(bits), counts):
+            fields = (codes.view(np.uint8) >> low & (2**width - 1)).reshape(-1, n, 8, outputs)
+            words = plane[begin // n : (begin + len(codes)) // n].reshape(-1, 8, outputs)
+            for slot in range(n):
+                words |= fields[:, slot].astype(np.uint32) << (width * slot)
+            low += width
+    return tuple(planes)
+
+
+def rows_of(planes: tuple[np.ndarray, ...], bits: int) -> Rows:
+    """Rows of codes from planes; each call begins and ends with whole blocks, or with the rows."""
+    counts = codes_per_row(bits)
+
+    def rows(begin: int, end: int) -> np.ndarray:
+        if bits == 8:
+            return planes[0][begin:end]
+        fields, low, stop = 0, 0, packed_rows(end, bits)
+        for plane, width, n in zip(planes, plane_widths(bits), counts):
+            words = plane[begin // n : stop // n].reshape(-1, 1, 8, plane.shape[1])
+            slots = words >> (width * np.arange(n, dtype=np.uint32))[:, None, None]
+            part = (slots & (2**width - 1)).astype(np.uint8).reshape(-1, plane.shape[1])
+            fields = part << low | fields
+            low += width
+        return signed(np.asarray(fields), bits)[: end - begin]
+
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """The codes of one leaf on their way to the disk and back; no pytree.
+
+    Attributes:
+        value: `QTensor.qvalue`: codes int8[I, O] or planes; arrays or their shapes.
+        shape: (I, O).
+        bits: of a code.
+    """
+
+    value: Any
+    shape: tuple[int, int]
+    bits: int
+
+    @property
+    def disk_shape(self) -> tuple[int, int]:
+        """[I, bytes of a row], of `disk_dtype`."""
+        return self.shape[0], -(-self.shape[1] * self.bits // 8)
+
+    @property
+    def disk_dtype(self) -> np.dtype:
+        return np.dtype(np.int8 if self.bits == 8 else np.uint8)
+
+    @property
+    def rows(self) -> Rows:
+        """Rows of the value, which is on the host."""
+        if isinstance(self.value, tuple):
+            return rows_of(self.value, self.bits)
+        return lambda begin, end: self.value[begin:end]
+
+    def to_disk(self) -> np.ndarray:
+        """The value, which is on the host, as it stands in the file."""
+        stored = np.empty(self.disk_shape, self.disk_dtype)
+        for begin, end in _blocks(self.shape[0], self.bits):
+            codes = self.rows(begin, end)
+            stored[begin:end] = codes if self.bits == 8 else pack_bits(codes, self.bits)
+        return stored
+
+    def from_disk(self, stored: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
+        """What stands in the file as arrays of the value's form, on the host."""
+
+        def rows(begin: int, end: int) -> np.ndarray:
+            if self.bits == 8:
+                return stored[begin:end]
+            return signed(unpack_bits(stored[begin:end], self.bits, self.shape[1]), self.bits)
+
+        return self.fill(rows)
+
+    def fill(self, rows: Rows) -> np.ndarray | tuple[np.ndarray, ...]:
+        """Codes that `rows` gives as arrays of the value's form, on the host."""
+        if isinstance(self.value, tuple):
+            return planes_of(rows, self.shape, self.bits)
+        codes = np.empty(self.shape, np.int8)
+        for begin, end in _blocks(self.shape[0], self.bits):
+            codes[begin:end] = rows(begin, end)
+        return codes
+
+
+def _blocks(rows: int, bits: int) -> Iterator[tuple[int, int]]:
+    step = packed_rows(1, bits)
+    return ((begin, min(begin + step, rows)) for begin in range(0, rows, step))
