@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,10 +16,11 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
+from converters.checkpoint import FLOATS
 from converters.family import Family, family_of_config
 from converters.hub import resolve
 from converters.names import Shape
-from converters.weights import FLOATS, open_weights
+from converters.weights import Leaf, open_weights
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.storage import Spec, new_directory, place, to_host, write_json, write_shards
 
@@ -44,7 +46,8 @@ def from_pretrained(
     """Load a model and its parameters from PyTorch weights.
 
     Tensors go one by one from the file to their place; the host never holds a second copy. torch
-    itself is needed for pickles only.
+    itself is needed for pickles only. Layers that the checkpoint holds quantised
+    (`converters.quantized`) become quantised leaves, with the file's own codes.
 
     Args:
         repo_or_dir: hub repository ("owner/name"), file in one ("owner/name/file.pt"), directory in
@@ -52,7 +55,7 @@ def from_pretrained(
         subfolder: of the model in the repository or directory; "transformer" for a pipeline.
         revision: branch, tag or commit of the repository.
         dtype: float32, bfloat16 or float16 for all parameters and for the computation; None keeps
-            parameters as stored and computes in float32.
+            parameters as stored and computes in float32. Quantised layers keep their codes.
         compute_dtype: dtype of the computation, if it is to differ from that of the parameters.
         token: for private repositories; True for the one that was stored by logging in.
         cache_dir: of downloads.
@@ -82,15 +85,16 @@ def from_pretrained(
     weights = open_weights(
         path, dtype=dtype, compute_dtype=compute_dtype, check_finite=check_finite
     )
-    placements = _placements(sharding, weights.shapes)
+    placements = _placements(sharding, weights.leaves)
     params = {}
-    total = sum(Spec(shape, weights.dtypes[name]).bytes_ for name, shape in weights.shapes.items())
+    total = sum(map(_bytes, weights.leaves.values()))
     with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, delay=1, disable=not progress
     ) as bar:
         for name, placement in placements.items():
-            params[name] = place(weights.read(name), placement)
-            bar.update(params[name].nbytes)
+            put = functools.partial(place, sharding=placement)
+            params[name] = jax.tree.map(put, weights.read(name))
+            bar.update(_bytes(weights.leaves[name]))
     weights.raise_faults()
     return weights.forward, nest_params(params)
 
@@ -117,7 +121,7 @@ def describe(
         "model": weights.forward.model.__name__,
         "layout": weights.layout,
         "config": dataclasses.asdict(weights.forward.config),
-        "parameters": sum(map(math.prod, weights.shapes.values())),
+        "parameters": sum(math.prod(leaf.shape) for leaf in weights.leaves.values()),
         "weight_bytes": sum(stored),
     }
 
@@ -202,12 +206,14 @@ def convert(
         progress=progress,
     )
     weights = open_weights(path, dtype=dtype, check_finite=check_finite)
+    if weights.layers:
+        raise ValueError(f"{path} holds quantised layers, which cannot be written yet")
     return _write(
         dst,
         weights.family,
         layout,
         weights.forward.config,
-        {name: Spec(shape, weights.dtypes[name]) for name, shape in weights.shapes.items()},
+        {name: Spec(leaf.shape, np.dtype(leaf.dtype)) for name, leaf in weights.leaves.items()},
         weights.read,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
@@ -221,7 +227,7 @@ def _write(
     layout: str,
     config: Any,
     params: Mapping[str, Spec],
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str], Any],
     *,
     max_shard_bytes: int,
     progress: bool,
@@ -272,27 +278,32 @@ def _write(
     }
 
 
-def _placements(sharding: Placement, shapes: Mapping[str, Shape]) -> dict[str, Sharding | None]:
-    """A sharding for every parameter; those that do not fit are all named."""
+def _bytes(leaf: Leaf) -> int:
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(leaf))
+
+
+def _placements(sharding: Placement, leaves: Mapping[str, Leaf]) -> dict[str, Sharding | None]:
+    """A sharding for every parameter, and all arrays of it; those that do not fit are all named."""
     if sharding is None:
-        return dict.fromkeys(shapes)
+        return dict.fromkeys(leaves)
     found: dict[str, Any]
     if isinstance(sharding, Sharding):
-        found = dict.fromkeys(shapes, sharding)
+        found = dict.fromkeys(leaves, sharding)
     elif isinstance(sharding, Mapping):
         found = flatten_params(sharding)
     else:
-        found = {name: sharding(name, shape) for name, shape in shapes.items()}
-    problems = [f"{name}: no such parameter" for name in found if name not in shapes]
-    problems += [f"{name}: no sharding is given" for name in shapes if name not in found]
-    for name in (name for name in shapes if name in found):
+        found = {name: sharding(name, leaf.shape) for name, leaf in leaves.items()}
+    problems = [f"{name}: no such parameter" for name in found if name not in leaves]
+    problems += [f"{name}: no sharding is given" for name in leaves if name not in found]
+    for name in (name for name in leaves if name in found):
         if not isinstance(found[name], Sharding):
             problems.append(f"{name}: must be a jax.sharding.Sharding, got {found[name]!r}")
             continue
         try:
-            found[name].shard_shape(shapes[name])
+            for array in jax.tree.leaves(leaves[name]):
+                found[name].shard_shape(array.shape)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
         raise ValueError("these shardings do not fit:\n  " + "\n  ".join(problems))
-    return {name: found[name] for name in shapes}
+    return {name: found[name] for name in leaves}

@@ -8,17 +8,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from converters.checkpoint import open_checkpoint
+from converters import quantized
+from converters.checkpoint import FLOATS, open_checkpoint
 from converters.family import Family, family_of_json, family_of_names
-from converters.names import Binding, Shape, Table
+from converters.names import LAYOUTS, Binding, Piece, Shape, Table
+from converters.quantized import Layer, Quantization
 from effjax.forward import Forward, abstract, flatten_params
+from effjax.quant import QTensor
 from effjax.storage import Tensor, read_json
 
-FLOATS = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
+Leaf = jax.ShapeDtypeStruct | QTensor
 
 
 def float_dtype(dtype: DTypeLike) -> np.dtype:
@@ -35,36 +39,49 @@ class Weights:
     Attributes:
         family, layout: what the checkpoint was recognised as.
         forward: the model, without parameters.
-        shapes: of the parameters, by path.
-        dtypes: of the parameters as they are read.
+        leaves: shapes and dtypes of the parameters as they are read, by path; a `QTensor` of them
+            for a quantised layer.
+        tensors: of the checkpoint, by name.
+        layers: those that are quantised, by the name of the tensor in whose place they stand.
         faults: bad values found so far, by tensor name.
     """
 
     family: Family
     layout: str
     forward: Forward
-    shapes: dict[str, Shape]
-    dtypes: dict[str, np.dtype]
+    leaves: dict[str, Leaf]
     check_finite: bool
     tensors: dict[str, Tensor]
+    layers: dict[str, Layer]
     binding: Binding
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def read(self, path: str) -> np.ndarray:
-        """A parameter, in an array of its own."""
-        piece = self.binding.targets[path][0]
+    def read(self, path: str) -> np.ndarray | QTensor:
+        """A parameter, in arrays of its own."""
+        piece, leaf = self.binding.targets[path][0], self.leaves[path]
+        if isinstance(leaf, QTensor):
+            layer = self.layers[piece.source]
+            value = layer.read(leaf.shape, piece.part, piece.parts)
+            if self.check_finite:
+                self._check_finite(f"{layer.name}.{layer.scheme.layout.scale}", value.scale)
+            return value
         value = piece.read(self.tensors[piece.source].read())
-        if self.check_finite and not (finite := np.isfinite(value)).all():
-            count = finite.size - np.count_nonzero(finite)
-            self.faults[piece.source] = f"{count} of {finite.size} values are NaN or infinite"
+        if self.check_finite:
+            self._check_finite(piece.source, value)
         with np.errstate(over="ignore", invalid="ignore"):
-            converted = value.astype(self.dtypes[path])  # in the order of the file, which is fast
+            converted = value.astype(leaf.dtype)  # in the order of the file, which is fast
         if converted.dtype == value.dtype:
             return converted
         overflown = np.count_nonzero(np.isinf(converted)) - np.count_nonzero(np.isinf(value))
         if overflown:
             self.faults[piece.source] = f"{overflown} values are beyond {converted.dtype}"
         return converted
+
+    def _check_finite(self, name: str, value: np.ndarray) -> None:
+        finite = np.isfinite(value)
+        if not finite.all():
+            count = finite.size - np.count_nonzero(finite)
+            self.faults[name] = f"{count} of {finite.size} values are NaN or infinite"
 
     def raise_faults(self) -> None:
         """Report the tensors with bad values, once all have been read."""
@@ -91,9 +108,14 @@ def open_weights(
             misshapen tensors, other dtypes, and copies that differ, all listed at once.
     """
     tensors = open_checkpoint(path)
-    family, layout, config = _identify(path, tensors)
+    quantization = _quantization(path)
+    layers = {} if quantization is None else quantization.layers(tensors)
+    layers = {f"{name}.weight": layer for name, layer in layers.items()}
+    within = {f"{layer.name}.{part}" for layer in layers.values() for part in layer.tensors}
+    dense = {name: tensor for name, tensor in tensors.items() if name not in within}
+    family, layout, config = _identify(path, dense, layers)
     dtype = None if dtype is None else float_dtype(dtype)
-    counts = collections.Counter(tensor.dtype for tensor in tensors.values())
+    counts = collections.Counter(tensor.dtype for tensor in dense.values())
     common = next((d for d, _ in counts.most_common() if d in FLOATS), FLOATS[0])
     numerics = {"param_dtype": str(dtype or common)}
     if (computed := compute_dtype or dtype) is not None:
@@ -103,27 +125,46 @@ def open_weights(
     table = family.tables[layout]
     binding = table.bind(shapes)
     _raise(
-        _problems(table, binding, shapes, config, tensors),
+        _problems(table, binding, shapes, config, dense, layers),
         f"{path} does not fit {family.class_name} as its configuration describes it",
     )
-    dtypes = {
-        name: dtype or tensors[pieces[0].source].dtype for name, pieces in binding.targets.items()
-    }
-    return Weights(family, layout, forward, shapes, dtypes, check_finite, tensors, binding)
+    leaves: dict[str, Leaf] = {}
+    for name, pieces in binding.targets.items():
+        source = pieces[0].source
+        if source in layers:
+            leaves[name] = layers[source].scheme.leaf(shapes[name])
+        else:
+            leaves[name] = jax.ShapeDtypeStruct(shapes[name], dtype or dense[source].dtype)
+    return Weights(family, layout, forward, leaves, check_finite, tensors, layers, binding)
 
 
-def _identify(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Family, str, Any]:
+def _quantization(path: Path) -> Quantization | None:
+    """What the config.json beside a weight file says of quantised layers, if there are any."""
+    config_path = path.with_name("config.json")
+    config = read_json(config_path) if config_path.is_file() else {}
+    if not config.get(quantized.KEY):
+        return None
+    try:
+        return quantized.read_config(config[quantized.KEY])
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from error
+
+
+def _identify(
+    path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]
+) -> tuple[Family, str, Any]:
     """Family, layout and configuration, from config.json or from the tensors alone."""
+    names = [*tensors, *layers]
     config_path = path.with_name("config.json")
     if config_path.is_file():
         config = read_json(config_path)
         family = family_of_json(config)
         try:
-            return family, family.layout(tensors), family.read_config(config)
+            return family, family.layout(names), family.read_config(config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{config_path}: {error}") from error
-    family = family_of_names(tensors)
-    layout = family.layout(tensors)
+    family = family_of_names(names)
+    layout = family.layout(names)
     infer = family.tables[layout].infer
     if infer is None:
         raise ValueError(
@@ -143,12 +184,21 @@ def _problems(
     shapes: Mapping[str, Shape],
     config: Any,
     tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Layer],
 ) -> list[tuple[str, str]]:
-    """What keeps these tensors from being the model's: (name, fault)."""
+    """What keeps these tensors and quantised layers from being the model's: (name, fault)."""
     expected = binding.source_shapes(shapes)
     buffers = {buffer.source: buffer for buffer in table.buffers}
     problems = []
     for name, shape in expected.items():
+        if name in layers:
+            if name in tensors:
+                problems.append((name, "stands beside the tensors of a quantised layer"))
+            if binding.sources[name][0].layout is LAYOUTS["linear"]:
+                problems += layers[name].problems(shape)
+            else:
+                problems.append((name, "quantised, which only linear layers can be"))
+            continue
         if name not in tensors:
             problems.append((name, f"missing, must be {list(shape)}"))
             continue
@@ -162,14 +212,30 @@ def _problems(
             problems.append((name, "differs from what the model computes in its place"))
         elif name not in buffers and name not in expected and name not in table.aliases:
             problems.append((name, "unexpected"))
+    problems += [
+        (f"{layers[name].name}.{part}", "unexpected")
+        for name in layers
+        if name not in expected
+        for part in layers[name].tensors
+    ]
     if problems:
         return problems
+
+    def held(piece: Piece) -> dict[str, np.ndarray]:
+        if piece.source in layers:
+            parts = layers[piece.source].tensors
+            return {part: tensor.read() for part, tensor in parts.items()}
+        return {"": piece.read(tensors[piece.source].read())}
+
+    def same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
+        return one.keys() == two.keys() and all(_same_bits(one[part], two[part]) for part in one)
+
     for first, *copies in binding.targets.values():
-        value = first.read(tensors[first.source].read())
+        value = held(first) if copies else {}
         problems += [
             (copy.source, f"differs from its copy {first.source}")
             for copy in copies
-            if not _same_bits(value, copy.read(tensors[copy.source].read()))
+            if not same(value, held(copy))
         ]
     problems += [
         (alias, f"differs from its copy {name}")

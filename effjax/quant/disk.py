@@ -131,6 +131,10 @@ class Codes:
             stored[begin:end] = codes if self.bits == 8 else pack_bits(codes, self.bits)
         return stored
 
+    def unpacked(self) -> np.ndarray:
+        """The value, which is on the host, as int8[I, O]."""
+        return _whole(self.rows, self.shape, self.bits)
+
     def from_disk(self, stored: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
         """What stands in the file as arrays of the value's form, on the host."""
 
@@ -145,10 +149,14 @@ class Codes:
         """Codes that `rows` gives as arrays of the value's form, on the host."""
         if isinstance(self.value, tuple):
             return planes_of(rows, self.shape, self.bits)
-        codes = np.empty(self.shape, np.int8)
-        for begin, end in _blocks(self.shape[0], self.bits):
-            codes[begin:end] = rows(begin, end)
-        return codes
+        return _whole(rows, self.shape, self.bits)
+
+
+def _whole(rows: Rows, shape: tuple[int, int], bits: int) -> np.ndarray:
+    codes = np.empty(shape, np.int8)
+    for begin, end in _blocks(shape[0], bits):
+        codes[begin:end] = rows(begin, end)
+    return codes
 
 
 def _blocks(rows: int, bits: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,448 @@
+"""Quantised layers in checkpoints of other libraries: GPTQ, AWQ, compressed-tensors.
+
+A linear layer `b` holds several tensors `b.<name>` in the place of `b.weight` [O, I]. They say
+
+    W = (q - z) s     with one s and z for each output and each of G groups of consecutive inputs
+
+                    codes q                   zero points z                  scales s [G, O]
+    gptq            qweight [I n/32, O]       qzeros [G, O n/32]             scales
+    awq             qweight [I, O n/32]       qzeros [G, O n/32]             scales
+                                                                             scales s [O, G]
+    pack-quantized  weight_packed [O, I n/32] weight_zero_point [O n/32, G]  weight_scale
+    int-quantized   weight int8[O, I]         weight_zero_point int8[O, G]   weight_scale
+
+Codes of n bits stand in int32 words, from the lowest bits on, along the axis that is divided; those
+of 3 bits cross from word to word, so that an axis is one stream of bits (`effjax.quant.disk`). In
+words, codes and zero points are unsigned: 2^(n-1) is subtracted from both. Further:
+
+    gptq  Version 1 stores z - 1. It was subtracted from whole words, borrows and all, which matters
+          where z is 0; not so for 3 bits. Version 2 ("gptq_v2") stores z.
+    awq   Eight consecutive outputs stand in a word in the order 0, 2, 4, 6, 1, 3, 5, 7.
+    pack-quantized  `weight_shape` is [O, I]. Older files have zero points as int8 [O, G].
+    g_idx, weight_g_idx  The group of each input; here groups must be consecutive inputs.
+
+Sources: AutoGPTQ and GPTQModel (`nn_modules/qlinear`), AutoAWQ (`utils/packing_utils.py`),
+compressed-tensors (`compressors/pack_quantized`, `naive_quantized`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from converters.checkpoint import FLOATS
+from converters.family import Json
+from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
+from effjax.quant.disk import Codes, Rows, signed, unpack_bits
+from effjax.storage import Shape, Spec, Tensor
+
+KEY = "quantization_config"  # of config.json
+INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
+
+
+class Format(NamedTuple):
+    """Which tensors a format keeps of a layer.
+
+    Attributes:
+        codes, zeros, scale: their names.
+        packed: along which axis words hold codes; None if they are int8.
+        transposed: tensors are [O, ...], as torch's weights are; else [..., O].
+        order: outputs within a word, by their places.
+        groups: name of the group of each input.
+        shape: name of the tensor that holds [O, I].
+    """
+
+    codes: str
+    zeros: str
+    scale: str
+    packed: Literal["inputs", "outputs"] | None
+    transposed: bool
+    order: tuple[int, ...] | None = None
+    groups: str | None = None
+    shape: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors that a layer may hold."""
+        held = (self.codes, self.zeros, self.scale, self.groups, self.shape)
+        return tuple(name for name in held if name)
+
+
+FORMATS = {
+    "gptq": Format("qweight", "qzeros", "scales", "inputs", False, groups="g_idx"),
+    "awq": Format("qweight", "qzeros", "scales", "outputs", False, (0, 2, 4, 6, 1, 3, 5, 7)),
+    "pack-quantized": Format(
+        *("weight_packed", "weight_zero_point", "weight_scale", "inputs", True),
+        groups="weight_g_idx",
+        shape="weight_shape",
+    ),
+    "int-quantized": Format(
+        *("weight", "weight_zero_point", "weight_scale", None, True), groups="weight_g_idx"
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How one layer is quantised.
+
+    Attributes:
+        format: in `FORMATS`.
+        bits: of a weight's code.
+        group_size: inputs that share a scale; None for all.
+        symmetric: whether all zero points are zero.
+        activations: how inputs become codes; None leaves them floats.
+        minus_one: whether zero points are stored minus one, as in version 1 of GPTQ.
+    """
+
+    format: str
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    activations: Activations | None = None
+    minus_one: bool = False
+
+    @property
+    def layout(self) -> Format:
+        return FORMATS[self.format]
+
+    def words(self, count: int) -> int:
+        """Words along an axis of this many codes."""
+        return -(-count * self.bits // 32)
+
+    def groups(self, inputs: int) -> int:
+        return inputs // (self.group_size or inputs)
+
+    def specs(self, shape: Shape) -> dict[str, tuple[tuple[Spec, ...], bool]]:
+        """What each tensor of a layer [O, I] may be, first what is written, and if it must be."""
+        outputs, inputs = shape
+        layout, groups = self.layout, self.groups(shape[1])
+
+        def oriented(rows: int, columns: int) -> Shape:
+            return (columns, rows) if layout.transposed else (rows, columns)
+
+        whole = Spec(oriented(groups, outputs), INT8)
+        if layout.packed is None:
+            codes, zeros = [Spec(oriented(inputs, outputs), INT8)], [whole]
+        else:
+            rows, columns = inputs, self.words(outputs)
+            if layout.packed == "inputs":
+                rows, columns = self.words(inputs), outputs
+            codes = [Spec(oriented(rows, columns), INT32)]
+            zeros = [Spec(oriented(groups, self.words(outputs)), INT32)]
+            zeros += [whole] if self.format == "pack-quantized" else []
+        found = {
+            layout.codes: (codes, True),
+            layout.zeros: (zeros, not self.symmetric or self.format in ("gptq", "awq")),
+            layout.scale: ([Spec(oriented(groups, outputs), dtype) for dtype in FLOATS], True),
+        }
+        if layout.shape:
+            found[layout.shape] = [Spec((2,), INT64), Spec((2,), INT32)], True
+        if layout.groups:
+            found[layout.groups] = [Spec((inputs,), INT32), Spec((inputs,), INT64)], False
+        return {name: (tuple(specs), must) for name, (specs, must) in found.items()}
+
+    def leaf(self, shape: Shape) -> QTensor:
+        """The shapes of the leaf for a matrix [I, O]."""
+        quantizer = Quantizer(self.bits, self.symmetric)
+        return _leaf(shape, quantizer, self.group_size, self.activations)
+
+    # Reading: tensors by name to arrays [inputs or groups, O].
+
+    def rows(self, held: Mapping[str, np.ndarray], outputs: int) -> Rows:
+        """Signed codes int8[rows, O]; rows begin at a multiple of 32."""
+        codes = self._oriented(held[self.layout.codes])
+
+        def rows(begin: int, end: int) -> np.ndarray:
+            if self.layout.packed is None:
+                return codes[begin:end]
+            if self.layout.packed == "inputs":
+                words = codes[begin * self.bits // 32 : self.words(end)]
+                return self._signed(self._fields(words.T)[:, : end - begin].T)
+            return self._signed(self._fields(codes[begin:end])[:, :outputs])
+
+        return rows
+
+    def zeros(self, held: Mapping[str, np.ndarray], outputs: int) -> np.ndarray:
+        """Signed zero points int32[G, O]."""
+        zeros = self._oriented(held[self.layout.zeros])
+        if zeros.dtype == INT8:
+            return zeros.astype(np.int32)
+        ones = sum(1 << low for low in range(0, 32, self.bits))
+        whole = 32 % self.bits == 0
+        if self.minus_one and whole:
+            zeros = (zeros.astype("<i4").view("<u4") + np.uint32(ones)).view("<i4")
+        fields = self._fields(zeros)[:, :outputs]
+        if self.minus_one and not whole:
+            fields = fields + np.uint8(1) & np.uint8(2**self.bits - 1)
+        return self._signed(fields).astype(np.int32)
+
+    def scale(self, held: Mapping[str, np.ndarray]) -> np.ndarray:
+        """float32[G, O]."""
+        return np.ascontiguousarray(self._oriented(held[self.layout.scale]), np.float32)
+
+    def _oriented(self, array: np.ndarray) -> np.ndarray:
+        return array.T if self.layout.transposed else array
+
+    def _signed(self, fields: np.ndarray) -> np.ndarray:
+        return signed(fields ^ np.uint8(2 ** (self.bits - 1)), self.bits)
+
+    def _fields(self, words: np.ndarray) -> np.ndarray:
+        """Unsigned codes uint8[rows, codes] of words int32[rows, words]."""
+        stream = np.ascontiguousarray(words, "<i4").view(np.uint8)
+        fields = unpack_bits(stream, self.bits, words.shape[1] * 32 // self.bits)
+        if self.layout.order is None:
+            return fields
+        places = np.argsort(self.layout.order)
+        return fields.reshape(len(fields), -1, len(places))[..., places].reshape(fields.shape)
+
+
+@functools.cache
+def _leaf(
+    shape: Shape, quantizer: Quantizer, group_size: int | None, activations: Activations | None
+) -> QTensor:
+    return jax.eval_shape(
+        lambda w: quantize_matrix(w, quantizer, group_size=group_size, activations=activations),
+        jax.ShapeDtypeStruct(shape, np.float32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A quantised layer of a checkpoint.
+
+    Attributes:
+        name: of the layer.
+        scheme: how it is quantised.
+        tensors: what the checkpoint holds of it, by their names in the format.
+    """
+
+    name: str
+    scheme: Scheme
+    tensors: Mapping[str, Tensor]
+
+    def problems(self, shape: Shape) -> list[tuple[str, str]]:
+        """What keeps the tensors from being a layer [O, I]: (name, fault); small ones are read."""
+        scheme, layout = self.scheme, self.scheme.layout
+        if shape[1] % (scheme.group_size or 1):
+            return [(self.name, f"groups of {scheme.group_size} do not divide {shape[1]} inputs")]
+        problems = []
+        for name, (specs, must) in scheme.specs(shape).items():
+            if name not in self.tensors:
+                if must:
+                    problems.append((f"{self.name}.{name}", f"missing, must be {_texts(specs)}"))
+                continue
+            given = Spec(*self.tensors[name][:2])
+            if given not in specs:
+                fault = f"misshapen, is {_texts([given])}, must be {_texts(specs)}"
+                problems.append((f"{self.name}.{name}", fault))
+        if problems:
+            return problems
+        small = {name: self.tensors[name].read() for name in self.tensors if name != layout.codes}
+        if scheme.symmetric and layout.zeros in small and scheme.zeros(small, shape[0]).any():
+            fault = "holds zero points that are not in the middle, but the layer is symmetric"
+            if scheme.format == "gptq":
+                fault += "; is sym, or checkpoint_format (gptq or gptq_v2), wrong?"
+            problems.append((f"{self.name}.{layout.zeros}", fault))
+        every = shape[1] // scheme.groups(shape[1])
+        if layout.groups in small and (small[layout.groups] != np.arange(shape[1]) // every).any():
+            fault = (
+                "groups are not consecutive inputs (desc_act, or actorder=group), which a leaf "
+                "cannot say; quantise with desc_act=False, or static groups"
+            )
+            problems.append((f"{self.name}.{layout.groups}", fault))
+        if layout.shape in small and tuple(small[layout.shape]) != shape:
+            fault = f"says {small[layout.shape].tolist()}, must be {list(shape)}"
+            problems.append((f"{self.name}.{layout.shape}", fault))
+        return problems
+
+    def read(self, shape: Shape, part: int = 0, parts: int = 1) -> QTensor:
+        """The leaf of a matrix [I, O], on the host, whose outputs are one part of the layer's."""
+        scheme, leaf = self.scheme, self.scheme.leaf(shape)
+        outputs = slice(part * shape[1], (part + 1) * shape[1])
+        held = {name: tensor.read() for name, tensor in self.tensors.items()}
+        rows = scheme.rows(held, parts * shape[1])
+        zeros = None
+        if not scheme.symmetric:
+            zeros = scheme.zeros(held, parts * shape[1])[:, outputs].copy()
+        return dataclasses.replace(
+            leaf,
+            qvalue=Codes(leaf.qvalue, leaf.shape, leaf.bits).fill(
+                lambda begin, end: rows(begin, end)[:, outputs]
+            ),
+            scale=scheme.scale(held)[:, outputs].copy(),
+            zero_point=zeros,
+        )
+
+
+def _texts(specs: Iterable[Spec]) -> str:
+    return " or ".join(f"{spec.dtype}{list(spec.shape)}" for spec in specs)
+
+
+# Configurations --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What a `quantization_config` says.
+
+    Attributes:
+        groups: (targets, scheme): names of layers, "re:" and an expression, or "Linear" for all.
+    """
+
+    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+
+    def scheme(self, layer: str) -> Scheme | None:
+        """That of a layer: of the group that names it, else of the one for all."""
+
+        def named(target: str) -> bool:
+            expression = target.removeprefix("re:")
+            return target == layer or (target != expression and bool(re.match(expression, layer)))
+
+        for targets, scheme in self.groups:
+            if any(map(named, targets)):
+                return scheme
+        return next((scheme for targets, scheme in self.groups if "Linear" in targets), None)
+
+    def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Layer]:
+        """The quantised layers that a checkpoint holds, by name; all others are floats.
+
+        Raises:
+            ValueError: for layers of which the configuration says nothing.
+        """
+        used = {scheme.layout for _, scheme in self.groups}
+        marks = {name for layout in used for name in layout.names} - {"weight"}
+        found: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
+        for name, tensor in tensors.items():
+            layer, _, last = name.rpartition(".")
+            if last in marks:
+                found[layer][last] = tensor
+        schemes = {layer: self.scheme(layer) for layer in found}
+        unknown = sorted(layer for layer, scheme in schemes.items() if scheme is None)
+        if unknown:
+            raise ValueError(f"no config_group of {KEY} has the quantised layers {unknown}")
+        layers = {}
+        for layer, scheme in schemes.items():
+            assert scheme is not None
+            if scheme.layout.codes == "weight" and f"{layer}.weight" in tensors:
+                found[layer]["weight"] = tensors[f"{layer}.weight"]
+            layers[layer] = Layer(layer, scheme, found[layer])
+        return layers
+
+
+def read_config(config: Json) -> Quantization:
+    """A `quantization_config` of config.json.
+
+    Raises:
+        ValueError: for methods and formats that are not supported, and options that are wrong, all
+            listed at once.
+    """
+    method = config.get("quant_method")
+    readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
+    if method not in readers:
+        hint = ""
+        if method == "torchao":
+            hint = (
+                "; how torchao lays its tensors out in safetensors still changes with its version"
+            )
+        raise ValueError(
+            f"{KEY} has quant_method={method!r}; {', '.join(readers)} can be read{hint}"
+        )
+    wrong: list[str] = []
+    read = readers[method](config, wrong)
+    if wrong:
+        raise ValueError(f"{KEY} of {method} cannot be read: {'; '.join(wrong)}")
+    return Quantization(tuple(read))
+
+
+def _option(config: Json, wrong: list[str], key: str, allowed: Sequence[Any], default: Any) -> Any:
+    """A value of the configuration; one that is not allowed is noted."""
+    value = config.get(key, default)
+    if not any(type(value) is type(each) and value == each for each in allowed):
+        wrong.append(f"{key}={value!r} (only {', '.join(map(repr, allowed))})")
+        return allowed[0]
+    return value
+
+
+def _group_size(config: Json, wrong: list[str], default: int | None) -> int | None:
+    value = config.get("group_size", default)
+    if value is None or value == -1:
+        return None
+    if type(value) is not int or value < 1:
+        wrong.append(f"group_size={value!r} (only -1, for all inputs, and positive numbers)")
+    return value
+
+
+Groups = list[tuple[tuple[str, ...], Scheme]]
+
+
+def _gptq(config: Json, wrong: list[str]) -> Groups:
+    kind = config.get("checkpoint_format") or config.get("format") or "gptq"
+    kind = _option({"checkpoint_format": kind}, wrong, "checkpoint_format", ("gptq", "gptq_v2"), "")
+    if config.get("dynamic"):
+        wrong.append("dynamic (bits of single layers)")
+    scheme = Scheme(
+        "gptq",
+        _option(config, wrong, "bits", (2, 3, 4, 8), None),
+        _group_size(config, wrong, 128),
+        _option(config, wrong, "sym", (True, False), True),
+        minus_one=kind == "gptq",
+    )
+    return [(("Linear",), scheme)]
+
+
+def _awq(config: Json, wrong: list[str]) -> Groups:
+    kind = config.get("version") or config.get("format") or "gemm"
+    _option({"version": str(kind).lower()}, wrong, "version", ("gemm",), "")
+    _option(config, wrong, "zero_point", (True,), True)
+    bits = _option(config, wrong, "bits", (4,), 4)
+    return [(("Linear",), Scheme("awq", bits, _group_size(config, wrong, 128), False))]
+
+
+def _compressed_tensors(config: Json, wrong: list[str]) -> Groups:
+    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    for key in ("kv_cache_scheme", "transform_config"):
+        if config.get(key):
+            wrong.append(f"{key} (not supported)")
+    if sparsity != "dense":
+        wrong.append(f"sparsity_config of format {sparsity!r} (only 'dense')")
+    groups = []
+    for name, group in (config.get("config_groups") or {}).items():
+        faults: list[str] = []
+        kind = group.get("format") or config.get("format")
+        kinds = {"pack-quantized": (4, 8), "int-quantized": (8,)}
+        kind = _option({"format": kind}, faults, "format", tuple(kinds), "")
+        weights = group.get("weights") or {}
+        _option(weights, faults, "type", ("int",), "int")
+        _option(weights, faults, "dynamic", (False,), False)
+        size = _group_size(weights, faults, None)
+        by_group = "group" if size else "channel"
+        _option(weights, faults, "strategy", ("channel", "group"), by_group)
+        if weights.get("strategy") == "group" and size is None:
+            faults.append("strategy='group' without a group_size")
+        bits = _option(weights, faults, "num_bits", kinds[kind], None)
+        symmetric = _option(weights, faults, "symmetric", (True, False), True)
+        activations = None
+        if inputs := group.get("input_activations"):
+            for key, allowed in _TOKENS.items():
+                _option(inputs, faults, f"{key}", (allowed,), None)
+            activations = Activations(Quantizer(8))
+        if group.get("output_activations"):
+            faults.append("output_activations (not supported)")
+        wrong.extend(f"{name}: {fault}" for fault in faults)
+        scheme = Scheme(kind, bits, size, symmetric, activations)
+        groups.append((tuple(group.get("targets") or ("Linear",)), scheme))
+    if not groups:
+        wrong.append("it has no config_groups")
+    return groups
+
+
+# Inputs by token. The format does not say what divides their largest magnitude; vLLM takes 127.
+_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}

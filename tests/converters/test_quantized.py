@@ -1,0 +1,478 @@
+"""Quantised layers of GPTQ, AWQ and compressed-tensors, against writers that follow the formats."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+import converters
+from converters import quantized
+from effjax import testing
+from effjax.forward import abstract, flatten_params
+from effjax.models.dit import DiT, DiTConfig
+from effjax.models.pixart import PixArt, PixArtConfig
+from effjax.models.t5 import T5Config, T5Encoder
+from effjax.quant import Activations, QTensor, Quantizer, qdot, restore
+from tests.converters.conftest import assert_equal_params
+
+T5 = T5Config(vocab_size=50, width=64, hidden=96, num_layers=2, num_heads=2, head_dim=32)
+FILE = "model.safetensors"
+WI, WO = (
+    "encoder.block.0.layer.1.DenseReluDense.wi_0",
+    "encoder.block.1.layer.1.DenseReluDense.wo",
+)
+LAYERS = (WI, WO, "encoder.block.1.layer.0.SelfAttention.q")  # what is quantised below
+KERNELS = ("blocks.0.mlp.gate.kernel", "blocks.1.mlp.down.kernel", "blocks.1.attn.to_q.kernel")
+
+
+# The formats once more, each as its own library describes it -------------------------------------
+
+
+def words(codes, bits):
+    """int32[..., words]: codes of a row from the lowest bit of the first word on."""
+    count = -(-codes.shape[-1] * bits // 32)
+    rows = [
+        sum(int(code) << (bits * n) for n, code in enumerate(row)).to_bytes(4 * count, "little")
+        for row in codes.reshape(-1, codes.shape[-1])
+    ]
+    return np.frombuffer(b"".join(rows), "<i4").reshape(*codes.shape[:-1], count)
+
+
+class Matrix:
+    """Random codes [O, I], zero points [O, G], both unsigned, and scales float16[O, G]."""
+
+    def __init__(self, shape, bits, group, symmetric, seed=0, low=1):
+        rng = np.random.default_rng(seed)
+        self.outputs, self.inputs = shape
+        self.bits, self.symmetric = bits, symmetric
+        self.group = self.inputs if group == -1 else group
+        zeros = (self.outputs, self.inputs // self.group)
+        self.codes = rng.integers(0, 2**bits, shape)
+        self.zeros = rng.integers(low, 2**bits, zeros)
+        if symmetric:
+            self.zeros[:] = 2 ** (bits - 1)
+        self.scales = rng.uniform(0.001, 0.01, zeros).astype(np.float16)
+
+    def value(self, dtype=np.float32):
+        """s (q - z) as libraries compute it, in the dtype of their scales or another."""
+        every = self.group
+        whole = (self.codes - self.zeros.repeat(every, 1)).astype(dtype)
+        return self.scales.repeat(every, 1).astype(dtype) * whole
+
+    def gptq(self, version=1):
+        groups = np.arange(self.inputs) // self.group
+        zeros = words(self.zeros.T, self.bits).astype(np.int64)
+        if version == 1:
+            zeros = words(self.zeros.T - 1, self.bits)
+        return {
+            "qweight": words(self.codes, self.bits).T,
+            "qzeros": zeros.astype(np.int32),
+            "scales": self.scales.T,
+            "g_idx": groups.astype(np.int32),
+        }
+
+    def awq(self):
+        def interleaved(codes):  # [..., O]
+            eights = codes.reshape(*codes.shape[:-1], -1, 8)
+            packed = sum(eights[..., n] << (4 * p) for p, n in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
+            return packed.astype(np.uint32).view(np.int32)
+
+        return {
+            "qweight": interleaved(self.codes.T),
+            "qzeros": interleaved(self.zeros.T),
+            "scales": self.scales.T,
+        }
+
+    def packed(self, plain_zeros=False):
+        half = 2 ** (self.bits - 1)
+        zeros = words(self.zeros.T, self.bits).T
+        return {
+            "weight_packed": words(self.codes, self.bits),
+            "weight_scale": self.scales,
+            "weight_shape": np.array([self.outputs, self.inputs]),
+        } | (
+            {}
+            if self.symmetric
+            else {
+                "weight_zero_point": (self.zeros - half).astype(np.int8) if plain_zeros else zeros
+            }
+        )
+
+    def int8(self):
+        tensors = {"weight": (self.codes - 128).astype(np.int8), "weight_scale": self.scales}
+        if not self.symmetric:
+            tensors["weight_zero_point"] = (self.zeros - 128).astype(np.int8)
+        return tensors
+
+
+def gptq(bits, group=32, sym=True, **options):
+    return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym, **options}
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+
+
+def compressed(form, bits, group=None, sym=True, inputs=None, targets=("Linear",)):
+    weights = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
+    weights |= {"strategy": "group" if group else "channel", "group_size": group}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {
+            "group_0": {
+                "targets": list(targets),
+                "weights": weights,
+                "input_activations": inputs,
+                "output_activations": None,
+            }
+        },
+        "ignore": ["encoder.block.0.layer.0.SelfAttention.k"],
+        "kv_cache_scheme": None,
+    }
+
+
+# name: (configuration, how a layer is written, (bits, group, symmetric))
+CASES = {
+    "gptq 2": (gptq(2), Matrix.gptq, (2, 32, True)),
+    "gptq 3": (gptq(3, sym=False), Matrix.gptq, (3, 32, False)),
+    "gptq 4": (gptq(4, sym=False), Matrix.gptq, (4, 32, False)),
+    "gptq 4 channel": (gptq(4, -1), Matrix.gptq, (4, -1, True)),
+    "gptq 8": (gptq(8, sym=False), Matrix.gptq, (8, 32, False)),
+    "gptq 4 second": (
+        gptq(4, sym=False, checkpoint_format="gptq_v2"),
+        lambda m: m.gptq(2),
+        (4, 32, False),
+    ),
+    "awq": (AWQ, Matrix.awq, (4, 32, False)),
+    "packed 4": (compressed("pack-quantized", 4, 32), Matrix.packed, (4, 32, True)),
+    "packed 4 channel": (
+        compressed("pack-quantized", 4, sym=False),
+        Matrix.packed,
+        (4, -1, False),
+    ),
+    "packed 8": (compressed("pack-quantized", 8, 32, sym=False), Matrix.packed, (8, 32, False)),
+    "packed plain zeros": (
+        compressed("pack-quantized", 4, 32, sym=False),
+        lambda m: m.packed(plain_zeros=True),
+        (4, 32, False),
+    ),
+    "int8": (compressed("int-quantized", 8), Matrix.int8, (8, -1, True)),
+    "int8 tokens": (
+        compressed("int-quantized", 8, sym=False, inputs=TOKENS),
+        Matrix.int8,
+        (8, -1, False),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def t5():
+    forward, shapes = abstract(T5Encoder, T5)
+    return forward, testing.random_params(shapes)
+
+
+def write(model, directory, config, layers, layout="transformers"):
+    """The model's directory with these tensors by layer in the place of their weights."""
+    if not directory.exists():
+        converters.save_pretrained(*model, directory, layout=layout)
+    [file] = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    for layer, held in layers.items():
+        tensors.pop(f"{layer}.weight", None)
+        tensors |= {f"{layer}.{name}": np.ascontiguousarray(x) for name, x in held.items()}
+    save_file(tensors, file)
+    said = json.loads((directory / "config.json").read_text()) | {"quantization_config": config}
+    (directory / "config.json").write_text(json.dumps(said))
+    return directory
+
+
+def shapes_of(layers=LAYERS):
+    return {layer: {WI: (96, 64), WO: (64, 96)}.get(layer, (64, 64)) for layer in layers}
+
+
+def matrices(settings, layers=LAYERS, **options):
+    return {
+        layer: Matrix(shape, *settings, seed=seed, **options)
+        for seed, (layer, shape) in enumerate(shapes_of(layers).items())
+    }
+
+
+# Import ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_leaves_stand_for_what_the_format_says(t5, tmp_path, case):
+    config, writer, settings = CASES[case]
+    held = matrices(settings)
+    directory = write(t5, tmp_path / "q", config, {k: writer(m) for k, m in held.items()})
+    forward, params = converters.from_pretrained(directory)
+    assert forward == t5[0]
+    found, dense = flatten_params(params), flatten_params(t5[1])
+    assert {name for name, leaf in found.items() if isinstance(leaf, QTensor)} == set(KERNELS)
+    x = np.random.default_rng(3).standard_normal((5, 96)).astype(np.float32)
+    for kernel, matrix in zip(KERNELS, held.values(), strict=True):
+        leaf = found[kernel]
+        assert (leaf.bits, leaf.shape) == (matrix.bits, dense[kernel].shape)
+        assert (leaf.zero_point is None) == matrix.symmetric
+        assert leaf.group_size == matrix.group
+        np.testing.assert_array_equal(leaf.restore(), matrix.value().T)
+        # Libraries multiply in float16, which rounds the same product once.
+        half = matrix.value(np.float16).T
+        np.testing.assert_array_equal(leaf.restore().astype(np.float16), half)
+        inputs = jnp.asarray(x[:, : leaf.shape[0]])
+        if leaf.activations is None:
+            reference = qdot(inputs, leaf, path="reference")
+            np.testing.assert_allclose(reference, inputs @ matrix.value().T, atol=1e-5)
+        dense[kernel] = jnp.asarray(matrix.value().T)
+    rest = {name: leaf for name, leaf in found.items() if name not in KERNELS}
+    assert_equal_params(rest, {name: dense[name] for name in rest})
+
+
+@pytest.mark.parametrize("case", ["gptq 4", "awq", "packed 8", "int8 tokens"])
+def test_models_compute_what_the_dense_ones_do(t5, tmp_path, case):
+    config, writer, settings = CASES[case]
+    layers = {k: writer(m) for k, m in matrices(settings).items()}
+    forward, params = converters.from_pretrained(write(t5, tmp_path / "q", config, layers))
+    ids, mask = jnp.arange(9, dtype=jnp.int32)[None], jnp.ones((1, 9), bool)
+    run = jax.jit(forward)
+    found, _ = run(params, {}, ids, mask)
+    expected, _ = run(restore(params, "float32"), {}, ids, mask)
+    coded = case == "int8 tokens"  # inputs are rounded too
+    np.testing.assert_allclose(found, expected, atol=0.1 if coded else 1e-4)
+    assert coded == (np.abs(found - expected).max() > 1e-4)
+
+
+def test_inputs_by_token(t5, tmp_path):
+    config, writer, settings = CASES["int8 tokens"]
+    held = matrices(settings)
+    directory = write(t5, tmp_path / "q", config, {k: writer(m) for k, m in held.items()})
+    leaf = flatten_params(converters.from_pretrained(directory)[1])[KERNELS[0]]
+    assert leaf.activations == Activations(Quantizer(8))
+    assert not leaf.packed
+    x = np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
+    step = np.abs(x).max(1, keepdims=True) / 127
+    expected = np.round(x / step) * step @ held[WI].value().T
+    np.testing.assert_allclose(qdot(jnp.asarray(x), leaf), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_of_zero_in_the_first_version(t5, tmp_path, bits):
+    """GPTQModel subtracts one from whole words of codes that fit them, and from 3-bit codes."""
+    held = matrices((bits, 32, False), low=0)
+    layers = {}
+    for layer, matrix in held.items():
+        matrix.zeros[:, 0] %= 2
+        layers[layer] = matrix.gptq(version=2)
+        if bits == 3:
+            zeros = words((matrix.zeros.T - 1) % 8, 3)
+        else:
+            ones = sum(1 << low for low in range(0, 32, bits))
+            zeros = (layers[layer]["qzeros"].view(np.uint32) - np.uint32(ones)).view(np.int32)
+        layers[layer]["qzeros"] = zeros
+    directory = write(t5, tmp_path / "q", gptq(bits, sym=False), layers)
+    params = flatten_params(converters.from_pretrained(directory)[1])
+    for kernel, matrix in zip(KERNELS, held.values(), strict=True):
+        np.testing.assert_array_equal(params[kernel].restore(), matrix.value().T)
+
+
+def test_three_bit_codes_cross_words():
+    """The three words of 32 codes as AutoGPTQ builds them: 10 codes, 2 + 1 bits, 10, 1 + 2, 10."""
+    codes = np.random.default_rng(0).integers(0, 8, 32)
+    built = np.zeros(3, np.int64)
+    for n in range(10):
+        built[0] |= codes[n] << 3 * n
+        built[1] |= codes[11 + n] << 3 * n + 1
+        built[2] |= codes[22 + n] << 3 * n + 2
+    built[0] |= (codes[10] & 3) << 30
+    built[1] |= codes[10] >> 2 | (codes[21] & 1) << 31
+    built[2] |= codes[21] >> 1
+    held = {"qweight": built.astype(np.uint32).view(np.int32)[:, None]}
+    scheme = quantized.Scheme("gptq", 3, None, False)
+    np.testing.assert_array_equal(scheme.rows(held, 1)(0, 32)[:, 0], codes - 4)
+
+
+def test_groups_in_another_order_are_refused(t5, tmp_path):
+    held = {k: m.gptq() for k, m in matrices((4, 32, True)).items()}
+    held[WI]["g_idx"] = held[WI]["g_idx"][::-1]
+    del held[WO]["g_idx"]  # as the oldest files
+    directory = write(t5, tmp_path / "q", gptq(4, desc_act=True), held)
+    with pytest.raises(ValueError, match=r"1 problems.*\n.*wi_0\.g_idx: groups are not consec"):
+        converters.from_pretrained(directory)
+    held[WI]["g_idx"] = held[WI]["g_idx"][::-1]
+    write(t5, directory, gptq(4, desc_act=True), held)
+    assert isinstance(
+        converters.from_pretrained(directory)[1]["blocks"]["0"]["mlp"]["gate"]["kernel"], QTensor
+    )
+
+
+def test_everything_wrong_is_named_before_anything_is_read(t5, tmp_path):
+    held = {k: m.gptq() for k, m in matrices((4, 32, True)).items()}
+    del held[WI]["scales"]
+    held[WI]["qzeros"] = held[WI]["qzeros"].astype(np.int64)
+    held[WO]["qweight"] = held[WO]["qweight"][:, :-1]
+    held["encoder.block.0.layer.0.SelfAttention.q"] = {"qscale": np.zeros(3, np.float32)}
+    held["shared"] = {"qweight": np.zeros((4, 4), np.int32)}
+    held["lm_head"] = {"scales": np.zeros((4, 4), np.float16)}
+    with pytest.raises(ValueError, match=r"\(7 problems\)") as error:
+        converters.from_pretrained(write(t5, tmp_path / "q", gptq(4), held))
+    for fault in (
+        f"{WI}.scales: missing, must be float32[2, 96] or bfloat16[2, 96] or float16[2, 96]",
+        f"{WI}.qzeros: misshapen, is int64[2, 12], must be int32[2, 12]",
+        f"{WO}.qweight: misshapen, is int32[12, 63], must be int32[12, 64]",
+        "SelfAttention.q.weight: missing, must be [64, 64]",
+        "SelfAttention.q.qscale: unexpected",
+        "shared.weight: quantised, which only linear layers can be",
+        "lm_head.scales: unexpected",
+    ):
+        assert fault in str(error.value)
+
+
+def test_values_that_contradict_the_configuration(t5, tmp_path):
+    held = {k: m.gptq() for k, m in matrices((4, 32, False)).items()}
+    with pytest.raises(ValueError, match=r"3 problems.*\n.*wi_0\.qzeros: holds zero points.*sym"):
+        converters.from_pretrained(write(t5, tmp_path / "a", gptq(4), held))
+    with pytest.raises(ValueError, match="groups of 40 do not divide 64 inputs"):
+        converters.from_pretrained(write(t5, tmp_path / "a", gptq(4, 40, sym=False), held))
+    held = {k: m.packed() for k, m in matrices((4, 32, True)).items()}
+    held[WO]["weight_shape"] = np.array([96, 64])
+    with pytest.raises(ValueError, match=r"wo\.weight_shape: says \[96, 64\], must be \[64, 96\]"):
+        converters.from_pretrained(
+            write(t5, tmp_path / "b", compressed("pack-quantized", 4, 32), held)
+        )
+    held[WO]["weight_shape"] = np.array([64, 96])
+    held[WI]["weight_scale"][3, 0] = np.inf
+    directory = write(t5, tmp_path / "b", compressed("pack-quantized", 4, 32), held)
+    with pytest.raises(ValueError, match=r"wi_0\.weight_scale: 1 of 192 values are NaN"):
+        converters.from_pretrained(directory, check_finite=True)
+    only = compressed("pack-quantized", 4, 32, targets=["re:.*wi_0"])
+    with pytest.raises(ValueError, match=r"no config_group .* has the quantised layers \['enc"):
+        converters.from_pretrained(write(t5, directory, only, held))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes'; gptq, awq, compressed"),
+        ({"quant_method": "torchao"}, "quant_method='torchao'.*still changes with its version"),
+        (gptq(5), r"bits=5 \(only 2, 3, 4, 8\)"),
+        (gptq(4, 0), "group_size=0"),
+        (gptq(4, checkpoint_format="marlin"), "checkpoint_format='marlin'.*'gptq', 'gptq_v2'"),
+        (gptq(4, dynamic={"a": {}}), "dynamic"),
+        (AWQ | {"version": "gemv", "bits": 3}, r"version='gemv' \(only 'gemm'\); bits=3"),
+        (compressed("float-quantized", 8), "format='float-quantized'.*'pack-quantized'"),
+        (compressed("pack-quantized", 3), r"group_0: num_bits=3 \(only 4, 8\)"),
+        (compressed("int-quantized", 8, inputs=TOKENS | {"dynamic": False}), "dynamic=False"),
+        (compressed("pack-quantized", 4) | {"transform_config": {"a": 1}}, "transform_config"),
+        ({"quant_method": "compressed-tensors"}, "it has no config_groups"),
+    ],
+)
+def test_what_cannot_be_read_is_named(t5, tmp_path, config, message):
+    with pytest.raises(ValueError, match=f"quantization_config.*{message}"):
+        converters.from_pretrained(write(t5, tmp_path / "q", config, {}))
+
+
+def test_layers_of_several_schemes(t5, tmp_path):
+    """A name decides before a class does, and each group has its format."""
+    four = Matrix((96, 64), 4, 32, True)
+    eight = Matrix((64, 96), 8, -1, True)
+    config = compressed("mixed-precision", 8, inputs=TOKENS)
+    config["config_groups"]["group_0"]["format"] = "int-quantized"
+    named = compressed("", 4, 32, targets=[r"re:.*wi_\d$"])["config_groups"]["group_0"]
+    config["config_groups"]["group_1"] = named | {"format": "pack-quantized"}
+    layers = {WI: four.packed(), WO: eight.int8()}
+    _, params = converters.from_pretrained(write(t5, tmp_path / "q", config, layers))
+    gate, down = (flatten_params(params)[kernel] for kernel in KERNELS[:2])
+    assert (gate.bits, gate.activations) == (4, None)
+    assert (down.bits, down.activations) == (8, Activations(Quantizer(8)))
+    np.testing.assert_array_equal(gate.restore(), four.value().T)
+    np.testing.assert_array_equal(down.restore(), eight.value().T)
+
+
+def test_dtypes_and_shardings(t5, tmp_path):
+    config, writer, settings = CASES["gptq 4"]
+    held = matrices(settings)
+    layers = {k: writer(m) for k, m in held.items()}
+    layers[WI]["scales"] = layers[WI]["scales"].astype(ml_dtypes.bfloat16)
+    directory = write(t5, tmp_path / "q", config, layers | {})
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    split = NamedSharding(mesh, PartitionSpec(None, "d"))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def choose(path, shape):
+        return split if path in KERNELS else whole
+
+    forward, params = converters.from_pretrained(directory, dtype="bfloat16", sharding=choose)
+    assert forward.config.param_dtype == "bfloat16"
+    flat = flatten_params(params)
+    leaf = flat[KERNELS[1]]
+    assert {array.sharding for array in jax.tree.leaves(leaf)} == {split}
+    np.testing.assert_array_equal(leaf.restore(), held[WO].value().T)
+    assert {x.dtype for x in jax.tree.leaves(flat[KERNELS[0]])} == {
+        np.dtype(name) for name in ("uint32", "float32", "int32")
+    }
+    assert all(leaf.dtype == jnp.bfloat16 for name, leaf in flat.items() if name not in KERNELS)
+    rows = NamedSharding(mesh, PartitionSpec("d"))
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.gate\.kernel: .*\(2, 96\)"):
+        converters.from_pretrained(
+            directory, sharding=lambda path, shape: rows if path in KERNELS else whole
+        )
+
+
+def test_fused_and_copied_layers(tmp_path):
+    """Thirds of one matrix become three leaves; copies must be quantised alike."""
+    config = DiTConfig(
+        sample_size=8, patch_size=2, num_layers=2, num_heads=2, head_dim=32, num_classes=5
+    )
+    forward, shapes = abstract(DiT, config)
+    model = forward, testing.random_params(shapes)
+    said = compressed("pack-quantized", 4, 32, sym=False)
+    matrix = Matrix((192, 64), 4, 32, False)
+    layers = {"blocks.1.attn.qkv": matrix.packed()}
+    _, params = converters.from_pretrained(
+        write(model, tmp_path / "fused", said, layers, layout="original")
+    )
+    for k, name in enumerate(("to_q", "to_k", "to_v")):
+        leaf = params["blocks"]["1"]["attn"][name]["kernel"]
+        np.testing.assert_array_equal(leaf.restore(), matrix.value()[64 * k : 64 * (k + 1)].T)
+    copies = [f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2" for i in range(2)]
+    one = Matrix((64, 64), 4, 32, False).packed()
+    directory = write(model, tmp_path / "copied", said, {copies[0]: one}, layout="diffusers")
+    with pytest.raises(ValueError, match=rf"{re.escape(copies[1])}\.weight: differs from its copy"):
+        converters.from_pretrained(directory)
+    _, params = converters.from_pretrained(write(model, directory, said, {copies[1]: one}))
+    assert params["time"]["fc2"]["kernel"].bits == 4
+
+
+def test_a_quantised_pixart(tmp_path):
+    config = PixArtConfig(
+        sample_size=8,
+        num_layers=1,
+        num_heads=2,
+        head_dim=32,
+        caption_channels=12,
+        interpolation=2.0,
+    )
+    forward, shapes = abstract(PixArt, config)
+    held = {
+        f"transformer_blocks.0.{name}": Matrix(shape, 4, 32, False)
+        for name, shape in {"attn2.to_k": (64, 64), "ff.net.2": (64, 256)}.items()
+    }
+    directory = write(
+        (forward, testing.random_params(shapes)),
+        *(tmp_path / "q", AWQ, {layer: matrix.awq() for layer, matrix in held.items()}),
+        layout="diffusers",
+    )
+    block = converters.from_pretrained(directory)[1]["blocks"]["0"]
+    found = (block["cross"]["to_k"]["kernel"], block["mlp"]["fc2"]["kernel"])
+    for leaf, matrix in zip(found, held.values(), strict=True):
+        np.testing.assert_array_equal(leaf.restore(), matrix.value().T)
+    assert converters.describe(directory)["parameters"] == sum(
+        leaf.size for leaf in jax.tree.leaves(shapes)
+    )
