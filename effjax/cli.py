@@ -264,6 +264,7 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
 
     from effjax.cost import memory_of, sampler_cost, weight_bytes
+    from effjax.metrics import psnr
     from effjax.quant import restore
 
     pipe = _pipeline(arguments)
@@ -297,18 +298,27 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
             "attention_flops": cost.scope("attention").flops,
             "seconds": float("inf"),
         }
+    samples = {}
     for _ in range(arguments.repeats + 1):
         for name, program in programs.items():
             began = time.perf_counter()
-            jax.block_until_ready(program(*pairs[name], cond, key, uncond=uncond))
+            samples[name] = jax.block_until_ready(program(*pairs[name], cond, key, uncond=uncond))
             seconds = time.perf_counter() - began
             figures[name]["seconds"] = min(figures[name]["seconds"], seconds)
     dense, compressed = figures["dense"], figures["compressed"]
     figures["ratio"] = {name: compressed[name] / dense[name] for name in dense}
+    images = (pipe.decode(samples[name]) for name in ("dense", "compressed"))
+    figures["psnr_to_dense"] = float(psnr(*images))
+    saved = Path(arguments.source) / "transformer"
+    figures["disk_bytes"] = sum(file.stat().st_size for file in saved.glob("*") if file.is_file())
     lines = [f"{'':18}{'dense':>14}{'compressed':>14}{'ratio':>9}"]
     for name in dense:
         values = f"{dense[name]:>14.4g}{compressed[name]:>14.4g}{figures['ratio'][name]:>9.3f}"
         lines.append(f"{name:18}{values}")
+    lines.append(f"{'disk_bytes':18}{'':14}{figures['disk_bytes']:>14.4g}")
+    lines.append(
+        f"PSNR of its images to those of the dense model: {figures['psnr_to_dense']:.1f} dB"
+    )
     return figures, "\n".join(lines)
 
 

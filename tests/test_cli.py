@@ -78,6 +78,8 @@ def test_quantize_and_bench(capsys, folder, tmp_path, method):
     # A rotation is a product of its own.
     assert (bench["ratio"]["flops"] > 1) == (method == "vidit_q")
     assert bench["compressed"]["peak_bytes"] > 0
+    assert bench["disk_bytes"] > bench["compressed"]["weight_bytes"]
+    assert bench["psnr_to_dense"] > 10
 
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(figures["plan"]))

@@ -3,7 +3,7 @@
     python -m experiments.quantization.layers
 
 For every coded layer of the bundled tiny models, and of the same DiT with outlier channels planted
-in its modulations (its function is not changed: the next matrix takes them back): the largest
+in its modulations (its function is not changed, the next matrix takes them back): the largest
 channel over the median one, and the mean relative error of the layer's output at W4A8 on inputs
 from the middle of the trajectory, by recipe. Layers are grouped by their outliers.
 """
@@ -23,6 +23,7 @@ from effjax.forward import flatten_params, nest_params
 from effjax.layers.linear import Linear
 from effjax.methods.quantization import vidit_q
 from effjax.quant import Activations, Quantizer, qdot, quantize_matrix
+from effjax.quant.folding import fold, folds
 from effjax.quant.hadamard import Rotation
 from effjax.transform import Pair
 from experiments import report
@@ -38,26 +39,14 @@ def planted(pair: Pair, *, channels: int = 4, factor: float = 30.0, seed: int = 
     forward, params = pair
     flat = flatten_params(params)
     rng = np.random.default_rng(seed)
-    width = forward.config.width
-    for block in params["blocks"]:
-        for part, readers in (
-            (0, ("attn.to_q", "attn.to_k", "attn.to_v")),
-            (3, ("mlp.fc1",)),
-        ):
-            scale = np.ones(width, np.float32)
-            scale[rng.choice(width, channels, replace=False)] = factor
-            name = f"blocks.{block}.modulation"
-            kernel, bias = np.array(flat[f"{name}.kernel"]), np.array(flat[f"{name}.bias"])
-            shift = slice(part * width, (part + 1) * width)
-            gain = slice((part + 1) * width, (part + 2) * width)
-            for columns in (shift, gain):
-                kernel[:, columns] *= scale
-            bias[shift] *= scale
-            bias[gain] = (1 + bias[gain]) * scale - 1  # x (1 + gain) + shift
-            flat |= {f"{name}.kernel": jnp.asarray(kernel), f"{name}.bias": jnp.asarray(bias)}
-            for reader in readers:
-                matrix = f"blocks.{block}.{reader}.kernel"
-                flat[matrix] = flat[matrix] / scale[:, None]
+    blocks = [(site.path, type(site.module).__name__) for site in forward.sites(params)]
+    for where in folds(blocks):
+        if where.kind == "adaln":
+            scale = np.ones(forward.config.width, np.float32)
+            scale[rng.choice(scale.size, channels, replace=False)] = factor
+            flat = fold(flat, where, jnp.asarray(scale))
+            for reader in where.readers:
+                flat[f"{reader}.kernel"] = flat[f"{reader}.kernel"] / scale[:, None]
     return forward, nest_params(flat)
 
 

@@ -193,3 +193,41 @@ def test_the_declaration_is_complete(method, subject):
     assert "arXiv" in method.paper
     assert dataclasses.is_dataclass(method.plan)
     assert isinstance(method.identity(subject), method.plan)
+
+
+# Pairs --------------------------------------------------------------------------------------
+
+
+PAIRS = [
+    (one, two)
+    for one, two in itertools.combinations(METHODS, 2)
+    if not set(one.seams) & set(two.seams)
+]
+
+
+@pytest.mark.parametrize(("one", "two"), PAIRS, ids=lambda method: getattr(method, "name", None))
+def test_methods_on_different_seams_compose(one, two, tmp_path):
+    """In both orders the same model, other than either alone; saved and loaded as one recipe."""
+    subject = one.tiny()
+    first, second = (method.transform(method.ladder(subject)[-1]) for method in (one, two))
+    pair = effjax.chain(first, second)(subject.forward, subject.params)
+    swapped = effjax.chain(second, first)(subject.forward, subject.params)
+    chex.assert_trees_all_equal(pair[1], swapped[1])
+    images = sample(subject, *pair)
+    chex.assert_trees_all_close(images, sample(subject, *swapped), atol=1e-5)
+    for alone in (first, second):
+        other = sample(subject, *alone(subject.forward, subject.params))
+        assert float(jnp.abs(images - other).max()) > 0
+    effjax.save(tmp_path / "pair", *pair)
+    again = effjax.load(tmp_path / "pair")
+    assert again[0] == pair[0]
+    chex.assert_trees_all_equal(again[1], pair[1])
+
+
+def test_leaves_are_changed_once():
+    """Two methods on the leaves: the second says that it comes too late."""
+    one, two, *_ = (method for method in METHODS if method.seams == ("leaves",))
+    subject = one.tiny()
+    first, second = (method.transform(method.ladder(subject)[0]) for method in (one, two))
+    with pytest.raises(ValueError, match="quantised already"):
+        effjax.chain(first, second)(subject.forward, subject.params)

@@ -12,7 +12,6 @@ from effjax.capture import tap
 from effjax.cost import cost, weight_bytes
 from effjax.forward import abstract, flatten_params
 from effjax.layers.linear import Linear
-from effjax.methods.attention import dit_fast_attn
 from effjax.methods.quantization.round_to_nearest import (
     RoundToNearestPlan,
     calibrate,
@@ -90,19 +89,6 @@ def test_products_are_of_integers(subject):
         for f, p in ((forward, params), (subject.forward, subject.params))
     )
     assert counted.flops == dense.flops
-
-
-def test_it_composes_with_attention_in_either_order(subject):
-    plan = dit_fast_attn.uniform(
-        (dit_fast_attn.Strategy.WARS,), layers=2, calls=4, tokens=subject.forward.config.tokens
-    )
-    both = (dit_fast_attn.transform(plan), transform(uniform(8, 8)))
-    results = []
-    for order in (both, both[::-1]):
-        forward, params = chain(*order)(subject.forward, subject.params)
-        assert {name for name, _ in forward.recipe} == {"dit_fast_attn", "round_to_nearest"}
-        results.append(jax.jit(subject.sampler)(forward, params, subject.cond, jax.random.key(0)))
-    chex.assert_trees_all_equal(*results)
 
 
 def test_gradients_are_straight_through(subject):

@@ -11,9 +11,11 @@ import pytest
 import effjax
 from effjax import testing
 from effjax.capture import tap
-from effjax.forward import METHODS, flatten_params
+from effjax.forward import METHODS, abstract, flatten_params, nest_params
 from effjax.methods import dit_fast_attn, vidit_q
+from effjax.models.t5 import T5Config, T5Encoder
 from effjax.quant import Activations, QTensor, Quantizer, qdot, quantize_matrix
+from effjax.quant.folding import fold, folds
 from effjax.quant.hadamard import Rotation
 from effjax.samplers import DDIM, Sampler
 from effjax.search.sensitivity import Preparation, Rounding, sensitivity, sqnr
@@ -172,6 +174,50 @@ def test_more_bits_are_nearer_to_the_model(subject, calibration):
         errors.append(relative(sample(subject, *pair), dense))
     assert errors[0] < errors[1] < errors[2]
     assert errors[0] < 0.05
+
+
+def test_masks_are_folded_where_they_can_be(subject):
+    """Without rounding the folded model is the model; with it, shared masks cost little."""
+    blocks = [(f"blocks.{i}", "DiTBlock") for i in range(2)]
+    flat = flatten_params(subject.params)
+    found = folds(blocks)
+    assert [len(where.readers) for where in found] == [3, 1, 1] * 2
+    for i, where in enumerate(found):
+        width = flat[f"{where.readers[0]}.kernel"].shape[0]
+        mask = jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, width), jnp.float32)
+        flat = fold(flat, where, mask)
+        for reader in where.readers:
+            flat[f"{reader}.kernel"] = flat[f"{reader}.kernel"] / mask[:, None]
+    dense = sample(subject, subject.forward, subject.params)
+    same = sample(subject, subject.forward, nest_params(flat))
+    chex.assert_trees_all_close(same, dense, rtol=1e-3, atol=1e-4)
+
+    plan = vidit_q.uniform(8, alpha=0.5, fold=True)
+    largest = calibrated(subject, plan)
+    forward, params = vidit_q.transform(plan, largest)(subject.forward, subject.params)
+    leaves = flatten_params(params)
+    assert leaves["blocks.0.attn.to_q.kernel"].mask is None
+    assert leaves["blocks.0.mlp.fc2.kernel"].mask is not None  # a GELU stands before it
+    assert relative(sample(subject, forward, params), dense) < 0.05
+    with pytest.raises(ValueError, match="cannot be folded"):
+        dataclasses.replace(ranged(subject, 8, 8), fold=True)
+
+
+def test_factors_are_folded_into_the_norms_of_a_text_encoder():
+    config = T5Config(vocab_size=20, width=8, hidden=16, num_layers=1, num_heads=2, head_dim=4)
+    forward, shapes = abstract(T5Encoder, config)
+    params = testing.random_params(shapes)
+    flat = flatten_params(params)
+    for i, where in enumerate(folds([("blocks.0", "T5Block")])):
+        width = flat[f"{where.readers[0]}.kernel"].shape[0]
+        mask = jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, width), jnp.float32)
+        flat = fold(flat, where, mask)
+        for reader in where.readers:
+            flat[f"{reader}.kernel"] = flat[f"{reader}.kernel"] / mask[:, None]
+    inputs = (jnp.arange(10).reshape(2, 5), jnp.ones((2, 5), bool))
+    chex.assert_trees_all_close(
+        forward(nest_params(flat), {}, *inputs)[0], forward(params, {}, *inputs)[0], atol=1e-5
+    )
 
 
 # Segments ---------------------------------------------------------------------------------------

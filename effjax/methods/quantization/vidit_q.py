@@ -41,6 +41,7 @@ from effjax.context import Context, PyTree
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.linear import Linear
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
+from effjax.quant.folding import fold, folds
 from effjax.quant.hadamard import Rotation
 from effjax.samplers import Carry, Sampler
 from effjax.search.allocation import allocate, bit_budget
@@ -73,12 +74,15 @@ class ViDiTQPlan(Plan):
         calls: network calls of the sampler that a plan of several segments fits.
         seed: of the rotations' signs.
         strict: whether a width without a Hadamard matrix is an error; else it is rotated in blocks.
+        fold: put masks into the layers and norms before, where `effjax.quant.folding` knows how:
+            layers that read the same inputs share a mask, which costs nothing when the model runs.
     """
 
     segments: tuple[tuple[int, tuple[Rule, ...]], ...]
     calls: int | None = None
     seed: int = 0
     strict: bool = True
+    fold: bool = False
 
     def __post_init__(self) -> None:
         starts = [start for start, _ in self.segments]
@@ -90,6 +94,10 @@ class ViDiTQPlan(Plan):
             raise ValueError(
                 f"a plan of several segments needs the sampler's number of calls, more than "
                 f"{starts[-1]}; got {self.calls}"
+            )
+        if self.fold and len(starts) > 1:
+            raise ValueError(
+                "masks of several segments cannot be folded: what makes the inputs is shared"
             )
         for _, rules in self.segments:
             for rule in rules:
@@ -150,9 +158,11 @@ def uniform(
     rotate: bool = True,
     layers: str = LAYERS,
     seed: int = 0,
+    fold: bool = False,
 ) -> ViDiTQPlan:
     """The plan that gives all layers these bits; see `ViDiTQPlan` for the arguments."""
-    return ViDiTQPlan(((0, ((layers, weights, inputs, alpha, rotate),)),), seed=seed)
+    rules = ((layers, weights, inputs, alpha, rotate),)
+    return ViDiTQPlan(((0, rules),), seed=seed, fold=fold)
 
 
 def smooth_quant(weights: int = 8, inputs: int = 8, *, strength: float = 0.5) -> ViDiTQPlan:
@@ -306,6 +316,9 @@ def _quantise(
         if isinstance(flat[f"{path}.kernel"], QTensor):
             raise ValueError(f"{path} is quantised already; a layer can be quantised once")
     learned = params.get(METHODS, {})
+    folded: set[str] = set()
+    if plan.fold and calibration is not None:
+        flat, folded = _fold(plan, calibration, forward, params, flat)
     parts = []
     for segment in range(len(plan.segments)):
         part = {}
@@ -314,7 +327,7 @@ def _quantise(
             if rule is not None:
                 _, weights, inputs, alpha, rotate = rule
                 mask = None
-                if alpha is not None:
+                if alpha is not None and path not in folded:
                     assert calibration is not None
                     mask = balance(kernel, calibration[path][segment], alpha)
                 rotation = Rotation(kernel.shape[0], plan.seed, plan.strict) if rotate else None
@@ -335,6 +348,33 @@ def _quantise(
     later = {str(segment): part for segment, part in enumerate(parts) if segment}
     quantised[METHODS] = {**learned, NAME: later}
     return forward.edit(Segments(plan.boundaries, plan.calls or 0)), quantised
+
+
+def _fold(
+    plan: ViDiTQPlan,
+    calibration: Calibration,
+    forward: Forward,
+    params: Params,
+    flat: dict[str, Any],
+) -> tuple[dict[str, Any], set[str]]:
+    """Leaves with masks folded where that is possible, and the layers that need none any more."""
+    done: set[str] = set()
+    blocks = [(site.path, type(site.module).__name__) for site in forward.sites(params)]
+    for where in folds(blocks):
+        rules = [plan.rule(reader) for reader in where.readers]
+        alphas = {None if rule is None else rule[3] for rule in rules}
+        (alpha, *others) = alphas
+        source = flat.get(f"{where.source}.kernel")
+        if others or alpha is None or isinstance(source, QTensor):
+            continue  # masks differ, or what makes the inputs holds codes already
+        kernels = [flat[f"{reader}.kernel"] for reader in where.readers]
+        largest = jnp.max(jnp.stack([calibration[reader][0] for reader in where.readers]), axis=0)
+        mask = balance(jnp.concatenate(kernels, axis=1), largest, alpha)
+        flat = fold(flat, where, mask)
+        for reader, kernel in zip(where.readers, kernels, strict=True):
+            flat[f"{reader}.kernel"] = (kernel / mask[:, None]).astype(kernel.dtype)
+        done |= set(where.readers)
+    return flat, done
 
 
 def balance(kernel: jax.Array, largest: jax.Array, alpha: float) -> jax.Array:
