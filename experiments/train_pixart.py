@@ -194,13 +194,18 @@ def export(
 
 
 def sample(
-    pipe: TextToImagePipeline, things: glyphs.Things, *, steps: int, guidance: float, seed: int
+    pipe: TextToImagePipeline,
+    things: glyphs.Things,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    chunk: int = 64,
 ) -> np.ndarray:
-    """Images float32 [N, 32, 32, 3] of things, in one fused program of 64 at a time."""
+    """Images float32 [N, 32, 32, 3] of things, in one fused program of `chunk` at a time."""
     sampler = pipe.sampler(num_steps=steps, guidance_scale=guidance)
     program = jax.jit(sampler)
-    captions, chunk = things.captions(), 64
-    images = []
+    captions, images = things.captions(), []
     for first in trange(0, len(captions), chunk, desc="sampling", leave=False):
         part = captions[first : first + chunk]
         padded = part + [""] * (chunk - len(part))

@@ -97,7 +97,7 @@ class Rounding:
             wrap(module, path, _Rounded, bits, preparation)
 
 
-def sensitivity(
+def rounded_samples(
     forward: Forward,
     params: Params,
     sampler: Sampler,
@@ -105,43 +105,58 @@ def sensitivity(
     *,
     key: Array,
     preparations: Mapping[str, Preparation],
-    parts: Sequence[Sequence[str]],
-    candidates: Sequence[tuple[int, int]],
-    metrics: Sequence[Metric],
     uncond: PyTree = None,
-    progress: bool = True,
-) -> np.ndarray:
-    """Score samples with one part at a time rounded, all else in floats.
+) -> Callable[[np.ndarray], Array]:
+    """Bits int32[layers, 2] to samples, always from the same noise; one compiled program.
 
     Args:
         forward, params: the model, not quantised.
-        sampler, cond, uncond, key: what is sampled, always from the same noise.
-        preparations: of all layers that are in some part, by path.
-        parts: paths of the layers that are rounded together.
-        candidates: (weight bits, input bits) to try.
-        metrics: by which each part is scored.
-
-    Returns:
-        float[parts, candidates], higher is better.
-
-    Raises:
-        ValueError: for a layer without preparation, or as many metrics as there are not parts.
+        sampler, cond, uncond, key: what is sampled.
+        preparations: of the layers, in the order of the bits.
     """
-    places = {path: i for i, path in enumerate(preparations)}
-    unknown = sorted({path for part in parts for path in part} - set(places))
-    if unknown or len(metrics) != len(parts):
-        raise ValueError(
-            f"each of {len(parts)} parts needs a metric (given: {len(metrics)}) and a preparation "
-            f"for its layers (without: {unknown})"
-        )
 
     @jax.jit
     def sample(params: Params, bits: Array) -> Array:
         rounded = forward.edit(Rounding(bits, preparations))
         return sampler(rounded, params, cond, key, uncond=uncond)
 
+    return lambda bits: sample(params, bits)
+
+
+def sensitivity(
+    sample: Callable[[np.ndarray], Array],
+    layers: Sequence[str],
+    *,
+    parts: Sequence[Sequence[str]],
+    candidates: Sequence[tuple[int, int]],
+    metrics: Sequence[Metric],
+    progress: bool = True,
+) -> np.ndarray:
+    """Score samples with one part at a time rounded, all else in floats.
+
+    Args:
+        sample: from `rounded_samples`.
+        layers: paths, in the order of its bits.
+        parts: paths of the layers that are rounded together.
+        candidates: (weight bits, input bits) to try.
+        metrics: by which each part is scored.
+        progress: show a bar.
+
+    Returns:
+        float[parts, candidates], higher is better.
+
+    Raises:
+        ValueError: for a part with other layers, or as many metrics as there are not parts.
+    """
+    places = {path: i for i, path in enumerate(layers)}
+    unknown = sorted({path for part in parts for path in part} - set(places))
+    if unknown or len(metrics) != len(parts):
+        raise ValueError(
+            f"each of {len(parts)} parts needs a metric (given: {len(metrics)}) and layers that "
+            f"are rounded (others: {unknown})"
+        )
     floats = np.full((len(places), 2), FLOAT, np.int32)
-    dense = sample(params, floats)
+    dense = sample(floats)
     scores = np.empty((len(parts), len(candidates)))
     bar = tqdm(total=scores.size, desc="sensitivity", unit="run", disable=not progress, leave=False)
     with bar:
@@ -149,7 +164,7 @@ def sensitivity(
             for j, candidate in enumerate(candidates):
                 bits = floats.copy()
                 bits[[places[path] for path in part]] = candidate
-                scores[i, j] = metrics[i](dense, sample(params, bits))
+                scores[i, j] = metrics[i](dense, sample(bits))
                 bar.update()
     return scores
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import effjax
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan
-from experiments import demo, train_dit, train_pixart
+from experiments import demo, judge, train_dit, train_pixart
 
 FIGURES = {
     "attention_flops",
@@ -79,6 +79,24 @@ def test_the_bundled_model_passed_its_gate():
     assert log["judged"]["images"] >= 1024
     weights = train_dit.WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size < 6e6
+
+
+def test_the_bundled_text_model_passed_its_gate():
+    log = json.loads((train_pixart.WEIGHTS / "log.json").read_text())
+    assert train_pixart.passes(log["judged"])
+    assert log["judged"]["images"] >= 1024
+    files = train_pixart.WEIGHTS.rglob("*.safetensors")
+    assert sum(file.stat().st_size for file in files) < 6e6
+
+
+def test_the_bundled_text_model_draws_what_it_is_asked_for():
+    """Through the real conversion: unseen captions, few steps."""
+    pipe = effjax.pipeline(train_pixart.WEIGHTS, dtype="float32", progress=False)
+    _, things = train_pixart.unseen(16, 5)
+    images = train_pixart.sample(pipe, things, steps=6, guidance=3.0, seed=0, chunk=16)
+    right = judge.alignment(judge.load(), images, things)
+    assert right["colour"] == right["place"] == 1.0
+    assert right["class"] >= 0.75
 
 
 @pytest.mark.slow

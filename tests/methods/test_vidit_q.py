@@ -1,6 +1,7 @@
 """ViDiT-Q: identities, the ordering of its ingredients, segments, search, errors."""
 
 import dataclasses
+import math
 
 import chex
 import jax
@@ -18,7 +19,13 @@ from effjax.quant import Activations, QTensor, Quantizer, qdot, quantize_matrix
 from effjax.quant.folding import fold, folds
 from effjax.quant.hadamard import Rotation
 from effjax.samplers import DDIM, Sampler
-from effjax.search.sensitivity import Preparation, Rounding, sensitivity, sqnr
+from effjax.search.sensitivity import (
+    Preparation,
+    Rounding,
+    rounded_samples,
+    sensitivity,
+    sqnr,
+)
 
 
 @pytest.fixture(scope="module")
@@ -315,18 +322,58 @@ def test_the_search_spends_bits_where_they_matter(subject):
     assert vidit_q.ViDiTQPlan.from_json(plan.to_json()) == plan
 
 
+def test_groups_may_have_different_averages(subject):
+    """MixDQ's ratio: the best of several is no worse than equal averages, at as many bits."""
+    options = {"average_bits": 5.0, "candidates": (3, 4, 6, 8), "alpha": None, "progress": False}
+    dense = sample(subject, subject.forward, subject.params)
+    found, spent = [], []
+    for ratios in ((1.0,), (0.7, 1.0, 1.3, 9.0)):  # 9 is out of reach, and skipped
+        plan = vidit_q.search(
+            subject.forward,
+            subject.params,
+            subject.sampler,
+            subject.cond,
+            key=jax.random.key(0),
+            ratios=ratios,
+            **options,
+        )
+        pair = vidit_q.transform(plan)(subject.forward, subject.params)
+        found.append(float(sqnr(dense, sample(subject, *pair))))
+        leaves = [x for x in flatten_params(pair[1]).values() if isinstance(x, QTensor)]
+        sizes = [math.prod(leaf.shape) for leaf in leaves]
+        spent.append(np.average([leaf.bits for leaf in leaves], weights=sizes))
+    assert found[1] > found[0] - 0.5
+    np.testing.assert_allclose(spent, 5.0, atol=0.03)
+    for ratios, message in (((9.0, 8.0), "none of the ratios"), ((9.0,), "9")):
+        with pytest.raises(ValueError, match=message):
+            vidit_q.search(
+                subject.forward,
+                subject.params,
+                subject.sampler,
+                subject.cond,
+                key=jax.random.key(0),
+                ratios=ratios,
+                **options,
+            )
+
+
 def test_sensitivity_compiles_once_and_rates_bits(subject, calibration):
-    preparations = {path: Preparation() for path in calibration}
-    options = {"key": jax.random.key(0), "preparations": preparations, "progress": False}
-    scores = sensitivity(
+    layers = list(calibration)
+    draw = rounded_samples(
         subject.forward,
         subject.params,
         subject.sampler,
         subject.cond,
+        key=jax.random.key(0),
+        preparations={path: Preparation() for path in layers},
+    )
+    scores = sensitivity(
+        draw,
+        layers,
         parts=[["blocks.0.attn.to_q"], ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]],
         candidates=[(3, 8), (6, 8), (16, 16)],
         metrics=[sqnr, sqnr],
-        **options,
+        progress=False,
     )
     assert (np.diff(scores) > 0).all()
     assert (scores[:, 2] > 100).all()
@@ -335,17 +382,8 @@ def test_sensitivity_compiles_once_and_rates_bits(subject, calibration):
     pair = vidit_q.transform(plan)(subject.forward, subject.params)
     dense = sample(subject, subject.forward, subject.params)
     assert float(sqnr(dense, sample(subject, *pair))) == pytest.approx(scores[0, 0], abs=0.5)
-    with pytest.raises(ValueError, match="needs a metric"):
-        sensitivity(
-            subject.forward,
-            subject.params,
-            subject.sampler,
-            subject.cond,
-            parts=[["nowhere"]],
-            candidates=[(4, 8)],
-            metrics=[],
-            **options,
-        )
+    with pytest.raises(ValueError, match=r"needs a metric \(given: 0\).*nowhere"):
+        sensitivity(draw, layers, parts=[["nowhere"]], candidates=[(4, 8)], metrics=[])
 
 
 # Composition ------------------------------------------------------------------------------------

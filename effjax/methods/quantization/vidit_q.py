@@ -44,8 +44,15 @@ from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
 from effjax.quant.folding import fold, folds
 from effjax.quant.hadamard import Rotation
 from effjax.samplers import Carry, Sampler
-from effjax.search.allocation import allocate, bit_budget
-from effjax.search.sensitivity import Metric, Preparation, Rounding, sensitivity, sqnr
+from effjax.search.allocation import allocate, bit_budget, split_bits
+from effjax.search.sensitivity import (
+    Metric,
+    Preparation,
+    Rounding,
+    rounded_samples,
+    sensitivity,
+    sqnr,
+)
 from effjax.sites import sites
 from effjax.transform import Method, Pair, Plan, Transform
 
@@ -492,6 +499,7 @@ def search(
     alpha: float | None = 0.99,
     rotate: bool = True,
     groups: Mapping[str, Metric] | None = None,
+    ratios: Sequence[float] = (1.0,),
     uncond: PyTree = None,
     seed: int = 0,
     progress: bool = True,
@@ -499,19 +507,21 @@ def search(
     """Find weight bits for the attention and the feed-forward layers of every block.
 
     A part is the layers of one group in one block. It is scored by its group's metric on final
-    samples when it alone is quantised; each group is given the same average number of bits by an
-    integer program ("metric-decoupled": scores of different metrics are never added).
+    samples when it alone is quantised; an integer program chooses bits for each group by itself
+    ("metric-decoupled": scores of different metrics are never added).
 
     Args:
         forward, params: the model, not quantised.
         sampler, cond, uncond, key: a small batch to score on.
-        average_bits: of a weight, in each group, up to 0.02.
+        average_bits: of a weight, up to 0.02.
         calibration: from `calibrate` on `uniform(8, ...)`; made here if None and alpha is given.
         candidates: bits of weights to choose from.
         inputs: bits of inputs.
         alpha, rotate, seed: as in the plan.
         groups: metric by a group's name, the part of a path after the block; None scores attn and
             mlp by SQNR. Give cross a metric of text alignment to quantise cross-attention too.
+        ratios: average bits of the first of two groups over those of the second, to try. The plan
+            whose samples have the highest SQNR wins (MixDQ, arXiv 2405.17873, section 3.4).
 
     Raises:
         ValueError: for a group without layers, or an average that no choice meets.
@@ -547,30 +557,64 @@ def search(
         parts.setdefault(block[1], []).append(path)
     names = list(parts)
     group_of = [name.rpartition(".")[2] for name in names]
+    sample = rounded_samples(
+        forward, params, sampler, cond, key=key, preparations=preparations, uncond=uncond
+    )
     scores = sensitivity(
-        forward,
-        params,
-        sampler,
-        cond,
-        key=key,
-        preparations=preparations,
+        sample,
+        paths,
         parts=[parts[name] for name in names],
         candidates=[(bits, inputs) for bits in candidates],
         metrics=[groups[group] for group in group_of],
-        uncond=uncond,
         progress=progress,
     )
-    rules: list[Rule] = []
-    for group in groups:
-        rows = [i for i, own in enumerate(group_of) if own == group]
-        if not rows:
-            raise ValueError(f"there is no layer in group {group!r}; there are {set(group_of)}")
-        sizes = [sum(kernels[path].size for path in parts[names[i]]) for i in rows]
-        found = allocate(scores[rows], [bit_budget(sizes, candidates, average_bits)])
-        for i, choice in zip(rows, found.choice):
-            pattern = rf"{re.escape(names[i])}\..*"
-            rules.append((pattern, candidates[choice], inputs, alpha, rotate))
-    return ViDiTQPlan(((0, tuple(rules)),), seed=seed)
+    sizes = np.array([sum(kernels[path].size for path in parts[name]) for name in names])
+    rows = {group: [i for i, own in enumerate(group_of) if own == group] for group in groups}
+    if empty := [group for group, own in rows.items() if not own]:
+        raise ValueError(f"there is no layer in the groups {empty}; there are {set(group_of)}")
+    choices = []
+    for averages in _averages(
+        average_bits, ratios, {g: int(sizes[own].sum()) for g, own in rows.items()}
+    ):
+        try:
+            chosen = np.zeros(len(names), int)
+            for group, own in rows.items():
+                budget = bit_budget(sizes[own], candidates, averages[group])
+                chosen[own] = allocate(scores[own], [budget]).choice
+        except ValueError:
+            if len(ratios) == 1:
+                raise
+            continue  # this ratio asks for more or fewer bits than there are
+        choices.append(chosen)
+    if not choices:
+        raise ValueError(
+            f"none of the ratios {tuple(ratios)} allows {average_bits} bits on average"
+        )
+
+    def quality(chosen: np.ndarray) -> float:
+        own = {path: candidates[c] for name, c in zip(names, chosen) for path in parts[name]}
+        bits = np.array([(own[path], inputs) for path in paths], np.int32)
+        return float(sqnr(sample(np.full_like(bits, FLOAT)), sample(bits)))
+
+    best = choices[0] if len(choices) == 1 else max(choices, key=quality)
+    rules = tuple(
+        (rf"{re.escape(name)}\..*", candidates[choice], inputs, alpha, rotate)
+        for name, choice in zip(names, best)
+    )
+    return ViDiTQPlan(((0, rules),), seed=seed)
+
+
+def _averages(
+    average: float, ratios: Sequence[float], sizes: Mapping[str, int]
+) -> list[dict[str, float]]:
+    """Average bits by group for every ratio of the first group's to the second's."""
+    if tuple(ratios) == (1.0,):
+        return [dict.fromkeys(sizes, average)]
+    if len(sizes) != 2:
+        raise ValueError(f"ratios are between two groups; there are {list(sizes)}")
+    (first, a), (second, b) = sizes.items()
+    found = (split_bits(average, ratio, a / b) for ratio in ratios)
+    return [{first: one, second: two} for one, two in found]
 
 
 def _decided(plan: ViDiTQPlan, forward: Forward, params: Params) -> list[str]:
