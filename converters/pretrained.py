@@ -16,12 +16,14 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
+from converters import quantized
 from converters.checkpoint import FLOATS
 from converters.family import Family, family_of_config
 from converters.hub import resolve
 from converters.names import Shape
 from converters.weights import Leaf, open_weights
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
+from effjax.quant import QTensor
 from effjax.storage import Spec, new_directory, place, to_host, write_json, write_shards
 
 Placement = Sharding | Callable[[str, Shape], Sharding] | Mapping[str, Any] | None
@@ -139,7 +141,8 @@ def save_pretrained(
 
     Args:
         forward: the unedited model.
-        params: its parameters: arrays of float32, bfloat16 or float16.
+        params: its parameters: arrays of float32, bfloat16 or float16, and quantised leaves
+            of 4 or 8 bits without mask and rotation, which are written as compressed-tensors.
         dst: directory to make; it appears when it is complete.
         max_shard_bytes: largest weight file.
         layout: names of the tensors, "diffusers" or another layout of this family.
@@ -158,20 +161,21 @@ def save_pretrained(
     wrong = [
         f"{name}: {getattr(leaf, 'dtype', type(leaf).__name__)}"
         for name, leaf in leaves.items()
-        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.dtype not in FLOATS
+        if not isinstance(leaf, QTensor)
+        and (not isinstance(leaf, jax.Array | np.ndarray) or leaf.dtype not in FLOATS)
     ]
     if wrong:
         raise ValueError(
-            "these parameters are no arrays of float32, bfloat16 or float16 (use effjax.save for "
-            "compressed ones):\n  " + "\n  ".join(wrong)
+            "these parameters are no arrays of float32, bfloat16 or float16 and no quantised "
+            "leaves (use effjax.save for other compressed ones):\n  " + "\n  ".join(wrong)
         )
     return _write(
         dst,
         family_of_config(forward.config),
         layout,
         forward.config,
-        {name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves.items()},
-        lambda name: to_host(leaves[name]),
+        leaves,
+        lambda name: jax.tree.map(to_host, leaves[name]),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
@@ -194,6 +198,8 @@ def convert(
 ) -> dict[str, Any]:
     """Rewrite a checkpoint in another layout or dtype, holding one tensor at a time.
 
+    Quantised layers keep their codes and are written as compressed-tensors.
+
     Arguments are those of `from_pretrained` and `save_pretrained`, which this equals.
     """
     path = resolve(
@@ -206,14 +212,12 @@ def convert(
         progress=progress,
     )
     weights = open_weights(path, dtype=dtype, check_finite=check_finite)
-    if weights.layers:
-        raise ValueError(f"{path} holds quantised layers, which cannot be written yet")
     return _write(
         dst,
         weights.family,
         layout,
         weights.forward.config,
-        {name: Spec(leaf.shape, np.dtype(leaf.dtype)) for name, leaf in weights.leaves.items()},
+        weights.leaves,
         weights.read,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
@@ -226,7 +230,7 @@ def _write(
     family: Family,
     layout: str,
     config: Any,
-    params: Mapping[str, Spec],
+    leaves: Mapping[str, Any],
     read: Callable[[str], Any],
     *,
     max_shard_bytes: int,
@@ -239,41 +243,48 @@ def _write(
             f"{family.class_name} has no layout {layout!r}; there are {sorted(family.tables)}"
         )
     table = family.tables[layout]
-    binding = table.bind(params)
-    shapes = binding.source_shapes({name: spec.shape for name, spec in params.items()})
-    specs = {
-        source: Spec(shapes[source], params[pieces[0].target].dtype)
-        for source, pieces in binding.sources.items()
-    }
-    common = next(iter(params.values())).dtype
-    buffers = {
-        buffer.source: buffer.value(config).astype(common)
-        for buffer in table.buffers
-        if buffer.written
-    }
-    specs |= {name: Spec(value.shape, value.dtype) for name, value in buffers.items()}
-
-    def read_source(source: str) -> np.ndarray:
-        return buffers[source] if source in buffers else binding.assemble(source, read)
-
+    binding = table.bind(leaves)
+    shapes = binding.source_shapes({name: tuple(leaf.shape) for name, leaf in leaves.items()})
+    schemes = quantized.schemes(binding, leaves)
+    specs: dict[str, Spec] = {}
+    readers: dict[str, Callable[[], np.ndarray]] = {}
+    for source, pieces in binding.sources.items():
+        if source not in schemes:
+            specs[source] = Spec(shapes[source], np.dtype(leaves[pieces[0].target].dtype))
+            readers[source] = functools.partial(binding.assemble, source, read)
+            continue
+        for name, spec in schemes[source].written(shapes[source]).items():
+            full = f"{source.removesuffix('weight')}{name}"
+            specs[full] = spec
+            readers[full] = functools.partial(schemes[source].assemble, name, pieces, read)
+    dense = (leaf.dtype for leaf in leaves.values() if not isinstance(leaf, QTensor))
+    common = next(dense, FLOATS[0])
+    for buffer in table.buffers:
+        if buffer.written:
+            value = buffer.value(config).astype(common)
+            specs[buffer.source] = Spec(value.shape, value.dtype)
+            readers[buffer.source] = functools.partial(np.asarray, value)
+    described = {"_class_name": family.class_name, **family.write_config(config)}
+    if schemes:
+        described[quantized.KEY] = quantized.write_config(binding, schemes)
     with new_directory(Path(dst)) as directory:
         files = write_shards(
             directory,
             table.stem,
             specs,
-            read_source,
+            lambda name: readers[name](),
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
-        described = {"_class_name": family.class_name, **family.write_config(config)}
         write_json(directory / "config.json", described)
         finish()
+    computed = [specs[buffer.source].shape for buffer in table.buffers if buffer.written]
     return {
         "destination": str(dst),
         "model": family.class_name,
         "layout": layout,
         "files": files,
-        "parameters": sum(math.prod(spec.shape) for spec in specs.values()),
+        "parameters": sum(map(math.prod, [*shapes.values(), *computed])),
         "bytes": sum(spec.bytes_ for spec in specs.values()),
     }
 

@@ -31,7 +31,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -39,8 +39,9 @@ import numpy as np
 
 from converters.checkpoint import FLOATS
 from converters.family import Json
+from converters.names import LAYOUTS, Binding, Piece
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
-from effjax.quant.disk import Codes, Rows, signed, unpack_bits
+from effjax.quant.disk import Codes, Rows, pack_bits, signed, unpack_bits
 from effjax.storage import Shape, Spec, Tensor
 
 KEY = "quantization_config"  # of config.json
@@ -202,6 +203,36 @@ class Scheme:
             return fields
         places = np.argsort(self.layout.order)
         return fields.reshape(len(fields), -1, len(places))[..., places].reshape(fields.shape)
+
+    # Writing, in the formats of compressed-tensors.
+
+    def written(self, shape: Shape) -> dict[str, Spec]:
+        """What a layer [O, I] is written as."""
+        return {name: specs[0] for name, (specs, must) in self.specs(shape).items() if must}
+
+    def assemble(
+        self, name: str, pieces: Sequence[Piece], read: Callable[[str], QTensor]
+    ) -> np.ndarray:
+        """One tensor of a layer, from leaves that `read` gives by path, parts of its outputs."""
+        leaves = [read(piece.target) for piece in pieces]
+        if name == self.layout.shape:
+            return np.array([sum(leaf.shape[1] for leaf in leaves), leaves[0].shape[0]], np.int64)
+        if name == self.layout.scale:
+            return np.concatenate([leaf.scale for leaf in leaves], axis=1).T
+        if name == self.layout.zeros:
+            zeros = np.concatenate([leaf.zero_point for leaf in leaves], axis=1).astype(np.int8)
+            return (zeros if self.layout.packed is None else self._words(zeros)).T
+        codes = [Codes(leaf.qvalue, leaf.shape, leaf.bits).unpacked() for leaf in leaves]
+        whole = np.concatenate(codes, axis=1).T
+        return whole if self.layout.packed is None else self._words(whole)
+
+    def _words(self, codes: np.ndarray) -> np.ndarray:
+        """int32[rows, words] of signed codes int8[rows, codes]."""
+        fields = codes.view(np.uint8) ^ np.uint8(2 ** (self.bits - 1))
+        stream = np.zeros((len(codes), 4 * self.words(codes.shape[1])), np.uint8)
+        packed = pack_bits(fields, self.bits)
+        stream[:, : packed.shape[1]] = packed
+        return stream.view("<i4")
 
 
 @functools.cache
@@ -446,3 +477,112 @@ def _compressed_tensors(config: Json, wrong: list[str]) -> Groups:
 
 # Inputs by token. The format does not say what divides their largest magnitude; vLLM takes 127.
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+
+
+# Export ----------------------------------------------------------------------------------------
+
+
+def schemes(binding: Binding, leaves: Mapping[str, Any]) -> dict[str, Scheme]:
+    """How the quantised leaves among parameters are written, by the source they are written as.
+
+    Args:
+        binding: of the table that is written.
+        leaves: parameters by path; arrays or their shapes.
+
+    Raises:
+        ValueError: for leaves that compressed-tensors cannot say, all named at once.
+    """
+    found: dict[str, Scheme] = {}
+    problems = {name: _fault(leaf) for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
+    problems = {name: fault for name, fault in problems.items() if fault}
+    for source, pieces in binding.sources.items():
+        held = [leaves[piece.target] for piece in pieces]
+        if not any(isinstance(leaf, QTensor) for leaf in held):
+            continue
+        if pieces[0].layout is not LAYOUTS["linear"]:
+            problems[pieces[0].target] = "quantised, which only linear layers can be"
+        kinds = {_scheme(leaf) if isinstance(leaf, QTensor) else None for leaf in held}
+        if len(kinds) > 1:
+            for piece in pieces:
+                problems.setdefault(
+                    piece.target, f"is a part of {source}, and quantised in another way than others"
+                )
+        else:
+            found[source] = _scheme(held[0])
+    if problems:
+        listed = "\n  ".join(f"{name}: {fault}" for name, fault in sorted(problems.items()))
+        raise ValueError(
+            f"compressed-tensors cannot hold these leaves ({len(problems)} problems); use "
+            f"effjax.save, or quantise them otherwise:\n  {listed}"
+        )
+    return found
+
+
+def _scheme(leaf: QTensor) -> Scheme:
+    """As llm-compressor writes it: int8 for int8 products by channel, words for all else."""
+    by_channel = leaf.group_size == leaf.shape[0]
+    plain = leaf.bits == 8 and by_channel and leaf.activations is not None
+    return Scheme(
+        "int-quantized" if plain else "pack-quantized",
+        leaf.bits,
+        None if by_channel else leaf.group_size,
+        leaf.zero_point is None,
+        leaf.activations,
+    )
+
+
+def _fault(leaf: QTensor) -> str | None:
+    """Why a leaf cannot be written."""
+    if leaf.bits not in (4, 8):
+        return f"has codes of {leaf.bits} bits, must be 4 or 8"
+    if leaf.mask is not None or leaf.rotation is not None:
+        return "has inputs that are masked or rotated"
+    if leaf.activations not in (None, Activations(Quantizer(8))):
+        return f"has inputs with {leaf.activations}, must be floats or {Activations(Quantizer(8))}"
+    if isinstance(leaf.zero_point, jax.Array | np.ndarray):
+        half, zeros = 2 ** (leaf.bits - 1), np.asarray(leaf.zero_point)
+        if zeros.min() < -half or zeros.max() >= half:
+            return f"has zero points beyond {-half} ... {half - 1}"
+    return None
+
+
+def write_config(binding: Binding, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """The `quantization_config` of layers that are written, by their sources."""
+    targets: dict[Scheme, list[str]] = collections.defaultdict(list)
+    for source, scheme in schemes.items():
+        targets[scheme].append(source.removesuffix(".weight"))
+    formats = {scheme.format for scheme in targets}
+    dense = [
+        source.removesuffix(".weight")
+        for source, pieces in binding.sources.items()
+        if pieces[0].layout is LAYOUTS["linear"] and source not in schemes
+    ]
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": {
+            f"group_{k}": _group(scheme, layers)
+            for k, (scheme, layers) in enumerate(targets.items())
+        },
+        "ignore": dense,
+        "kv_cache_scheme": None,
+    }
+
+
+def _group(scheme: Scheme, layers: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if scheme.group_size else "channel",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    return {
+        "format": scheme.format,
+        "targets": layers,
+        "weights": weights,
+        "input_activations": None if scheme.activations is None else dict(_TOKENS),
+        "output_activations": None,
+    }

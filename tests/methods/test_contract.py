@@ -84,7 +84,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(subject, strongest):
     keys = sample_keys(jax.random.key(0), 3)
     last = jax.tree.map(lambda x: x[2:], three)
     alone = sample(subject, *strongest, cond=last, key=keys[2:])
-    chex.assert_trees_all_close(batch[2:], alone, atol=1e-5)
+    chex.assert_trees_all_close(batch[2:], alone, atol=1e-4)
 
 
 def test_it_changes_the_samples_and_keeps_them_finite(subject, strongest):
