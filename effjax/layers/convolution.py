@@ -7,15 +7,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
+from effjax.quant import QTensor, qconv
+from effjax.quant.convolution import Padding
 
 _INIT = nnx.initializers.lecun_normal()
 
 
 def convolve(
-    x: Float[Array, "B H W I"], weight: Float[Array, "R S I O"], *, stride: int, padding: Padding
+    x: Float[Array, "B H W I"],
+    weight: Float[Array, "R S I O"] | QTensor,
+    *,
+    stride: int,
+    padding: Padding,
 ) -> Float[Array, "B Y X O"]:
-    """Correlate an image with a weight leaf [rows, columns, in, out] in the image's dtype."""
+    """Correlate an image with a weight leaf, an array or quantised, in the image's dtype."""
+    if isinstance(weight, QTensor):
+        return qconv(x, weight, stride=stride, padding=padding)
     return jax.lax.conv_general_dilated(
         x,
         weight.astype(x.dtype),

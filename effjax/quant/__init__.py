@@ -1,5 +1,6 @@
 """Quantised weights and activations: the leaf, its product, quantisers, rotations."""
 
+from effjax.quant.convolution import qconv
 from effjax.quant.hadamard import Rotation, hadamard
 from effjax.quant.product import qdot
 from effjax.quant.quantizer import Quantizer, dequantize, fake_quantize
@@ -13,6 +14,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "hadamard",
+    "qconv",
     "qdot",
     "quantize_matrix",
     "restore",

@@ -1,4 +1,4 @@
-"""The only place where models multiply by a quantised weight."""
+"""The only place where models multiply by a quantised matrix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def qdot(
         ValueError: for inputs of another width, or a path that there is not.
         NotImplementedError: if the integer path cannot run these operands; nothing falls back.
     """
-    if x.shape[-1:] != w.shape[:1]:
+    if w.ndim != 2 or x.shape[-1:] != w.shape[:1]:
         raise ValueError(f"inputs of width {x.shape[-1:]} do not fit a matrix {list(w.shape)}")
     if path not in ("integer", "reference"):
         raise ValueError(f'path must be "integer" or "reference", got {path!r}')

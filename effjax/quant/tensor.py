@@ -29,7 +29,8 @@ class Activations:
 
     Attributes:
         quantizer: of the inputs.
-        dynamic: each token takes its own range; else one range was calibrated for all of them.
+        dynamic: each token (each image, for a convolution) takes its own range; else one range was
+            calibrated for all of them.
     """
 
     quantizer: Quantizer = dataclasses.field(default_factory=Quantizer)
@@ -60,6 +61,8 @@ class Activations:
 class QTensor:
     """A quantised matrix [I, O]; a pytree that stands where the array did.
 
+    The kernel of a convolution [R, S, I, O] is held as the matrix [R S I, O].
+
     Attributes:
         qvalue: codes int8[I, O], or the planes of `pallas_kernels.packing.pack`.
         scale: float32[G, O], one for each output and I / G consecutive inputs.
@@ -67,7 +70,7 @@ class QTensor:
         mask: float32[I] that inputs are multiplied by; None for ones.
         input_scale, input_zero_point: float32[] and int32[] of calibrated activations.
         column_sums: float32[O] of the matrix, which zero points of activations need.
-        shape: (I, O).
+        shape: of the array: (I, O) or (R, S, I, O).
         bits: of a weight's code.
         activations: how inputs become codes; None leaves them floats.
         rotation: of the inputs, after the mask; None for none.
@@ -80,7 +83,7 @@ class QTensor:
     input_scale: Any
     input_zero_point: Any
     column_sums: Any
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bits: int
     activations: Activations | None
     rotation: Rotation | None
@@ -92,16 +95,21 @@ class QTensor:
 
     @property
     def ndim(self) -> int:
-        return 2
+        return len(self.shape)
 
     @property
     def dtype(self) -> Any:
         return self.scale.dtype
 
     @property
+    def rows(self) -> int:
+        """Rows of the matrix: inputs of one output."""
+        return math.prod(self.shape[:-1])
+
+    @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
-        return self.shape[0] // self.scale.shape[0]
+        return self.rows // self.scale.shape[0]
 
     @property
     def logical_bytes(self) -> int:
@@ -112,7 +120,7 @@ class QTensor:
 
     def codes(self) -> Array:
         """int8[I, O]."""
-        return unpack(self.qvalue, self.bits, self.shape[0]) if self.packed else self.qvalue
+        return unpack(self.qvalue, self.bits, self.rows) if self.packed else self.qvalue
 
     def dequantize(self) -> Array:
         """The matrix float32[I, O] that the codes stand for, of prepared inputs."""
@@ -121,11 +129,13 @@ class QTensor:
         return dequantize(self.codes(), every(self.scale), zero)
 
     def restore(self) -> Array:
-        """The matrix float32[I, O] of unprepared inputs: what was quantised, with its rounding."""
+        """The array in float32, of unprepared inputs: what was quantised, with its rounding."""
         w = self.dequantize()
         if self.rotation is not None:
             w = self.rotation.undo(w.T).T
-        return w if self.mask is None else w * self.mask[:, None]
+        if self.mask is not None:
+            w = w * self.mask[:, None]
+        return w.reshape(self.shape)
 
     def prepare(self, x: Array) -> Array:
         """Inputs [..., I] as the codes expect them: masked, then rotated."""
@@ -137,8 +147,11 @@ class QTensor:
         """As a `qwix.QArray` [I, O], whose zero points are int8 (ranges must contain zero).
 
         Raises:
-            ValueError: if inputs are prepared or coded, which a QArray does not know.
+            ValueError: if inputs are prepared or coded, which a QArray does not know, or for the
+                kernel of a convolution.
         """
+        if self.ndim != 2:
+            raise ValueError(f"a qwix.QArray is made of a matrix, not of a kernel {self.shape}")
         if self.mask is not None or self.rotation is not None or self.activations is not None:
             raise ValueError("a qwix.QArray knows nothing of masks, rotations and activations")
         from qwix import QArray
@@ -170,7 +183,8 @@ def quantize_matrix(
     """Quantise a matrix to the nearest codes, with what its inputs need.
 
     Args:
-        w: float[I, O].
+        w: float[I, O], or the kernel of a convolution [R, S, I, O], which has a scale for each
+            output and takes no groups, mask or rotation.
         quantizer: of the weights; symmetric 8 bits if None.
         group_size: inputs that share a scale; all of a channel if None.
         activations: how inputs become codes; None leaves them floats.
@@ -184,8 +198,17 @@ def quantize_matrix(
         ValueError: for a matrix, group, mask, rotation or range that does not fit.
     """
     quantizer = quantizer or Quantizer()
-    if w.ndim != 2:
-        raise ValueError(f"a quantised weight is a matrix [I, O]; got {list(w.shape)}")
+    shape = w.shape
+    if w.ndim not in (2, 4):
+        raise ValueError(
+            f"a quantised weight is a matrix [I, O] or a kernel [R, S, I, O]; got {list(shape)}"
+        )
+    if w.ndim == 4 and (group_size or mask is not None or rotation is not None):
+        raise ValueError(
+            f"the kernel of a convolution, {list(shape)}, has one scale for each output, and no "
+            f"mask or rotation; leave out group_size, mask and rotation"
+        )
+    w = w.reshape(-1, shape[-1])
     inputs, outputs = w.shape
     group_size = group_size or inputs
     if inputs % group_size:
@@ -197,6 +220,8 @@ def quantize_matrix(
     static = activations is not None and not activations.dynamic
     if static != (input_range is not None):
         raise ValueError("activations that are not dynamic, and no others, need an input_range")
+    if len(shape) == 4 and activations is not None and not activations.quantizer.keeps_zero:
+        raise ValueError("the images of a convolution are padded with zeros: keep keeps_zero=True")
     w = w.astype(jnp.float32)
     if mask is not None:
         mask = mask.astype(jnp.float32)
@@ -211,7 +236,9 @@ def quantize_matrix(
     if activations is not None and input_range is not None:
         input_scale, input_zero = activations.quantizer.fit(*input_range)
     if packed is None:
-        packed = activations is None or quantizer.bits < 8 or group_size != inputs
+        packed = quantizer.bits < 8
+        if len(shape) == 2:
+            packed = packed or activations is None or group_size != inputs
     tensor = QTensor(
         qvalue=codes,
         scale=scale,
@@ -220,7 +247,7 @@ def quantize_matrix(
         input_scale=input_scale,
         input_zero_point=input_zero,
         column_sums=None,
-        shape=(inputs, outputs),
+        shape=shape,
         bits=quantizer.bits,
         activations=activations,
         rotation=rotation,

@@ -4,7 +4,7 @@ Buys: weights of 2 to 8 bits, and products of int8 codes where inputs are coded 
 that every method of post-training quantisation has to beat.
 
     W = (q - z) s, one scale for each output channel, or for each group of inputs
-    x = q s, one scale for each token, from its largest magnitude
+    x = q s, one scale for each token (image, for convolutions), from its largest magnitude
     x = (q - z) s, one scale for all, from a calibrated range (the "static" baseline)
 
 Static: the plan, hence the bits of every layer. Dynamic: the scales of tokens. Cost: as many
@@ -26,12 +26,15 @@ from effjax import testing
 from effjax.capture import tap
 from effjax.context import Guidance, PyTree
 from effjax.forward import Forward, Params, flatten_params, nest_params
+from effjax.layers.convolution import Conv2d
 from effjax.layers.linear import Linear
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
 from effjax.quant.ranges import Range, minmax, union
 from effjax.transform import Method, Pair, Plan, Transform
 
 FLOAT = 16  # bits that leave numbers as they are
+
+LAYER_TYPES = (Linear, Conv2d)
 
 # What a path must match to be coded by default: attention and feed-forward layers. Embeddings,
 # modulations and the final layer are small, and sensitive.
@@ -40,12 +43,13 @@ LAYERS = r".*\.(attn|mlp)\..*"
 
 @dataclasses.dataclass(frozen=True)
 class RoundToNearestPlan(Plan):
-    """Bits for linear layers.
+    """Bits for linear layers and convolutions.
 
     Attributes:
         rules: (pattern, weight bits, input bits): the first pattern that matches the whole path of
             a layer decides; a layer without one stays as it is. Bits are 2 ... 8, or 16 for floats.
-        group_size: inputs that share a scale of the weights; all of a channel if None.
+        group_size: inputs that share a scale of the weights; all of a channel if None. Convolutions
+            have no groups.
         symmetric: whether weights have zero points.
         input_ranges: (path, low, high) of layers whose inputs take a calibrated range instead of
             each token's own; see `calibrate`.
@@ -104,7 +108,7 @@ def uniform(
 
 
 def transform(plan: RoundToNearestPlan) -> Transform:
-    """Quantise a model's linear layers by the plan.
+    """Quantise a model's linear layers and convolutions by the plan.
 
     Raises:
         ValueError: if a rule's pattern decides no layer, or a layer is quantised already.
@@ -112,7 +116,7 @@ def transform(plan: RoundToNearestPlan) -> Transform:
 
     def apply(forward: Forward, params: Params) -> Pair:
         flat = flatten_params(params)
-        paths = [site.path for site in forward.sites(params, Linear)]
+        paths = [site.path for site in forward.sites(params, LAYER_TYPES)]
         ranges = {path: (jnp.float32(a), jnp.float32(b)) for path, a, b in plan.input_ranges}
         wrong = sorted(path for path in ranges if plan.bits(path)[1] == FLOAT or path not in paths)
         if wrong:
@@ -123,7 +127,8 @@ def transform(plan: RoundToNearestPlan) -> Transform:
         for pattern, *_ in plan.rules:
             if not any(re.fullmatch(pattern, path) for path in paths):
                 raise ValueError(
-                    f"the pattern {pattern!r} matches no linear layer; there are {paths}"
+                    f"the pattern {pattern!r} matches no linear layer or convolution; there are "
+                    f"{paths}"
                 )
         for path in paths:
             weights, inputs = plan.bits(path)
@@ -173,7 +178,7 @@ def calibrate(
     Raises:
         ValueError: without batches, or if the plan codes no inputs.
     """
-    paths = [site.path for site in forward.sites(params, Linear)]
+    paths = [site.path for site in forward.sites(params, LAYER_TYPES)]
     coded = [path for path in paths if plan.bits(path)[1] != FLOAT]
     if not coded:
         raise ValueError("the plan codes no layer's inputs, there is nothing to calibrate")
@@ -182,7 +187,13 @@ def calibrate(
     @jax.jit
     def look(params: Params, inputs: tuple[PyTree, ...]) -> dict[str, Range]:
         seen = tap(
-            forward, params, inputs, kind=Linear, pattern=pattern, what="input", guidance=guidance
+            forward,
+            params,
+            inputs,
+            kind=LAYER_TYPES,
+            pattern=pattern,
+            what="input",
+            guidance=guidance,
         )
         return {path: estimate(x) for path, x in seen.items()}
 
