@@ -222,7 +222,7 @@ class Scheme:
         if name == self.layout.zeros:
             zeros = np.concatenate([leaf.zero_point for leaf in leaves], axis=1).astype(np.int8)
             return (zeros if self.layout.packed is None else self._words(zeros)).T
-        codes = [Codes(leaf.qvalue, leaf.shape, leaf.bits).unpacked() for leaf in leaves]
+        codes = [Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).unpacked() for leaf in leaves]
         whole = np.concatenate(codes, axis=1).T
         return whole if self.layout.packed is None else self._words(whole)
 
@@ -305,7 +305,7 @@ class Layer:
             zeros = scheme.zeros(held, parts * shape[1])[:, outputs].copy()
         return dataclasses.replace(
             leaf,
-            qvalue=Codes(leaf.qvalue, leaf.shape, leaf.bits).fill(
+            qvalue=Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).fill(
                 lambda begin, end: rows(begin, end)[:, outputs]
             ),
             scale=scheme.scale(held)[:, outputs].copy(),

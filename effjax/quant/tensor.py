@@ -107,6 +107,11 @@ class QTensor:
         return math.prod(self.shape[:-1])
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(I, O) of the matrix that is held."""
+        return self.rows, self.shape[-1]
+
+    @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
         return self.rows // self.scale.shape[0]

@@ -29,7 +29,7 @@ from experiments import report
 from experiments.quantization.subjects import Subject, tiny_dit, tiny_pixart
 
 ALPHA = 0.5  # where it is not swept
-BITS = ((8, 8), (6, 6), (4, 8), (4, 4))
+BITS = ((8, 8), (4, 8), (6, 6), (4, 4))
 SUBJECTS = {"dit": tiny_dit, "pixart": tiny_pixart}
 
 
