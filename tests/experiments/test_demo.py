@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 import effjax
+from effjax import testing
+from effjax.forward import abstract
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan
+from effjax.models.dit import DiT
 from experiments import demo, judge, train_dit, train_pixart
 
 FIGURES = {
@@ -29,7 +32,11 @@ FIGURES = {
 
 @pytest.mark.slow
 def test_the_demo_writes_its_report(tmp_path):
-    report = demo.run(tmp_path, steps=3, images=4, threshold=0.5)
+    """On a model of two layers and 64 tokens, whose images say nothing."""
+    config = dataclasses.replace(train_dit.TINY, num_layers=2, num_heads=2, patch_size=4)
+    forward, shapes = abstract(DiT, config)
+    train_dit.export(tmp_path / "model", forward, testing.random_params(shapes))
+    report = demo.run(tmp_path, model=tmp_path / "model", steps=3, images=4, threshold=0.5)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     for program in ("dense", "compressed", "quantised"):
         own = FIGURES if program == "dense" else FIGURES | {"psnr"}
@@ -39,15 +46,15 @@ def test_the_demo_writes_its_report(tmp_path):
     assert compressed["attention_flops"] < dense["attention_flops"]
     assert compressed["attention_flops_useful"] <= compressed["attention_flops"]
     assert dense["attention_flops_useful"] == dense["attention_flops"]
-    # By hand: 3 calls x 6 layers x (QK^T and PV) x 2 halves x 2 FLOPs x N^2 x width
-    assert dense["attention_flops"] == 3 * 6 * 2 * 2 * 2 * 256**2 * 128
+    # By hand: 3 calls x 2 layers x (QK^T and PV) x 2 halves x 2 FLOPs x N^2 x width
+    assert dense["attention_flops"] == 3 * 2 * 2 * 2 * 2 * 64**2 * 64
     assert dense["state_bytes"] == 0 < compressed["state_bytes"]
     quantised = report["quantised"]
     assert quantised["attention_flops"] == compressed["attention_flops"]
-    assert quantised["weight_bytes"] < 0.6 * compressed["weight_bytes"]  # modulations stay floats
+    assert quantised["weight_bytes"] < 0.7 * compressed["weight_bytes"]  # modulations stay floats
     assert compressed["weight_bytes"] == dense["weight_bytes"]
     plan = DiTFastAttnPlan.from_json((tmp_path / "plan.json").read_text())
-    assert (plan.layers, plan.calls) == (6, 3)
+    assert (plan.layers, plan.calls) == (2, 3)
     for name in ("samples.png", "plan.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 30
@@ -55,8 +62,6 @@ def test_the_demo_writes_its_report(tmp_path):
 
 
 def test_samples_in_chunks_are_the_samples(monkeypatch):
-    from effjax import testing
-
     subject = testing.tiny_dit(batch=5)
     whole = jax.jit(subject.sampler)(
         subject.forward, subject.params, subject.cond, jax.random.key(1)
