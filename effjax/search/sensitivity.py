@@ -169,6 +169,16 @@ def sensitivity(
     return scores
 
 
+def fidelity(dense: Array, other: Array) -> Array:
+    """Minus the share of quantisation noise in the signal, over the whole batch.
+
+    The noise of parts that are rounded one at a time about adds up when all are: sums of it are
+    what an allocation should make small. (Sums of decibels are not: each bit is worth six of them
+    in every part, however little noise that part makes.)
+    """
+    return -jnp.sum(jnp.square(dense - other)) / jnp.sum(jnp.square(dense))
+
+
 def sqnr(dense: Array, other: Array) -> Array:
     """Ratio of signal to quantisation noise in dB, over the whole batch (MixDQ)."""
     noise = jnp.sum(jnp.square(dense - other))

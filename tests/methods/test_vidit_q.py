@@ -22,6 +22,7 @@ from effjax.samplers import DDIM, Sampler
 from effjax.search.sensitivity import (
     Preparation,
     Rounding,
+    fidelity,
     rounded_samples,
     sensitivity,
     sqnr,
@@ -313,7 +314,7 @@ def test_the_search_spends_bits_where_they_matter(subject):
         key=jax.random.key(0),
         average_bits=6.0,
         candidates=(4, 8),
-        groups={"mlp": lambda dense, other: -jnp.mean(jnp.square(dense - other))},
+        groups={"mlp": fidelity},
         progress=False,
     )
     assert plan.rule("blocks.0.mlp.fc1")[1] == 4

@@ -49,6 +49,7 @@ from effjax.search.sensitivity import (
     Metric,
     Preparation,
     Rounding,
+    fidelity,
     rounded_samples,
     sensitivity,
     sqnr,
@@ -519,14 +520,14 @@ def search(
         inputs: bits of inputs.
         alpha, rotate, seed: as in the plan.
         groups: metric by a group's name, the part of a path after the block; None scores attn and
-            mlp by SQNR. Give cross a metric of text alignment to quantise cross-attention too.
+            mlp by `fidelity`. Give cross a metric of text alignment to code cross-attention too.
         ratios: average bits of the first of two groups over those of the second, to try. The plan
             whose samples have the highest SQNR wins (MixDQ, arXiv 2405.17873, section 3.4).
 
     Raises:
         ValueError: for a group without layers, or an average that no choice meets.
     """
-    groups = dict(groups or {"attn": sqnr, "mlp": sqnr})
+    groups = dict(groups or {"attn": fidelity, "mlp": fidelity})
     whole = uniform(
         8,
         inputs,
