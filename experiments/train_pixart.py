@@ -188,6 +188,13 @@ def export(
             layout = {"transformer": "diffusers", "text_encoder": "transformers"}[name]
             converters.save_pretrained(forward, small, new / name, layout=layout, progress=False)
         tokenizer().save_pretrained(new / "tokenizer")
+        described = new / "tokenizer/tokenizer_config.json"
+        # The class by the name that every version of transformers knows.
+        written = {
+            **json.loads(described.read_text()),
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        training.write_json(described, written)
         training.write_json(new / "model_index.json", index)
         schedule = FlowMatchEuler(steps=20)
         training.write_json(new / "scheduler/scheduler_config.json", schedule.to_config())
