@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -207,8 +208,8 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
     if bits:
         inputs = 16 if bits[2] is None else int(bits[2])
         group = {} if arguments.group_size is None else {"group_size": arguments.group_size}
-        if group and chosen.name == "vidit_q":
-            raise ValueError("vidit_q has one scale for a channel; leave out --group-size")
+        if group and "group_size" not in inspect.signature(uniform).parameters:
+            raise ValueError(f"{chosen.name} has one scale for a channel; leave out --group-size")
         plan = uniform(int(bits[1]), inputs, **group)
     elif Path(arguments.bits).is_file():
         plan = chosen.plan.from_json(Path(arguments.bits).read_text())

@@ -8,8 +8,6 @@ Checkpoints are orbax; a second run resumes.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from effjax.context import PyTree
 from effjax.forward import Forward, Params, functional
 from effjax.models.dit import DiT, DiTConfig
 from effjax.samplers import FlowMatchEuler, sample_keys
+from effjax.storage import write_json
 from experiments import glyphs, judge, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "dit_glyphs"
@@ -81,9 +80,10 @@ def export(path: Path, forward: Forward, params: Params) -> None:
     with training.replacing(path) as new:
         small = training.bfloat16(params)
         converters.save_pretrained(forward, small, new / "transformer", progress=False)
-        training.write_json(new / "model_index.json", index)
+        write_json(new / "model_index.json", index)
+        (new / "scheduler").mkdir()
         schedule = FlowMatchEuler(steps=20)
-        training.write_json(new / "scheduler/scheduler_config.json", schedule.to_config())
+        write_json(new / "scheduler/scheduler_config.json", schedule.to_config())
 
 
 def evaluate(path: Path, *, images: int, steps: int, guidance: float, seed: int) -> dict[str, Any]:
@@ -117,45 +117,29 @@ def passes(figures: dict[str, Any]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of checkpoints")
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the exported model")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--images", type=int, default=1024, help="images to judge")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of the judged images")
-    arguments = parser.parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    forward, params, log = train(
-        TINY,
-        steps=arguments.steps,
-        batch=arguments.batch,
-        seed=arguments.seed,
-        learning_rate=arguments.learning_rate,
-        checkpoints=arguments.checkpoints,
+    def make(arguments: argparse.Namespace) -> dict[str, Any]:
+        forward, params, log = train(
+            TINY,
+            steps=arguments.steps,
+            batch=arguments.batch,
+            seed=arguments.seed,
+            learning_rate=arguments.learning_rate,
+            checkpoints=arguments.checkpoints,
+        )
+        export(arguments.output, forward, params)
+        return log
+
+    return training.command(
+        "experiments.train_dit",
+        argv,
+        about=__doc__.splitlines()[0],
+        output=WEIGHTS,
+        steps=2400,
+        guidance=3.0,
+        make=make,
+        evaluate=evaluate,
+        passes=passes,
     )
-    export(arguments.output, forward, params)
-    figures = evaluate(
-        arguments.output,
-        images=arguments.images,
-        steps=20,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-    )
-    command = (
-        f"python -m experiments.train_dit --checkpoints DIR --steps {arguments.steps} "
-        f"--batch {arguments.batch} --seed {arguments.seed} "
-        f"--learning-rate {arguments.learning_rate} --guidance {arguments.guidance}"
-    )
-    log = {"command": command, "judged": figures, **log}
-    (arguments.output / "log.json").write_text(json.dumps(log, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
-    if not passes(figures):
-        print("the gate is not passed: train longer, or try another guidance", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from effjax.models.pixart import Caption, PixArt, PixArtConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import TextToImagePipeline
 from effjax.samplers import FlowMatchEuler, sample_keys
+from effjax.storage import write_json
 from experiments import glyphs, judge, train_dit, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "pixart_glyphs"
@@ -194,10 +194,11 @@ def export(
             **json.loads(described.read_text()),
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        training.write_json(described, written)
-        training.write_json(new / "model_index.json", index)
+        write_json(described, written)
+        write_json(new / "model_index.json", index)
+        (new / "scheduler").mkdir()
         schedule = FlowMatchEuler(steps=20)
-        training.write_json(new / "scheduler/scheduler_config.json", schedule.to_config())
+        write_json(new / "scheduler/scheduler_config.json", schedule.to_config())
 
 
 def sample(
@@ -257,47 +258,30 @@ def passes(figures: dict[str, Any]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder, kept elsewhere")
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the exported model")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--images", type=int, default=1024, help="images to judge")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of the judged images")
-    arguments = parser.parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    transformer, text_encoder, log = train(
-        TINY,
-        TINY_T5,
-        steps=arguments.steps,
-        batch=arguments.batch,
-        seed=arguments.seed,
-        learning_rate=arguments.learning_rate,
-        checkpoints=arguments.checkpoints,
+    def make(arguments: argparse.Namespace) -> dict[str, Any]:
+        transformer, text_encoder, log = train(
+            TINY,
+            TINY_T5,
+            steps=arguments.steps,
+            batch=arguments.batch,
+            seed=arguments.seed,
+            learning_rate=arguments.learning_rate,
+            checkpoints=arguments.checkpoints,
+        )
+        export(arguments.output, transformer, text_encoder)
+        return log
+
+    return training.command(
+        "experiments.train_pixart",
+        argv,
+        about=__doc__.splitlines()[0],
+        output=WEIGHTS,
+        steps=6000,
+        guidance=GUIDANCE,
+        make=make,
+        evaluate=evaluate,
+        passes=passes,
     )
-    export(arguments.output, transformer, text_encoder)
-    figures = evaluate(
-        arguments.output,
-        images=arguments.images,
-        steps=20,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-    )
-    command = (
-        f"python -m experiments.train_pixart --checkpoints DIR --steps {arguments.steps} "
-        f"--batch {arguments.batch} --seed {arguments.seed} "
-        f"--learning-rate {arguments.learning_rate} --guidance {arguments.guidance}"
-    )
-    training.write_json(
-        arguments.output / "log.json", {"command": command, "judged": figures, **log}
-    )
-    print(json.dumps(figures, indent=1))
-    if not passes(figures):
-        print("the gate is not passed: train longer, or try another guidance", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

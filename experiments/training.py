@@ -7,9 +7,12 @@ are dropped in one sample of ten, for classifier-free guidance.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +30,7 @@ from tqdm.auto import trange
 from effjax.compat import relaxed_promotion
 from effjax.context import PyTree
 from effjax.forward import Params
+from effjax.storage import write_json
 
 Loss = Callable[[Params, PyTree, Key[Array, ""]], Float[Array, ""]]
 
@@ -145,7 +149,59 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(new, path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write an indented JSON file with sorted keys, in a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+def command(
+    module: str,
+    argv: list[str] | None,
+    *,
+    about: str,
+    output: Path,
+    steps: int,
+    guidance: float,
+    make: Callable[[argparse.Namespace], dict[str, Any]],
+    evaluate: Callable[..., dict[str, Any]],
+    passes: Callable[[dict[str, Any]], bool],
+) -> int:
+    """The command line of a training script: train, export, judge, write log.json.
+
+    Args:
+        module: name of the script.
+        argv: its arguments.
+        about: one line on it.
+        output, steps, guidance: defaults.
+        make: trains and exports with the parsed arguments; gives the log of the training.
+        evaluate: judges the exported model: (path, images=, steps=, guidance=, seed=) -> figures.
+        passes: whether figures are good enough.
+
+    Returns:
+        The exit status: 1 if the gate is not passed.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of checkpoints")
+    parser.add_argument("--output", type=Path, default=output, help="folder of the exported model")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--images", type=int, default=1024, help="images to judge")
+    parser.add_argument("--guidance", type=float, default=guidance, help="of the judged images")
+    arguments = parser.parse_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    log = make(arguments)
+    figures = evaluate(
+        arguments.output,
+        images=arguments.images,
+        steps=20,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+    )
+    written = (
+        f"python -m {module} --checkpoints DIR --steps {arguments.steps} "
+        f"--batch {arguments.batch} --seed {arguments.seed} "
+        f"--learning-rate {arguments.learning_rate} --guidance {arguments.guidance}"
+    )
+    write_json(arguments.output / "log.json", {"command": written, "judged": figures, **log})
+    print(json.dumps(figures, indent=1))
+    if not passes(figures):
+        print("the gate is not passed: train longer, or try another guidance", file=sys.stderr)
+        return 1
+    return 0

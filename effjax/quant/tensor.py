@@ -144,9 +144,7 @@ class QTensor:
 
     def prepare(self, x: Array) -> Array:
         """Inputs [..., I] as the codes expect them: masked, then rotated."""
-        if self.mask is not None:
-            x = (x.astype(jnp.float32) * self.mask).astype(x.dtype)
-        return x if self.rotation is None else self.rotation.apply(x)
+        return prepare_inputs(x, self.mask, self.rotation)
 
     def to_qwix(self) -> Any:
         """As a `qwix.QArray` [I, O], whose zero points are int8 (ranges must contain zero).
@@ -163,6 +161,19 @@ class QTensor:
 
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.int8)
         return QArray(self.codes(), self.scale, zero, f"int{self.bits}")
+
+
+def prepare_inputs(x: Array, mask: Array | None, rotation: Rotation | None) -> Array:
+    """Inputs float[..., I] times a mask float32[I], then rotated; None leaves a step out."""
+    if mask is not None:
+        x = (x.astype(jnp.float32) * mask).astype(x.dtype)
+    return x if rotation is None else rotation.apply(x)
+
+
+def prepare_weights(w: Array, mask: Array | None, rotation: Rotation | None) -> Array:
+    """The matrix [I, O] whose product with prepared inputs is that of w with the inputs."""
+    w = w if mask is None else w / mask[:, None]
+    return w if rotation is None else rotation.apply(w.T).T  # x m R R^T W / m
 
 
 def restore(params: Any, dtype: jax.typing.DTypeLike) -> Any:
@@ -228,11 +239,8 @@ def quantize_matrix(
     if len(shape) == 4 and activations is not None and not activations.quantizer.keeps_zero:
         raise ValueError("the images of a convolution are padded with zeros: keep keeps_zero=True")
     w = w.astype(jnp.float32)
-    if mask is not None:
-        mask = mask.astype(jnp.float32)
-        w = w / mask[:, None]
-    if rotation is not None:  # x R R^T W
-        w = rotation.apply(w.T).T
+    mask = None if mask is None else mask.astype(jnp.float32)
+    w = prepare_weights(w, mask, rotation)
     groups = w.reshape(-1, group_size, outputs)
     scale, zero = quantizer.fit_axes(groups, 1)
     codes = quantizer.quantize(groups, scale, zero).reshape(inputs, outputs)

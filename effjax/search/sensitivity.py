@@ -21,6 +21,7 @@ from effjax.forward import Forward, Params
 from effjax.layers.linear import Linear
 from effjax.quant import Quantizer, fake_quantize
 from effjax.quant.hadamard import Rotation
+from effjax.quant.tensor import prepare_inputs, prepare_weights
 from effjax.samplers import Sampler
 from effjax.sites import Wrapper, wrap
 
@@ -42,17 +43,6 @@ class Preparation:
     mask: Array | None = None
     rotation: Rotation | None = None
 
-    def inputs(self, x: Array) -> Array:
-        """Inputs [..., I] as they are rounded."""
-        if self.mask is not None:
-            x = (x.astype(jnp.float32) * self.mask).astype(x.dtype)
-        return x if self.rotation is None else self.rotation.apply(x)
-
-    def weights(self, w: Array) -> Array:
-        """The matrix [I, O] that gives the same product with them."""
-        w = w if self.mask is None else w / self.mask[:, None]
-        return w if self.rotation is None else self.rotation.apply(w.T).T
-
 
 class _Rounded(Wrapper):
     """A linear layer with weights and inputs rounded to bits that are data."""
@@ -65,15 +55,16 @@ class _Rounded(Wrapper):
         self.preparation = preparation
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        preparation = (self.preparation.mask, self.preparation.rotation)
         kernel = self.inner.kernel.get_value().astype(jnp.float32)
         w = fake_quantize(
-            self.preparation.weights(kernel),
+            prepare_weights(kernel, *preparation),
             Quantizer(symmetric=False),
             bits=self.weights,
             axes=0,
         )
         rounded = fake_quantize(
-            self.preparation.inputs(x), Quantizer(), bits=self.inputs, axes=-1
+            prepare_inputs(x, *preparation), Quantizer(), bits=self.inputs, axes=-1
         ).astype(x.dtype)
         y = jnp.dot(rounded, w.astype(x.dtype))
         bias = self.inner.bias

@@ -11,6 +11,7 @@ from the middle of the trajectory, by recipe. Layers are grouped by their outlie
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     dit = tiny_dit(steps=arguments.steps)
     subjects = [
         dit,
-        dit.replace(name="tiny DiT, outliers planted", pair=planted(dit.pair)),
+        dataclasses.replace(dit, name="tiny DiT, outliers planted", pair=planted(dit.pair)),
         tiny_pixart(steps=arguments.steps),
     ]
     table: list[dict[str, Any]] = []

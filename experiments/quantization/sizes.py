@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from experiments import tpu  # before JAX starts a backend  # isort: skip
-
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +23,7 @@ from effjax.models.dit import DiT, DiTConfig
 from effjax.models.pixart import Caption, PixArt, PixArtConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.transform import on_shapes
-from experiments import report
+from experiments import report, tpu
 
 LAYERS = r"blocks\..*\.(attn|cross|mlp)\..*"
 BATCH = 2  # one guided image

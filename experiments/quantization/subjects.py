@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +39,6 @@ class Subject:
     conditions: Callable[[int, int], tuple[PyTree, PyTree]]
     calibration: tuple[PyTree, PyTree]
     judged: Callable[[np.ndarray], dict[str, float]]
-
-    def replace(self, **changes: Any) -> Subject:
-        """This subject with other fields."""
-        return dataclasses.replace(self, **changes)
 
     def images(self, pair: Pair, count: int, *, seed: int = 0) -> np.ndarray:
         """Images of the standard conditions and noise, float32[count, H, W, C], in chunks."""

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import effjax
 from effjax.forward import flatten_params
 from effjax.quant import QTensor
-from experiments import report
+from experiments import report, train_pixart
 from experiments.quantization import layers, quality, sizes, speed, subjects
 
 
@@ -64,13 +65,14 @@ def test_recipes_code_the_same_layers(dit, recipe):
     assert forward.edits == dit.pair[0].edits
 
 
-def test_conditions_of_the_text_model_are_unseen():
+def test_the_text_model_is_judged_on_unseen_captions():
     pixart = subjects.tiny_pixart(steps=2)
-    cond, uncond = pixart.conditions(3, 2)
-    assert cond.states.shape == uncond.states.shape == (2, 10, 64)
-    blank = np.full((4, 32, 32, 3), -1, np.float32)
-    assert pixart.figures(blank, blank)["psnr_to_dense"] == np.inf
-    assert pixart.figures(blank, blank)["all"] < 1
+    real, things = train_pixart.unseen(4096, 0)
+    assert things.held_out.all()
+    pipe = effjax.pipeline(train_pixart.WEIGHTS, dtype="float32", progress=False)
+    chex.assert_trees_all_equal(pixart.conditions(3, 2), pipe.conditions(things.captions()[3:5]))
+    assert pixart.judged(real[:64])["all"] == 1.0
+    assert pixart.judged(real[1:65])["all"] < 0.1  # the next image shows another thing
 
 
 def test_sizes_agree_with_the_closed_form(results):

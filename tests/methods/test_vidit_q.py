@@ -13,7 +13,7 @@ import effjax
 from effjax import testing
 from effjax.capture import tap
 from effjax.forward import METHODS, abstract, flatten_params, nest_params
-from effjax.methods import dit_fast_attn, vidit_q
+from effjax.methods import dit_fast_attn, round_to_nearest, vidit_q
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.quant import Activations, QTensor, Quantizer, qdot, quantize_matrix
 from effjax.quant.folding import fold, folds
@@ -472,11 +472,29 @@ def test_widths_without_a_hadamard_matrix_are_refused_or_rotated_in_blocks():
 
 
 def test_the_released_plans_match_a_pixart():
-    plan = vidit_q.pixart_sigma()
-    assert plan.rule("blocks.0.attn.to_q")[1] == 8
-    assert plan.rule("blocks.27.mlp.fc1")[1] == 8
-    assert plan.rule("blocks.3.mlp.fc2")[1] == 8
-    assert plan.rule("blocks.3.attn.to_out")[1] == 4
-    assert plan.rule("blocks.3.cross.to_k") is None
-    assert plan.rule("final.proj") is None
-    assert "W4A8" in plan.describe()
+    four, eight = vidit_q.pixart_sigma(4), vidit_q.pixart_sigma(8)
+    weights = {
+        "blocks.0.attn.to_q": 8,
+        "blocks.27.mlp.fc1": 8,
+        "blocks.27.cross.to_k": 8,
+        "blocks.3.mlp.fc2": 8,
+        "blocks.3.attn.to_out": 4,
+        "blocks.3.cross.to_k": 4,
+    }
+    assert {path: four.rule(path)[1] for path in weights} == weights
+    assert eight.rule("blocks.3.cross.to_q")[1:3] == (8, 8)
+    assert eight.rule("blocks.3.cross.to_v") is None
+    for path in ("final.proj", "caption.fc1", "time.proj"):
+        assert four.rule(path) is eight.rule(path) is None
+    subject = testing.tiny_pixart()
+    for plan in (four, eight):
+        vidit_q.transform(plan, calibrated(subject, plan))(subject.forward, subject.params)
+    assert "W4A8" not in eight.describe()
+
+
+def test_without_masks_and_rotations_it_rounds_to_nearest(subject):
+    """The plain quantiser of weights and inputs, to the bit."""
+    pair = (subject.forward, subject.params)
+    plain = vidit_q.transform(vidit_q.uniform(4, 8, alpha=None, rotate=False))(*pair)[1]
+    nearest = round_to_nearest.transform(round_to_nearest.uniform(4, 8))(*pair)[1]
+    chex.assert_trees_all_equal(plain, nearest)

@@ -179,21 +179,21 @@ def smooth_quant(weights: int = 8, inputs: int = 8, *, strength: float = 0.5) ->
 
 
 def pixart_sigma(weights: int = 4) -> ViDiTQPlan:
-    """The released plans for PixArt-Sigma: W4A8 with 8 bits where it hurts, or W8A8.
+    """The released plans for PixArt-Sigma's 28 blocks: W4A8 with 8 bits where it hurts, or W8A8.
 
-    Eight bits in the first and the last block and in all feed-forward layers, on 28 blocks.
+    W4A8 has weights of 8 bits in the first and the last block and in all feed-forward layers. W8A8
+    leaves the keys and values of cross-attention floats. alpha is 0.99, all coded layers rotate.
 
     Raises:
         ValueError: for other bits than 4 and 8.
     """
-    if weights not in (4, 8):
+    if weights == 8:
+        return uniform(8, 8, layers=r"blocks\..*\.(attn\..*|cross\.to_(q|out)|mlp\..*)")
+    if weights != 4:
         raise ValueError(f"there are plans for weights of 4 and 8 bits, not {weights}")
-    kept = (
-        (r"blocks\.(0|27)\.(attn|mlp)\..*", 8, 8, 0.99, True),
-        (r".*\.mlp\..*", 8, 8, 0.99, True),
-    )
-    rest: Rule = (r"blocks\..*\.attn\..*", weights, 8, 0.99, True)
-    return ViDiTQPlan(((0, (*kept, rest)),))
+    kept = r"blocks\.((0|27)\.(attn|cross)|.*\.mlp)\..*"
+    rest = r"blocks\..*\.(attn|cross)\..*"
+    return ViDiTQPlan(((0, ((kept, 8, 8, 0.99, True), (rest, 4, 8, 0.99, True))),))
 
 
 def by_time(
@@ -251,7 +251,7 @@ def calibrate(
         progress: show a bar over the calls.
 
     Returns:
-        float32[segments, I] by path of a layer. `effjax.storage` or `np.savez` keeps it.
+        float32[segments, I] by path of a layer; `np.savez` keeps it.
 
     Raises:
         ValueError: if the plan matches no layer, or is made for another number of calls.
@@ -263,6 +263,9 @@ def calibrate(
     def channels(x: jax.Array) -> jax.Array:
         largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim - 1)))
         return jnp.max(largest, axis=0) if decay is None else jnp.mean(largest, axis=0)
+
+    def join(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.maximum(old, new) if decay is None else decay * old + (1 - decay) * new
 
     uncond = sampler.unconditional(forward, cond, uncond)
 
@@ -281,12 +284,8 @@ def calibrate(
     for step in tqdm(range(sampler.calls), desc="calibration", disable=not progress, leave=False):
         carry, seen = call(params, carry, np.int32(step))
         own = found[sum(step >= boundary for boundary in plan.boundaries)]
-        for path, now in seen.items():
-            new = now
-            if path in own:
-                old = own[path]
-                new = jnp.maximum(old, new) if decay is None else decay * old + (1 - decay) * new
-            own[path] = new
+        for path, new in seen.items():
+            own[path] = new if path not in own else join(own[path], new)
     return {path: jnp.stack([own[path] for own in found]) for path in paths}
 
 
@@ -355,7 +354,8 @@ def _quantise(
         return forward, quantised
     later = {str(segment): part for segment, part in enumerate(parts) if segment}
     quantised[METHODS] = {**learned, NAME: later}
-    return forward.edit(Segments(plan.boundaries, plan.calls or 0)), quantised
+    assert plan.calls is not None
+    return forward.edit(Segments(plan.boundaries, plan.calls)), quantised
 
 
 def _fold(
