@@ -19,9 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="as stored if not given"
     )
-    parser.add_argument(
-        "--layout", default="diffusers", help="names of the tensors (default: %(default)s)"
-    )
+    parser.add_argument("--layout", help="names of the tensors, if the family has several")
     parser.add_argument(
         "--subfolder", help="of the model in SRC (default for a pipeline: transformer)"
     )

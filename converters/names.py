@@ -123,7 +123,9 @@ class Table:
     Attributes:
         rules: see `Rule`; the first rule that fits a parameter's path holds.
         buffers: tensors that are computed, not loaded.
-        aliases: tensors that some files hold a second time, under another name; never written.
+        aliases: tensors that some files hold a second time, under another name; never written, and
+            no aliases in a model that has both as parameters.
+        ignored: tensors that some files hold and that nothing needs; `{i}` as in rules.
         infer: configuration from the tensors' shapes by name, for files without a config.json.
         stem: name of the weight files that are written, without suffix.
     """
@@ -131,8 +133,13 @@ class Table:
     rules: tuple[Rule, ...]
     buffers: tuple[Buffer, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     infer: Callable[[Mapping[str, Shape]], Any] | None = None
     stem: str = "diffusion_pytorch_model"
+
+    def ignores(self, name: str) -> bool:
+        """Whether nothing needs the tensor of this name."""
+        return any(_pattern(each).fullmatch(name) for each in self.ignored)
 
     def recognised(self, names: Iterable[str]) -> int:
         """How many of these tensor names the table knows."""

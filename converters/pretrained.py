@@ -134,7 +134,7 @@ def save_pretrained(
     dst: str | os.PathLike,
     *,
     max_shard_bytes: int = SHARD_BYTES,
-    layout: str = "diffusers",
+    layout: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write a model as PyTorch libraries read it: config.json and safetensors, sharded if large.
@@ -145,7 +145,7 @@ def save_pretrained(
             of 4 or 8 bits without mask and rotation, which are written as compressed-tensors.
         dst: directory to make; it appears when it is complete.
         max_shard_bytes: largest weight file.
-        layout: names of the tensors, "diffusers" or another layout of this family.
+        layout: names of the tensors, one of this family's layouts; its first one if None.
         progress: show a bar for what takes longer than a second.
 
     Returns:
@@ -192,7 +192,7 @@ def convert(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
-    layout: str = "diffusers",
+    layout: str | None = None,
     progress: bool = True,
     check_finite: bool = False,
 ) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def convert(
 def _write(
     dst: str | os.PathLike,
     family: Family,
-    layout: str,
+    layout: str | None,
     config: Any,
     leaves: Mapping[str, Any],
     read: Callable[[str], Any],
@@ -238,6 +238,7 @@ def _write(
     finish: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write parameters that `read` gives by path; `finish` may still reject what it has read."""
+    layout = layout or next(iter(family.tables))
     if layout not in family.tables:
         raise ValueError(
             f"{family.class_name} has no layout {layout!r}; there are {sorted(family.tables)}"
@@ -264,7 +265,9 @@ def _write(
             value = buffer.value(config).astype(common)
             specs[buffer.source] = Spec(value.shape, value.dtype)
             readers[buffer.source] = functools.partial(np.asarray, value)
-    described = {"_class_name": family.class_name, **family.write_config(config)}
+    described = family.write_config(config)
+    if "architectures" not in described:  # how transformers says it
+        described = {"_class_name": family.class_name, **described}
     if schemes:
         described[quantized.KEY] = quantized.write_config(binding, schemes)
     with new_directory(Path(dst)) as directory:

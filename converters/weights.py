@@ -189,6 +189,7 @@ def _problems(
     """What keeps these tensors and quantised layers from being the model's: (name, fault)."""
     expected = binding.source_shapes(shapes)
     buffers = {buffer.source: buffer for buffer in table.buffers}
+    aliases = {alias: name for alias, name in table.aliases.items() if alias not in expected}
     problems = []
     for name, shape in expected.items():
         if name in layers:
@@ -210,7 +211,7 @@ def _problems(
     for name, tensor in tensors.items():
         if name in buffers and not _close(tensor.read(), buffers[name].value(config)):
             problems.append((name, "differs from what the model computes in its place"))
-        elif name not in buffers and name not in expected and name not in table.aliases:
+        elif not (name in buffers or name in expected or name in aliases or table.ignores(name)):
             problems.append((name, "unexpected"))
     problems += [
         (f"{layers[name].name}.{part}", "unexpected")
@@ -239,7 +240,7 @@ def _problems(
         ]
     problems += [
         (alias, f"differs from its copy {name}")
-        for alias, name in table.aliases.items()
+        for alias, name in aliases.items()
         if alias in tensors and not _same_bits(tensors[alias].read(), tensors[name].read())
     ]
     return problems

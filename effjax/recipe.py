@@ -34,7 +34,7 @@ from effjax.storage import (
     write_json,
     write_shards,
 )
-from effjax.transform import Pair, on_shapes
+from effjax.transform import Pair, on_shapes, tuples
 
 CONFIG, RECIPE, STEM = "config.json", "recipe.json", "model"
 
@@ -194,7 +194,7 @@ def describe(path: str | os.PathLike) -> Pair:
             f"{directory / CONFIG} has unknown fields {sorted(set(config) - known)}; "
             f"{model.Config.__name__} knows {sorted(known)}"
         )
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    fields = {name: tuples(value) for name, value in config.items()}
     base, _ = abstract(model, model.Config(**fields))
     steps = read_json(directory / RECIPE).get("steps", [])
     recipe = tuple(

@@ -47,7 +47,7 @@ class Plan:
                 f"this is no {cls.__module__.rpartition('.')[2]} plan: missing fields {missing}, "
                 f"unknown fields {unknown}; the fields are {sorted(fields)}"
             )
-        return cls(**{name: _tuples(value) for name, value in values.items()})
+        return cls(**{name: tuples(value) for name, value in values.items()})
 
     def to_json(self) -> str:
         """The plan as a JSON text with sorted keys."""
@@ -59,8 +59,9 @@ class Plan:
         return cls.from_dict(json.loads(text))
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def tuples(value: Any) -> Any:
+    """A JSON value with tuples for its lists, so that it can be hashed."""
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.layers.linear import Linear
+from effjax.layers.norms import RMSNorm
+from effjax.layers.rotary import Rotary
 from pallas_kernels.attention import dense_attention
+from pallas_kernels.block_mask import Causal, Rule, SinkLocal
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 
 Heads = Float[Array, "B S H D"]
+KeyHeads = Float[Array, "B S K D"]
+Positions = Int[Array, "B S"]
 
 
 class AttentionCore(nnx.Module):
@@ -49,7 +55,13 @@ class BiasedAttentionCore(nnx.Module):
 
 
 class Projections(nnx.Module):
-    """The four projections of a multi-head attention: tokens to queries, keys, values and back."""
+    """The four projections of a multi-head attention: tokens to queries, keys, values and back.
+
+    Args:
+        kv_heads: heads of keys and values, `heads` if None; query head h reads head
+            h // (heads / kv_heads) of them.
+        bias, out_bias: of the first three projections, and of the last; None is as `bias`.
+    """
 
     def __init__(
         self,
@@ -57,29 +69,31 @@ class Projections(nnx.Module):
         *,
         heads: int,
         head_dim: int,
+        kv_heads: int | None = None,
         bias: bool = True,
+        out_bias: bool | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.heads = heads
+        self.kv_heads = kv_heads or heads
         self.head_dim = head_dim
-        inner = heads * head_dim
 
-        def linear(inputs: int, outputs: int) -> Linear:
+        def linear(inputs: int, outputs: int, bias: bool = bias) -> Linear:
             return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, rngs=rngs)
 
-        self.to_q = linear(width, inner)
-        self.to_k = linear(width, inner)
-        self.to_v = linear(width, inner)
-        self.to_out = linear(inner, width)
+        self.to_q = linear(width, heads * head_dim)
+        self.to_k = linear(width, self.kv_heads * head_dim)
+        self.to_v = linear(width, self.kv_heads * head_dim)
+        self.to_out = linear(heads * head_dim, width, bias if out_bias is None else out_bias)
 
-    def split(self, x: Float[Array, "B S I"]) -> Heads:
+    def split(self, x: Float[Array, "B S I"]) -> Float[Array, "B S K D"]:
         """Part the heads."""
-        return x.reshape(*x.shape[:2], self.heads, self.head_dim)
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
 
     def merge(self, o: Heads) -> Float[Array, "B S C"]:
         """Join the heads and project out."""
-        return self.to_out(o.reshape(*o.shape[:2], self.heads * self.head_dim))
+        return self.to_out(o.reshape(*o.shape[:2], -1))
 
 
 class Attention(Projections):
@@ -122,3 +136,91 @@ class CrossAttention(Projections):
         # Not "attention": cost reports of self-attention leave it out.
         with jax.named_scope("cross_attention"):
             return self.merge(self.core(q, k, v, bias))
+
+
+class CausalCore(nnx.Module):
+    """Rotary attention of every token to itself and the tokens before it.
+
+    The place of a KV cache: a cache wraps it, gets all that it gets, and remembers keys and values
+    between calls. Keys come in before their rotation, and with the tokens they are made of, because
+    some caches keep those.
+
+    Args:
+        rotary: turns queries and keys.
+        window: how many of the last tokens a query sees, its own included; None for all.
+    """
+
+    def __init__(self, rotary: Rotary, *, window: int | None = None):
+        self.rotary = rotary
+        self.window = window
+
+    @property
+    def rule(self) -> Rule:
+        """What a query sees, as kernels read it."""
+        return Causal() if self.window is None else SinkLocal(sinks=0, local=self.window)
+
+    def __call__(
+        self,
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        x: Float[Array, "B S C"],
+        positions: Positions | None,
+    ) -> Heads:
+        """Attend within the call.
+
+        Args:
+            q, k, v: heads before their rotation.
+            x: the tokens they were projected from; not used here.
+            positions: of the tokens, rising along a row; -1 is padding, which nobody attends to and
+                whose output means nothing. None for 0, 1, 2, ... in every row, without padding.
+        """
+        segments = None
+        if positions is None:
+            turns = jnp.arange(q.shape[1])[None]
+        else:
+            turns, valid = positions, (positions >= 0).astype(jnp.int32)
+            segments = valid, valid
+        with jax.named_scope("attention"):
+            q, k = self.rotary(q, turns), self.rotary(k, turns)
+            return block_sparse_attention(q, k, v, self.rule, segments=segments)
+
+
+class CausalAttention(Projections):
+    """Self-attention of a decoder: rotary positions, grouped keys, optionally normalised heads.
+
+    Args:
+        rotary, window: see `CausalCore`.
+        norm_eps: of the RMS norms of queries' and keys' heads (Qwen3); None for no norms.
+        options: of `Projections`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        rotary: Rotary,
+        window: int | None = None,
+        norm_eps: float | None = None,
+        **options: Any,
+    ):
+        super().__init__(width, **options)
+        self.q_norm, self.k_norm = (
+            None
+            if norm_eps is None
+            else RMSNorm(self.head_dim, eps=norm_eps, param_dtype=options["param_dtype"])
+            for _ in range(2)
+        )
+        self.core = CausalCore(rotary, window=window)
+
+    def project(self, x: Float[Array, "B S C"]) -> tuple[Heads, KeyHeads, KeyHeads]:
+        """Queries, keys and values before their rotation."""
+        q, k, v = (self.split(to(x)) for to in (self.to_q, self.to_k, self.to_v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def __call__(
+        self, x: Float[Array, "B S C"], positions: Positions | None
+    ) -> Float[Array, "B S C"]:
+        return self.merge(self.core(*self.project(x), x, positions))

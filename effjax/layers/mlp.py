@@ -13,6 +13,8 @@ from effjax.layers.linear import Linear
 
 gelu_tanh = partial(jax.nn.gelu, approximate=True)
 
+ACTIVATIONS = {"gelu_tanh": gelu_tanh, "silu": jax.nn.silu}
+
 
 class MLP(nnx.Module):
     """Linear -> tanh-approximated GELU -> linear, on the last axis: width -> hidden -> outputs.
@@ -38,22 +40,29 @@ class MLP(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """gelu(x W_gate) * (x W_up), then W_down, without biases (GEGLU, arXiv 2002.05202)."""
+    """f(x W_gate) * (x W_up), then W_down (arXiv 2002.05202).
+
+    Args:
+        activation: f, a key of `ACTIVATIONS`; "gelu_tanh" makes it a GEGLU, "silu" a SwiGLU.
+    """
 
     def __init__(
         self,
         width: int,
         hidden: int,
         *,
+        activation: str,
+        bias: bool = False,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, bias=False, param_dtype=param_dtype, rngs=rngs)
+            return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, rngs=rngs)
 
+        self.activation = activation
         self.gate = linear(width, hidden)
         self.up = linear(width, hidden)
         self.down = linear(hidden, width)
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
-        return self.down(gelu_tanh(self.gate(x)) * self.up(x))
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

@@ -88,7 +88,9 @@ class T5Block(nnx.Module):
             width, heads=config.num_heads, head_dim=config.head_dim, param_dtype=dtype, rngs=rngs
         )
         self.norm2 = RMSNorm(width, eps=eps, param_dtype=dtype)
-        self.mlp = GatedMLP(width, config.hidden, param_dtype=dtype, rngs=rngs)
+        self.mlp = GatedMLP(
+            width, config.hidden, activation="gelu_tanh", param_dtype=dtype, rngs=rngs
+        )
 
     def __call__(
         self, x: Float[Array, "B S C"], bias: Float[Array, "B H S S"]

@@ -1,0 +1,123 @@
+"""Rotary position embedding and the ways to stretch it (RoFormer, arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Scaling = tuple[tuple[str, Any], ...]  # pairs of transformers' names, `rope_type` among them
+
+
+class Rotary(nnx.Module):
+    """Turns channel i with channel i + D / 2 by an angle proportional to a token's position.
+
+    Args:
+        head_dim: D, even.
+        theta: base of the frequencies theta^(-2 i / D).
+        scaling: how frequencies are changed for longer texts, see `frequencies`.
+
+    Attributes:
+        frequencies: D / 2 angles per position.
+        factor: of cosines and sines (YaRN's temperature), 1 for all others.
+    """
+
+    def __init__(self, head_dim: int, *, theta: float, scaling: Scaling = ()):
+        found, self.factor = frequencies(head_dim, theta, scaling)
+        self.frequencies = tuple(found.tolist())
+
+    def __call__(
+        self, x: Float[Array, "B S H D"], positions: Int[Array, "#B S"]
+    ) -> Float[Array, "B S H D"]:
+        """Rotate heads to their tokens' positions; float32 angles, the input's dtype."""
+        rates = np.asarray(self.frequencies, np.float32)
+        angles = positions.astype(jnp.float32)[:, :, None, None] * rates
+        cos, sin = (self.factor * f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
+        left, right = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def frequencies(head_dim: int, theta: float, scaling: Scaling = ()) -> tuple[np.ndarray, float]:
+    """Angles per position float32[head_dim / 2], and the factor of cosines and sines.
+
+    Kinds of scaling, by `rope_type`, with transformers' names and defaults:
+
+        default   none
+        linear    positions divided by `factor` (arXiv 2306.15595)
+        llama3    long wavelengths divided by `factor`, short ones kept, a ramp between (Llama 3.1)
+        yarn      the same on a ramp over channels, and a temperature (arXiv 2309.00071)
+
+    Raises:
+        ValueError: for another kind, or one that lacks its numbers.
+    """
+    options = dict(scaling)
+    kind = options.pop("rope_type", "default")
+    if kind not in _KINDS:
+        raise ValueError(
+            f"no rotary scaling {kind!r}; there are {', '.join(_KINDS)}. Kinds whose frequencies "
+            f"change while a text grows ('dynamic', 'longrope') do not fit a cache of rotated keys."
+        )
+    base = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    try:
+        values, factor = _KINDS[kind](base, head_dim, theta, options)
+    except KeyError as missing:
+        raise ValueError(f"rotary scaling {kind!r} lacks {missing}: {dict(scaling)}") from None
+    return values.astype(np.float32), float(factor)
+
+
+def _default(
+    base: np.ndarray, dim: int, theta: float, options: Mapping[str, Any]
+) -> tuple[np.ndarray, float]:
+    return base, 1.0
+
+
+def _linear(
+    base: np.ndarray, dim: int, theta: float, options: Mapping[str, Any]
+) -> tuple[np.ndarray, float]:
+    return base / options["factor"], 1.0
+
+
+def _llama3(
+    base: np.ndarray, dim: int, theta: float, options: Mapping[str, Any]
+) -> tuple[np.ndarray, float]:
+    low, high = options["low_freq_factor"], options["high_freq_factor"]
+    turns = options["original_max_position_embeddings"] * base / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)  # share that is not stretched
+    return base * (kept + (1 - kept) / options["factor"]), 1.0
+
+
+def _yarn(
+    base: np.ndarray, dim: int, theta: float, options: Mapping[str, Any]
+) -> tuple[np.ndarray, float]:
+    stretch = float(options["factor"])
+    length = options["original_max_position_embeddings"]
+
+    def channel(name: str, usual: float) -> float:
+        """The channel pair that turns this often within the original length."""
+        turns = float(options.get(name) or usual)
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = channel("beta_fast", 32.0), channel("beta_slow", 1.0)
+    if options.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - first) / max(last - first, 0.001), 0, 1)
+    factor = options.get("attention_factor")
+    if factor is None:
+        over, under = options.get("mscale"), options.get("mscale_all_dim")
+        factor = _temperature(stretch, 1.0)
+        if over and under:
+            factor = _temperature(stretch, float(over)) / _temperature(stretch, float(under))
+    return base * (1 - ramp + ramp / stretch), factor
+
+
+def _temperature(stretch: float, weight: float) -> float:
+    return 1.0 if stretch <= 1 else 0.1 * weight * math.log(stretch) + 1.0
+
+
+_KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

@@ -1,0 +1,188 @@
+"""Llama and its relatives: decoder-only language models (arXiv 2302.13971, 2407.21783).
+
+Pre-norm blocks of rotary grouped-query attention and a SwiGLU. The family differs in a few switches
+of the configuration only:
+
+    Llama 2, 3, Megrez   as they are; `rope_scaling` from Llama 3.1 on
+    Mistral              `window`
+    Qwen2, Qwen2.5       `qkv_bias`, sometimes `tied`
+    Qwen3                `qk_norm`
+
+Parity target: transformers' `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` and
+`Qwen3ForCausalLM`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from effjax.context import Layout, Model
+from effjax.layers.attention import CausalAttention
+from effjax.layers.linear import Linear, dot
+from effjax.layers.mlp import GatedMLP
+from effjax.layers.norms import RMSNorm
+from effjax.layers.rotary import Rotary, Scaling, frequencies
+from effjax.layers.stack import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and numerics of a Llama; the defaults are Llama 2 7B.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        width: channels of a token.
+        hidden: channels inside an MLP.
+        num_layers, num_heads, head_dim: num_heads * head_dim may differ from width.
+        num_kv_heads: heads of keys and values, a divisor of num_heads.
+        max_positions: the longest text the model was made for, in tokens.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched, see `effjax.layers.rotary.frequencies`.
+        window: how many of the last tokens a token sees, None for all.
+        window_layers: whether each layer has the window, () for all.
+        qkv_bias, out_bias, mlp_bias: which linear layers have biases.
+        qk_norm: RMS norms of the heads of queries and keys.
+        tied: the head is the embedding.
+        norm_eps: epsilon of the norms.
+        dtype: dtype of the computation; norms and softmax are float32.
+        param_dtype: dtype of new parameters.
+    """
+
+    vocab_size: int = 32000
+    width: int = 4096
+    hidden: int = 11008
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    max_positions: int = 4096
+    rope_theta: float = 10_000.0
+    rope_scaling: Scaling = ()
+    window: int | None = None
+    window_layers: tuple[bool, ...] = ()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        counts = ("vocab_size", "width", "hidden", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*counts, "head_dim", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and "
+                f"{self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 or None, got {self.window}")
+        if self.window_layers and len(self.window_layers) != self.num_layers:
+            raise ValueError(
+                f"window_layers must name all {self.num_layers} layers or none, got "
+                f"{len(self.window_layers)}"
+            )
+        frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+
+    def layer_window(self, layer: int) -> int | None:
+        """The window of a layer."""
+        return self.window if not self.window_layers or self.window_layers[layer] else None
+
+
+class LlamaBlock(nnx.Module):
+    """Attention and gated MLP, each behind an RMS norm."""
+
+    def __init__(self, config: LlamaConfig, layer: int, *, rngs: nnx.Rngs):
+        width, eps, dtype = config.width, config.norm_eps, jnp.dtype(config.param_dtype)
+        rotary = Rotary(config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+        self.norm1 = RMSNorm(width, eps=eps, param_dtype=dtype)
+        self.attn = CausalAttention(
+            width,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rotary=rotary,
+            window=config.layer_window(layer),
+            norm_eps=eps if config.qk_norm else None,
+            bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            param_dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm2 = RMSNorm(width, eps=eps, param_dtype=dtype)
+        self.mlp = GatedMLP(
+            width,
+            config.hidden,
+            activation="silu",
+            bias=config.mlp_bias,
+            param_dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B S C"], positions: Int[Array, "B S"] | None
+    ) -> Float[Array, "B S C"]:
+        x = x + self.attn(self.norm1(x), positions)
+        return x + self.mlp(self.norm2(x))
+
+
+class Llama(Model):
+    """Token ids to the logits of the next token."""
+
+    Config = LlamaConfig
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, dtype = config.width, jnp.dtype(config.param_dtype)
+        init = nnx.initializers.normal(0.02)
+        self.table = nnx.Param(init(rngs.params(), (config.vocab_size, width), dtype))
+        self.blocks = Stack([LlamaBlock(config, i, rngs=rngs) for i in range(config.num_layers)])
+        self.norm = RMSNorm(width, eps=config.norm_eps, param_dtype=dtype)
+        self.head = (
+            None
+            if config.tied
+            else Linear(width, config.vocab_size, bias=False, param_dtype=dtype, rngs=rngs)
+        )
+
+    def layout(self, tokens: Array, *_: Any) -> Layout:
+        return Layout(grid=(0, 0, 0), text=tokens.shape[1])
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"] | None = None,
+        keep: Int[Array, "B N"] | None = None,
+    ) -> Float[Array, "B N V"]:
+        """Run the network.
+
+        Args:
+            tokens: ids, 0 ... vocab_size - 1.
+            positions: of the tokens in their texts, rising along a row; -1 is padding, at any
+                place. None for 0, 1, 2, ... in every row.
+            keep: columns whose logits are wanted; None for all. The head of a large vocabulary
+                costs more than a layer, and generation needs one column.
+
+        Returns:
+            Logits [B, N, vocab_size] in `config.dtype`, N = S if `keep` is None. Those of padding
+            mean nothing.
+        """
+        x = self.table.get_value()[tokens].astype(self.config.dtype)
+        x = self.blocks(x, positions)
+        if keep is not None:
+            x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
+        x = self.norm(x)
+        return dot(x, self.table.get_value().T) if self.head is None else self.head(x)
+
+
+MODEL = Llama

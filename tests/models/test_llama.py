@@ -1,0 +1,190 @@
+"""The Llama family: parity with stored outputs of transformers, positions, configurations."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import converters
+from converters import llama
+from effjax.forward import abstract, flatten_params, nest_params, parameter_count
+from effjax.layers.rotary import frequencies
+from effjax.models.llama import Llama, LlamaConfig
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "llama.npz"  # made by make_llama.py beside it
+ARRAYS = dict(np.load(GOLDEN))
+CONFIGS = json.loads(str(ARRAYS["configs"]))
+MASK = ARRAYS["mask"]
+POSITIONS = np.where(MASK, MASK.cumsum(1) - 1, -1).astype(np.int32)
+
+
+def weights(name):
+    prefix = f"{name}/weights/"
+    return {key.removeprefix(prefix): ARRAYS[key] for key in ARRAYS if key.startswith(prefix)}
+
+
+def load(name, **changes):
+    config = dataclasses.replace(llama.read_config(CONFIGS[name]), **changes)
+    forward, shapes = abstract(Llama, config)
+    tensors, binding = weights(name), llama.TRANSFORMERS.bind(flatten_params(shapes))
+    return forward, nest_params(
+        {
+            path: jnp.asarray(pieces[0].read(tensors[pieces[0].source]))
+            for path, pieces in binding.targets.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_of_transformers(name):
+    """Of texts of 20, 13 and 1 tokens, padded at the left."""
+    forward, params = load(name)
+    out, state = jax.jit(forward)(params, {}, ARRAYS["tokens"], POSITIONS)
+    assert state == {}
+    chex.assert_trees_all_close(out[MASK], ARRAYS[f"{name}/logits"][MASK], atol=1e-4)
+
+
+def test_bfloat16_is_near():
+    forward, params = load("llama3", dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    out, _ = jax.jit(forward)(params, {}, ARRAYS["tokens"], POSITIONS)
+    assert out.dtype == jnp.bfloat16
+    want = ARRAYS["llama3/logits"][MASK]
+    chex.assert_trees_all_close(np.float32(out[MASK]), want, atol=0.06 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_padding_may_stand_anywhere(name):
+    forward, params = load(name)
+    run = jax.jit(forward)
+    left, _ = run(params, {}, ARRAYS["tokens"], POSITIONS)
+    shift = np.argmax(MASK, axis=1)
+    columns = (np.arange(20) + shift[:, None]) % 20
+    turned = [np.take_along_axis(x, columns, axis=1) for x in (ARRAYS["tokens"], POSITIONS)]
+    right, _ = run(params, {}, *turned)
+    for row, start in enumerate(shift):
+        chex.assert_trees_all_close(right[row, : 20 - start], left[row, start:], atol=1e-5)
+    # Positions that count up need not be given.
+    bare, _ = run(params, {}, ARRAYS["tokens"][:1])
+    chex.assert_trees_all_close(bare, left[:1], atol=1e-5)
+
+
+def test_only_wanted_logits_are_made():
+    forward, params = load("qwen2")
+    keep = jnp.array([[19, 3], [19, 18], [19, 19]])
+    every, _ = jax.jit(forward)(params, {}, ARRAYS["tokens"], POSITIONS)
+    few, _ = jax.jit(forward)(params, {}, ARRAYS["tokens"], POSITIONS, keep)
+    want = jnp.take_along_axis(every, keep[:, :, None], axis=1)
+    assert few.shape == (3, 2, 40)
+    chex.assert_trees_all_close(few, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_directory_of_transformers_loads_and_is_written_back(name, tmp_path):
+    tensors = {key: np.ascontiguousarray(value) for key, value in weights(name).items()}
+    config = CONFIGS[name]
+    if config["tie_word_embeddings"]:  # as transformers writes it
+        del tensors["lm_head.weight"]
+    (tmp_path / "src").mkdir()
+    save_file(tensors, tmp_path / "src" / "model.safetensors")
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    forward, params = converters.from_pretrained(tmp_path / "src")
+    assert forward == load(name)[0]
+    chex.assert_trees_all_equal(params, load(name)[1])
+    converters.save_pretrained(forward, params, tmp_path / "copy", progress=False)
+    written = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert written["model_type"] == config["model_type"]
+    again, copied = converters.from_pretrained(tmp_path / "copy")
+    assert again == forward
+    chex.assert_trees_all_equal(copied, params)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2 window", "qwen3"])
+def test_transformers_reads_what_is_written(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    forward, params = load(name)
+    converters.save_pretrained(forward, params, tmp_path / "copy", progress=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy").eval()
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.tensor(ARRAYS["tokens"]).long(),
+            attention_mask=torch.tensor(MASK).long(),
+            position_ids=torch.tensor(np.maximum(POSITIONS, 0)),
+        ).logits
+    chex.assert_trees_all_close(logits.numpy()[MASK], ARRAYS[f"{name}/logits"][MASK], atol=1e-4)
+
+
+def test_tied_checkpoints_may_hold_the_embedding_twice(tmp_path):
+    tensors = {key: np.ascontiguousarray(value) for key, value in weights("qwen2").items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)  # old files
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen2"]))
+    chex.assert_trees_all_equal(converters.from_pretrained(tmp_path)[1], load("qwen2")[1])
+    save_file(
+        {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"lm_head\.weight: differs from its copy"):
+        converters.from_pretrained(tmp_path)
+
+
+def test_megrez_has_its_published_size():
+    """2.29 billion in the blocks, 2.92 in all; names, shapes and bytes without memory."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 122880,
+        "hidden_size": 2560,
+        "intermediate_size": 7168,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "rope_theta": 5e6,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+    }
+    _, shapes = abstract(Llama, llama.read_config(config))
+    assert parameter_count(shapes) == 2_915_207_680
+    backbone = parameter_count({"blocks": shapes["blocks"], "norm": shapes["norm"]})
+    assert backbone == 2_286_062_080
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": (("factor", 2.0), ("rope_type", "dynamic"))}, "no rotary scaling"),
+        ({"rope_scaling": (("rope_type", "llama3"),)}, "lacks 'low_freq_factor'"),
+        ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
+        ({"head_dim": 7}, "even head_dim"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"window": 4, "window_layers": (True,)}, "all 32 layers"),
+        ({"width": 0}, "width must be at least 1"),
+    ],
+)
+def test_configurations_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig(**changes)
+
+
+def test_what_transformers_has_no_class_for_is_named():
+    config = LlamaConfig(qk_norm=True, mlp_bias=True)
+    with pytest.raises(ValueError, match="no class of transformers has this combination"):
+        llama.write_config(config)
+
+
+def test_unknown_activations_are_named():
+    with pytest.raises(ValueError, match="hidden_act='gelu'"):
+        llama.read_config({**CONFIGS["llama2"], "hidden_act": "gelu"})
+
+
+def test_linear_scaling_divides_positions():
+    plain, one = frequencies(8, 100.0)
+    stretched, factor = frequencies(8, 100.0, (("factor", 4.0), ("rope_type", "linear")))
+    chex.assert_trees_all_close(stretched * 4, plain)
+    assert one == factor == 1.0
