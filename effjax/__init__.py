@@ -22,7 +22,7 @@ _PUBLIC = {
     "pipeline": "pipelines",
     "save": "recipe",
 }
-_MODULES = ("capture", "cost", "metrics", "samplers", "testing")
+_MODULES = ("capture", "cost", "generate", "metrics", "samplers", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -102,6 +102,29 @@ class Guidance:
 
 
 @dataclasses.dataclass(frozen=True)
+class Room:
+    """How long a text may become: what caches are sized by, static.
+
+    Attributes:
+        prompt: tokens (columns, with padding) that are read before generation starts.
+        new: tokens that may follow.
+    """
+
+    prompt: int
+    new: int
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1 or self.new < 0:
+            raise ValueError(
+                f"room is for a prompt of 1 or more tokens and 0 or more new, got {self}"
+            )
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.new
+
+
+@dataclasses.dataclass(frozen=True)
 class Context:
     """What an edit may use while it builds its wrappers.
 
@@ -113,6 +136,7 @@ class Context:
         learned: `params["methods"]`: what methods learned, by method name and site.
         span: the first network call that this trace serves and the one after the last; None if that
             is not known.
+        room: how long texts may become, None if nobody said.
     """
 
     step: Step = 0
@@ -120,6 +144,7 @@ class Context:
     layout: Layout | None = None
     learned: Mapping[str, Mapping[str, PyTree]] = dataclasses.field(default_factory=dict)
     span: tuple[int, int] | None = None
+    room: Room | None = None
 
     def segment(self, boundaries: tuple[int, ...]) -> int:
         """Which segment of the network calls this trace serves, static.

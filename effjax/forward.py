@@ -17,7 +17,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effjax.context import Context, Guidance, Layout, Model, PyTree, State, Step, is_static, states
+from effjax.context import (
+    Context,
+    Guidance,
+    Layout,
+    Model,
+    PyTree,
+    Room,
+    State,
+    Step,
+    is_static,
+    states,
+)
 from effjax.quant import QTensor
 from effjax.sites import Site, canonical, sites
 
@@ -43,6 +54,7 @@ class Forward:
         edits: functions `edit(module, context)` that wrap sites, applied in order.
         fixed_step: the step that `at` fixed, or None.
         span: the calls that `within` promised, or None.
+        room: how long texts may become, or None.
         recipe: (method, plan) of every transform that was applied.
     """
 
@@ -53,6 +65,7 @@ class Forward:
     edits: tuple[Edit, ...] = ()
     fixed_step: int | None = None
     span: tuple[int, int] | None = None
+    room: Room | None = None
     recipe: tuple[tuple[str, Any], ...] = ()
 
     def _key(self) -> tuple:
@@ -94,7 +107,7 @@ class Forward:
         Raises:
             ValueError: for parameters or state that do not fit, all listed at once.
         """
-        module = self._edited(params, inputs, self._step(step), guidance)
+        module = self.edited(params, inputs, self._step(step), guidance)
         held = _named_states(module)
         _load_state(held, state)
         outputs = module(*inputs)
@@ -110,7 +123,7 @@ class Forward:
         first = self.segments(0, 1)[0][0]  # in all segments the same
 
         def shape_states(params: Params, inputs: tuple, step: jax.Array) -> None:
-            module = first._edited(params, inputs, step, guidance)
+            module = first.edited(params, inputs, step, guidance)
             held = _named_states(module)
             for path, variable in held.items():
                 variable.set_metadata(path=path, creating=True)
@@ -136,6 +149,10 @@ class Forward:
     def within(self, start: int, stop: int) -> Forward:
         """Promise that steps lie in start ... stop - 1, where no plan changes parameters."""
         return dataclasses.replace(self, span=(start, stop))
+
+    def with_room(self, prompt: int, new: int) -> Forward:
+        """Say how long texts may become, which caches must know."""
+        return dataclasses.replace(self, room=Room(prompt, new))
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -201,6 +218,21 @@ class Forward:
         # Without the copy, a write in the module would reach the caller's arrays.
         return nnx.merge(self.graphdef, filled, copy=True)
 
+    def edited(
+        self,
+        params: Params,
+        inputs: tuple[PyTree, ...],
+        step: Step = 0,
+        guidance: Guidance | None = None,
+    ) -> Model:
+        """A fresh module with its edits, as a call at this step makes it; its states are empty."""
+        module = self.module(params)
+        layout, learned = module.layout(*inputs), params.get(METHODS, {})
+        context = Context(step, guidance, layout, learned, self.span, self.room)
+        for edit in self.edits:
+            edit(module, context)
+        return module
+
     def abstract_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
         """The unedited model's parameters as shapes, in the configuration's dtype or in `dtype`."""
         dtype = jnp.dtype(dtype or self.config.param_dtype)
@@ -216,16 +248,6 @@ class Forward:
                 f"this forward was fixed at step {self.fixed_step}; leave out step={step!r}"
             )
         return self.fixed_step
-
-    def _edited(
-        self, params: Params, inputs: tuple, step: Step, guidance: Guidance | None
-    ) -> Model:
-        module = self.module(params)
-        layout, learned = module.layout(*inputs), params.get(METHODS, {})
-        context = Context(step, guidance, layout, learned, self.span)
-        for edit in self.edits:
-            edit(module, context)
-        return module
 
 
 jax.tree_util.register_pytree_node(

@@ -18,7 +18,9 @@ from effjax.forward import (
     flatten_params,
     nest_params,
 )
+from effjax.generate import Reading
 from effjax.models.dit import DiT, DiTConfig
+from effjax.models.llama import Llama, LlamaConfig
 from effjax.models.pixart import Caption, PixArt, PixArtConfig
 from effjax.samplers import DDIM, DPMSolver, Sampler
 
@@ -29,14 +31,14 @@ class Subject:
 
     Attributes:
         forward, params: the model.
-        sampler: a guided sampler of a few steps.
+        sampler: a guided sampler of a few steps; a `Reading`, for language models.
         cond: its conditioning, with a leading batch axis.
         uncond: the unconditional counterpart, None where the model has a null condition.
     """
 
     forward: Forward
     params: Params
-    sampler: Sampler
+    sampler: Sampler | Reading
     cond: PyTree
     uncond: PyTree = None
 
@@ -105,3 +107,26 @@ def tiny_pixart(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
         for each, keep in zip(states, (mask, np.ones_like(mask)))
     )
     return Subject(forward, random_params(shapes), sampler, cond, uncond)
+
+
+def tiny_llama(*, batch: int = 2, **options: Any) -> Subject:
+    """A Llama of two layers with grouped heads, and random texts of 20 tokens to read.
+
+    Args:
+        batch: texts.
+        options: fields of `LlamaConfig` to change.
+    """
+    shape = {
+        "vocab_size": 50,
+        "width": 16,
+        "hidden": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_positions": 64,
+    }
+    config = LlamaConfig(**{**shape, **options})
+    forward, shapes = abstract(Llama, config)
+    texts = np.random.default_rng(3).integers(0, config.vocab_size, (batch, 20)).astype(np.int32)
+    return Subject(forward, random_params(shapes), Reading(prompt=12, new=8), jnp.asarray(texts))

@@ -36,7 +36,7 @@ class ScaleEdit:
 
 
 class Memory(Wrapper):
-    """Adds the sum of its earlier outputs; remembers the last input too when `both`."""
+    """Adds the sum of its earlier outputs, each averaged over its tokens."""
 
     def __init__(self, inner, when_even):
         super().__init__(inner)
@@ -46,8 +46,9 @@ class Memory(Wrapper):
 
     def __call__(self, x, *conditioning):
         def yes(m, x, *conditioning):
-            y = m.inner(x, *conditioning) + m.total.read(x.shape, x.dtype)
-            m.total.write(y)
+            y = m.inner(x, *conditioning)
+            y = y + m.total.read((x.shape[0], 1, x.shape[2]), x.dtype)
+            m.total.write(jnp.mean(y, axis=1, keepdims=True))
             return y
 
         def no(m, x, *conditioning):
@@ -178,13 +179,14 @@ def test_state_is_initialised_for_every_branch_and_flows():
     edited = forward.edit(MemoryEdit("blocks.0"))
     state = edited.init(params, x)
     assert list(state) == ["blocks.0.total"]  # what no branch touches is not kept
-    chex.assert_trees_all_equal(state["blocks.0.total"], jnp.full(x.shape, 0.5))
+    chex.assert_trees_all_equal(state["blocks.0.total"], jnp.full((2, 1, 3), 0.5))
     assert list(edited.at(1).init(params, x)) == ["blocks.0.total"]
 
     run = jax.jit(edited)
     out0, state1 = run(params, state, x, step=0)
     first = by_hand({"blocks": {"0": params["blocks"]["0"]}}, x) + 0.5
-    chex.assert_trees_all_close(state1["blocks.0.total"], first, atol=1e-6)
+    mean = jnp.mean(first, axis=1, keepdims=True)
+    chex.assert_trees_all_close(state1["blocks.0.total"], mean, atol=1e-6)
     out1, state2 = run(params, state1, x, step=1)
     chex.assert_trees_all_equal(state1, state2)
     out2, _ = run(params, state2, x, step=2)

@@ -1,0 +1,271 @@
+"""Generation: equal to transformers', independent of the batch, and what it refuses."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax import generate as generation
+from effjax.generate import (
+    Sampling,
+    extend,
+    generate,
+    perplexity,
+    prefill,
+    process_logits,
+    score,
+)
+from effjax.layers.kv_cache import Caches, as_it_is
+from effjax.samplers import sample_keys
+from tests.models.test_llama import ARRAYS, CONFIGS, MASK, load
+
+PROMPTS = [row[keep].tolist() for row, keep in zip(ARRAYS["tokens"], MASK)]  # 20, 13, 1 tokens
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load("llama3")
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    return generate(*model, PROMPTS, max_new_tokens=NEW, eos=2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_text_equals_that_of_transformers(name):
+    """Token for token, of uneven prompts; a text ends with its end token."""
+    rows = generate(*load(name), PROMPTS, max_new_tokens=NEW, eos=2).rows()
+    for row, want in zip(rows, ARRAYS[f"{name}/greedy"].tolist(), strict=True):
+        assert row == want[: len(row)]
+        assert len(row) == NEW or row[-1] == 2
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "qwen2 window"])
+def test_prompts_may_be_read_in_chunks(name):
+    forward, params = load(name)
+    whole = prefill(forward, params, PROMPTS, new=NEW)
+    for chunk in (6, 9):  # up to 8 tokens go through the decode kernel
+        pieces = prefill(forward, params, PROMPTS, new=NEW, chunk=chunk)
+        chex.assert_trees_all_close(pieces.logits, whole.logits, atol=1e-5)
+        chex.assert_trees_all_equal(pieces.lengths, whole.lengths)
+        chex.assert_trees_all_equal(pieces.occurred, whole.occurred)
+
+
+def test_log_probs_are_the_models_own(model, greedy):
+    forward, params = model
+    texts = [prompt + row for prompt, row in zip(PROMPTS, greedy.rows())]
+    scores = score(forward, params, texts)
+    for row, prompt in enumerate(PROMPTS):
+        count = greedy.lengths[row]
+        own = scores[row, len(prompt) : len(prompt) + count]
+        chex.assert_trees_all_close(greedy.log_probs[row, :count], own, atol=1e-4)
+
+
+def test_scores_through_the_cache_are_those_of_one_call(model):
+    whole = score(*model, PROMPTS)
+    chex.assert_trees_all_close(score(*model, PROMPTS, context=5), whole, atol=1e-5)
+    assert whole[2].sum() == 0  # one token: nothing to predict
+    scored = whole[:2][whole[:2] != 0]
+    assert scored.size == 19 + 12
+    assert perplexity(whole) == pytest.approx(np.exp(-scored.mean()), rel=1e-6)
+
+
+def test_the_same_key_gives_the_same_text_in_any_batch(model):
+    options = {"max_new_tokens": NEW, "temperature": 1.0, "top_k": 9, "key": jax.random.key(3)}
+    together = generate(*model, PROMPTS, **options).rows()
+    assert generate(*model, PROMPTS[:1], **options).rows() == together[:1]
+    keys = sample_keys(jax.random.key(3), 3)
+    alone = generate(*model, PROMPTS[1:2], **{**options, "key": keys[1:2]})
+    assert alone.rows() == together[1:2]
+    assert generate(*model, PROMPTS, **{**options, "key": jax.random.key(4)}).rows() != together
+    # Equal prompts at different places are drawn independently.
+    twice = generate(*model, [PROMPTS[0]] * 2, **options).rows()
+    assert twice[0] != twice[1]
+
+
+def test_a_cold_temperature_is_greedy(model, greedy):
+    options = {"max_new_tokens": NEW, "eos": 2, "key": jax.random.key(0)}
+    cold = generate(*model, PROMPTS, temperature=1e-4, **options)
+    assert cold.rows() == greedy.rows()
+
+
+def test_several_end_tokens(model, greedy):
+    first, second = greedy.rows()[0][2], greedy.rows()[1][1]
+    rows = generate(*model, PROMPTS, max_new_tokens=NEW, eos=[first, second]).rows()
+    for row, whole in zip(rows, greedy.rows()):
+        ends = [i for i, token in enumerate(whole) if token in (first, second)]
+        assert row == whole[: ends[0] + 1 if ends else None]
+
+
+def test_a_stop_function_ends_a_row(model, greedy):
+    wanted = greedy.rows()[0][:3]
+    out = generate(*model, PROMPTS, max_new_tokens=NEW, stop=lambda row: row == wanted)
+    assert out.rows()[0] == wanted
+    assert len(out.rows()[1]) == NEW
+
+
+def test_tokens_are_streamed(model, greedy):
+    class Seen:
+        def __init__(self):
+            self.put_, self.ended = [], 0
+
+        def put(self, value):
+            self.put_.append(value)
+
+        def end(self):
+            self.ended += 1
+
+    seen = Seen()
+    out = generate(*model, PROMPTS, max_new_tokens=NEW, streamer=seen)
+    assert seen.ended == 1
+    assert seen.put_[0].shape == (3, 20)
+    chex.assert_trees_all_equal(np.stack(seen.put_[1:], axis=1), out.tokens)
+
+
+def test_one_context_many_questions(model):
+    """The context is read once, the questions do not see each other."""
+    forward, params = model
+    context, questions = PROMPTS[:2], ([[7, 8, 9], [30]], [[4], [5, 6]])
+    session = prefill(forward, params, context, new=3 + NEW)
+    for question in questions:
+        got = generate(forward, params, question, session=session, max_new_tokens=NEW)
+        joined = [a + b for a, b in zip(context, question)]
+        assert got.rows() == generate(forward, params, joined, max_new_tokens=NEW).rows()
+    onward = generate(forward, params, session=session, max_new_tokens=NEW)
+    assert onward.rows() == generate(forward, params, context, max_new_tokens=NEW).rows()
+    twice = extend(params, extend(params, session, [[7], [30]]), [[8], [31]])
+    assert twice.lengths.tolist() == [22, 15]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_a_repetition_penalty_counts_the_prompt(model, penalty):
+    logits = jnp.array([[2.0, -1.0, 0.5, -3.0]])
+    occurred = jnp.array([[True, True, False, False]])
+    got = process_logits(logits, Sampling(repetition_penalty=penalty), occurred)
+    want = jax.nn.log_softmax(jnp.array([[2.0 / penalty, -1.0 * penalty, 0.5, -3.0]]))
+    chex.assert_trees_all_close(got, want, atol=1e-6)
+    text = generate(*model, PROMPTS, max_new_tokens=NEW, repetition_penalty=50.0).rows()
+    for prompt, row in zip(PROMPTS, text):
+        assert len(set(row)) == len(row)
+        assert not set(row) & set(prompt)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(temperature=1.0), [0, 1, 2, 3, 4]),
+        (Sampling(temperature=1.0, top_k=2), [0, 1]),
+        (Sampling(temperature=1.0, top_k=99), [0, 1, 2, 3, 4]),
+        (Sampling(temperature=1.0, top_p=0.5), [0, 1]),
+        (Sampling(temperature=1.0, top_p=0.4), [0]),
+        (Sampling(temperature=1.0, top_p=0.01), [0]),
+        (Sampling(temperature=1.0, top_p=1.0), [0, 1, 2, 3, 4]),
+        (Sampling(temperature=1.0, min_p=0.5), [0, 1]),
+        (Sampling(temperature=0.5, top_p=0.5), [0]),
+        (Sampling(temperature=1.0, top_k=3, min_p=0.6), [0, 1]),
+    ],
+)
+def test_what_is_left_out_of_the_distribution(sampling, kept):
+    probabilities = jnp.array([[0.4, 0.3, 0.15, 0.1, 0.05]])
+    got = jnp.exp(process_logits(jnp.log(probabilities), sampling))
+    powered = probabilities ** (1 / sampling.temperature)
+    want = jnp.zeros(5).at[jnp.array(kept)].set(powered[0, jnp.array(kept)])
+    chex.assert_trees_all_close(got[0], want / want.sum(), atol=1e-6)
+
+
+@pytest.mark.torch
+def test_distributions_equal_those_of_transformers():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    logits = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 3
+    ids = torch.tensor(np.random.default_rng(1).integers(0, 50, (4, 9)))
+    values = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
+    changed = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, torch.tensor(logits))
+    for name, kind in {
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }.items():
+        changed = kind(values[name])(ids, changed)
+    occurred = jnp.zeros((4, 50), bool).at[jnp.arange(4)[:, None], ids.numpy()].set(True)
+    got = process_logits(jnp.asarray(logits), Sampling(**values, repetition_penalty=1.3), occurred)
+    chex.assert_trees_all_close(jnp.exp(got), changed.softmax(-1).numpy(), atol=1e-6)
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square of 4,000 tokens drawn at random, as rows of a batch."""
+    probabilities = np.array([0.5, 0.25, 0.15, 0.1])
+    keys = sample_keys(jax.random.key(0), 4000)
+    draw = jax.vmap(lambda key: jax.random.categorical(key, jnp.log(probabilities)))
+    counts = np.bincount(np.asarray(draw(keys)), minlength=4)
+    statistic = np.sum((counts - 4000 * probabilities) ** 2 / (4000 * probabilities))
+    assert statistic < 16.3  # 0.1 % of chance at three degrees of freedom
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"temperature": 0.5}, "needs a key"),
+        ({"temperature": 0.0, "key": 0}, "above 0"),
+        ({"top_k": 0, "top_p": 2.0}, "top_k must be at least 1.*top_p must be in"),
+        ({"prompts": [[1], []]}, "rows of one or more token ids"),
+        ({"prompts": [[1, 40]]}, "knows tokens 0 ... 39, got 40. Is this another"),
+        ({"prompts": [[1] * 60]}, "beyond the 64"),
+        ({"prompts": None}, "give prompts, or a session"),
+        ({"eos": 77}, "knows tokens 0 ... 39"),
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"temperature": 1.0, "key": "three"}, "one for each of the 1 samples"),
+    ],
+)
+def test_bad_requests(model, options, message):
+    keys = {0: jax.random.key(0), "three": jax.random.split(jax.random.key(0), 3)}
+    asked = {"prompts": [[3, 4]], "max_new_tokens": NEW, **options}
+    if "key" in asked:
+        asked["key"] = keys[asked["key"]]
+    with pytest.raises(ValueError, match=message):
+        generate(*model, **asked)
+
+
+def test_a_session_has_its_limits(model):
+    forward, params = model
+    session = prefill(forward, params, PROMPTS[:2], new=4)
+    with pytest.raises(ValueError, match="20 tokens and room for 24; 5 more do not fit"):
+        generate(forward, params, session=session, max_new_tokens=5)
+    with pytest.raises(ValueError, match="2 texts, got 1 continuations"):
+        extend(params, session, [[3]])
+
+
+def test_a_cache_asks_for_its_room(model):
+    forward, params = model
+    cached = forward.edit(Caches(as_it_is))
+    with pytest.raises(ValueError, match=r"forward.with_room\(prompt, new\)"):
+        cached(params, {}, jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="prompt of 1 or more"):
+        cached.with_room(0, 4)
+    room = cached.with_room(4, 4)
+    state = room.init(params, jnp.ones((1, 1), jnp.int32))
+    with pytest.raises(ValueError, match="a prompt of 5 tokens does not fit"):
+        room(params, state, jnp.ones((1, 5), jnp.int32))
+
+
+def test_the_programs_are_compiled_once(model):
+    """Other numbers, keys and texts of the same shape run the same programs."""
+    options = {"max_new_tokens": NEW, "top_k": 9, "key": jax.random.key(3)}
+    generate(*model, PROMPTS, temperature=1.0, **options)
+    before = generation._decode._cache_size(), generation._read_first._cache_size()
+    options["key"] = jax.random.key(5)
+    generate(*model, [row[::-1] for row in PROMPTS], temperature=0.6, **options)
+    assert (generation._decode._cache_size(), generation._read_first._cache_size()) == before
+
+
+def test_a_generated_text_is_a_value(model, greedy):
+    assert dataclasses.is_dataclass(prefill(*model, PROMPTS, new=1))
+    assert greedy.tokens.dtype == np.int32
+    assert greedy.log_probs.shape == greedy.tokens.shape
