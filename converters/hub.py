@@ -81,6 +81,15 @@ def resolve(
         ) from error
 
 
+def has_file(source: str | os.PathLike, name: str, **remote: Any) -> bool:
+    """Whether a directory or hub repository has a JSON file; options as in `read_json_of`."""
+    try:
+        read_json_of(source, name, **remote)
+    except ValueError:
+        return False
+    return True
+
+
 def read_json_of(
     source: str | os.PathLike,
     name: str,

@@ -1,4 +1,4 @@
-"""Pipelines: the components of a model directory with a sampler, from conditions to PIL images."""
+"""Diffusion pipelines: a denoiser with its sampler and decoders, from conditions to PIL images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from PIL import Image
 
-import converters
-from converters import hub
 from effjax import recipe
 from effjax.context import Guidance, PyTree
 from effjax.forward import Forward, Params
@@ -294,88 +291,6 @@ class TextToImagePipeline(Pipeline):
 
 _MAX_TOKENS = 300  # of PixArt-Sigma; its tokenizer says 512, T5's
 _REMEMBERED = 64  # captions: 300 x 4096 values each
-
-# diffusers' classes, and those that `save` writes.
-_KINDS: Mapping[str, type[Pipeline]] = {
-    "DiTPipeline": ClassConditionalPipeline,
-    "PixArtSigmaPipeline": TextToImagePipeline,
-    "PixArtAlphaPipeline": TextToImagePipeline,
-    "ClassConditionalPipeline": ClassConditionalPipeline,
-    "TextToImagePipeline": TextToImagePipeline,
-}
-
-
-def pipeline(
-    source: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    dtype: DTypeLike | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    sharding: jax.sharding.Sharding | None = None,
-    progress: bool = True,
-) -> Any:
-    """Load a pipeline directory or hub repository with all its components.
-
-    Args:
-        source: directory (diffusers' layout, or written by `Pipeline.save`), or hub repository
-            ("owner/name").
-        revision, token, cache_dir, local_files_only: as in `converters.from_pretrained`.
-        dtype: of parameters; as stored if None.
-        sharding: where parameters go.
-        progress: show bars for what takes longer than a second.
-
-    Returns:
-        A `ClassConditionalPipeline` or `TextToImagePipeline`, as model_index.json says.
-
-    Raises:
-        ValueError: for another kind of pipeline, or if a component is missing or damaged.
-    """
-    remote = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
-    index = hub.read_json_of(source, INDEX, **remote)
-    kind = _KINDS.get(index.get("_class_name", ""))
-    if kind is None:
-        raise ValueError(
-            f"{source} is a {index.get('_class_name')}; pipelines that can be loaded are "
-            f"{', '.join(_KINDS)}"
-        )
-
-    def component(name: str) -> Pair:
-        if (Path(source) / name / recipe.RECIPE).is_file():
-            return recipe.load(Path(source) / name, sharding=sharding)
-        options = {"dtype": dtype, "sharding": sharding, "progress": progress, **remote}
-        return converters.from_pretrained(source, subfolder=name, **options)
-
-    has_vae = (Path(source) / "vae").is_dir() or (index.get("vae") or [None])[0] is not None
-    if kind is ClassConditionalPipeline:
-        names = index.get("id2label", {}).items()
-        own = {"names": {name: int(number) for number, name in names}}
-    else:
-        own = {"text_encoder": component("text_encoder"), "tokenizer": _tokenizer(source, **remote)}
-    return kind(
-        *component("transformer"),
-        scheduler=hub.read_json_of(source, SCHEDULER, **remote),
-        vae=component("vae") if has_vae else None,
-        **own,
-    )
-
-
-def _tokenizer(source: str | os.PathLike, **remote: Any) -> Any:
-    from transformers import AutoTokenizer  # slow to import
-
-    folder = Path(source) / "tokenizer"
-    try:
-        if Path(source).is_dir():
-            return AutoTokenizer.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(str(source), subfolder="tokenizer", **remote)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{source} has no tokenizer that can be read: {error}") from error
 
 
 def to_pil(images: jax.Array | np.ndarray) -> list[Image.Image]:
