@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
@@ -23,6 +23,7 @@ from converters.hub import resolve
 from converters.names import Shape
 from converters.weights import Leaf, open_weights
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
+from effjax.parallel import leaf_sharding
 from effjax.quant import QTensor
 from effjax.storage import Spec, new_directory, place, to_host, write_json, write_shards
 
@@ -94,8 +95,7 @@ def from_pretrained(
         total=total, desc="loading", unit="B", unit_scale=True, delay=1, disable=not progress
     ) as bar:
         for name, placement in placements.items():
-            put = functools.partial(place, sharding=placement)
-            params[name] = jax.tree.map(put, weights.read(name))
+            params[name] = _place(weights.read(name), placement)
             bar.update(_bytes(weights.leaves[name]))
     weights.raise_faults()
     return weights.forward, nest_params(params)
@@ -296,8 +296,20 @@ def _bytes(leaf: Leaf) -> int:
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(leaf))
 
 
-def _placements(sharding: Placement, leaves: Mapping[str, Leaf]) -> dict[str, Sharding | None]:
-    """A sharding for every parameter, and all arrays of it; those that do not fit are all named."""
+def _place(value: np.ndarray | QTensor, placement: Sharding | QTensor | None) -> Any:
+    """Put an array, or all of a quantised leaf, where it belongs."""
+    if isinstance(placement, QTensor):
+        return jax.tree.map(place, value, placement)
+    return jax.tree.map(functools.partial(place, sharding=placement), value)
+
+
+def _placements(
+    sharding: Placement, leaves: Mapping[str, Leaf]
+) -> dict[str, Sharding | QTensor | None]:
+    """A sharding for every parameter; those that do not fit are all named.
+
+    One that cuts a quantised layer's matrix says where each of its parts goes.
+    """
     if sharding is None:
         return dict.fromkeys(leaves)
     found: dict[str, Any]
@@ -314,8 +326,10 @@ def _placements(sharding: Placement, leaves: Mapping[str, Leaf]) -> dict[str, Sh
             problems.append(f"{name}: must be a jax.sharding.Sharding, got {found[name]!r}")
             continue
         try:
-            for array in jax.tree.leaves(leaves[name]):
-                found[name].shard_shape(array.shape)
+            found[name].shard_shape(leaves[name].shape)
+            if isinstance(leaves[name], QTensor) and isinstance(found[name], NamedSharding):
+                axes = (*found[name].spec, *[None] * leaves[name].ndim)[: leaves[name].ndim]
+                found[name] = leaf_sharding(leaves[name], found[name].mesh, axes)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:

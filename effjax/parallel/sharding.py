@@ -1,0 +1,140 @@
+"""Where parameters lie on a mesh of devices: rules by path, so that models carry no annotations.
+
+    mesh = device_mesh(data=2, model=4)
+    params = shard(params, mesh)                          # what is there already
+    places = shardings(forward.abstract_params(), mesh)   # or straight from the file:
+    forward, params = converters.from_pretrained(path, sharding=places)
+
+A rule is a pattern and the mesh axes of an array's dimensions. A dimension that its axis does not
+divide is kept whole on every device. The compiler finds the communication (GSPMD): tensor
+parallelism needs one sum over devices after `to_out` and one after `down` of every block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from effjax.context import PyTree
+from effjax.forward import flatten_params, nest_params
+from effjax.quant import QTensor
+
+Axes = tuple[str | None, ...]
+Rule = tuple[str, Axes]
+
+_WIDE, _NARROW = r"to_[qkv]|fc1|gate|up", r"to_out|fc2|down"
+
+# Of transformers: projections that widen are cut by outputs, those that narrow by inputs, so that
+# what is between them (heads, hidden channels) stays on its device.
+TENSOR_PARALLEL: tuple[Rule, ...] = (
+    (rf".*blocks\..*\.({_WIDE})\.kernel", (None, "model")),
+    (rf".*blocks\..*\.({_WIDE})\.bias", ("model",)),
+    (rf".*blocks\..*\.({_NARROW})\.kernel", ("model", None)),
+    (r"head\.kernel", (None, "model")),
+    (r"table", ("model", None)),
+)
+
+# Of states: keys and values [B, C, K, D] by rows and heads.
+CACHES: tuple[Rule, ...] = ((r".*\.core\.[kv]", ("data", None, "model", None)),)
+
+
+def device_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
+    """A mesh with named axes, such as `device_mesh(data=2, model=4)`.
+
+    Args:
+        devices: all of this process if None.
+        axes: sizes by name; their product is the number of devices.
+
+    Raises:
+        ValueError: if sizes and devices do not agree.
+    """
+    devices = jax.devices() if devices is None else devices
+    if not axes or math.prod(axes.values()) != len(devices):
+        raise ValueError(
+            f"a mesh of {axes} needs {math.prod(axes.values())} devices, there are {len(devices)}"
+        )
+    kinds = (AxisType.Auto,) * len(axes)  # explicit ones would have every reshape say where it goes
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
+
+
+def shardings(
+    tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = TENSOR_PARALLEL
+) -> dict[str, Any]:
+    """A sharding for every array of a tree of parameters or states.
+
+    Args:
+        tree: arrays, shapes and quantised leaves, by (nested) name.
+        mesh: devices; axes that rules name and it lacks are left out.
+        rules: the first whose pattern matches the whole path holds; none is whole everywhere.
+
+    Returns:
+        The tree with shardings in place of arrays.
+
+    Raises:
+        ValueError: for a rule with another number of axes than an array it matches.
+    """
+    found = {}
+    for path, leaf in flatten_params(tree).items():
+        axes = next((axes for pattern, axes in rules if re.fullmatch(pattern, path)), None)
+        if axes is not None and len(axes) != len(leaf.shape):
+            raise ValueError(
+                f"a rule cuts {len(axes)} dimensions as {axes}, but {path} is {list(leaf.shape)}"
+            )
+        found[path] = leaf_sharding(leaf, mesh, axes or (None,) * len(leaf.shape))
+    nested = any(isinstance(value, Mapping) for value in tree.values())
+    return nest_params(found) if nested else found
+
+
+def shard(
+    tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = TENSOR_PARALLEL
+) -> dict[str, Any]:
+    """Put a tree of parameters or states on a mesh; arguments as for `shardings`."""
+    return jax.device_put(dict(tree), shardings(tree, mesh, rules))
+
+
+def leaf_sharding(leaf: Any, mesh: Mesh, axes: Axes) -> PyTree:
+    """The sharding of one leaf, of each of its parts if it is quantised.
+
+    A part of a quantised leaf is cut along the dimensions that it shares with the matrix: scales of
+    groups along both, if there are enough groups; masks along the inputs.
+
+    Args:
+        leaf: array, shape or `QTensor`.
+        mesh: devices.
+        axes: mesh axes of the leaf's dimensions.
+    """
+    if not isinstance(leaf, QTensor):
+        return _fitting(leaf.shape, mesh, axes)
+    # A convolution is held as a matrix whose rows are places times inputs: those stay together.
+    inputs, outputs = axes if len(axes) == 2 else (None, axes[-1])
+    of = {
+        "scale": (inputs, outputs),
+        "zero_point": (inputs, outputs),
+        "mask": (inputs,),
+        "input_scale": (),
+        "input_zero_point": (),
+        "column_sums": (outputs,),
+    }
+    parts: dict[str, Any] = {
+        name: None if (part := getattr(leaf, name)) is None else _fitting(part.shape, mesh, axes)
+        for name, axes in of.items()
+    }
+    parts["qvalue"] = jax.tree.map(
+        lambda part: _fitting(part.shape, mesh, (inputs, outputs)), leaf.qvalue
+    )
+    return dataclasses.replace(leaf, **parts)
+
+
+def _fitting(shape: Sequence[int], mesh: Mesh, axes: Axes) -> NamedSharding:
+    """Cut along the axes that the mesh has and that divide their dimensions."""
+    kept = [
+        axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+        for size, axis in zip(shape, axes, strict=True)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*kept))

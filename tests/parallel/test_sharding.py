@@ -1,0 +1,148 @@
+"""Rules by path: the same results on four devices, with arrays cut where they can be."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import converters
+from effjax import testing
+from effjax.generate import Reading
+from effjax.methods import round_to_nearest
+from effjax.parallel import CACHES, device_mesh, leaf_sharding, shard, shardings
+from effjax.quant import Activations, Quantizer, quantize_matrix
+
+MESHES = [{"model": 4}, {"data": 2, "model": 2}, {"data": 4}]
+
+
+def leaves(subject, bits):
+    """The subject's model with weights of so many bits, inputs of int8 for W8."""
+    if bits == 32:
+        return subject.forward, subject.params
+    inputs = 8 if bits == 8 else 16
+    group = {} if bits == 8 else {"group_size": 32}
+    plan = round_to_nearest.uniform(bits, inputs, **group)
+    return round_to_nearest.transform(plan)(subject.forward, subject.params)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_a_llama_on_four_devices(mesh, bits):
+    subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=4)
+    forward, params = leaves(subject, bits)
+    want, _ = jax.jit(forward)(params, {}, subject.cond)
+    devices = device_mesh(**mesh)
+    spread = shard(params, devices)
+    tokens = shard({"tokens": subject.cond}, devices, [("tokens", ("data", None))])["tokens"]
+    got, _ = jax.jit(forward)(spread, {}, tokens)
+    chex.assert_trees_all_close(np.asarray(got), np.asarray(want), atol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_a_dit_on_four_devices(bits):
+    subject = testing.tiny_dit(head_dim=16, num_heads=4)
+    forward, params = leaves(subject, bits)
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 4))
+    t, labels = jnp.array([3.0, 700.0]), jnp.array([1, 2])
+    want, _ = jax.jit(forward)(params, {}, x, t, labels)
+    got, _ = jax.jit(forward)(shard(params, device_mesh(model=4)), {}, x, t, labels)
+    chex.assert_trees_all_close(np.asarray(got), np.asarray(want), atol=2e-5)
+
+
+def test_caches_are_cut_by_rows_and_heads():
+    subject = testing.tiny_llama(num_heads=4, num_kv_heads=2)
+    reading = Reading(prompt=12, new=2)
+    texts = subject.cond[:, :14]
+    mesh = device_mesh(data=2, model=2)
+    carry = reading.init(subject.forward, subject.params, texts)
+    spread = carry._replace(state=shard(carry.state, mesh, CACHES))
+
+    @jax.jit
+    def two(params, carry):
+        for step in range(2):
+            carry = reading.step(subject.forward, params, carry, texts, None, step)
+        return carry
+
+    alone, together = two(subject.params, carry), two(shard(subject.params, mesh), spread)
+    chex.assert_trees_all_close(np.asarray(together.x), np.asarray(alone.x), atol=2e-5)
+    spec = PartitionSpec("data", None, "model")
+    for path, leaf in together.state.items():
+        assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 4), path
+
+
+def test_what_a_device_holds():
+    mesh = device_mesh(model=4)
+    subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=2)
+    specs = jax.tree.map(lambda s: s.spec, shardings(subject.params, mesh))
+    block = specs["blocks"]["0"]
+    assert block["attn"]["to_q"]["kernel"] == PartitionSpec(None, "model")
+    assert block["attn"]["to_out"]["kernel"] == PartitionSpec("model", None)
+    assert block["mlp"]["down"]["kernel"] == PartitionSpec("model", None)
+    assert block["norm1"]["scale"] == PartitionSpec(None)
+    assert specs["table"] == PartitionSpec(None, None)  # 50 rows do not divide
+    spread = shard(subject.params, mesh)
+    kernel = spread["blocks"]["0"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (64, 32)
+
+
+@pytest.mark.parametrize(("groups", "cut"), [(1, None), (4, "model"), (2, None)])
+def test_parts_of_a_quantised_leaf(groups, cut):
+    w = jax.random.normal(jax.random.key(0), (128, 64))
+    leaf = quantize_matrix(
+        w, Quantizer(4, symmetric=False), group_size=128 // groups, mask=jnp.ones(128), packed=True
+    )
+    got = leaf_sharding(leaf, device_mesh(model=4), ("model", None))
+    assert got.scale.spec == PartitionSpec(cut, None)
+    assert got.zero_point.spec == PartitionSpec(cut, None)
+    assert got.mask.spec == PartitionSpec("model")
+    assert all(plane.spec == PartitionSpec("model", None) for plane in got.qvalue)
+    assert got.column_sums is None
+
+
+def test_static_activations_and_convolutions():
+    how = Activations(Quantizer(8, symmetric=False), dynamic=False)
+    w = jax.random.normal(jax.random.key(0), (64, 32))
+    leaf = quantize_matrix(
+        w, Quantizer(8), activations=how, input_range=(jnp.float32(-1), jnp.float32(2))
+    )
+    got = leaf_sharding(leaf, device_mesh(model=4), (None, "model"))
+    assert got.input_scale.spec == PartitionSpec()
+    assert got.column_sums.spec == PartitionSpec("model")
+    kernel = quantize_matrix(jax.random.normal(jax.random.key(0), (3, 3, 8, 16)), Quantizer(8))
+    got = leaf_sharding(kernel, device_mesh(model=4), (None, None, "model", "model"))
+    assert got.qvalue.spec == PartitionSpec(None, "model")
+
+
+def test_checkpoints_go_straight_to_their_devices(tmp_path):
+    subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=4)
+    converters.save_pretrained(subject.forward, subject.params, tmp_path / "m", progress=False)
+    mesh = device_mesh(model=4)
+    places = shardings(subject.forward.abstract_params(), mesh)
+    _, params = converters.from_pretrained(tmp_path / "m", sharding=places)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, params), subject.params)
+    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, params, places))
+
+
+def test_quantised_checkpoints_are_cut_by_parts(tmp_path):
+    subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=4)
+    plan = round_to_nearest.uniform(4, 16, group_size=32)
+    forward, params = round_to_nearest.transform(plan)(subject.forward, subject.params)
+    converters.save_pretrained(forward, params, tmp_path / "m", progress=False)
+    places = shardings(subject.forward.abstract_params(), device_mesh(model=4))
+    _, spread = converters.from_pretrained(tmp_path / "m", sharding=places)
+    down = spread["blocks"]["0"]["mlp"]["down"]["kernel"]
+    assert down.scale.sharding.spec == PartitionSpec("model", None)  # four groups of inputs
+    up = spread["blocks"]["0"]["mlp"]["up"]["kernel"]
+    assert up.scale.sharding.spec == PartitionSpec(None, "model")
+    chex.assert_trees_all_equal(
+        np.asarray(up.codes()), params["blocks"]["0"]["mlp"]["up"]["kernel"].codes()
+    )
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"needs 3 devices, there are 4"):
+        device_mesh(model=3)
+    with pytest.raises(ValueError, match=r"cuts 1 dimensions as .*but table is \[50, 16\]"):
+        shardings(testing.tiny_llama().params, device_mesh(model=4), [("table", ("model",))])
