@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from effjax.context import Context, Room, State, is_static
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
@@ -419,8 +419,8 @@ def left_aligned(x: Float[Array, "B S ..."], positions: Positions) -> Float[Arra
 
 
 def take(
-    x: Float[Array, "B S ..."], positions: Positions, wanted: Int[Array, "B C"]
-) -> Float[Array, "B C ..."]:
+    x: Shaped[Array, "B S ..."], positions: Positions, wanted: Int[Array, "B C"]
+) -> Shaped[Array, "B C ..."]:
     """The tokens at these positions of texts that begin in this call; zero for -1."""
     columns = wanted + jnp.argmax(positions >= 0, axis=1)[:, None]
     columns = jnp.clip(columns, 0, x.shape[1] - 1)
@@ -430,8 +430,8 @@ def take(
 
 
 def put(
-    buffer: Float[Array, "B C ..."], new: Float[Array, "B S ..."], slots: Int[Array, "B S"]
-) -> Float[Array, "B C ..."]:
+    buffer: Shaped[Array, "B C ..."], new: Shaped[Array, "B S ..."], slots: Int[Array, "B S"]
+) -> Shaped[Array, "B C ..."]:
     """Write tokens into slots; those for slot -1, or beyond the last, are dropped."""
     slots = jnp.where(slots < 0, buffer.shape[1], slots)
     rows = jnp.arange(buffer.shape[0])[:, None]

@@ -35,11 +35,11 @@ def texts(rows=2, tokens=TEXT):
     return q, heads(1, rows, tokens, 2, 8), heads(2, rows, tokens, 2, 8), heads(3, rows, tokens, 16)
 
 
-def run(kind, calls, *, window=None, **options):
+def run(kind, calls, *, core_window=None, **options):
     """Outputs of a cache for calls (columns, positions) on `texts`; states are carried along."""
     outputs, values = [], None
     for number, (columns, positions) in enumerate(calls):
-        core = CausalCore(Rotary(8, theta=100.0), window=window)
+        core = CausalCore(Rotary(8, theta=100.0), window=core_window)
         cache = kind(core, first=number == 0, room=Room(16, 16), **options)
         held = states(cache)
         for path, state in held.items():
@@ -101,7 +101,7 @@ def test_a_ring_shows_the_sinks_and_the_last_tokens(sizes, sinks, ring):
 
 
 def test_a_window_needs_no_more_than_a_ring():
-    outputs, values = run(RingCache, pieces(10, 6, 1, 1, 5), window=6, sinks=0, ring=6)
+    outputs, values = run(RingCache, pieces(10, 6, 1, 1, 5), core_window=6, sinks=0, ring=6)
     want = expected(causal(local=6))
     chex.assert_trees_all_close(jnp.concatenate(outputs, 1), want, atol=1e-5)
     assert all(value.shape == (2, 6, 2, 8) for value in values.values())

@@ -1,0 +1,206 @@
+"""Methods on caches: which tokens they keep and what they round, against plain formulas."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax import testing
+from effjax.context import Room, states
+from effjax.generate import Reading, caches, generate, prefill
+from effjax.layers.attention import CausalCore
+from effjax.layers.rotary import Rotary
+from effjax.methods import expected_attention, kivi, knorm, snap_kv, streaming_llm
+from tests.layers.test_kv_cache import TEXT, run, texts
+
+ROTARY = Rotary(8, theta=100.0)
+
+
+def rotated(x):
+    return np.asarray(ROTARY(x, jnp.arange(x.shape[1])[None]))
+
+
+def held(kind, prompt=16, **options):
+    """Positions that a cache holds after a prompt, by text and head."""
+    core = CausalCore(ROTARY)
+    cache = kind(core, first=True, room=Room(16, 16), **options)
+    for path, state in states(cache).items():
+        state.set_metadata(path=str(path), creating=True)
+    cache(*(part[:, :prompt] for part in texts()), None)
+    return np.asarray(cache.positions(jnp.full(2, prompt)))[..., : min(options["keep"], prompt)]
+
+
+def best(scores, keep):
+    """The places of the highest scores, in order; of equal ones the first."""
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :keep]
+    return np.sort(order, axis=-1)
+
+
+def test_knorm_keeps_short_keys():
+    k = np.asarray(texts()[1][:, :16])
+    norms = np.linalg.norm(k, axis=-1).transpose(0, 2, 1)
+    chex.assert_trees_all_equal(held(knorm.KnormCache, keep=6), best(-norms, 6))
+
+
+def test_snap_kv_keeps_what_the_end_attends_to():
+    q, k, _, _ = (part[:, :16] for part in texts())
+    q, k = rotated(q), np.repeat(rotated(k), 2, axis=2)
+    logits = np.einsum("bshd,bthd->bhst", q, k)[:, :, -4:] / np.sqrt(8)
+    logits = np.where(np.arange(16) <= np.arange(12, 16)[:, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    scores = weights[..., :12].mean(2).reshape(2, 2, 2, 12).mean(2)
+    padded = np.pad(scores, ((0, 0), (0, 0), (1, 1)))
+    smooth = sum(padded[..., i : i + 12] for i in range(3)) / 3
+    want = np.concatenate([best(smooth, 3), np.broadcast_to(np.arange(12, 16), (2, 2, 4))], -1)
+    chex.assert_trees_all_equal(held(snap_kv.SnapKVCache, keep=7, window=4, kernel=3), want)
+
+
+def test_expected_attention_by_its_formula():
+    """Mean and covariance of queries, mean rotation of positions to come, in float64."""
+    q, k, v, _ = (np.asarray(part[:, :16], np.float64) for part in texts())
+    future, sinks = 5, 2
+    keys, values = rotated(texts()[1][:, :16]), v
+    rates = np.asarray(ROTARY.frequencies)
+    angles = np.arange(16, 16 + future)[:, None] * rates
+    cos, sin = (np.diag(f(angles).mean(0)) for f in (np.cos, np.sin))
+    turn = np.block([[cos, -sin], [sin, cos]])
+    scores = np.full((2, 2, 16), np.inf)
+    for b in range(2):
+        for g in range(2):
+            total = 0
+            for h in (2 * g, 2 * g + 1):
+                own = q[b, sinks:, h]
+                mean, covariance = own.mean(0), np.cov(own.T, bias=True)
+                mean, covariance = turn @ mean, turn @ covariance @ turn.T
+                own = keys[b, sinks:, g]
+                logits = own @ mean / np.sqrt(8) + np.sum(own @ covariance * own, -1) / 16
+                total = total + np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+            scores[b, g, sinks:] = total / 2 * np.linalg.norm(values[b, sinks:, g], axis=-1)
+    got = held(expected_attention.ExpectedCache, keep=7, future=future, sinks=sinks)
+    chex.assert_trees_all_equal(got, best(scores, 7))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (knorm.KnormCache, {"keep": 6}),
+        (snap_kv.SnapKVCache, {"keep": 6, "window": 3, "kernel": 3}),
+        (expected_attention.ExpectedCache, {"keep": 6, "future": 9, "sinks": 1}),
+    ],
+)
+def test_padded_rows_keep_what_they_keep_alone(kind, options):
+    """Row 1 has 9 tokens after 7 of padding; then it goes on."""
+    p = np.arange(TEXT)
+    left = np.stack([p[:16], np.where(p[:16] < 7, -1, p[:16] - 7)])
+    calls = [(slice(0, 16), left), (slice(16, 18), np.array([[16, 17], [9, 10]]))]
+    outputs, values = run(kind, calls, **options)
+    alone = [(slice(7, 16), np.stack([p[:9]] * 2)), (slice(16, 18), np.array([[9, 10]] * 2))]
+    single, own = run(kind, alone, **options)
+    chex.assert_trees_all_close(outputs[1][1], single[1][1], atol=1e-5)
+    for path, value in own.items():
+        chex.assert_trees_all_close(values[path][1], value[1], atol=1e-5)
+
+
+def test_evicted_tokens_are_not_seen():
+    """Later tokens attend to what is kept and to themselves, by an explicit mask."""
+    outputs, values = run(knorm.KnormCache, [(slice(0, 16), None)], keep=6)
+    (places,) = (value for path, value in values.items() if path[-1] == "held")
+    positions = np.broadcast_to(np.arange(16, 23), (2, 7))
+    outputs, _ = run(knorm.KnormCache, [(slice(0, 16), None), (slice(16, 23), positions)], keep=6)
+    q, k, v, _ = texts()
+    q, k = rotated(q), np.repeat(rotated(k), 2, axis=2)
+    v = np.repeat(np.asarray(v), 2, axis=2)
+    seen = np.zeros((2, 4, 7, TEXT), bool)
+    for b in range(2):
+        for h in range(4):
+            seen[b, h][:, np.asarray(places)[b, h // 2]] = True
+    seen |= (np.arange(TEXT) >= 16) & (np.arange(TEXT) <= np.arange(16, 23)[:, None])
+    logits = np.einsum("bshd,bthd->bhst", q[:, 16:], k) / np.sqrt(8)
+    logits = np.where(seen, logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    chex.assert_trees_all_close(outputs[1], np.einsum("bhst,bthd->bshd", weights, v), atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "near"), [(8, 0.02), (4, 0.3)])
+@pytest.mark.parametrize("sizes", [(10,) + (1,) * 13, (9, 6, 8)], ids=str)
+def test_codes_stand_for_keys_and_values(bits, near, sizes):
+    """Every token once, sealed or not, within half a step of its window's or its own scale."""
+    from tests.layers.test_kv_cache import causal, expected, pieces
+
+    plan = kivi.KIVIPlan(bits, bits, group=4)
+    outputs, values = run(kivi.KIVICache, pieces(*sizes), plan=plan)
+    chex.assert_trees_all_close(jnp.concatenate(outputs, 1), expected(causal()), atol=near)
+    named = {path[-1]: np.asarray(value) for path, value in values.items()}
+    k, v = rotated(texts()[1]), np.asarray(texts()[2])
+    if bits == 8:
+        back = named["v"] * named["v_scale"] + named["v_offset"]
+        chex.assert_trees_all_close(back[:, :20], v[:, :20], atol=named["v_scale"].max() / 2 + 1e-6)
+        scale, offset = (np.repeat(named[f"k_{part}"], 4, axis=1) for part in ("scale", "offset"))
+        back = named["k"] * scale + offset
+        chex.assert_trees_all_close(back[:, :20], k[:, :20], atol=scale.max() / 2 + 1e-6)
+    chex.assert_trees_all_equal(named["k_open"][:, :3], k[:, 20:])
+    slots = np.asarray(
+        kivi.KIVICache(CausalCore(ROTARY), plan=plan, first=True, room=Room(16, 16)).positions(
+            jnp.array([23, 5])
+        )
+    )[:, 0]
+    assert sorted(slots[0][slots[0] >= 0]) == list(range(23))
+    assert sorted(slots[1][slots[1] >= 0]) == list(range(5))
+
+
+def test_fewer_bits_are_further_away():
+    subject = testing.tiny_llama(num_layers=1, num_kv_heads=4)
+    reading = Reading(prompt=12, new=8)
+    run_ = jax.jit(reading)
+    dense = run_(subject.forward, subject.params, subject.cond)
+    errors = []
+    for bits in (8, 4):
+        plan = kivi.KIVIPlan(bits, bits, group=4)
+        forward, params = kivi.transform(plan)(subject.forward, subject.params)
+        errors.append(float(jnp.abs(run_(forward, params, subject.cond) - dense).max()))
+    assert 0 < errors[0] < errors[1] / 4
+
+
+def test_caches_name_what_they_cannot():
+    subject = testing.tiny_llama()
+    prompt = [list(range(20))]
+    for method, plan in (
+        (snap_kv, snap_kv.SnapKVPlan(window=4)),
+        (streaming_llm, streaming_llm.StreamingLLMPlan()),
+        (kivi, kivi.KIVIPlan(group=4)),
+    ):
+        forward, params = method.transform(plan)(subject.forward, subject.params)
+        with pytest.raises(ValueError, match="Cache must see a prompt at once"):
+            prefill(forward, params, prompt, new=4, chunk=8)
+        assert generate(forward, params, prompt, max_new_tokens=3).lengths.tolist() == [3]
+        assert len(caches(forward.with_room(20, 4), params)) == 2
+    windowed = testing.tiny_llama(window=5)
+    forward, params = kivi.transform(kivi.KIVIPlan())(windowed.forward, windowed.params)
+    with pytest.raises(ValueError, match="see the last 5 only"):
+        prefill(forward, params, prompt, new=4)
+    small = snap_kv.SnapKVPlan(ratio=0.85, window=4)
+    forward, params = snap_kv.transform(small)(subject.forward, subject.params)
+    with pytest.raises(ValueError, match="keeps 3 of 20 tokens, which leaves none"):
+        prefill(forward, params, prompt, new=4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "message"),
+    [
+        (knorm.KnormPlan, {"ratio": 1.0}, "0 <= ratio < 1"),
+        (knorm.KnormPlan, {"capacity": 0}, "capacity must be at least 1"),
+        (snap_kv.SnapKVPlan, {"kernel": 4}, "kernel odd"),
+        (snap_kv.SnapKVPlan, {"capacity": 20}, "leaves no token beside the window"),
+        (streaming_llm.StreamingLLMPlan, {"capacity": 4}, "no slot beside the 4 sinks"),
+        (streaming_llm.StreamingLLMPlan, {"sinks": -1}, "sinks must be at least 0"),
+        (expected_attention.ExpectedAttentionPlan, {"future": 0}, "future must be at least 1"),
+        (kivi.KIVIPlan, {"key_bits": 3}, "4 or 8 bits, got 3"),
+        (kivi.KIVIPlan, {"group": 0}, "at least 1 token"),
+    ],
+)
+def test_plans_that_cannot_be(plan, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**options)
