@@ -12,7 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.slow
 def test_the_example_runs(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     changes = {
         '"facebook/DiT-XL-2-512", dtype="bfloat16"': f'{str(MODEL)!r}, dtype="float32"',
         "num_steps=50": "num_steps=3",

@@ -147,12 +147,12 @@ class Caches:
     """Edit: a cache at every attention core.
 
     Attributes:
-        choose: (plan, core, room) -> `Kind` for this core; a function of a module, so that equal
-            edits are equal.
+        choose: (plan, core, room, layer) -> `Kind` for this core, layers counting from 0; a
+            function of a module, so that equal edits are equal.
         plan: what it goes by.
     """
 
-    choose: Callable[[Any, CausalCore, Room], Kind]
+    choose: Callable[[Any, CausalCore, Room, int], Kind]
     plan: Any = None
     caches: ClassVar[bool] = True
 
@@ -166,13 +166,13 @@ class Caches:
                 "or effjax.generate, which does"
             )
         first = is_static(context.step) and int(context.step) == 0
-        for site in found:
+        for layer, site in enumerate(found):
             assert isinstance(site.module, CausalCore)
-            kind, options = self.choose(self.plan, site.module, context.room)
+            kind, options = self.choose(self.plan, site.module, context.room, layer)
             wrap(module, site.path, kind, first=first, room=context.room, **options)
 
 
-def as_it_is(plan: None, core: CausalCore, room: Room) -> Kind:
+def as_it_is(plan: None, core: CausalCore, room: Room, layer: int) -> Kind:
     """All that a core's queries see: every token, or those of its window."""
     if core.window is None:
         return DenseCache, {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -57,7 +57,12 @@ class Allocation:
 
 
 def allocate(
-    scores: np.ndarray, budgets: Sequence[Budget], *, time_limit: float = 60.0
+    scores: np.ndarray,
+    budgets: Sequence[Budget],
+    *,
+    families: Sequence[int] | None = None,
+    distinct: int | None = None,
+    time_limit: float = 60.0,
 ) -> Allocation:
     """The best choice within all budgets.
 
@@ -65,6 +70,8 @@ def allocate(
         scores: float[layers, candidates], higher is better; -infinity for a candidate that is not
             allowed.
         budgets: one or several.
+        families: family of every layer, such as the block that a head belongs to; with
+        distinct: the most candidates that differ within a family.
         time_limit: seconds; the best choice found by then is returned.
 
     Raises:
@@ -101,17 +108,21 @@ def allocate(
             )
     count = layers * candidates
     place = np.arange(count)
-    each = LinearConstraint(coo_array((np.ones(count), (place // candidates, place))), 1, 1)
-    limits = []
+    shared, used = _families(families, distinct, layers, candidates)
+    total = count + used
+    each = coo_array((np.ones(count), (place // candidates, place)), shape=(layers, total))
+    limits = [LinearConstraint(each, 1, 1), *shared]
     for budget, own in zip(budgets, costs):
         row = np.where(allowed, own, 0).reshape(-1)
         unit = max(np.abs(row).max(), 1e-300)  # the solver's tolerances are absolute
-        limits.append(LinearConstraint(row[None] / unit, budget.low / unit, budget.high / unit))
+        row = np.pad(row / unit, (0, used))
+        limits.append(LinearConstraint(row[None], budget.low / unit, budget.high / unit))
+    upper: Any = np.pad(allowed.reshape(-1).astype(float), (0, used), constant_values=1)
     found = milp(
-        -np.where(allowed, scores, 0).reshape(-1),
-        constraints=[each, *limits],
-        integrality=np.ones(count),
-        bounds=Bounds(0, allowed.reshape(-1).astype(float)),
+        np.pad(-np.where(allowed, scores, 0).reshape(-1), (0, used)),
+        constraints=limits,
+        integrality=np.ones(total),
+        bounds=Bounds(0, upper),
         options={"time_limit": time_limit},
     )
     if found.x is None:
@@ -119,7 +130,7 @@ def allocate(
             raise TimeoutError(f"no choice was found within {time_limit} seconds; allow more")
         sums = [f"{budget.name} {budget.low:g} ... {budget.high:g}" for budget in budgets]
         raise ValueError(f"no choice meets all budgets at once: {', '.join(sums)}")
-    choice = found.x.reshape(layers, candidates).argmax(1)
+    choice = found.x[:count].reshape(layers, candidates).argmax(1)
     rows = np.arange(layers)
     return Allocation(
         choice=tuple(choice.tolist()),
@@ -127,6 +138,33 @@ def allocate(
         totals=tuple(float(own[rows, choice].sum()) for own in costs),
         optimal=found.status == 0,
     )
+
+
+def _families(
+    families: Sequence[int] | None, distinct: int | None, layers: int, candidates: int
+) -> tuple[list[LinearConstraint], int]:
+    """Constraints x_ic <= y_fc and sum_c y_fc <= distinct, and how many variables y there are."""
+    if families is None or distinct is None:
+        return [], 0
+    if len(families) != layers or distinct < 1:
+        raise ValueError(
+            f"families must name all {layers} layers and distinct be at least 1; got "
+            f"{len(families)} and {distinct}"
+        )
+    names = sorted(set(families))
+    count, used = layers * candidates, len(names) * candidates
+    place = np.arange(count)
+    family = np.asarray([names.index(each) for each in families])
+    theirs = count + family.repeat(candidates) * candidates + place % candidates
+    values = np.concatenate([np.ones(count), -np.ones(count)])
+    within = coo_array(
+        (values, (np.tile(place, 2), np.concatenate([place, theirs]))), shape=(count, count + used)
+    )
+    own = np.arange(used)
+    few = coo_array(
+        (np.ones(used), (own // candidates, count + own)), shape=(len(names), count + used)
+    )
+    return [LinearConstraint(within, -np.inf, 0), LinearConstraint(few, 0, distinct)], used
 
 
 def pareto(

@@ -129,3 +129,23 @@ def test_mixdq_budgets_of_sdxl():
 def test_errors(scores, budgets, message):
     with pytest.raises(ValueError, match=message):
         allocate(scores, budgets)
+
+
+def test_families_share_few_candidates():
+    """Against every choice, of six layers in two families."""
+    rng = np.random.default_rng(1)
+    scores, costs = rng.random((6, 4)), rng.random((6, 4))
+    families = [0, 0, 0, 1, 1, 1]
+    budget = Budget(costs, 3.0)
+    found = allocate(scores, [budget], families=families, distinct=1)
+    rows = np.arange(6)
+    best = max(
+        scores[rows, list(choice)].sum()
+        for choice in itertools.product(range(4), repeat=6)
+        if costs[rows, list(choice)].sum() <= 3.0
+        and max(len(set(choice[:3])), len(set(choice[3:]))) == 1
+    )
+    assert found.score == pytest.approx(best)
+    assert allocate(scores, [budget]).score > found.score
+    with pytest.raises(ValueError, match="families must name all 6 layers"):
+        allocate(scores, [budget], families=[0, 1], distinct=2)

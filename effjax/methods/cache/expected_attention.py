@@ -67,7 +67,7 @@ def transform(plan: ExpectedAttentionPlan) -> Transform:
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: ExpectedAttentionPlan, core: CausalCore, room: Room) -> Kind:
+def _choose(plan: ExpectedAttentionPlan, core: CausalCore, room: Room, layer: int) -> Kind:
     keep = budget(plan.capacity, plan.ratio, room.prompt)
     return ExpectedCache, {"keep": keep, "future": plan.future, "sinks": plan.sinks}
 

@@ -71,7 +71,7 @@ def transform(plan: KIVIPlan) -> Transform:
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: KIVIPlan, core: CausalCore, room: Room) -> Kind:
+def _choose(plan: KIVIPlan, core: CausalCore, room: Room, layer: int) -> Kind:
     if core.window is not None:
         raise ValueError(
             f"KIVI holds all tokens, but this model's layers see the last {core.window} only: its "

@@ -51,7 +51,7 @@ def transform(plan: KnormPlan) -> Transform:
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: KnormPlan, core: CausalCore, room: Room) -> Kind:
+def _choose(plan: KnormPlan, core: CausalCore, room: Room, layer: int) -> Kind:
     return KnormCache, {"keep": budget(plan.capacity, plan.ratio, room.prompt)}
 
 

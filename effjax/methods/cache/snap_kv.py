@@ -69,7 +69,7 @@ def transform(plan: SnapKVPlan) -> Transform:
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: SnapKVPlan, core: CausalCore, room: Room) -> Kind:
+def _choose(plan: SnapKVPlan, core: CausalCore, room: Room, layer: int) -> Kind:
     keep = budget(plan.capacity, plan.ratio, room.prompt)
     if plan.window >= keep:
         raise ValueError(

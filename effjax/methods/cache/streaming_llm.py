@@ -57,7 +57,7 @@ def transform(plan: StreamingLLMPlan) -> Transform:
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: StreamingLLMPlan, core: CausalCore, room: Room) -> Kind:
+def _choose(plan: StreamingLLMPlan, core: CausalCore, room: Room, layer: int) -> Kind:
     slots = budget(plan.capacity, plan.ratio, room.total)
     return RingCache, {"sinks": plan.sinks, "ring": max(slots - plan.sinks, 1)}
 

@@ -1,0 +1,698 @@
+"""MoA: each head keeps the first tokens and a span of the last ones, which grows with the text.
+
+Buys: at a mean span of half the text, half of the cache and of the traffic of decoding, and of the
+prompt's attention. Heads differ: some look a constant number of tokens back and some at everything,
+so that spans chosen head by head lose far less than one window for all.
+
+    N = prompt + new tokens                         known when a text begins
+    c = min(int(alpha + beta N), N), at least `floor`, rounded up to blocks: C slots
+    sinks S = min(C, sink), ring R = C - S
+    slot(p) = p for p < S, then S + (p - S) mod R
+
+A new token attends to all C slots. In the prompt spans are of whole blocks: a query block sees the
+sinks and the last R / block key blocks, its own included, so up to block - 1 tokens less far back
+than a new token does at the same place.
+
+Static: the plan and N, hence all sizes. Dynamic: lengths. Cost: mean C / N of the dense cache.
+Layouts: "grouped", one pair of arrays for the heads of a layer that have equal C; "flat", one pair
+for all heads, with a stretch of slots for each.
+
+The search asks, for every head, what the loss of answers would be if an element of the attention
+map were masked and its row normalised again. To first order, with A = softmax, dA = dLoss / dA:
+
+    E_ij = A_ij (sum_n A_in dA_in - dA_ij) / (1 - A_ij)         and E_00 = -A_00 dA_00
+
+|E| is summed over blocks; a rule's loss is what lies outside of its span. An integer program
+chooses a rule for each head, at most two a layer, within a density at every length; of its Pareto
+front over the lengths, the plan with the least loss at another length is taken.
+
+Source: Mixture of Attention Spans, arXiv 2406.14909. One rule for each *key* head, whose influence
+is the largest of its query heads': the reference copies keys for every query head instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from tqdm.auto import tqdm
+
+from effjax import capture, testing
+from effjax.context import Room, State
+from effjax.forward import Forward, Params
+from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
+from effjax.layers.kv_cache import (
+    Caches,
+    Kind,
+    KVCache,
+    Lengths,
+    left_aligned,
+    lengths_after,
+    put,
+    ring_positions,
+    ring_slot,
+    take,
+)
+from effjax.search.allocation import Allocation, Budget, allocate
+from effjax.transform import Method, Pair, Plan, Transform
+from pallas_kernels.block_mask import SinkLocal
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.decode_attention import decode_attention, flat_decode_attention
+
+Rule = tuple[float, float]  # alpha and beta
+Rules = tuple[tuple[float, ...], ...]
+
+LAYOUTS = ("grouped", "flat")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoAPlan(Plan):
+    """Spans of all key heads.
+
+    Attributes:
+        alphas: [layer][key head] tokens.
+        betas: [layer][key head] shares of a text.
+        block: tokens of a block: what spans are rounded up to.
+        sink: first tokens that every head keeps.
+        floor: the least number of slots.
+        layout: "grouped" or "flat".
+    """
+
+    alphas: Rules
+    betas: Rules
+    block: int = 64
+    sink: int = 64
+    floor: int = 128
+    layout: str = "grouped"
+
+    def __post_init__(self) -> None:
+        shapes = [[len(row) for row in table] for table in (self.alphas, self.betas)]
+        if not shapes[0] or shapes[0] != shapes[1]:
+            raise ValueError(f"alphas and betas must name the same heads, got {shapes}")
+        if min(self.block, self.sink) < 1 or self.sink % self.block or self.floor % self.block:
+            raise ValueError(
+                f"sink and floor must be multiples of the block; got block={self.block}, "
+                f"sink={self.sink}, floor={self.floor}"
+            )
+        if self.floor <= self.sink:
+            raise ValueError(f"floor {self.floor} leaves no slot beside the sink of {self.sink}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
+
+    def slots(self, layer: int, tokens: int) -> tuple[int, ...]:
+        """Slots C of every key head of a layer, for texts of so many tokens.
+
+        Raises:
+            ValueError: if a rule gives no span at this length.
+        """
+        spans = []
+        for head, (alpha, beta) in enumerate(zip(self.alphas[layer], self.betas[layer])):
+            span = alpha + beta * tokens
+            if span <= 0:
+                raise ValueError(
+                    f"layer {layer}, head {head}: {alpha} + {beta} x {tokens} tokens is no span; "
+                    f"this plan is for longer texts"
+                )
+            kept = max(min(int(span), tokens), self.floor)
+            spans.append(-(-kept // self.block) * self.block)
+        return tuple(spans)
+
+    def describe(self) -> str:
+        """How many heads follow which rule."""
+        counts: dict[tuple[float, float], int] = {}
+        for alphas, betas in zip(self.alphas, self.betas):
+            for rule in zip(alphas, betas):
+                counts[rule] = counts.get(rule, 0) + 1
+        listed = sorted(counts.items(), key=lambda item: -item[1])
+        return ", ".join(f"{n} heads {alpha:g} + {beta:g} N" for (alpha, beta), n in listed)
+
+
+def uniform(layers: int, heads: int, *, alpha: float = 0.0, beta: float = 0.5) -> MoAPlan:
+    """One rule for all heads: the baseline, StreamingLLM at the same density."""
+    return MoAPlan(((float(alpha),) * heads,) * layers, ((float(beta),) * heads,) * layers)
+
+
+def read_released(source: str | os.PathLike | Mapping[str, Any], **options: Any) -> MoAPlan:
+    """A plan from a published `moa_alpha_beta.json`: lists `alphas` and `betas` [layer][head].
+
+    Args:
+        source: the file, or what it holds.
+        options: other fields of the plan.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    held = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
+    if not {"alphas", "betas"} <= set(held):
+        raise ValueError(f"a released plan has alphas and betas, this one has {sorted(held)}")
+    alphas, betas = (
+        tuple(tuple(float(value) for value in row) for row in held[name])
+        for name in ("alphas", "betas")
+    )
+    return MoAPlan(alphas, betas, **options)
+
+
+# A text's tokens int32[n, N], and how much predicting each of them counts, float32[n, N].
+Samples = tuple[np.ndarray, np.ndarray]
+
+
+def search(
+    forward: Forward,
+    params: Params,
+    samples: Mapping[int, Samples],
+    *,
+    validation: Samples,
+    density: float = 0.5,
+    extend: Sequence[int] = (),
+    rules: Sequence[Rule] | None = None,
+    distinct: int = 2,
+    block: int = 64,
+    sink: int = 64,
+    floor: int = 128,
+    time_limit: float = 60.0,
+    progress: bool = True,
+) -> MoAPlan:
+    """The plan of a density with the least loss at a length that it was not made for.
+
+    Args:
+        forward, params: a model without a cache.
+        samples: by length; weights are 1 for tokens of answers (by the dense model itself, far from
+            what they depend on) and 0 for others.
+        validation: samples of another length.
+        density: the most that heads keep of a text, on average, at every length.
+        extend: lengths at which the density holds too, without samples.
+        rules: candidates (alpha, beta); `rule_grid` of the lengths if None.
+        distinct: rules in a layer.
+        block, sink, floor: of the plan; for short texts all smaller.
+        time_limit: seconds for each integer program.
+        progress: show a bar over samples and programs.
+
+    Raises:
+        ValueError: if no choice of rules has the density at all lengths.
+    """
+    options = {"block": block, "sink": sink, "floor": floor}
+    plans = candidates(
+        {
+            n: influence(forward, params, own, block=block, progress=progress)
+            for n, own in samples.items()
+        },
+        density=density,
+        extend=extend,
+        rules=rules,
+        distinct=distinct,
+        time_limit=time_limit,
+        progress=progress,
+        **options,
+    )
+    losses = [response_loss(*transform(plan)(forward, params), validation) for plan in plans]
+    return plans[int(np.argmin(losses))]
+
+
+def rule_grid(
+    profile: Sequence[int], extend: Sequence[int] = (), *, step: int = 1024, shares: int = 9
+) -> tuple[Rule, ...]:
+    """Candidates (alpha, beta) that give a span, and none beyond the text, at all lengths.
+
+    Args:
+        profile, extend: lengths with and without samples.
+        step: between alphas, in tokens.
+        shares: number of betas, 0 ... 1.
+    """
+    lengths = (*profile, *extend)
+    least, most, longest = min(lengths), max(profile), max(lengths)
+    alphas = np.linspace(-least, most, (most + least) // step + 1)
+    grid = [
+        (float(alpha), float(beta))
+        for alpha in alphas
+        for beta in np.linspace(0, 1, shares)
+        if alpha + beta * most <= most
+        and alpha + beta * longest <= longest
+        and alpha + beta * least > 0
+    ]
+    return tuple(sorted(grid, key=lambda rule: rule[0] + rule[1] * longest))
+
+
+def influence(
+    forward: Forward, params: Params, samples: Samples, *, block: int, progress: bool = True
+) -> np.ndarray:
+    """What masking would cost, summed over blocks and averaged over samples.
+
+    Args:
+        samples: of one length, a multiple of the block.
+
+    Returns:
+        float64[layers, key heads, M, M] for blocks of queries and keys.
+
+    Raises:
+        ValueError: for a length that blocks do not divide.
+    """
+    tokens, weights = samples
+    if tokens.shape[1] % block:
+        raise ValueError(f"texts of {tokens.shape[1]} tokens are no whole blocks of {block}")
+    paths = [site.path for site in forward.sites(params, CausalCore)]
+    total = 0.0
+    for row in tqdm(range(len(tokens)), desc="influence", disable=not progress, leave=False):
+        found = _influence(forward, params, tokens[row : row + 1], weights[row : row + 1], block)
+        total = total + np.stack([np.asarray(found[path], np.float64) for path in paths])
+    return np.asarray(total) / len(tokens)
+
+
+@partial(jax.jit, static_argnums=4)
+def _influence(
+    forward: Forward, params: Params, tokens: Array, weights: Array, block: int
+) -> dict[str, Array]:
+    def loss(logits: Array) -> Array:
+        return _loss(logits, tokens, weights)
+
+    options: Any = {"kind": CausalCore}
+    gradients = capture.gradients(forward, params, loss, (tokens,), **options)
+    q, k, v, out = (
+        capture.tap(forward, params, (tokens,), what=what, **options)
+        for what in ("input", "input1", "input2", "output")
+    )
+    cores: Any = {site.path: site.module for site in forward.sites(params, CausalCore)}
+    turns = jnp.arange(tokens.shape[1])[None]
+    return {
+        path: _blocks(
+            core.rotary(q[path], turns)[0],
+            core.rotary(k[path], turns)[0],
+            v[path][0],
+            out[path][0],
+            gradients[path][0],
+            block,
+        )
+        for path, core in cores.items()
+    }
+
+
+def _blocks(
+    q: Float[Array, "S H D"],
+    k: Float[Array, "S K D"],
+    v: Float[Array, "S K D"],
+    out: Float[Array, "S H D"],
+    gradient: Float[Array, "S H D"],
+    block: int,
+) -> Float[Array, "K M M"]:
+    """|E| summed over blocks, one block of queries after the other."""
+    columns, kv_heads, width = k.shape
+    q, k, v, out, gradient = (x.astype(jnp.float32) for x in (q, k, v, out, gradient))
+    group = q.shape[1] // kv_heads
+
+    def rows(start: Array) -> Array:
+        own_q, own_out, own_gradient = (
+            jax.lax.dynamic_slice_in_dim(x, start, block).reshape(block, kv_heads, group, -1)
+            for x in (q, out, gradient)
+        )
+        row = start + jnp.arange(block)[:, None]
+        seen = (jnp.arange(columns) <= row)[None, None]
+        logits = jnp.einsum("skgd,tkd->kgst", own_q, k) * width**-0.5
+        weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+        slopes = jnp.einsum("skgd,tkd->kgst", own_gradient, v)
+        mean = jnp.einsum("skgd,skgd->kgs", own_gradient, own_out)[..., None]
+        masked = weights * (mean - slopes) / (1 - weights + 1e-6)
+        # The first row has one element, and nothing to take its weight.
+        masked = jnp.where(row[None, None] == 0, -weights * slopes, masked)
+        sums = jnp.where(seen, jnp.abs(masked), 0.0).reshape(kv_heads, group, block, -1, block)
+        return jnp.max(jnp.sum(sums, axis=(2, 4)), axis=1)
+
+    return jax.lax.map(rows, jnp.arange(0, columns, block)).swapaxes(0, 1)
+
+
+def candidates(
+    profiles: Mapping[int, np.ndarray],
+    *,
+    block: int = 64,
+    sink: int = 64,
+    floor: int = 128,
+    density: float = 0.5,
+    extend: Sequence[int] = (),
+    rules: Sequence[Rule] | None = None,
+    distinct: int = 2,
+    cells: int = 4,
+    time_limit: float = 60.0,
+    progress: bool = True,
+) -> tuple[MoAPlan, ...]:
+    """Plans of which none is better than another at all lengths.
+
+    One length's loss is minimised while those of the others lie in cells of their ranges, for all
+    lengths and cells.
+
+    Args:
+        profiles: `influence` by length.
+        cells: into which the range of each loss is cut.
+        block, sink, floor, density, extend, rules, distinct, time_limit, progress: as in `search`.
+
+    Raises:
+        ValueError: if no choice of rules has the density at all lengths.
+    """
+    lengths = sorted(profiles)
+    layers, heads = profiles[lengths[0]].shape[:2]
+    rules = tuple(rules or rule_grid(lengths, extend))
+    losses = {n: _losses(profiles[n], rules, block=block, sink=sink) for n in lengths}
+    budgets = []
+    for n in (*lengths, *extend):
+        row = [n * _kept(rule, n, block=block, sink=sink) * block / n for rule in rules]
+        high = density * n * layers * heads
+        costs = np.tile(row, (layers * heads, 1))
+        budgets.append(Budget(costs, high, 0.9 * high, f"density {density:g} at {n} tokens"))
+    families = np.arange(layers).repeat(heads).tolist()
+
+    def best(n: int, limits: Sequence[Budget]) -> Allocation:
+        return allocate(
+            -losses[n],
+            [*budgets, *limits],
+            families=families,
+            distinct=distinct,
+            time_limit=time_limit,
+        )
+
+    def totals(choice: Sequence[int]) -> tuple[float, ...]:
+        return tuple(float(losses[n][np.arange(len(choice)), choice].sum()) for n in lengths)
+
+    found = {best(n, ()).choice for n in lengths}
+    table = np.array([totals(choice) for choice in found])
+    edges = [np.linspace(low, high, cells + 1) for low, high in zip(table.min(0), table.max(0))]
+    programs = [
+        (primary, cell)
+        for primary in range(len(lengths))
+        for cell in itertools.product(range(cells), repeat=len(lengths) - 1)
+        if len(lengths) > 1
+    ]
+    for primary, cell in tqdm(programs, desc="plans", disable=not progress, leave=False):
+        others = [i for i in range(len(lengths)) if i != primary]
+        limits = [
+            Budget(losses[lengths[i]], edges[i][c + 1], edges[i][c], f"loss at {lengths[i]}")
+            for i, c in zip(others, cell, strict=True)
+        ]
+        with contextlib.suppress(ValueError, TimeoutError):  # nothing lies in this cell
+            found.add(best(lengths[primary], limits).choice)
+    scored = {choice: totals(choice) for choice in found}
+    front = [
+        choice
+        for choice, own in scored.items()
+        if not any(
+            all(a <= b for a, b in zip(other, own)) and other != own for other in scored.values()
+        )
+    ]
+    return tuple(
+        MoAPlan(
+            *(
+                tuple(
+                    tuple(rules[choice[layer * heads + head]][part] for head in range(heads))
+                    for layer in range(layers)
+                )
+                for part in range(2)
+            ),
+            block=block,
+            sink=sink,
+            floor=floor,
+        )
+        for choice in sorted(front, key=lambda choice: scored[choice])
+    )
+
+
+def _kept(rule: Rule, tokens: int, *, block: int, sink: int) -> int:
+    """Blocks that the last query block keeps: the sinks' and the span's."""
+    alpha, beta = rule
+    blocks = tokens // block
+    local = max(int(alpha // block + beta * blocks), 1)
+    return min(local + sink // block, blocks)
+
+
+def _losses(profile: np.ndarray, rules: Sequence[Rule], *, block: int, sink: int) -> np.ndarray:
+    """What lies outside of each rule's blocks: float[layers * heads, rules]."""
+    blocks = profile.shape[-1]
+    i, j = np.arange(blocks)[:, None], np.arange(blocks)[None]
+    table = []
+    for alpha, beta in rules:
+        local = max(int(alpha // block + beta * blocks), 1)
+        outside = (j <= i) & (j >= sink // block) & (i - j >= local)
+        table.append(np.sum(profile, axis=(2, 3), where=outside).reshape(-1))
+    return np.stack(table, axis=1)
+
+
+def response_loss(forward: Forward, params: Params, samples: Samples) -> float:
+    """Weighted mean of the negative log-likelihoods of texts, read at once under a plan's mask."""
+    tokens, weights = samples
+    losses = [
+        float(_response_loss(forward, params, tokens[row : row + 1], weights[row : row + 1]))
+        for row in range(len(tokens))
+    ]
+    return float(np.mean(losses))
+
+
+@jax.jit
+def _response_loss(forward: Forward, params: Params, tokens: Array, weights: Array) -> Array:
+    forward = forward.with_room(tokens.shape[1], 0)
+    token = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+    state = forward.init(params, token, token)
+    return _loss(forward(params, state, tokens)[0], tokens, weights)
+
+
+def _loss(logits: Array, tokens: Array, weights: Array) -> Array:
+    scores = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+    scores = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+    counted = weights[:, 1:].astype(jnp.float32)
+    return -jnp.sum(scores * counted) / jnp.maximum(jnp.sum(counted), 1e-9)
+
+
+def transform(plan: MoAPlan) -> Transform:
+    """Give every attention layer heads of their own spans."""
+
+    def apply(forward: Forward, params: Params) -> Pair:
+        config = forward.config
+        _check(plan, config.num_layers, config.num_heads, config.num_kv_heads)
+        return forward.edit(Caches(_choose, plan)), params
+
+    return Transform(METHOD.name, plan, apply)
+
+
+def _check(plan: MoAPlan, layers: int, heads: int, kv_heads: int) -> None:
+    given = [len(row) for row in plan.alphas]
+    if len(given) == layers and set(given) == {kv_heads}:
+        return
+    hint = ""
+    if set(given) == {heads}:
+        hint = (
+            f" It has a rule for each query head; {heads // kv_heads} query heads share a key head "
+            f"here, and with it a rule."
+        )
+    raise ValueError(
+        f"the plan is for {len(given)} layers of {sorted(set(given))} heads, the model has "
+        f"{layers} layers of {kv_heads} key heads.{hint}"
+    )
+
+
+def _choose(plan: MoAPlan, core: CausalCore, room: Room, layer: int) -> Kind:
+    options = {"slots": plan.slots(layer, room.total), "plan": plan}
+    return {"grouped": GroupedCache, "flat": FlatCache}[plan.layout], options
+
+
+class SpanCache(KVCache):
+    """Heads with sinks and rings of their own sizes: what both layouts share.
+
+    Args:
+        slots: of every key head.
+        plan: block and sink.
+    """
+
+    def __init__(
+        self, inner: Any, *, slots: tuple[int, ...], plan: MoAPlan, first: bool, room: Room
+    ):
+        super().__init__(inner, first=first, room=room)
+        self.slots = slots
+        self.sink = plan.sink
+        self.block = plan.block
+
+    @property
+    def multi_token_append(self) -> bool:
+        return False
+
+    @property
+    def rollback(self) -> bool:
+        return False
+
+    @property
+    def exact_chunked_prefill(self) -> bool:
+        return False
+
+    def ring(self, slots: int) -> tuple[int, int]:
+        """Sizes of the sink and of the ring of a head."""
+        return min(slots, self.sink), slots - min(slots, self.sink)
+
+    def prefill(
+        self,
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        x: Float[Array, "B S C"],
+        positions: Positions | None,
+    ) -> Heads:
+        """Attend within spans of whole blocks, and store what decoding needs."""
+        columns = q.shape[1]
+        if columns > self.room.prompt or min(self.slots) >= columns:
+            return super().prefill(q, k, v, x, positions)
+        known = jnp.broadcast_to(jnp.arange(columns), q.shape[:2])
+        known = known if positions is None else positions
+        self.store(q, k, v, x, known)
+        q, k = self.core.rotary(q, known), self.core.rotary(k, known)
+        group = q.shape[2] // k.shape[2]
+        rings = [self.ring(slots) for slots in self.slots for _ in range(group)]
+        rule = SinkLocal(
+            sinks=tuple(sink for sink, _ in rings),
+            local=tuple(ring for _, ring in rings),
+            granularity=self.block,
+        )
+        with jax.named_scope("attention"):
+            if positions is None:
+                return block_sparse_attention(q, k, v, rule)
+            # Blocks count from a text's first token, wherever its row begins.
+            q, k, v = (left_aligned(part, positions) for part in (q, k, v))
+            valid = (jnp.arange(columns) < lengths_after(positions)[:, None]).astype(jnp.int32)
+            out = block_sparse_attention(q, k, v, rule, segments=(valid, valid))
+        places = jnp.maximum(positions, 0)[:, :, None, None]
+        return jnp.take_along_axis(out, places, axis=1)
+
+    def positions(self, lengths: Lengths) -> Int[Array, "B G C"]:
+        """Heads with fewer slots than the most have -1 at the end."""
+        most = max(self.slots)
+        held = [ring_positions(lengths, *self.ring(slots)) for slots in self.slots]
+        padded = [
+            jnp.pad(each, ((0, 0), (0, most - each.shape[1])), constant_values=-1) for each in held
+        ]
+        return jnp.stack(padded, axis=1)
+
+
+class GroupedCache(SpanCache):
+    """One pair of arrays [B, C, heads, D] for the heads that have equally many slots."""
+
+    def __init__(self, inner: Any, **options: Any):
+        super().__init__(inner, **options)
+        sizes = sorted(set(self.slots))
+        self.groups = tuple(
+            (size, tuple(head for head, slots in enumerate(self.slots) if slots == size))
+            for size in sizes
+        )
+        self.k, self.v = (nnx.List([State() for _ in sizes]) for _ in range(2))
+
+    def store(
+        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
+    ) -> None:
+        k, lengths = self.core.rotary(k, positions), lengths_after(positions)
+        for (slots, heads), *pair in zip(self.groups, self.k, self.v, strict=True):
+            held = ring_positions(lengths, *self.ring(slots))
+            for state, new in zip(pair, (k, v), strict=True):
+                own = new[:, :, jnp.asarray(heads)]
+                state.write(take(own, positions, held))
+
+    def append(
+        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
+    ) -> Heads:
+        q, k = self.core.rotary(q, positions), self.core.rotary(k, positions)
+        batch, _, heads, width = q.shape
+        q = q.reshape(batch, 1, k.shape[2], -1, width)
+        parts, order = [], []
+        for (slots, own), *pair in zip(self.groups, self.k, self.v, strict=True):
+            chosen = jnp.asarray(own)
+            place = ring_slot(positions, *self.ring(slots))
+            for state, new in zip(pair, (k, v), strict=True):
+                old = state.read((batch, slots, len(own), new.shape[3]), new.dtype)
+                state.write(put(old, new[:, :, chosen], place))
+            out = decode_attention(
+                q[:, :, chosen].reshape(batch, 1, -1, width),
+                pair[0].get_value(),
+                pair[1].get_value(),
+                lengths_after(positions),
+            )
+            assert isinstance(out, jax.Array)
+            parts.append(out.reshape(batch, 1, len(own), -1, v.shape[3]))
+            order += own
+        out = jnp.concatenate(parts, axis=2)
+        if order != sorted(order):
+            out = out[:, :, jnp.argsort(jnp.asarray(order))]
+        return out.reshape(batch, 1, heads, -1)
+
+
+class FlatCache(SpanCache):
+    """One pair of arrays [B, sum of C, D], with a stretch of slots for each head."""
+
+    def __init__(self, inner: Any, **options: Any):
+        super().__init__(inner, **options)
+        self.start = tuple(sum(self.slots[:head]) for head in range(len(self.slots)))
+        self.k, self.v = State(), State()
+
+    def store(
+        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
+    ) -> None:
+        lengths = lengths_after(positions)
+        for state, new in ((self.k, self.core.rotary(k, positions)), (self.v, v)):
+            own = [
+                take(new[:, :, head], positions, ring_positions(lengths, *self.ring(slots)))
+                for head, slots in enumerate(self.slots)
+            ]
+            state.write(jnp.concatenate(own, axis=1))
+
+    def append(
+        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
+    ) -> Heads:
+        q, k = self.core.rotary(q, positions), self.core.rotary(k, positions)
+        own = [
+            ring_slot(positions, *self.ring(slots)) + start
+            for slots, start in zip(self.slots, self.start, strict=True)
+        ]
+        places = jnp.where(positions >= 0, jnp.concatenate(own, axis=1), -1)
+        for state, new in ((self.k, k), (self.v, v)):
+            old = state.read((new.shape[0], sum(self.slots), new.shape[3]), new.dtype)
+            state.write(put(old, new[:, 0], places))
+        out = flat_decode_attention(
+            q,
+            self.k.get_value(),
+            self.v.get_value(),
+            lengths_after(positions),
+            head_start=self.start,
+            head_capacity=self.slots,
+        )
+        assert isinstance(out, jax.Array)
+        return out
+
+
+def _plan(subject: testing.Subject, *betas: float) -> MoAPlan:
+    """Rules that differ by head, for short texts."""
+    config = subject.forward.config
+    row = tuple(betas[head % len(betas)] for head in range(config.num_kv_heads))
+    table = (row,) * config.num_layers
+    return MoAPlan(((0.0,) * len(row),) * len(table), table, block=2, sink=2, floor=4)
+
+
+def _identity(subject: testing.Subject) -> MoAPlan:
+    return _plan(subject, 1.0)
+
+
+def _ladder(subject: testing.Subject) -> tuple[MoAPlan, ...]:
+    return tuple(_plan(subject, *betas) for betas in ((1.0, 0.5), (0.5, 0.7), (0.2, 0.5)))
+
+
+METHOD = Method(
+    name="moa",
+    paper="Mixture of Attention Spans: Optimizing LLM Inference Efficiency with Heterogeneous "
+    "Sliding-Window Lengths, arXiv 2406.14909",
+    seams=("edits",),
+    plan=MoAPlan,
+    transform=transform,
+    search=search,
+    identity=_identity,
+    ladder=_ladder,
+    tiny=testing.tiny_llama,
+)

@@ -1,0 +1,304 @@
+"""MoA: sizes of spans, what prompts and new tokens see, both layouts, plans that do not fit."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax import testing
+from effjax.cost import state_bytes
+from effjax.generate import Reading, generate, prefill
+from effjax.methods import moa
+from effjax.sites import Wrapper, wrap
+from tests.layers.test_kv_cache import TEXT, causal, expected, pieces, run
+
+# Rules of the published plan for Vicuna-7B: (alpha, beta) and how many of 1,024 heads.
+VICUNA = [
+    (0, 0.125, 279),
+    (0, 0.625, 183),
+    (0, 0.75, 171),
+    (0, 0.25, 122),
+    (0, 0.875, 102),
+    (-1024, 1, 75),
+    (0, 0.5, 64),
+    (0, 0.375, 17),
+    (1024, 0.125, 11),
+]
+CACHES = {"grouped": moa.GroupedCache, "flat": moa.FlatCache}
+PLAN = moa.MoAPlan(((0.0, 0.0),), ((0.5, 0.5),), block=4, sink=4, floor=8)
+SLOTS = (12, 8)  # of the two key heads, for texts of up to 23 tokens
+
+
+def vicuna():
+    rules = [(a, b) for a, b, count in VICUNA for _ in range(count)]
+    alphas, betas = (
+        [[float(rule[i]) for rule in rules[32 * row : 32 * row + 32]] for row in range(32)]
+        for i in range(2)
+    )
+    return {"alphas": alphas, "betas": betas}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [(4096, 0.484375), (8192, 0.4921875), (16384, 0.49609375)]
+)
+def test_the_published_plan_keeps_its_share(tokens, share, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(vicuna()))
+    plan = moa.read_released(tmp_path / "plan.json")
+    kept = sum(sum(plan.slots(layer, tokens)) for layer in range(32))
+    assert kept / (1024 * tokens) == share
+    assert plan.describe().startswith("279 heads 0 + 0.125 N, 183 heads 0 + 0.625 N")
+
+
+def test_slots_are_clipped_floored_and_rounded():
+    plan = moa.MoAPlan(((0.0, 100.0, 0.0, -10.0),), ((0.01, 2.0, 0.5, 0.2),))
+    assert plan.slots(0, 1000) == (128, 1024, 512, 192)
+
+
+@pytest.mark.parametrize("layout", CACHES)
+def test_new_tokens_see_sinks_and_their_heads_ring(layout):
+    calls = pieces(10, *[1] * 13)
+    outputs, values = run(CACHES[layout], calls, slots=SLOTS, plan=PLAN)
+    got = np.concatenate(outputs[1:], 1)
+    for head, slots in enumerate(SLOTS):
+        want = expected(causal(sinks=4, local=slots - 4))[:, 10:]
+        own = slice(2 * head, 2 * head + 2)  # two query heads read each key head
+        chex.assert_trees_all_close(got[:, :, own], want[:, :, own], atol=1e-5)
+    assert sum(value.nbytes for value in values.values()) == 2 * 2 * sum(SLOTS) * 8 * 4
+
+
+@pytest.mark.parametrize("layout", CACHES)
+def test_prompts_see_whole_blocks(layout):
+    """The block rule of the paper: the sink's block and the last R / 4 blocks, and causal."""
+    outputs, _ = run(CACHES[layout], pieces(16), slots=SLOTS, plan=PLAN)
+    i, j = np.arange(TEXT)[:, None], np.arange(TEXT)[None]
+    for head, slots in enumerate(SLOTS):
+        local = (slots - 4) // 4
+        seen = (j <= i) & ((j // 4 < 1) | (j // 4 >= i // 4 + 1 - local))
+        own = slice(2 * head, 2 * head + 2)
+        want = expected(seen)[:, :16, own]
+        chex.assert_trees_all_close(outputs[0][:, :, own], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", CACHES)
+def test_padded_rows_are_what_they_are_alone(layout):
+    p = np.arange(TEXT)
+    left = np.stack([p[:16], np.where(p[:16] < 3, -1, p[:16] - 3)])
+    calls = [(slice(0, 16), left), (slice(16, 17), np.array([[16], [13]]))]
+    outputs, values = run(CACHES[layout], calls, slots=SLOTS, plan=PLAN)
+    alone = [(slice(3, 16), np.stack([p[:13]] * 2)), (slice(16, 17), np.array([[13]] * 2))]
+    single, own = run(CACHES[layout], alone, slots=SLOTS, plan=PLAN)
+    chex.assert_trees_all_close(outputs[0][1, 3:], single[0][1], atol=1e-5)
+    chex.assert_trees_all_close(outputs[1][1], single[1][1], atol=1e-5)
+    for path, value in own.items():
+        chex.assert_trees_all_close(values[path][1], value[1], atol=1e-5)
+
+
+def test_layouts_agree_and_take_what_they_say():
+    subject = testing.tiny_llama(num_heads=4, num_kv_heads=4)
+    reading = Reading(prompt=12, new=8)
+    outputs, sizes = [], []
+    betas = ((0.2, 0.9, 0.5, 0.2), (0.5, 0.5, 0.3, 0.9))
+    for layout in moa.LAYOUTS:
+        plan = moa.MoAPlan(((0.0,) * 4,) * 2, betas, block=2, sink=2, floor=4, layout=layout)
+        forward, params = moa.transform(plan)(subject.forward, subject.params)
+        outputs.append(jax.jit(reading)(forward, params, subject.cond))
+        sizes.append(state_bytes(reading.init(forward, params, subject.cond).state))
+        kept = sum(sum(plan.slots(layer, 20)) for layer in range(2))
+    chex.assert_trees_all_close(*outputs, atol=1e-5)
+    assert sizes == [2 * 2 * 8 * 4 * kept] * 2
+
+
+def test_texts_are_generated():
+    subject = testing.tiny_llama()
+    plan = moa.METHOD.ladder(subject)[-1]
+    forward, params = moa.transform(plan)(subject.forward, subject.params)
+    prompts = [list(range(20)), list(range(9))]
+    together = generate(forward, params, prompts, max_new_tokens=4)
+    assert together.lengths.tolist() == [4, 4]
+    session = prefill(forward, params, prompts, new=8)
+    with pytest.raises(ValueError, match="appends one token in a call, got 2"):
+        generate(forward, params, [[1, 2]] * 2, session=session, max_new_tokens=2)
+    with pytest.raises(ValueError, match="must see a prompt at once"):
+        prefill(forward, params, prompts, new=8, chunk=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alphas": ((0.0,),), "betas": ((0.5, 0.5),)}, "name the same heads"),
+        ({"sink": 65}, "multiples of the block"),
+        ({"floor": 64}, "leaves no slot beside the sink"),
+        ({"layout": "round"}, "layout must be one of"),
+    ],
+)
+def test_plans_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        moa.MoAPlan(**{"alphas": ((0.0,),), "betas": ((0.5,),), **options})
+
+
+def test_plans_of_other_models_are_named():
+    subject = testing.tiny_llama(num_layers=3)
+    with pytest.raises(ValueError, match="2 layers of .2. heads, the model has 3 layers"):
+        moa.transform(moa.uniform(2, 2))(subject.forward, subject.params)
+    with pytest.raises(ValueError, match="2 query heads share a key head"):
+        moa.transform(moa.uniform(3, 4))(subject.forward, subject.params)
+    short = moa.uniform(3, 2, alpha=-1024.0, beta=1.0)
+    forward, params = moa.transform(short)(subject.forward, subject.params)
+    with pytest.raises(ValueError, match="is no span; this plan is for longer texts"):
+        generate(forward, params, [[1, 2]], max_new_tokens=4)
+    with pytest.raises(ValueError, match="has alphas and betas, this one has"):
+        moa.read_released({"spans": []})
+
+
+# The search -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskOne:
+    """Edit: one head does not see one key from one query."""
+
+    head: int
+    query: int
+    key: int
+
+    def __call__(self, module, context):
+        wrap(module, "blocks.0.attn.core", OneMasked, self)
+
+
+class OneMasked(Wrapper):
+    def __init__(self, inner, which):
+        super().__init__(inner)
+        self.which = which
+
+    def __call__(self, q, k, v, x, positions):
+        turns = jnp.arange(q.shape[1])[None]
+        q, k = self.inner.rotary(q, turns), self.inner.rotary(k, turns)
+        k, v = (jnp.repeat(part, q.shape[2] // part.shape[2], axis=2) for part in (k, v))
+        logits = jnp.einsum("bshd,bthd->bhst", q, k) * q.shape[3] ** -0.5
+        seen = jnp.tril(jnp.ones(logits.shape[2:], bool))[None].repeat(q.shape[2], 0)
+        which = self.which
+        if which.head >= 0:
+            seen = seen.at[which.head, which.query, which.key].set(False)
+        weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+        return jnp.einsum("bhst,bthd->bshd", weights, v)
+
+
+def samples(length, count=2, vocabulary=50, answers=5):
+    """Random texts whose last tokens are answers."""
+    rng = np.random.default_rng(length)
+    tokens = rng.integers(0, vocabulary, (count, length)).astype(np.int32)
+    weights = np.broadcast_to(np.arange(length) >= length - answers, tokens.shape)
+    return tokens, weights.astype(np.float32)
+
+
+def test_influence_predicts_what_masking_costs():
+    """Against the loss with one element masked, where it carries little weight."""
+    subject = testing.tiny_llama(num_layers=1, num_kv_heads=4)
+    forward, params = subject.forward, subject.params
+    one = samples(40, count=1, answers=20)
+    profile = moa.influence(forward, params, one, block=1, progress=False)[0]
+    assert profile.shape == (4, 40, 40)
+    assert np.all(np.triu(profile, 1) == 0)
+    assert np.all(profile[:, 39] == 0)  # nothing follows the last token
+
+    def loss(*which):
+        return moa.response_loss(forward.edit(MaskOne(*which)), params, one)
+
+    base, rng, checked = loss(-1, 0, 0), np.random.default_rng(0), 0
+    while checked < 5:
+        head, query = int(rng.integers(4)), int(rng.integers(20, 39))
+        key = int(rng.integers(query))
+        if 1e-4 < profile[head, query, key] < 2e-3:
+            change = abs(loss(head, query, key) - base)
+            assert profile[head, query, key] == pytest.approx(change, rel=0.1)
+            checked += 1
+    # Blocks are sums of elements.
+    blocks = moa.influence(forward, params, one, block=4, progress=False)[0]
+    sums = profile.reshape(4, 10, 4, 10, 4).sum((2, 4))
+    chex.assert_trees_all_close(blocks, sums, rtol=1e-3, atol=1e-7)
+
+
+def test_a_key_heads_influence_is_its_queries_largest():
+    wide = testing.tiny_llama(num_layers=1)
+    one = samples(8, count=1)
+    found = moa.influence(wide.forward, wide.params, one, block=8, progress=False)
+    assert found.shape == (1, 2, 1, 1)
+
+
+def test_the_papers_grid_has_48_rules():
+    rules = moa.rule_grid([2048, 4096, 8192], [16384])
+    assert len(rules) == 48
+    spans = [alpha + beta * 16384 for alpha, beta in rules]
+    assert spans == sorted(spans)
+
+
+def test_plans_keep_their_density_and_few_rules_a_layer():
+    rng = np.random.default_rng(0)
+    profiles = {n: rng.random((3, 4, n // 16, n // 16)) for n in (128, 256)}
+    rules = moa.rule_grid([128, 256], [512], step=64)
+    plans = moa.candidates(
+        profiles, extend=[512], rules=rules, block=16, sink=16, floor=32, progress=False
+    )
+    assert len(plans) == len(set(plans)) >= 1
+
+    def loss(plan):
+        chosen = [rules.index(rule) for row in zip(plan.alphas, plan.betas) for rule in zip(*row)]
+        return [
+            moa._losses(profiles[n], rules, block=16, sink=16)[np.arange(12), chosen].sum()
+            for n in profiles
+        ]
+
+    for plan in plans:
+        for alphas, betas in zip(plan.alphas, plan.betas):
+            assert len(set(zip(alphas, betas))) <= 2
+        for n in (128, 256, 512):
+            kept = [
+                moa._kept(rule, n, block=16, sink=16)
+                for row in zip(plan.alphas, plan.betas)
+                for rule in zip(*row)
+            ]
+            assert 0.45 <= sum(kept) / len(kept) / (n / 16) <= 0.5
+    # None is better than another at both lengths.
+    losses = [loss(plan) for plan in plans]
+    assert not any(a != b and all(x <= y for x, y in zip(a, b)) for a in losses for b in losses)
+
+
+def test_the_search_beats_chance_and_runs():
+    subject = testing.tiny_llama(num_kv_heads=4)
+    forward, params = subject.forward, subject.params
+    options = {"block": 4, "sink": 4, "floor": 8, "progress": False}
+    rules = moa.rule_grid([16, 32], step=8, shares=5)
+    plan = moa.search(
+        forward,
+        params,
+        {n: samples(n) for n in (16, 32)},
+        validation=samples(24),
+        density=0.6,
+        rules=rules,
+        **options,
+    )
+    assert (plan.block, plan.sink, plan.floor) == (4, 4, 8)
+    small, _ = moa.transform(plan)(forward, params)
+    assert generate(small, params, [list(range(24))], max_new_tokens=4).lengths.tolist() == [4]
+    profile = moa.influence(forward, params, samples(32), block=4, progress=False)
+    table = moa._losses(profile, rules, block=4, sink=4)
+    chosen = [rules.index(r) for row in zip(plan.alphas, plan.betas) for r in zip(*row)]
+    rng = np.random.default_rng(0)
+    mine = table[np.arange(8), chosen].sum()
+    shuffled = [table[np.arange(8), rng.permutation(chosen)].sum() for _ in range(200)]
+    assert mine <= np.median(shuffled)
+
+
+def test_texts_of_the_search_are_whole_blocks():
+    subject = testing.tiny_llama()
+    with pytest.raises(ValueError, match="no whole blocks of 5"):
+        moa.influence(subject.forward, subject.params, samples(12), block=5, progress=False)
+    profiles = {64: np.ones((1, 2, 4, 4))}
+    with pytest.raises(ValueError, match="no choice sums to"):
+        moa.candidates(
+            profiles, rules=[(64.0, 0.0)], density=0.1, block=16, sink=16, floor=32, progress=False
+        )
