@@ -1,4 +1,4 @@
-"""The command line: `effjax demo | info | convert | search | quantize | sample | bench | methods`.
+"""The command line: `effjax demo | info | convert | search | quantize | sample | generate | ...`.
 
 Figures go to standard output (as JSON with --json), progress and messages to standard error.
 """
@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   effjax search MODEL SMALLER --threshold 0.1       search a plan, save the compressed pipeline
   effjax quantize MODEL SMALLER --bits w4a8 --method vidit_q   quantise, save the pipeline
   effjax sample SMALLER --labels 207,360 -o images  generate images
+  effjax generate MODEL --prompt "Once upon"        continue texts with a language model
   effjax bench SMALLER                              compressed against dense, side by side
 """
 
@@ -89,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     _pipeline_arguments(sample)
     _condition_arguments(sample, "to generate")
     sample.add_argument("-o", "--output", type=Path, default=Path("images"))
+
+    generate = add("generate", _generate, "continue texts, or answer, with a language model")
+    generate.add_argument("source", help="language model: directory or hub repository")
+    generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    generate.add_argument("--chat", action="store_true", help="prompts are a user's messages")
+    generate.add_argument("--max-new-tokens", type=int, help="the model's settings, else 128")
+    generate.add_argument("--seed", type=int, help="draw, with the model's settings; else greedy")
+    generate.add_argument("--temperature", type=float, help="with a seed")
+    generate.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
 
     bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")
     _pipeline_arguments(bench)
@@ -175,6 +185,11 @@ def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"{chosen.name} has no search; write its plan by hand")
     if arguments.destination.exists():
         raise ValueError(f"{arguments.destination} exists; choose another destination")
+    if "samples" in inspect.signature(chosen.search).parameters:
+        raise ValueError(
+            f"{chosen.name} is searched on texts of your own: call "
+            f"effjax.methods.{chosen.name}.search in Python"
+        )
     pipe = _pipeline(arguments)
     cond, uncond = pipe.conditions(_asked(pipe, arguments, default=8))
     sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
@@ -353,8 +368,37 @@ def _methods(arguments: argparse.Namespace) -> tuple[Any, str]:
 
 def _pipeline(arguments: argparse.Namespace) -> Any:
     import effjax
+    from effjax.pipelines import TextPipeline
 
-    return effjax.pipeline(arguments.source, dtype=arguments.dtype)
+    pipe = effjax.pipeline(arguments.source, dtype=arguments.dtype)
+    if isinstance(pipe, TextPipeline):
+        raise ValueError(
+            f"{arguments.source} is a language model; `effjax {arguments.command}` is for "
+            f"diffusion pipelines. Use `effjax generate`, or effjax.pipeline(...).transform(...) in Python."
+        )
+    return pipe
+
+
+def _generate(arguments: argparse.Namespace) -> tuple[Any, str]:
+    import jax
+
+    import effjax
+    from effjax.pipelines import TextPipeline
+
+    pipe = effjax.pipeline(arguments.source, dtype=arguments.dtype)
+    if not isinstance(pipe, TextPipeline):
+        raise ValueError(f"{arguments.source} is no language model; use `effjax sample`")
+    if arguments.temperature is not None and arguments.seed is None:
+        raise ValueError("--temperature needs --seed: without one the likeliest tokens are taken")
+    prompts = arguments.prompt
+    asked = [[{"role": "user", "content": each}] for each in prompts] if arguments.chat else prompts
+    sampling = {} if arguments.temperature is None else {"temperature": arguments.temperature}
+    key = None if arguments.seed is None else jax.random.key(arguments.seed)
+    texts = pipe(asked, max_new_tokens=arguments.max_new_tokens, key=key, **sampling)
+    figures = [
+        {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    return figures, "\n\n".join(f"{each['prompt']}{each['text']}" for each in figures)
 
 
 def _asked(

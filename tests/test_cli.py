@@ -8,6 +8,7 @@ import pytest
 
 from effjax.cli import main
 from tests.test_pipelines import write_pipeline, write_text_pipeline
+from tests.test_text_pipeline import write_language_model
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,25 @@ def test_help_has_examples_and_unknown_words_exit_with_2():
     with pytest.raises(SystemExit) as error:
         main(["fly"])
     assert error.value.code == 2
+
+
+def test_generate(capsys, folder, tmp_path):
+    model = tmp_path / "llama"
+    write_language_model(model)
+    arguments = ("generate", model, "--prompt", "a b c", "--prompt", "d", "--max-new-tokens", 4)
+    status, figures, _ = run(capsys, *arguments)
+    assert status == 0
+    assert [each["prompt"] for each in figures] == ["a b c", "d"]
+    assert run(capsys, *arguments)[1] == figures
+    drawn = run(capsys, *arguments, "--seed", 1, "--temperature", 2.0)[1]
+    assert drawn != figures
+    assert run(capsys, *arguments, "--chat")[0] == 0
+    for wrong, message in (
+        ((*arguments, "--temperature", 2.0), "--temperature needs --seed"),
+        (("generate", folder, "--prompt", "a"), "is no language model"),
+        (("sample", model), "is a language model; `effjax sample` is for diffusion"),
+        (("search", folder, tmp_path / "x", "--method", "moa"), "searched on texts of your own"),
+    ):
+        status, figures, error = run(capsys, *wrong)
+        assert (status, figures) == (1, None)
+        assert message in error

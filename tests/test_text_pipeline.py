@@ -41,15 +41,19 @@ def make_tokenizer():
     return made
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def write_language_model(path):
     """A tiny random model as transformers would keep it."""
-    path = tmp_path_factory.mktemp("models") / "llama"
     subject = testing.tiny_llama(vocab_size=29)
     converters.save_pretrained(subject.forward, subject.params, path, progress=False)
     make_tokenizer().save_pretrained(path)
     settings = {"eos_token_id": [3, 4], "temperature": 0.7, "top_k": 5, "max_new_tokens": 6}
     (path / "generation_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "llama"
+    write_language_model(path)
     return path
 
 
