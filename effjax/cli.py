@@ -374,7 +374,7 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
     if isinstance(pipe, TextPipeline):
         raise ValueError(
             f"{arguments.source} is a language model; `effjax {arguments.command}` is for "
-            f"diffusion pipelines. Use `effjax generate`, or effjax.pipeline(...).transform(...) in Python."
+            f"diffusion pipelines. Use `effjax generate`, or effjax.pipeline in Python."
         )
     return pipe
 

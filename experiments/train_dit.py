@@ -62,7 +62,7 @@ def train(
         lambda start: glyphs.batches(seed, batch, start=start),
         steps=steps,
         seed=seed,
-        learning_rate=learning_rate,
+        transform=training.optimiser(steps, learning_rate),
         checkpoints=checkpoints,
     )
     return forward, average, log

@@ -161,7 +161,7 @@ def train(
         batches,
         steps=steps,
         seed=seed,
-        learning_rate=learning_rate,
+        transform=training.optimiser(steps, learning_rate),
         checkpoints=checkpoints,
     )
     return (forward, average["transformer"]), (encoder, average["text_encoder"]), log

@@ -35,11 +35,17 @@ from effjax.storage import write_json
 Loss = Callable[[Params, PyTree, Key[Array, ""]], Float[Array, ""]]
 
 
-def optimiser(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    """AdamW with a short warm-up, cosine decay and clipped gradients."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(200, steps // 10 + 1), steps, learning_rate / 100
-    )
+def optimiser(
+    steps: int, learning_rate: float, *, hold: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW with clipped gradients: a short warm-up, level for a share `hold`, cosine decay."""
+    warm, level = min(200, steps // 10 + 1), round(hold * steps)
+    parts = [
+        optax.linear_schedule(0.0, learning_rate, warm),
+        optax.constant_schedule(learning_rate),
+        optax.cosine_decay_schedule(learning_rate, max(steps - warm - level, 1), 0.01),
+    ]
+    schedule = optax.join_schedules(parts, [warm, warm + level])
     adamw = optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=0.01)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
@@ -66,7 +72,7 @@ def train(
     *,
     steps: int,
     seed: int,
-    learning_rate: float,
+    transform: optax.GradientTransformation,
     checkpoints: Path,
 ) -> tuple[Params, dict[str, Any]]:
     """Train from the last checkpoint on.
@@ -74,14 +80,14 @@ def train(
     Args:
         loss: of parameters, a batch and a key.
         params: initial parameters.
-        batches: batches without end, from the one with this number on.
+        batches: of all steps from the one with this number on.
+        transform: of the gradients, such as `optimiser`.
         checkpoints: folder of orbax checkpoints; a second run resumes.
 
     Returns:
         Averaged parameters, and the log: runs, loss by step, seconds.
     """
     key = jax.random.key(seed)
-    transform = optimiser(steps, learning_rate)
     carry = {"params": params, "average": params, "optimiser": transform.init(params)}
 
     @jax.jit

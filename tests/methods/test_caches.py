@@ -59,7 +59,7 @@ def test_snap_kv_keeps_what_the_end_attends_to():
 
 def test_expected_attention_by_its_formula():
     """Mean and covariance of queries, mean rotation of positions to come, in float64."""
-    q, k, v, _ = (np.asarray(part[:, :16], np.float64) for part in texts())
+    q, _, v, _ = (np.asarray(part[:, :16], np.float64) for part in texts())
     future, sinks = 5, 2
     keys, values = rotated(texts()[1][:, :16]), v
     rates = np.asarray(ROTARY.frequencies)

@@ -179,7 +179,7 @@ class KIVICache(KVCache):
 
     def _codes(self, k: KeyHeads, v: KeyHeads) -> dict[str, Any]:
         """Whole windows as codes, by the names that the kernel takes."""
-        batch, tokens, heads, width = k.shape
+        batch, _, heads, width = k.shape
         by_window = k.reshape(batch, -1, self.group, heads, width)
         k_codes, k_scale, k_offset = _quantize(by_window, self.plan.key_bits, axis=2)
         v_codes, v_scale, v_offset = _quantize(v, self.plan.value_bits, axis=3)
