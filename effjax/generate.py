@@ -25,7 +25,7 @@ from effjax.layers.kv_cache import Caches, KVCache, as_it_is
 from effjax.samplers import Carry, sample_keys
 from effjax.sites import canonical
 
-Prompts = Sequence[Sequence[int]] | np.ndarray | jax.Array
+Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
 
 
 @partial(
