@@ -1,6 +1,6 @@
 """Text generation: read prompts (prefill), then choose token after token (decode).
 
-    out = effjax.generate(forward, params, [[5, 9, 2], [7, 7]], max_new_tokens=64)
+    out = generate(forward, params, [[5, 9, 2], [7, 7]], max_new_tokens=64)
 
 Both are one jitted program each; decoding is a `lax.while_loop`. What a text's keys and values are
 kept in is the forward's matter: one without a cache gets a dense one.
@@ -81,10 +81,14 @@ def process_logits(
     Args:
         logits: of the model.
         occurred: which tokens the text holds; needed for a repetition penalty.
+
+    Raises:
+        ValueError: for a repetition penalty without them.
     """
     logits = logits.astype(jnp.float32)
     if sampling.repetition_penalty is not None:
-        assert occurred is not None
+        if occurred is None:
+            raise ValueError("a repetition penalty must know which tokens occurred")
         penalty = jnp.float32(sampling.repetition_penalty)
         changed = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = jnp.where(occurred, changed, logits)
@@ -336,7 +340,7 @@ def score(
     *,
     context: int | None = None,
 ) -> np.ndarray:
-    """Log-probabilities of the tokens of texts, float32[B, S]; 0 for first tokens and padding.
+    """Log-probabilities of the tokens of texts, float32[B, S]; NaN for first tokens and padding.
 
     Args:
         forward, params: a language model.
@@ -454,7 +458,7 @@ class Reading:
 
 def perplexity(log_probs: np.ndarray) -> float:
     """exp of the mean negative log-probability of the tokens that `score` scored."""
-    return float(np.exp(-log_probs.sum() / np.count_nonzero(log_probs)))
+    return float(np.exp(-np.nanmean(log_probs)))
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -676,4 +680,4 @@ def _score(
     _, more = jax.lax.scan(one, state, rest)
     scores = jnp.concatenate([scores, more.T], axis=1)
     scores = jnp.concatenate([jnp.zeros_like(scores[:, :1]), scores[:, :-1]], axis=1)
-    return jnp.where(positions > 0, scores, 0.0)
+    return jnp.where(positions > 0, scores, jnp.nan)

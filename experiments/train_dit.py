@@ -135,9 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         about=__doc__.splitlines()[0],
         output=WEIGHTS,
         steps=2400,
-        guidance=3.0,
+        options=training.judged_images(guidance=3.0),
         make=make,
-        evaluate=evaluate,
+        evaluate=training.judging(evaluate),
         passes=passes,
     )
 

@@ -10,8 +10,6 @@ resumes.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -222,36 +220,33 @@ def passes(figures: dict[str, Any]) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of checkpoints")
-    parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the exported model")
-    parser.add_argument("--steps", type=int, default=3900)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--retrievals", type=int, default=512, help="questions for each length")
-    arguments = parser.parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    tokenizer = make_tokenizer()
-    forward, params, log = train(
-        TINY,
-        tokenizer,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        learning_rate=arguments.learning_rate,
-        checkpoints=arguments.checkpoints,
+    def make(arguments: argparse.Namespace) -> dict[str, Any]:
+        tokenizer = make_tokenizer()
+        forward, params, log = train(
+            TINY,
+            tokenizer,
+            steps=arguments.steps,
+            seed=arguments.seed,
+            learning_rate=arguments.learning_rate,
+            checkpoints=arguments.checkpoints,
+        )
+        export(arguments.output, forward, params, tokenizer)
+        return log
+
+    def judge(arguments: argparse.Namespace) -> dict[str, Any]:
+        return evaluate(arguments.output, retrievals=arguments.retrievals, seed=arguments.seed + 1)
+
+    return training.command(
+        "experiments.train_llm",
+        argv,
+        about=__doc__.splitlines()[0],
+        output=WEIGHTS,
+        steps=3900,
+        options={"retrievals": (512, "questions for each length")},
+        make=make,
+        evaluate=judge,
+        passes=passes,
     )
-    export(arguments.output, forward, params, tokenizer)
-    figures = evaluate(arguments.output, retrievals=arguments.retrievals, seed=arguments.seed + 1)
-    written = (
-        f"python -m experiments.train_llm --checkpoints DIR --steps {arguments.steps} "
-        f"--seed {arguments.seed} --learning-rate {arguments.learning_rate}"
-    )
-    write_json(arguments.output / "log.json", {"command": written, "judged": figures, **log})
-    print(json.dumps(figures, indent=1))
-    if not passes(figures):
-        print("the gate is not passed: train longer", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -277,9 +277,9 @@ def main(argv: list[str] | None = None) -> int:
         about=__doc__.splitlines()[0],
         output=WEIGHTS,
         steps=6000,
-        guidance=GUIDANCE,
+        options=training.judged_images(guidance=GUIDANCE),
         make=make,
-        evaluate=evaluate,
+        evaluate=training.judging(evaluate),
         passes=passes,
     )
 

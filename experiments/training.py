@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,9 @@ def command(
     about: str,
     output: Path,
     steps: int,
-    guidance: float,
+    options: Mapping[str, tuple[float, str]],
     make: Callable[[argparse.Namespace], dict[str, Any]],
-    evaluate: Callable[..., dict[str, Any]],
+    evaluate: Callable[[argparse.Namespace], dict[str, Any]],
     passes: Callable[[dict[str, Any]], bool],
 ) -> int:
     """The command line of a training script: train, export, judge, write log.json.
@@ -173,9 +173,10 @@ def command(
         module: name of the script.
         argv: its arguments.
         about: one line on it.
-        output, steps, guidance: defaults.
+        output, steps: defaults.
+        options: further ones: their defaults and what they are.
         make: trains and exports with the parsed arguments; gives the log of the training.
-        evaluate: judges the exported model: (path, images=, steps=, guidance=, seed=) -> figures.
+        evaluate: judges the exported model; gives figures.
         passes: whether figures are good enough.
 
     Returns:
@@ -185,29 +186,46 @@ def command(
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--output", type=Path, default=output, help="folder of the exported model")
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--images", type=int, default=1024, help="images to judge")
-    parser.add_argument("--guidance", type=float, default=guidance, help="of the judged images")
+    for name, (default, what) in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=what)
     arguments = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)
     log = make(arguments)
-    figures = evaluate(
-        arguments.output,
-        images=arguments.images,
-        steps=20,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-    )
-    written = (
-        f"python -m {module} --checkpoints DIR --steps {arguments.steps} "
-        f"--batch {arguments.batch} --seed {arguments.seed} "
-        f"--learning-rate {arguments.learning_rate} --guidance {arguments.guidance}"
-    )
+    figures = evaluate(arguments)
+    given = {
+        name: getattr(arguments, name) for name in ("steps", "seed", "learning_rate", *options)
+    }
+    written = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    written = f"python -m {module} --checkpoints DIR {written}"
     write_json(arguments.output / "log.json", {"command": written, "judged": figures, **log})
     print(json.dumps(figures, indent=1))
     if not passes(figures):
-        print("the gate is not passed: train longer, or try another guidance", file=sys.stderr)
+        print("the gate is not passed: train longer", file=sys.stderr)
         return 1
     return 0
+
+
+def judged_images(*, guidance: float) -> dict[str, tuple[float, str]]:
+    """Options of the scripts that train on images."""
+    return {
+        "batch": (32, "images of a batch"),
+        "images": (1024, "images to judge"),
+        "guidance": (guidance, "of the judged images"),
+    }
+
+
+def judging(evaluate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """From (path, images=, steps=, guidance=, seed=) -> figures to what `command` takes."""
+
+    def judge(arguments: argparse.Namespace) -> dict[str, Any]:
+        return evaluate(
+            arguments.output,
+            images=arguments.images,
+            steps=20,
+            guidance=arguments.guidance,
+            seed=arguments.seed,
+        )
+
+    return judge

@@ -104,13 +104,24 @@ class KVCache(Wrapper, abc.ABC):
         x: Float[Array, "B S C"],
         positions: Positions | None,
     ) -> Heads:
-        """Attend within a text's first tokens, exactly, and store what is kept of them."""
+        """Attend within a text's first tokens, and store what is kept of them."""
         if q.shape[1] > self.room.prompt:
             raise ValueError(
                 f"a prompt of {q.shape[1]} tokens does not fit: there is room for "
                 f"{self.room.prompt}. Make more with forward.with_room(prompt, new)."
             )
         self.store(q, k, v, x, _known(positions, q))
+        return self.attend_prompt(q, k, v, x, positions)
+
+    def attend_prompt(
+        self,
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        x: Float[Array, "B S C"],
+        positions: Positions | None,
+    ) -> Heads:
+        """Attention within a text's first tokens: as without a cache, unless a kind says else."""
         return self.inner(q, k, v, x, positions)
 
     @abc.abstractmethod
@@ -163,7 +174,7 @@ class Caches:
         if context.room is None:
             raise ValueError(
                 "a cache must know how long texts may become: use forward.with_room(prompt, new), "
-                "or effjax.generate, which does"
+                "or the functions of effjax.generate, which do"
             )
         first = is_static(context.step) and int(context.step) == 0
         for layer, site in enumerate(found):
@@ -344,7 +355,7 @@ class EvictingCache(KVCache):
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> Heads:
         q, k = self.core.rotary(q, positions), self.core.rotary(k, positions)
-        _, dropped = self._read(*k.shape[:3:2])
+        _, dropped = self._read(k.shape[0], k.shape[2])
         places = jnp.where(positions >= 0, positions - dropped[:, None], -1)
         past = []
         for state, new in ((self.k, k), (self.v, v)):
@@ -413,9 +424,7 @@ _FAR = 1 << 30
 
 def left_aligned(x: Float[Array, "B S ..."], positions: Positions) -> Float[Array, "B S ..."]:
     """Rows moved so that the token at position p stands in column p; what follows means nothing."""
-    shift = jnp.argmax(positions >= 0, axis=1)
-    columns = jnp.minimum(jnp.arange(x.shape[1]) + shift[:, None], x.shape[1] - 1)
-    return jnp.take_along_axis(x, columns.reshape(*columns.shape, *[1] * (x.ndim - 2)), axis=1)
+    return take(x, positions, jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
 
 
 def take(

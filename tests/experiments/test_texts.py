@@ -105,4 +105,4 @@ def test_it_answers_through_compressed_caches(pipe):
 def test_it_has_read_the_library(pipe, world):
     passages = [world.passage(np.random.default_rng(seed), 128).tokens for seed in range(4)]
     scores = score(pipe.forward, pipe.params, passages)
-    assert -scores.sum() / np.count_nonzero(scores) < 0.7 * np.log(1536)
+    assert -np.nanmean(scores) < 0.7 * np.log(1536)

@@ -532,7 +532,7 @@ class SpanCache(KVCache):
         """Sizes of the sink and of the ring of a head."""
         return min(slots, self.sink), slots - min(slots, self.sink)
 
-    def prefill(
+    def attend_prompt(
         self,
         q: Heads,
         k: KeyHeads,
@@ -540,14 +540,12 @@ class SpanCache(KVCache):
         x: Float[Array, "B S C"],
         positions: Positions | None,
     ) -> Heads:
-        """Attend within spans of whole blocks, and store what decoding needs."""
+        """Attend within spans of whole blocks."""
         columns = q.shape[1]
-        if columns > self.room.prompt or min(self.slots) >= columns:
-            return super().prefill(q, k, v, x, positions)
-        known = jnp.broadcast_to(jnp.arange(columns), q.shape[:2])
-        known = known if positions is None else positions
-        self.store(q, k, v, x, known)
-        q, k = self.core.rotary(q, known), self.core.rotary(k, known)
+        if min(self.slots) >= columns:
+            return super().attend_prompt(q, k, v, x, positions)
+        turns = jnp.arange(columns)[None] if positions is None else positions
+        q, k = self.core.rotary(q, turns), self.core.rotary(k, turns)
         group = q.shape[2] // k.shape[2]
         rings = [self.ring(slots) for slots in self.slots for _ in range(group)]
         rule = SinkLocal(
