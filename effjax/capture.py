@@ -73,11 +73,13 @@ class Statistics(NamedTuple):
 
     Attributes:
         elements: how many elements each figure covers (float32, exact up to 2^24).
-        absmax, min, max, mean, mean_square: over these elements.
+        absmax, absmean: largest and mean magnitude.
+        min, max, mean, mean_square: over these elements.
     """
 
     elements: jax.Array
     absmax: jax.Array
+    absmean: jax.Array
     min: jax.Array
     max: jax.Array
     mean: jax.Array
@@ -333,6 +335,7 @@ class _Observer(_Probe):
         new = Statistics(
             elements,
             absmax=jnp.maximum(old.absmax, jnp.max(jnp.abs(x), axes)),
+            absmean=old.absmean + (jnp.mean(jnp.abs(x), axes) - old.absmean) * share,
             min=jnp.minimum(old.min, jnp.min(x, axes)),
             max=jnp.maximum(old.max, jnp.max(x, axes)),
             mean=old.mean + (jnp.mean(x, axes) - old.mean) * share,

@@ -25,6 +25,7 @@ from effjax.forward import Forward, Params, functional
 from effjax.models.dit import DiT, DiTConfig
 from effjax.samplers import FlowMatchEuler, sample_keys
 from effjax.storage import write_json
+from effjax.training import train as train_params
 from experiments import glyphs, judge, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "dit_glyphs"
@@ -56,16 +57,16 @@ def train(
 
         return training.flow_matching(images, key, predict)
 
-    average, log = training.train(
+    trained = train_params(
         loss,
         params,
         lambda start: glyphs.batches(seed, batch, start=start),
         steps=steps,
-        seed=seed,
+        key=jax.random.key(seed),
         transform=training.optimiser(steps, learning_rate),
         checkpoints=checkpoints,
     )
-    return forward, average, log
+    return forward, trained.average, trained.log
 
 
 def export(path: Path, forward: Forward, params: Params) -> None:

@@ -28,6 +28,7 @@ from effjax.forward import Forward, Params, abstract, flatten_params, nest_param
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.storage import write_json
 from effjax.testing import random_params
+from effjax.training import train as train_params
 from experiments import texts, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "llama_texts"
@@ -147,16 +148,16 @@ def train(
     def weighted(params: Params, batch: Any, key: Key[Array, ""]) -> Float[Array, ""]:
         return loss(forward, params, *batch)
 
-    params, log = training.train(
+    trained = train_params(
         weighted,
         initial(shapes, seed=seed),
         lambda start: batches(world, seed=seed, steps=steps, start=start),
         steps=steps,
-        seed=seed,
+        key=jax.random.key(seed),
         transform=training.optimiser(steps, learning_rate, hold=0.5),
         checkpoints=checkpoints,
     )
-    return forward, params, log
+    return forward, trained.average, trained.log
 
 
 def export(path: Path, forward: Forward, params: Params, tokenizer: Any) -> None:

@@ -32,6 +32,7 @@ from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import TextToImagePipeline
 from effjax.samplers import FlowMatchEuler, sample_keys
 from effjax.storage import write_json
+from effjax.training import train as train_params
 from experiments import glyphs, judge, train_dit, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "pixart_glyphs"
@@ -155,16 +156,21 @@ def train(
 
         return training.flow_matching(images, key, predict)
 
-    average, log = training.train(
+    trained = train_params(
         loss,
         {"transformer": params, "text_encoder": encoder_params},
         batches,
         steps=steps,
-        seed=seed,
+        key=jax.random.key(seed),
         transform=training.optimiser(steps, learning_rate),
         checkpoints=checkpoints,
     )
-    return (forward, average["transformer"]), (encoder, average["text_encoder"]), log
+    average = trained.average
+    return (
+        (forward, average["transformer"]),
+        (encoder, average["text_encoder"]),
+        trained.log,
+    )
 
 
 def export(

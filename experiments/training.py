@@ -1,4 +1,4 @@
-"""What the training scripts of the bundled tiny models share: flow matching, resumed training.
+"""What the training scripts of the bundled tiny models share: flow matching, a command line.
 
 Interpolant x_s = (1 - s) x + s e with noise e and s in [0, 1]; the network predicts e - x at time
 1000 s (rectified flow, arXiv 2209.03003; logit-normal s as in SD3, arXiv 2403.03206). Conditions
@@ -14,25 +14,17 @@ import logging
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Key
-from tqdm.auto import trange
 
-from effjax.compat import relaxed_promotion
-from effjax.context import PyTree
 from effjax.forward import Params
 from effjax.storage import write_json
-
-Loss = Callable[[Params, PyTree, Key[Array, ""]], Float[Array, ""]]
 
 
 def optimiser(
@@ -63,78 +55,6 @@ def flow_matching(
     mixed = (1 - s)[:, None, None, None] * images + s[:, None, None, None] * noise
     dropped = jax.random.bernoulli(key_drop, 0.1, (batch,))
     return jnp.mean(jnp.square(predict(mixed, 1000 * s, dropped) - (noise - images)))
-
-
-def train(
-    loss: Loss,
-    params: Params,
-    batches: Callable[[int], Iterator[PyTree]],
-    *,
-    steps: int,
-    seed: int,
-    transform: optax.GradientTransformation,
-    checkpoints: Path,
-) -> tuple[Params, dict[str, Any]]:
-    """Train from the last checkpoint on.
-
-    Args:
-        loss: of parameters, a batch and a key.
-        params: initial parameters.
-        batches: of all steps from the one with this number on.
-        transform: of the gradients, such as `optimiser`.
-        checkpoints: folder of orbax checkpoints; a second run resumes.
-
-    Returns:
-        Averaged parameters, and the log: runs, loss by step, seconds.
-    """
-    key = jax.random.key(seed)
-    carry = {"params": params, "average": params, "optimiser": transform.init(params)}
-
-    @jax.jit
-    def train_step(carry: dict, batch: PyTree, step: jax.Array):
-        params = carry["params"]
-        value, gradients = jax.value_and_grad(loss)(params, batch, jax.random.fold_in(key, step))
-        with relaxed_promotion():
-            updates, state = transform.update(gradients, carry["optimiser"], params)
-            params = optax.apply_updates(params, updates)
-            decay = jnp.minimum(0.999, (1 + step) / (10 + step))
-            average = optax.incremental_update(params, carry["average"], 1 - decay)
-        return {"params": params, "average": average, "optimiser": state}, value
-
-    log: dict = {"runs": [], "loss": {}, "seconds": 0.0}
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            restored = manager.restore(
-                start,
-                args=ocp.args.Composite(
-                    carry=ocp.args.StandardRestore(carry), log=ocp.args.JsonRestore()
-                ),
-            )
-            carry, log = restored["carry"], restored["log"]
-        if start < steps:
-            # A resumed run may shorten or lengthen the learning-rate schedule: note each.
-            log.setdefault("runs", []).append({"first_step": start, "steps": steps})
-        began, recent = time.monotonic() - log["seconds"], []
-        data = batches(start)
-        for step in (bar := trange(start, steps, initial=start, total=steps, unit="step")):
-            carry, value = train_step(carry, next(data), np.int32(step))
-            recent.append(value)
-            done = step + 1
-            if done % 50 == 0 or done == steps:
-                log["loss"][str(done)] = round(float(np.mean(jax.device_get(recent))), 5)
-                log["seconds"] = round(time.monotonic() - began, 1)
-                bar.set_postfix(loss=log["loss"][str(done)])
-                recent = []
-            if done % 200 == 0 or done == steps:
-                manager.save(
-                    done,
-                    args=ocp.args.Composite(
-                        carry=ocp.args.StandardSave(carry), log=ocp.args.JsonSave(log)
-                    ),
-                )
-    return carry["average"], log
 
 
 def bfloat16(params: Params) -> Params:

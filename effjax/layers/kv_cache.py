@@ -380,19 +380,27 @@ class EvictingCache(KVCache):
         return held, self.dropped.read((batch,), jnp.int32)
 
 
-def budget(capacity: int | None, ratio: float, tokens: int) -> int:
+def budget(capacity: int | None, ratio: float, tokens: int, *, always: int = 0) -> int:
     """How many of `tokens` are kept: `capacity` if given, else all but a share `ratio` of them.
 
+    Args:
+        always: tokens that are kept in any case (sinks, a window).
+
     Raises:
-        ValueError: for a capacity below 1 or a ratio outside [0, 1).
+        ValueError: for a capacity below 1, a ratio outside [0, 1), or if some tokens are dropped
+            and there is no choice beside those that are always kept.
     """
-    if capacity is not None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1 token, got {capacity}")
-        return min(capacity, tokens)
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1 token, got {capacity}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is the share that is dropped, 0 <= ratio < 1, got {ratio}")
-    return max(int(tokens * (1 - ratio)), 1)
+    kept = max(int(tokens * (1 - ratio)), 1) if capacity is None else min(capacity, tokens)
+    if always >= kept and kept < tokens:
+        raise ValueError(
+            f"{kept} of {tokens} tokens are to be kept, which leaves none beside the {always} that "
+            f"always are (sinks, a window): take fewer of those, or keep more"
+        )
+    return kept
 
 
 # --- arithmetic of positions and slots -----------------------------------------------------------

@@ -164,6 +164,17 @@ def test_fewer_bits_are_further_away():
     assert 0 < errors[0] < errors[1] / 4
 
 
+def test_short_prompts_are_kept_whole():
+    """A window longer than the prompt, and nothing to drop."""
+    subject = testing.tiny_llama()
+    dense = prefill(subject.forward, subject.params, subject.cond, new=4)
+    forward, params = snap_kv.transform(snap_kv.SnapKVPlan(capacity=2048))(
+        subject.forward, subject.params
+    )
+    kept = prefill(forward, params, subject.cond, new=4)
+    chex.assert_trees_all_equal(kept.logits, dense.logits)
+
+
 def test_caches_name_what_they_cannot():
     subject = testing.tiny_llama()
     prompt = [list(range(20))]
@@ -181,9 +192,18 @@ def test_caches_name_what_they_cannot():
     forward, params = kivi.transform(kivi.KIVIPlan())(windowed.forward, windowed.params)
     with pytest.raises(ValueError, match="see the last 5 only"):
         prefill(forward, params, prompt, new=4)
+    for method, plan in (
+        (streaming_llm, streaming_llm.StreamingLLMPlan(ratio=0.9)),
+        (expected_attention, expected_attention.ExpectedAttentionPlan(ratio=0.9)),
+    ):
+        forward, params = method.transform(plan)(subject.forward, subject.params)
+        with pytest.raises(ValueError, match="leaves none beside the 4 that always are"):
+            prefill(forward, params, prompt, new=1)
     small = snap_kv.SnapKVPlan(ratio=0.85, window=4)
     forward, params = snap_kv.transform(small)(subject.forward, subject.params)
-    with pytest.raises(ValueError, match="keeps 3 of 20 tokens, which leaves none"):
+    with pytest.raises(
+        ValueError, match="3 of 20 tokens are to be kept, which leaves none beside the 4"
+    ):
         prefill(forward, params, prompt, new=4)
 
 

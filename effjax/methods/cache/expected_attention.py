@@ -68,7 +68,7 @@ def transform(plan: ExpectedAttentionPlan) -> Transform:
 
 
 def _choose(plan: ExpectedAttentionPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    keep = budget(plan.capacity, plan.ratio, room.prompt)
+    keep = budget(plan.capacity, plan.ratio, room.prompt, always=plan.sinks)
     return ExpectedCache, {"keep": keep, "future": plan.future, "sinks": plan.sinks}
 
 

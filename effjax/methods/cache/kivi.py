@@ -21,22 +21,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from effjax import testing
-from effjax.context import Room, State
+from effjax.context import Room
 from effjax.forward import Forward, Params
-from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import Caches, Kind, KVCache, Lengths, lengths_after, put, take
+from effjax.layers.attention import CausalCore, Heads
+from effjax.layers.kv_cache import Caches, Kind, Lengths
+from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache, pack, to_codes
 from effjax.transform import Method, Pair, Plan, Transform
-from pallas_kernels.decode_attention import (
-    decode_attention,
-    pack_int4,
-    quantized_decode_attention,
-)
-from pallas_kernels.merge import merge
+from pallas_kernels.decode_attention import quantized_decode_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,162 +74,34 @@ def _choose(plan: KIVIPlan, core: CausalCore, room: Room, layer: int) -> Kind:
     return KIVICache, {"plan": plan}
 
 
-class KIVICache(KVCache):
-    """Sealed windows of codes, and a window of floats that is being filled."""
+class KIVICache(TumblingCache):
+    """Sealed windows as codes."""
 
     def __init__(self, inner: Any, *, plan: KIVIPlan, first: bool, room: Room):
-        super().__init__(inner, first=first, room=room)
+        names = [f"{of}{part}" for of in "kv" for part in ("", "_scale", "_offset")]
+        super().__init__(inner, window=plan.group, sealed=names, first=first, room=room)
         self.plan = plan
-        self.group = min(plan.group, room.total)
-        self.sealed = room.total // self.group * self.group if plan.group < room.total else 0
-        self.k, self.v = State(), State()  # codes
-        self.k_scale, self.k_offset = State(), State()
-        self.v_scale, self.v_offset = State(), State()
-        self.k_open, self.v_open = State(), State()  # the window that is being filled
 
-    @property
-    def rollback(self) -> bool:
-        return self.sealed == 0
-
-    @property
-    def exact_chunked_prefill(self) -> bool:
-        return self.sealed == 0
-
-    def store(
-        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
-    ) -> None:
-        k = self.core.rotary(k, positions)
-        codes, _ = self._read(k)
-        lengths = lengths_after(positions)
-        slots = jnp.broadcast_to(jnp.arange(self.sealed), (k.shape[0], self.sealed))
-        wanted = jnp.where(slots < lengths[:, None], slots, -1)
-        if self.sealed:
-            codes = self._codes(take(k, positions, wanted), take(v, positions, wanted))
-        opened = self._open(lengths)
-        self._write(codes, (take(k, positions, opened), take(v, positions, opened)))
-
-    def append(
-        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
-    ) -> Heads:
-        q, k = self.core.rotary(q, positions), self.core.rotary(k, positions)
-        codes, windows = self._read(k)
-        if q.shape[1] == 1:
-            out, codes, windows = self._one(q, k, v, positions, codes, windows)
-            self._write(codes, windows)
-            return out
-
-        def step(held: Any, token: Any) -> tuple[Any, Array]:
-            one = (part[:, None] for part in token)
-            out, *held = self._one(*one, *held)
-            return tuple(held), out[:, 0]
-
-        # One by one: a window may be sealed in between.
-        tokens = tuple(part.swapaxes(0, 1) for part in (q, k, v, positions))
-        (codes, windows), out = jax.lax.scan(step, (codes, windows), tokens)
-        self._write(codes, windows)
-        return out.swapaxes(0, 1)
-
-    def positions(self, lengths: Lengths) -> Int[Array, "B G C"]:
-        slots = jnp.arange(self.sealed)
-        full = (lengths // self.group * self.group)[:, None] if self.sealed else 0
-        sealed = jnp.where(slots < full, slots, -1)
-        sealed = jnp.broadcast_to(sealed, (lengths.shape[0], self.sealed))
-        return jnp.concatenate([sealed, self._open(lengths)], axis=1)[:, None]
-
-    def _one(
-        self,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
-        positions: Positions,
-        codes: dict[str, Any],
-        windows: tuple[Array, Array],
-    ) -> tuple[Heads, dict[str, Any], tuple[Array, Array]]:
-        """Append a token to every row, attend, and seal the windows that it fills."""
-        place = jnp.where(positions >= 0, positions % self.group, -1)
-        opened = put(windows[0], k, place), put(windows[1], v, place)
-        lengths = place[:, 0] + 1
-        if not self.sealed:
-            out = decode_attention(q, *opened, lengths)
-            assert isinstance(out, jax.Array)
-            return out, codes, opened
-        past = jnp.where(positions[:, 0] >= 0, positions[:, 0] // self.group * self.group, 0)
-        parts = (
-            quantized_decode_attention(q, lengths=past, return_lse=True, **codes),
-            decode_attention(q, *opened, lengths, return_lse=True),
-        )
-        out = merge(*zip(*parts, strict=True))[0]
-        filled = lengths == self.group
-        new = self._codes(*opened)
-        tokens = past[:, None] + jnp.arange(self.group)
-        where = {
-            name: jnp.where(filled[:, None], past[:, None] // self.group, -1)
-            if name in ("k_scale", "k_offset")
-            else jnp.where(filled[:, None], tokens, -1)
-            for name in codes
-        }
-        codes = {name: put(codes[name], new[name], where[name]) for name in codes}
-        return out, codes, opened
-
-    def _codes(self, k: KeyHeads, v: KeyHeads) -> dict[str, Any]:
-        """Whole windows as codes, by the names that the kernel takes."""
-        batch, _, heads, width = k.shape
-        by_window = k.reshape(batch, -1, self.group, heads, width)
-        k_codes, k_scale, k_offset = _quantize(by_window, self.plan.key_bits, axis=2)
-        v_codes, v_scale, v_offset = _quantize(v, self.plan.value_bits, axis=3)
+    def seal(self, tokens: Tokens) -> Arrays:
+        k, v = tokens["k"], tokens["v"]
+        by_window = k.reshape(k.shape[0], -1, self.window, *k.shape[2:])
+        k_codes, k_scale, k_offset = to_codes(by_window, self.plan.key_bits, axis=2)
+        v_codes, v_scale, v_offset = to_codes(v, self.plan.value_bits, axis=3)
         return {
-            "k": _pack(k_codes.reshape(k.shape), self.plan.key_bits),
-            "v": _pack(v_codes, self.plan.value_bits),
+            "k": pack(k_codes.reshape(k.shape), self.plan.key_bits),
+            "v": pack(v_codes, self.plan.value_bits),
             "k_scale": k_scale[:, :, 0],
             "k_offset": k_offset[:, :, 0],
             "v_scale": v_scale,
             "v_offset": v_offset,
         }
 
-    def _open(self, lengths: Lengths) -> Int[Array, "B G"]:
-        """Positions of the tokens in the window that is being filled; -1 for an empty slot."""
-        begin = lengths // self.group * self.group if self.sealed else jnp.zeros_like(lengths)
-        positions = begin[:, None] + jnp.arange(self.group)
-        return jnp.where(positions < lengths[:, None], positions, -1)
-
-    def _read(self, k: KeyHeads) -> tuple[dict[str, Any], tuple[Array, Array]]:
-        batch, _, heads, width = k.shape
-        codes: dict[str, Any] = {}
-        if self.sealed:
-            bits = {"k": self.plan.key_bits, "v": self.plan.value_bits}
-            for name, of in bits.items():
-                shape = (batch, self.sealed, heads, width * of // 8)
-                dtype = jnp.uint8 if of == 4 else jnp.int8
-                codes[name] = getattr(self, name).read(shape, dtype)
-            shapes = {
-                "k_scale": (batch, self.sealed // self.group, heads, width),
-                "v_scale": (batch, self.sealed, heads, 1),
-            }
-            for name, shape in shapes.items():
-                for each in (name, name.replace("scale", "offset")):
-                    codes[each] = getattr(self, each).read(shape, jnp.float32)
-        shape = (batch, self.group, heads, width)
-        return codes, (self.k_open.read(shape, k.dtype), self.v_open.read(shape, k.dtype))
-
-    def _write(self, codes: dict[str, Any], windows: tuple[Array, Array]) -> None:
-        for name, value in codes.items():
-            getattr(self, name).write(value)
-        self.k_open.write(windows[0])
-        self.v_open.write(windows[1])
-
-
-def _quantize(x: Array, bits: int, *, axis: int) -> tuple[Array, Array, Array]:
-    """Codes int8, and scale and offset float32 with x = code scale + offset, one along an axis."""
-    x = x.astype(jnp.float32)
-    low, high = jnp.min(x, axis, keepdims=True), jnp.max(x, axis, keepdims=True)
-    scale = jnp.maximum((high - low) / (2**bits - 1), 1e-8)
-    half = 2 ** (bits - 1)
-    codes = jnp.clip(jnp.round((x - low) / scale), 0, 2**bits - 1) - half
-    return codes.astype(jnp.int8), scale, low + half * scale
-
-
-def _pack(codes: Array, bits: int) -> Array:
-    return pack_int4(codes) if bits == 4 else codes
+    def attend_sealed(
+        self, q: Heads, sealed: Arrays, lengths: Lengths
+    ) -> tuple[Heads, Float[Array, "B S H"]]:
+        codes: dict[str, Any] = dict(sealed)
+        out, log_sum_exps = quantized_decode_attention(q, lengths=lengths, return_lse=True, **codes)
+        return out, log_sum_exps
 
 
 def _identity(subject: testing.Subject) -> KIVIPlan:

@@ -70,12 +70,7 @@ def transform(plan: SnapKVPlan) -> Transform:
 
 
 def _choose(plan: SnapKVPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    keep = budget(plan.capacity, plan.ratio, room.prompt)
-    if plan.window >= keep:
-        raise ValueError(
-            f"SnapKV keeps {keep} of {room.prompt} tokens, which leaves none "
-            f"beside the window of {plan.window}: take a smaller window, or keep more"
-        )
+    keep = budget(plan.capacity, plan.ratio, room.prompt, always=plan.window)
     return SnapKVCache, {"keep": keep, "window": plan.window, "kernel": plan.kernel}
 
 

@@ -58,7 +58,7 @@ def transform(plan: StreamingLLMPlan) -> Transform:
 
 
 def _choose(plan: StreamingLLMPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    slots = budget(plan.capacity, plan.ratio, room.total)
+    slots = budget(plan.capacity, plan.ratio, room.total, always=plan.sinks)
     return RingCache, {"sinks": plan.sinks, "ring": max(slots - plan.sinks, 1)}
 
 

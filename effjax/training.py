@@ -1,0 +1,128 @@
+"""Training that can be interrupted: a loss, an optax transform, orbax checkpoints, a bar.
+
+For what methods learn and for the bundled tiny models; a training loop of your own does as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Key
+from tqdm.auto import trange
+
+from effjax.compat import relaxed_promotion
+from effjax.context import PyTree
+from effjax.forward import Params
+
+Loss = Callable[..., jax.Array]
+SAVED = 200  # steps between two checkpoints
+
+
+class Trained(NamedTuple):
+    """What training gives.
+
+    Attributes:
+        params: of the last step.
+        average: exponential moving average over the last thousand steps or so.
+        log: {"runs": first step and length of each run, "loss": by step, "seconds"}.
+    """
+
+    params: Params
+    average: Params
+    log: dict[str, Any]
+
+
+def train(
+    loss: Loss,
+    params: Params,
+    batches: Callable[[int], Iterator[PyTree]],
+    *,
+    steps: int,
+    key: Key[Array, ""],
+    transform: optax.GradientTransformation,
+    constants: tuple[PyTree, ...] = (),
+    checkpoints: Path | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train from the last checkpoint on.
+
+    Args:
+        loss: (params, batch, key, *constants) -> float32[].
+        params: initial parameters.
+        batches: of all steps from the one with this number on.
+        steps: how many there are in all.
+        key: PRNG key; every step folds its number in.
+        transform: of the gradients.
+        constants: what the loss needs and nobody trains, such as a model's own parameters.
+        checkpoints: folder of orbax checkpoints; a second run resumes. None keeps none.
+        progress: show a bar.
+
+    Raises:
+        ValueError: if there are no steps.
+    """
+    if steps < 1:
+        raise ValueError(f"training takes 1 or more steps, got {steps}")
+    carry = {"params": params, "average": params, "optimiser": transform.init(params)}
+    log: dict = {"runs": [], "loss": {}, "seconds": 0.0}
+    start, manager = 0, None
+    if checkpoints is not None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        manager = ocp.CheckpointManager(Path(checkpoints).absolute(), options=options)
+        start = manager.latest_step() or 0
+    try:
+        if manager is not None and start:
+            parts = ocp.args.Composite(
+                carry=ocp.args.StandardRestore(carry), log=ocp.args.JsonRestore()
+            )
+            restored = manager.restore(start, args=parts)
+            carry, log = restored["carry"], restored["log"]
+        if start < steps:
+            # A resumed run may shorten or lengthen the learning-rate schedule: note each.
+            log.setdefault("runs", []).append({"first_step": start, "steps": steps})
+        step_once = _step(loss, transform)
+        began, recent = time.monotonic() - log["seconds"], []
+        data = batches(start)
+        bar = trange(start, steps, initial=start, total=steps, unit="step", disable=not progress)
+        for step in bar:
+            carry, value = step_once(carry, next(data), key, np.int32(step), constants)
+            recent.append(value)
+            done = step + 1
+            if done % 50 == 0 or done == steps:
+                log["loss"][str(done)] = round(float(np.mean(jax.device_get(recent))), 5)
+                log["seconds"] = round(time.monotonic() - began, 1)
+                bar.set_postfix(loss=log["loss"][str(done)])
+                recent = []
+            if manager is not None and (done % SAVED == 0 or done == steps):
+                parts = ocp.args.Composite(
+                    carry=ocp.args.StandardSave(carry), log=ocp.args.JsonSave(log)
+                )
+                manager.save(done, args=parts)
+    finally:
+        if manager is not None:
+            manager.close()
+    return Trained(carry["params"], carry["average"], log)
+
+
+def _step(loss: Loss, transform: optax.GradientTransformation) -> Callable:
+    @jax.jit
+    def step(
+        carry: dict, batch: PyTree, key: Array, number: jax.Array, constants: tuple
+    ) -> tuple[dict, jax.Array]:
+        params, own = carry["params"], jax.random.fold_in(key, number)
+        value, gradients = jax.value_and_grad(loss)(params, batch, own, *constants)
+        with relaxed_promotion():
+            updates, state = transform.update(gradients, carry["optimiser"], params)
+            params = optax.apply_updates(params, updates)
+            decay = jnp.minimum(0.999, (1 + number) / (10 + number))
+            average = optax.incremental_update(params, carry["average"], 1 - decay)
+        return {"params": params, "average": average, "optimiser": state}, value
+
+    return step
