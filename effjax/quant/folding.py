@@ -63,6 +63,12 @@ FOLDS: Mapping[str, tuple[Fold, ...]] = {
         Fold(("attn.to_out",), "attn.to_v", "linear"),
         Fold(("mlp.down",), "mlp.up", "linear"),
     ),
+    "LlamaBlock": (
+        Fold(_QKV, "norm1", "norm"),
+        Fold(("mlp.gate", "mlp.up"), "norm2", "norm"),
+        Fold(("attn.to_out",), "attn.to_v", "linear"),  # without grouped keys
+        Fold(("mlp.down",), "mlp.up", "linear"),
+    ),
 }
 
 
@@ -72,6 +78,14 @@ def folds(blocks: Iterable[tuple[str, str]], pattern: str = ".*") -> tuple[Fold,
     return tuple(
         fold for fold in found if all(re.fullmatch(pattern, reader) for reader in fold.readers)
     )
+
+
+def fits(leaves: Mapping[str, Array], where: Fold) -> bool:
+    """Whether what makes the inputs is as wide as they are: values of grouped heads are not."""
+    if where.kind != "linear":
+        return True
+    made = leaves[f"{where.source}.kernel"].shape[-1]
+    return all(leaves[f"{reader}.kernel"].shape[0] == made for reader in where.readers)
 
 
 def fold(leaves: Mapping[str, Array], where: Fold, mask: Array) -> dict[str, Array]:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from effjax import testing
 from effjax.capture import tap
 from effjax.context import Guidance, PyTree
-from effjax.forward import Forward, Params, flatten_params, nest_params
+from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.convolution import Conv2d
 from effjax.layers.linear import Linear
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
@@ -95,6 +96,47 @@ class RoundToNearestPlan(Plan):
                 return weights, inputs
         return FLOAT, FLOAT
 
+    def quantizer(self, path: str) -> Quantizer:
+        """Of the weights of the layer at a path, which must have codes."""
+        return Quantizer(self.bits(path)[0], self.symmetric)
+
+    def leaf(self, path: str, kernel: jax.Array, input_range: Range | None = None) -> QTensor:
+        """The kernel of the layer at a path, rounded to nearest.
+
+        Args:
+            input_range: of the inputs, instead of each token's own.
+        """
+        inputs, activations = self.bits(path)[1], None
+        if inputs != FLOAT:
+            static = input_range is not None
+            activations = Activations(Quantizer(inputs, symmetric=not static), not static)
+        return quantize_matrix(
+            kernel,
+            self.quantizer(path),
+            group_size=self.group_size,
+            activations=activations,
+            input_range=input_range,
+        )
+
+    def decided(
+        self, forward: Forward, params: Params, kind: type | tuple[type, ...] = LAYER_TYPES
+    ) -> list[str]:
+        """Paths of the layers of a kind that get codes.
+
+        Raises:
+            ValueError: if a rule's pattern matches none, or a layer is quantised already.
+        """
+        flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
+        paths = [site.path for site in forward.sites(params, kind)]
+        for pattern, *_ in self.rules:
+            if not any(re.fullmatch(pattern, path) for path in paths):
+                raise ValueError(f"the pattern {pattern!r} matches no layer; there are {paths}")
+        found = [path for path in paths if self.bits(path)[0] != FLOAT]
+        for path in found:
+            if isinstance(flat[f"{path}.kernel"], QTensor):
+                raise ValueError(f"{path} is quantised already; a layer can be quantised once")
+        return found
+
 
 def uniform(
     weights: int,
@@ -115,43 +157,28 @@ def transform(plan: RoundToNearestPlan) -> Transform:
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
-        flat = flatten_params(params)
-        paths = [site.path for site in forward.sites(params, LAYER_TYPES)]
-        ranges = {path: (jnp.float32(a), jnp.float32(b)) for path, a, b in plan.input_ranges}
-        wrong = sorted(path for path in ranges if plan.bits(path)[1] == FLOAT or path not in paths)
+        paths = plan.decided(forward, params)
+        ranges = {path: Range(jnp.float32(a), jnp.float32(b)) for path, a, b in plan.input_ranges}
+        wrong = sorted(path for path in ranges if path not in paths or plan.bits(path)[1] == FLOAT)
         if wrong:
             raise ValueError(
                 f"the plan has input ranges of {wrong}, whose inputs it does not code; calibrate "
                 f"it for this model"
             )
-        for pattern, *_ in plan.rules:
-            if not any(re.fullmatch(pattern, path) for path in paths):
-                raise ValueError(
-                    f"the pattern {pattern!r} matches no linear layer or convolution; there are "
-                    f"{paths}"
-                )
-        for path in paths:
-            weights, inputs = plan.bits(path)
-            if weights == FLOAT:
-                continue
-            name = f"{path}.kernel"
-            if isinstance(flat[name], QTensor):
-                raise ValueError(f"{name} is quantised already; a layer can be quantised once")
-            found = ranges.get(path)
-            activations = None
-            if inputs != FLOAT:
-                static = found is not None
-                activations = Activations(Quantizer(inputs, symmetric=not static), not static)
-            flat[name] = quantize_matrix(
-                flat[name],
-                Quantizer(weights, plan.symmetric),
-                group_size=plan.group_size,
-                activations=activations,
-                input_range=found,
-            )
-        return forward, nest_params(flat)
+        made = {path: partial(plan.leaf, path, input_range=ranges.get(path)) for path in paths}
+        return forward, with_kernels(params, made)
 
     return Transform(METHOD.name, plan, apply)
+
+
+def with_kernels(
+    params: Params, made: Mapping[str, Callable[[jax.Array], jax.Array | QTensor]]
+) -> Params:
+    """Parameters with other kernels, each made from the old one, by the path of its layer."""
+    flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
+    flat |= {f"{path}.kernel": make(flat[f"{path}.kernel"]) for path, make in made.items()}
+    learned = {METHODS: params[METHODS]} if METHODS in params else {}
+    return nest_params(flat) | learned
 
 
 def calibrate(

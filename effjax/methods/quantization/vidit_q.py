@@ -41,7 +41,7 @@ from effjax.context import Context, PyTree
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.linear import Linear
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
-from effjax.quant.folding import fold, folds
+from effjax.quant.folding import fits, fold, folds
 from effjax.quant.hadamard import Rotation
 from effjax.samplers import Carry, Sampler
 from effjax.search.allocation import allocate, bit_budget, split_bits
@@ -373,7 +373,7 @@ def _fold(
         alphas = {None if rule is None else rule[3] for rule in rules}
         (alpha, *others) = alphas
         source = flat.get(f"{where.source}.kernel")
-        if others or alpha is None or isinstance(source, QTensor):
+        if others or alpha is None or isinstance(source, QTensor) or not fits(flat, where):
             continue  # masks differ, or what makes the inputs holds codes already
         kernels = [flat[f"{reader}.kernel"] for reader in where.readers]
         largest = jnp.max(jnp.stack([calibration[reader][0] for reader in where.readers]), axis=0)

@@ -1,0 +1,195 @@
+"""GPTQ and AWQ: against plain loops, against rounding to nearest, and what they refuse."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax import testing
+from effjax.forward import flatten_params
+from effjax.methods import awq, gptq, round_to_nearest
+from effjax.quant import Quantizer, dequantize, quantize_matrix
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """Inputs of very different sizes, heads that are not grouped."""
+    made = testing.tiny_llama(width=32, hidden=64, num_layers=1, num_heads=4, num_kv_heads=4)
+    for name in ("norm1", "norm2"):
+        norm = made.params["blocks"]["0"][name]
+        norm["scale"] = norm["scale"] * jnp.geomspace(0.1, 10, 32)
+    return made
+
+
+def token_ids(seed, rows=8):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 50, (rows, 20)), jnp.int32)
+
+
+BATCHES = [token_ids(seed) for seed in range(3)]
+
+
+def error(subject, params):
+    """Of the logits on texts that nothing was fitted to."""
+    tokens = token_ids(9)
+    exact, found = (subject.forward(p, {}, tokens)[0] for p in (subject.params, params))
+    return float(jnp.mean(jnp.square(exact - found)))
+
+
+# GPTQ ------------------------------------------------------------------------------------------
+
+
+def correlated(inputs=64, outputs=12):
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((8, inputs))
+    x = rng.standard_normal((400, 8)) @ mix + 0.3 * rng.standard_normal((400, inputs))
+    w = rng.standard_normal((inputs, outputs)).astype(np.float32)
+    return jnp.asarray(w), jnp.asarray((x.T @ x / 400).astype(np.float32))
+
+
+def spread(w, moment, *, group=None, damp=0.01, bits=4):
+    quantizer = Quantizer(bits, symmetric=False)
+    leaf = quantize_matrix(w, quantizer, group_size=group)
+    codes, scale, zero = gptq._spread(quantizer, group, damp, w, moment, leaf)
+    every = w.shape[0] // scale.shape[0]
+    scale, zero = (jnp.repeat(part, every, axis=0) for part in (scale, zero))
+    return np.asarray(codes), np.asarray(dequantize(codes, scale, zero)), leaf
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_gptq_is_its_plain_loop(group):
+    """One input after the other over the whole matrix, in float64."""
+    w, moment = correlated()
+    codes, _, leaf = spread(w, moment, group=group)
+    quantizer = Quantizer(4, symmetric=False)
+    held, h = np.asarray(w, np.float64), np.asarray(moment, np.float64)
+    h = h + 0.01 * np.diag(h).mean() * np.eye(len(h))
+    upper = np.linalg.cholesky(np.linalg.inv(h)).T
+    want = np.zeros(held.shape, np.int8)
+    at = leaf.scale[0], leaf.zero_point[0]
+    for i in range(len(held)):
+        if group and i % group == 0:
+            at = quantizer.fit_axes(jnp.asarray(held[i : i + group], jnp.float32), 0)
+            at = at[0][0], at[1][0]
+        code = quantizer.quantize(jnp.asarray(held[i], jnp.float32), *at)
+        want[i] = code
+        held[i + 1 :] -= np.outer(
+            upper[i, i + 1 :], (held[i] - np.asarray(dequantize(code, *at))) / upper[i, i]
+        )
+    assert np.mean(codes == want) > 0.99  # ties and float32
+    assert np.abs(codes.astype(int) - want).max() <= 1
+
+
+def test_gptq_without_correlations_rounds_to_nearest():
+    w, _ = correlated()
+    codes, _, leaf = spread(w, jnp.eye(64))
+    chex.assert_trees_all_equal(codes, leaf.codes())
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_gptq_errs_less_in_what_a_layer_computes(bits, group):
+    w, moment = correlated()
+    _, found, leaf = spread(w, moment, group=group, bits=bits)
+
+    def squared(rounded):
+        difference = np.asarray(w) - np.asarray(rounded)
+        return np.trace(difference.T @ np.asarray(moment) @ difference)
+
+    assert squared(found) < 0.6 * squared(leaf.restore())
+
+
+def test_inputs_that_never_occur_are_harmless():
+    w, moment = correlated()
+    moment = moment.at[5].set(0).at[:, 5].set(0)
+    codes, _, leaf = spread(w, moment)
+    chex.assert_trees_all_equal(codes[5], leaf.codes()[5])
+
+
+def test_gptq_beats_rounding(subject):
+    pair = subject.forward, subject.params
+    plan = gptq.uniform(3)
+    found = gptq.fit(plan, *pair, BATCHES, progress=False)
+    _, params = gptq.transform(plan, found)(*pair)
+    _, nearest = gptq.transform(plan)(*pair)
+    _, baseline = round_to_nearest.transform(round_to_nearest.uniform(3))(*pair)
+    chex.assert_trees_all_equal(nearest, baseline)
+    assert error(subject, params) < 0.95 * error(subject, nearest)
+
+
+# AWQ -------------------------------------------------------------------------------------------
+
+
+def test_scaling_alone_changes_nothing(subject):
+    plan, pair = awq.uniform(8), (subject.forward, subject.params)
+    places = {each.source: each for each in awq._places(plan, *pair)}
+    assert sorted(places) == [
+        "blocks.0.attn.to_v",
+        "blocks.0.mlp.up",
+        "blocks.0.norm1",
+        "blocks.0.norm2",
+    ]
+    rng = np.random.default_rng(0)
+    flat = flatten_params(subject.params)
+    scales = {
+        source: jnp.asarray(
+            np.exp(rng.standard_normal(flat[f"{each.readers[0]}.kernel"].shape[0])), jnp.float32
+        )
+        for source, each in places.items()
+    }
+    assert error(subject, awq._scaled(plan, scales, *pair)) < 1e-9
+
+
+def test_awq_beats_rounding(subject):
+    plan, pair = awq.uniform(3), (subject.forward, subject.params)
+    found = awq.fit(plan, *pair, [(tokens,) for tokens in BATCHES], progress=False)
+    assert all(float(jnp.std(scale)) > 0 for scale in found.values())
+    _, params = awq.transform(plan, found)(*pair)
+    _, nearest = awq.transform(plan)(*pair)
+    assert error(subject, params) < 0.95 * error(subject, nearest)
+
+
+def test_the_first_exponent_is_no_scaling(subject):
+    mean = jnp.abs(jax.random.normal(jax.random.key(0), (32,)))
+    chex.assert_trees_all_close(awq._scales(mean, jnp.float32(0.0)), jnp.ones(32), rtol=1e-6)
+    one = awq._scales(mean, jnp.float32(0.5))
+    assert float(one.max() * one.min()) == pytest.approx(1, rel=1e-5)
+    plan, pair = awq.uniform(4), (subject.forward, subject.params)
+    found = awq.fit(plan, *pair, [(BATCHES[0],)], points=1, progress=False)
+    chex.assert_trees_all_close(found, jax.tree.map(jnp.ones_like, found), rtol=1e-6)
+
+
+def test_grouped_values_have_no_place_for_scales():
+    grouped = testing.tiny_llama()
+    places = awq._places(awq.uniform(4), grouped.forward, grouped.params)
+    assert not any("to_v" in each.source for each in places)
+    assert len(places) == 6
+
+
+# What is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [awq, gptq])
+def test_what_does_not_fit(method, subject):
+    pair = subject.forward, subject.params
+    plan = method.uniform(4)
+    with pytest.raises(ValueError, match="no batches to calibrate with"):
+        method.fit(plan, *pair, [])
+    with pytest.raises(ValueError, match="another model or plan"):
+        method.transform(plan, {})(*pair)
+    quantised = method.transform(plan)(*pair)
+    with pytest.raises(ValueError, match="quantised already"):
+        method.transform(plan)(*quantised)
+    elsewhere = type(plan)((("nowhere", 4, 16),))
+    with pytest.raises(ValueError, match="matches no layer"):
+        method.transform(elsewhere)(*pair)
+    with pytest.raises(ValueError, match=r"codes have 2 \.\.\. 8 bits"):
+        method.uniform(9)
+
+
+def test_gptq_names_its_own_limits(subject):
+    with pytest.raises(ValueError, match="damp must be above 0"):
+        gptq.GPTQPlan((), damp=0.0)
+    plan = gptq.GPTQPlan(((r"head", 4, 16),))
+    with pytest.raises(ValueError, match="only layers of a language model's blocks"):
+        gptq.fit(plan, subject.forward, subject.params, BATCHES)
