@@ -23,6 +23,7 @@ _EXAMPLES = """examples:
   effjax quantize MODEL SMALLER --bits w4a8 --method vidit_q   quantise, save the pipeline
   effjax sample SMALLER --labels 207,360 -o images  generate images
   effjax generate MODEL --prompt "Once upon"        continue texts with a language model
+  effjax compress MODEL SMALLER --method snap_kv --set ratio=0.5   give it a smaller cache
   effjax bench SMALLER                              compressed against dense, side by side
 """
 
@@ -77,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--method", default="dit_fast_attn", help="see `effjax methods`")
     search.add_argument("--threshold", type=float, default=0.1, help="larger saves more")
     _condition_arguments(search, "to search on")
+    _text_arguments(search)
+    search.add_argument("--density", type=float, default=0.5, help="of moa: kept of the cache")
+    search.add_argument("--lengths", default="256,512,704", help="of moa; the last one validates")
 
     quantize = add("quantize", _quantize, "quantise weights and inputs, save the pipeline")
     _pipeline_arguments(quantize)
@@ -85,6 +89,21 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--bits", default="w8a8", help="w8a8, w4a8, w4 ..., or a plan.json")
     quantize.add_argument("--group-size", type=int, help="inputs that share a weight scale")
     _condition_arguments(quantize, "to calibrate on")
+    _text_arguments(quantize)
+
+    compress = add("compress", _compress, "give a language model a smaller cache, save it")
+    compress.add_argument("source", help="language model: directory or hub repository")
+    compress.add_argument("destination", type=Path, help="directory of the compressed model")
+    compress.add_argument("--method", default="cskv", help="see `effjax methods`")
+    compress.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the plan"
+    )
+    compress.add_argument("--steps", type=int, default=400, help="of training, if there is any")
+    compress.add_argument("--learning-rate", type=float, default=5e-5)
+    compress.add_argument("--checkpoints", type=Path, help="folder; a second run resumes")
+    compress.add_argument("--seed", type=int, default=0)
+    compress.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+    _text_arguments(compress)
 
     sample = add("sample", _sample, "generate images")
     _pipeline_arguments(sample)
@@ -105,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     _condition_arguments(bench, "to run on")
     bench.add_argument("--batch", type=int, default=4, help="images at a time")
     bench.add_argument("--repeats", type=int, default=3)
+    bench.add_argument("--new", type=int, default=64, help="tokens that follow a text")
+    _text_arguments(bench)
 
     methods = add("methods", _methods, "list the methods")
     methods.add_argument("--markdown", action="store_true", help="as the table of the docs")
@@ -124,6 +145,13 @@ def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
 def _condition_arguments(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--labels", help=f"class names or indices with commas, {what}")
     command.add_argument("--prompt", action="append", help=f"may be repeated, {what}")
+
+
+def _text_arguments(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("language models")
+    group.add_argument("--texts", type=Path, help="a file; else Python's own library")
+    group.add_argument("--tokens", type=int, default=512, help="of a text")
+    group.add_argument("--samples", type=int, default=8, help="texts to calibrate on")
 
 
 def _demo(arguments: argparse.Namespace) -> tuple[Any, str]:
@@ -185,12 +213,13 @@ def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(f"{chosen.name} has no search; write its plan by hand")
     if arguments.destination.exists():
         raise ValueError(f"{arguments.destination} exists; choose another destination")
+    pipe = _load(arguments)
+    if _is_text(pipe):
+        from effjax import cli_text
+
+        return cli_text.search(pipe, chosen, arguments)
     if "samples" in inspect.signature(chosen.search).parameters:
-        raise ValueError(
-            f"{chosen.name} is searched on texts of your own: call "
-            f"effjax.methods.{chosen.name}.search in Python"
-        )
-    pipe = _pipeline(arguments)
+        raise ValueError(f"{chosen.name} is for language models; {arguments.source} is none")
     cond, uncond = pipe.conditions(_asked(pipe, arguments, default=8))
     sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
     plan = chosen.search(
@@ -232,7 +261,11 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(
             f"--bits must be such as w8a8, w4a8 or w4, or a plan.json; got {arguments.bits!r}"
         )
-    pipe = _pipeline(arguments)
+    pipe = _load(arguments)
+    if _is_text(pipe):
+        from effjax import cli_text
+
+        return cli_text.quantize(pipe, chosen, plan, arguments)
     learned = ()
     if chosen.calibrate is not None:
         cond, uncond = pipe.conditions(_asked(pipe, arguments, default=8))
@@ -258,7 +291,9 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
 def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
 
-    pipe = _pipeline(arguments)
+    pipe = _load(arguments)
+    if _is_text(pipe):
+        raise ValueError(f"{arguments.source} is a language model; use `effjax generate`")
     asked = _asked(pipe, arguments)
     images = pipe(
         asked,
@@ -283,7 +318,11 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
     from effjax.metrics import psnr
     from effjax.quant import restore
 
-    pipe = _pipeline(arguments)
+    pipe = _load(arguments)
+    if _is_text(pipe):
+        from effjax import cli_text
+
+        return cli_text.bench(pipe, arguments)
     if not pipe.forward.recipe:
         raise ValueError(
             f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
@@ -366,27 +405,36 @@ def _methods(arguments: argparse.Namespace) -> tuple[Any, str]:
     return figures, "\n".join(lines)
 
 
-def _pipeline(arguments: argparse.Namespace) -> Any:
+def _compress(arguments: argparse.Namespace) -> tuple[Any, str]:
+    from effjax import cli_text
+    from effjax.registry import method
+
+    chosen = method(arguments.method)
+    if arguments.destination.exists():
+        raise ValueError(f"{arguments.destination} exists; choose another destination")
+    pipe = _load(arguments)
+    if not _is_text(pipe):
+        raise ValueError(f"{arguments.source} is no language model; use `effjax search`")
+    return cli_text.compress(pipe, chosen, arguments)
+
+
+def _load(arguments: argparse.Namespace) -> Any:
     import effjax
+
+    return effjax.pipeline(arguments.source, dtype=arguments.dtype)
+
+
+def _is_text(pipe: Any) -> bool:
     from effjax.pipelines import TextPipeline
 
-    pipe = effjax.pipeline(arguments.source, dtype=arguments.dtype)
-    if isinstance(pipe, TextPipeline):
-        raise ValueError(
-            f"{arguments.source} is a language model; `effjax {arguments.command}` is for "
-            f"diffusion pipelines. Use `effjax generate`, or effjax.pipeline in Python."
-        )
-    return pipe
+    return isinstance(pipe, TextPipeline)
 
 
 def _generate(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
 
-    import effjax
-    from effjax.pipelines import TextPipeline
-
-    pipe = effjax.pipeline(arguments.source, dtype=arguments.dtype)
-    if not isinstance(pipe, TextPipeline):
+    pipe = _load(arguments)
+    if not _is_text(pipe):
         raise ValueError(f"{arguments.source} is no language model; use `effjax sample`")
     if arguments.temperature is not None and arguments.seed is None:
         raise ValueError("--temperature needs --seed: without one the likeliest tokens are taken")

@@ -545,8 +545,10 @@ def split(tokens: np.ndarray, lengths: np.ndarray, chunk: int) -> list[tuple[Any
 # --- programs -------------------------------------------------------------------------------------
 
 
+# Jitted because shaping a state traces the whole model.
+@partial(jax.jit, static_argnums=2)
 def _empty(forward: Forward, params: Params, batch: int) -> StateDict:
-    token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    token = jnp.zeros((batch, 1), jnp.int32)
     return forward.init(params, token, token)
 
 

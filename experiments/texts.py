@@ -57,11 +57,13 @@ class Document(NamedTuple):
         tokens: int32[n].
         weights: float32[n], of predicting each token from those before it.
         answers: places in `tokens` that only somebody who has read the context can predict.
+        context: how many tokens there are before the first question.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     answers: np.ndarray
+    context: int = 0
 
 
 def library(*, held_out: bool = False) -> str:
@@ -90,12 +92,12 @@ class World:
     def of(cls, tokenizer: Any, *, held_out: bool = False, characters: int = 3_000_000) -> World:
         """The world in a tokenizer's tokens; what is held out is never trained on."""
         text = library(held_out=held_out)[:characters]
-        return cls(tokenizer, _encode(tokenizer, text))
+        return cls(tokenizer, encode(tokenizer, text))
 
     @functools.cached_property
     def words(self) -> np.ndarray:
         """The token of every word after a space."""
-        ids = [_encode(self.tokenizer, f" {word}") for word in WORDS]
+        ids = [encode(self.tokenizer, f" {word}") for word in WORDS]
         split = [word for word, found in zip(WORDS, ids, strict=True) if len(found) != 1]
         if split:
             raise ValueError(f"the tokenizer has no single token for {', '.join(split)}")
@@ -108,7 +110,7 @@ class World:
 
     @functools.cache  # noqa: B019 - a handful of phrases, and a world lives as long as its program
     def _fixed(self, text: str) -> np.ndarray:
-        return _encode(self.tokenizer, text)
+        return encode(self.tokenizer, text)
 
     def lookup(self, rng: np.random.Generator, length: int, *, questions: int) -> Document:
         """Pairs of a key and a value, then questions about the keys, each asked as often."""
@@ -130,7 +132,8 @@ class World:
             for each, of_value in zip(rows, (0, 1))
         ]
         tokens, weights = (np.concatenate(each).reshape(-1) for each in (rows, rule))
-        return _document(tokens, weights, 4 * pairs + 2 + 4 * np.arange(questions))
+        answers = 4 * pairs + 2 + 4 * np.arange(questions)
+        return _document(tokens, weights, answers, context=4 * pairs)
 
     def pairs(self, rng: np.random.Generator, length: int) -> Document:
         """A few pairs of words again and again, each time in another order."""
@@ -169,7 +172,8 @@ class World:
         weights[start : start + 5] = 0
         first = len(tokens) - 5 - len(end)
         weights[first : first + 5] = 2
-        return _document(tokens, weights, first + np.arange(5))
+        context = len(tokens) - len(asked)
+        return _document(tokens, weights, first + np.arange(5), context=context)
 
     def passage(self, rng: np.random.Generator, length: int) -> Document:
         """Library text from a random place."""
@@ -189,13 +193,23 @@ class World:
             made = self.lookup(rng, length, questions=questions)
         else:
             made = getattr(self, kind)(rng, length)
-        lacking = length - len(made.tokens)
+        return self.filled(rng, made, length)
+
+    def filled(self, rng: np.random.Generator, document: Document, length: int) -> Document:
+        """A document after so much library text that it has `length` tokens."""
+        lacking = length - len(document.tokens)
         if lacking == 0:
-            return made
+            return document
         before = self.passage(rng, lacking)
-        parts = zip(before[:2], made[:2], strict=True)
+        parts = zip(before[:2], document[:2], strict=True)
         tokens, weights = (np.concatenate(pair) for pair in parts)
-        return Document(tokens, weights, made.answers + lacking)
+        return Document(tokens, weights, document.answers + lacking, document.context + lacking)
+
+    @functools.cached_property
+    def has_words(self) -> bool:
+        """Whether every word is one token of its own, which lookups need."""
+        ids = [encode(self.tokenizer, f" {word}").tolist() for word in WORDS]
+        return all(len(each) == 1 for each in ids) and len(set(map(tuple, ids))) == len(WORDS)
 
 
 def batch(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
@@ -204,9 +218,13 @@ def batch(documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, weights
 
 
-def _document(tokens: np.ndarray, weights: np.ndarray, answers: np.ndarray) -> Document:
-    return Document(tokens.astype(np.int32), weights.astype(np.float32), answers)
+def _document(
+    tokens: np.ndarray, weights: np.ndarray, answers: np.ndarray, *, context: int = 0
+) -> Document:
+    return Document(tokens.astype(np.int32), weights.astype(np.float32), answers, context)
 
 
-def _encode(tokenizer: Any, text: str) -> np.ndarray:
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+def encode(tokenizer: Any, text: str) -> np.ndarray:
+    """The tokens int32[n] of a text."""
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray(found, np.int32)

@@ -173,9 +173,85 @@ def test_generate(capsys, folder, tmp_path):
     for wrong, message in (
         ((*arguments, "--temperature", 2.0), "--temperature needs --seed"),
         (("generate", folder, "--prompt", "a"), "is no language model"),
-        (("sample", model), "is a language model; `effjax sample` is for diffusion"),
-        (("search", folder, tmp_path / "x", "--method", "moa"), "searched on texts of your own"),
+        (("sample", model), "is a language model; use `effjax generate`"),
+        (("search", folder, tmp_path / "x", "--method", "moa"), "moa is for language models"),
     ):
         status, figures, error = run(capsys, *wrong)
         assert (status, figures) == (1, None)
         assert message in error
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    """A tiny random language model, and a text for it."""
+    write_language_model(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
+    return tmp_path / "llama", ("--texts", tmp_path / "text.txt", "--tokens", 40)
+
+
+def test_compress_and_bench_a_language_model(capsys, tmp_path, language_model):
+    model, texts = language_model
+    fields = ("--set", "k_density=0.5", "--set", "v_density=0.5", "--set", "window=4")
+    options = (*texts, "--steps", 2, "--checkpoints", tmp_path / "steps")
+    status, figures, _ = run(
+        capsys, "compress", model, tmp_path / "low", "--method", "cskv", *fields, *options
+    )
+    assert status == 0
+    assert figures["plan"]["k_density"] == 0.5
+    assert (tmp_path / "steps" / "2").is_dir()
+    timed = ("--new", 4, "--repeats", 1, "--batch", 2)
+    status, figures, _ = run(capsys, "bench", tmp_path / "low", *texts, *timed)
+    assert status == 0
+    assert figures["ratio"]["kv_bytes"] < 1
+    assert figures["dense"]["weight_bytes"] == figures["compressed"]["weight_bytes"] - sum(
+        2 * 4 * (16 * 8 + 8 * 16) for _ in range(2)
+    )
+    for side in ("dense", "compressed"):
+        assert figures[side]["decode_tokens_per_second"] > 0
+        assert 0 <= figures[side]["answers_right"] <= 1
+    other = run(
+        capsys, "compress", model, tmp_path / "few", "--method", "snap_kv", "--set", "ratio=0.5"
+    )
+    assert other[1]["plan"]["ratio"] == 0.5
+    assert run(capsys, "generate", tmp_path / "few", "--prompt", "a " * 64)[0] == 1
+
+
+def test_quantize_a_language_model(capsys, tmp_path, language_model):
+    model, texts = language_model
+    for method in ("gptq", "awq", "round_to_nearest"):
+        arguments = ("quantize", model, tmp_path / method, "--method", method, "--bits", "w4")
+        status, figures, _ = run(capsys, *arguments, *texts, "--samples", 2)
+        assert status == 0
+        assert figures["weight_bytes"] < figures["weight_bytes_before"]
+        assert run(capsys, "info", tmp_path / method / "model")[0] == 0
+
+
+def test_search_spans_of_a_language_model(capsys, tmp_path, language_model):
+    model, _ = language_model
+    options = ("--lengths", "64,128,96", "--density", 0.75, "--samples", 2)
+    arguments = ("search", model, tmp_path / "spans", "--method", "moa", *options)
+    status, figures, _ = run(capsys, *arguments)
+    assert status == 0
+    assert len(figures["plan"]["alphas"]) == 2
+
+
+def test_commands_on_language_models_name_what_is_wrong(capsys, tmp_path, language_model, folder):
+    model, texts = language_model
+    new = tmp_path / "new"
+    for wrong, message in (
+        (("compress", model, new, "--method", "dit_fast_attn"), "is no cache of a language"),
+        (("compress", model, new, "--method", "gptq"), "is no cache of a language model"),
+        (("compress", model, new, "--set", "bits"), "--set takes NAME=NUMBER"),
+        (("compress", model, new, "--set", "size=2"), "unknown fields ['size']"),
+        (("compress", folder, new), "is no language model"),
+        (("compress", model, model), "exists; choose another destination"),
+        (("search", model, new, "--method", "vidit_q"), "is not searched on language models"),
+        (("search", model, new, "--method", "moa", "--lengths", "32"), "two lengths or more"),
+        (("search", model, new, "--method", "moa", "--lengths", "30,60"), "multiples of 16"),
+        (("bench", model), "is not compressed"),
+        (("compress", model, new, *texts[:3], 9000), "texts of 9000 cannot be cut from it"),
+    ):
+        status, figures, error = run(capsys, *wrong)
+        assert (status, figures) == (1, None)
+        assert message in error
+    assert not new.exists()

@@ -31,7 +31,7 @@ LAYERS = [
     ["converters"],
     ["effjax.pipelines"],
     ["experiments"],
-    ["effjax.cli"],
+    ["effjax.cli", "effjax.cli_text"],
 ]
 ENTRY = "effjax"  # resolves its public names lazily, so only what lies above pipelines uses it
 

@@ -1,0 +1,238 @@
+"""The commands of `effjax` on language models: search, quantize, compress and bench.
+
+Texts to calibrate and judge on come from a file, or else from `experiments.texts`: Python's own
+library, and questions about pass keys (or, where the tokenizer has a token for every word, lookups)
+that were told long before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.cost import state_bytes, weight_bytes
+from effjax.forward import METHODS
+from effjax.generate import Reading, generate, perplexity, prefill, score
+from effjax.models.llama import Llama
+from effjax.pipelines import TextPipeline
+from effjax.quant import restore
+from effjax.transform import Method, Pair, Plan
+from experiments import texts
+from experiments.llm.retrieval import right
+
+Figures = tuple[dict[str, Any], str]
+
+
+def world(pipe: TextPipeline, arguments: argparse.Namespace) -> texts.World:
+    """What texts are cut from.
+
+    Raises:
+        ValueError: for a file that is shorter than a text.
+    """
+    if arguments.texts is None:
+        return texts.World.of(pipe.tokenizer, held_out=True)
+    found = texts.World(pipe.tokenizer, texts.encode(pipe.tokenizer, arguments.texts.read_text()))
+    if len(found.text) <= arguments.tokens:
+        raise ValueError(
+            f"{arguments.texts} has {len(found.text)} tokens, texts of {arguments.tokens} cannot "
+            f"be cut from it; give a longer file, or --tokens"
+        )
+    return found
+
+
+def passages(source: texts.World, length: int, count: int, *, seed: int) -> np.ndarray:
+    """Texts int32[count, length]."""
+    rng = np.random.default_rng((seed, length))
+    return np.stack([source.passage(rng, length).tokens for _ in range(count)])
+
+
+def questions(source: texts.World, length: int, count: int, *, seed: int) -> list[texts.Document]:
+    """Texts whose answers stand far back."""
+    rng = np.random.default_rng((seed, length))
+    make = source.lookup if source.has_words else source.passkey
+    options: dict[str, Any] = {"questions": 8} if source.has_words else {}
+    return [make(rng, length, **options) for _ in range(count)]
+
+
+def search(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) -> Figures:
+    """Search spans on answers that stand far back; save the pipeline with them."""
+    from effjax.methods import moa
+
+    if method.name != moa.METHOD.name:
+        raise ValueError(f"{method.name} is not searched on language models; moa is")
+    lengths = sorted(int(length) for length in arguments.lengths.split(","))
+    if len(lengths) < 2:
+        raise ValueError(f"give two lengths or more, the last one to validate; got {lengths}")
+    block = 64 if min(lengths) >= 2048 else 16
+    if wrong := [length for length in lengths if length % block]:
+        raise ValueError(f"lengths must be multiples of {block} tokens, got {wrong}")
+    source, count = texts.World.of(pipe.tokenizer), arguments.samples
+
+    def samples(length: int, seed: int) -> moa.Samples:
+        rng, asked = np.random.default_rng(seed), questions(source, length, count, seed=seed)
+        found = [source.filled(rng, document, length) for document in asked]
+        weights = np.zeros((len(found), length), np.float32)
+        for row, document in zip(weights, found, strict=True):
+            row[document.answers] = 1
+        return np.stack([document.tokens for document in found]), weights
+
+    profiled, validated = lengths[:-1], lengths[-1]
+    plan = moa.search(
+        pipe.forward,
+        pipe.params,
+        {length: samples(length, 1) for length in profiled},
+        validation=samples(validated, 2),
+        density=arguments.density,
+        extend=[validated],
+        rules=moa.rule_grid(profiled, [validated], step=max(min(profiled) // 4, block)),
+        block=block,
+        sink=block,
+        floor=2 * block,
+    )
+    return _saved(pipe, method, plan, (), arguments.destination)
+
+
+def quantize(
+    pipe: TextPipeline, method: Method, plan: Plan, arguments: argparse.Namespace
+) -> Figures:
+    """Quantise weights, calibrated on texts."""
+    learned = ()
+    if method.calibrate is not None:
+        source = world(pipe, arguments)
+        tokens = passages(source, arguments.tokens, arguments.samples, seed=arguments.seed)
+        pair = pipe.forward, pipe.params
+        made = method.calibrate(plan, *pair, None, jnp.asarray(tokens), key=None, uncond=None)
+        learned = (made,)
+    return _saved(pipe, method, plan, learned, arguments.destination)
+
+
+def compress(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) -> Figures:
+    """Give a model a smaller cache, trained if the method trains."""
+    if not issubclass(method.tiny().forward.model, Llama) or "edits" not in method.seams:
+        raise ValueError(f"{method.name} is no cache of a language model; see `effjax methods`")
+    given = dict(setting.partition("=")[::2] for setting in arguments.set)
+    try:
+        plan = method.plan.from_dict({name: json.loads(value) for name, value in given.items()})
+    except json.JSONDecodeError:
+        raise ValueError(f"--set takes NAME=NUMBER, got {arguments.set}") from None
+    learned = ()
+    if method.calibrate is not None:
+        learned = (_trained(pipe, plan, arguments),)
+    return _saved(pipe, method, plan, learned, arguments.destination)
+
+
+def _trained(pipe: TextPipeline, plan: Any, arguments: argparse.Namespace) -> Any:
+    from effjax.methods import cskv
+
+    source, pair = world(pipe, arguments), (pipe.forward, pipe.params)
+
+    def batches(start: int) -> Any:
+        step = start
+        while True:
+            yield passages(source, arguments.tokens, 4, seed=step)
+            step += 1
+
+    calibration = [passages(source, arguments.tokens, arguments.samples, seed=1 << 30)]
+    start = cskv.factors(plan, *pair, cskv.magnitudes(*pair, calibration))
+    if arguments.steps == 0:
+        return start
+    return cskv.fit(
+        plan,
+        *pair,
+        start,
+        batches,
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        checkpoints=arguments.checkpoints,
+    )[0]
+
+
+def _saved(
+    pipe: TextPipeline, method: Method, plan: Plan, learned: tuple, destination: Path
+) -> Figures:
+    small = pipe.transform(method.transform(plan, *learned))
+    small.save(destination)
+    before, after = weight_bytes(pipe.params), weight_bytes(small.params)
+    figures = {
+        "destination": str(destination),
+        "plan": plan.to_dict(),
+        "weight_bytes": after,
+        "weight_bytes_before": before,
+    }
+    return figures, (
+        f"{plan.describe()}\n{before:,} bytes of weights are {after:,} now\nsaved {destination}"
+    )
+
+
+def bench(pipe: TextPipeline, arguments: argparse.Namespace) -> Figures:
+    """The compressed model and its dense one take turns."""
+    forward, length, new = pipe.forward, arguments.tokens, arguments.new
+    if not forward.recipe:
+        raise ValueError(
+            f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
+            f"model with `effjax compress`, `effjax search` or `effjax quantize`."
+        )
+    source = world(pipe, arguments)
+    weights = {name: leaf for name, leaf in pipe.params.items() if name != METHODS}
+    weights = restore(weights, forward.config.param_dtype)
+    pairs: dict[str, Pair] = {
+        "dense": (dataclasses.replace(forward, edits=(), recipe=()), weights),
+        "compressed": (forward, pipe.params),
+    }
+    prompts = passages(source, length, arguments.batch, seed=arguments.seed)
+    asked = questions(source, length, arguments.batch, seed=arguments.seed)
+    figures: dict[str, Any] = {
+        name: {
+            "weight_bytes": weight_bytes(pair[1]),
+            "kv_bytes": _kv_bytes(pair, length, new),
+            "perplexity": _perplexity(pair, prompts),
+            "answers_right": float(right(pair, asked).mean()),
+            "prefill_tokens_per_second": 0.0,
+            "decode_tokens_per_second": 0.0,
+        }
+        for name, pair in pairs.items()
+    }
+    for round_ in range(arguments.repeats + 1):  # the first one compiles
+        for name, pair in pairs.items():
+            began = time.perf_counter()
+            session = jax.block_until_ready(prefill(*pair, prompts, new=new))
+            read = time.perf_counter()
+            generate(*pair, session=session, max_new_tokens=new)
+            done = time.perf_counter()
+            if round_:
+                speeds = {
+                    "prefill_tokens_per_second": prompts.size / (read - began),
+                    "decode_tokens_per_second": len(prompts) * new / (done - read),
+                }
+                own = figures[name]
+                own.update({key: max(own[key], value) for key, value in speeds.items()})
+    dense, compressed = figures["dense"], figures["compressed"]
+    figures["ratio"] = {
+        name: compressed[name] / dense[name] if dense[name] else math.nan for name in dense
+    }
+    lines = [f"{'':26}{'dense':>14}{'compressed':>14}{'ratio':>9}"]
+    for name in dense:
+        values = f"{dense[name]:>14.4g}{compressed[name]:>14.4g}{figures['ratio'][name]:>9.3f}"
+        lines.append(f"{name:26}{values}")
+    return figures, "\n".join(lines)
+
+
+def _kv_bytes(pair: Pair, length: int, new: int) -> int:
+    """Of the cache of one text."""
+    tokens = jnp.zeros((1, length + new), jnp.int32)
+    return state_bytes(Reading(length, new).init(*pair, tokens).state)
+
+
+def _perplexity(pair: Pair, tokens: np.ndarray) -> float:
+    """Of the last quarter of texts, which goes through the cache."""
+    context = tokens.shape[1] * 3 // 4
+    return perplexity(score(*pair, tokens, context=context)[:, context:])
