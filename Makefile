@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint aot docs clean
+.PHONY: demo demo-llm test lint aot docs clean
 
 demo: $(VENV)/.core
 	$(BIN)/effjax demo
+
+# The same for a language model: converted, compressed, asked what its context told it.
+demo-llm: $(VENV)/.core
+	$(BIN)/effjax demo --llm
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

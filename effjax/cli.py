@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     demo = add("demo", _demo, "convert, search, sample and compare on the bundled tiny DiT")
+    demo.add_argument("--llm", action="store_true", help="on the bundled tiny language model")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder of results")
     demo.add_argument("--steps", type=int, default=20)
     demo.add_argument("--images", type=int, default=128, help="images of each program")
@@ -155,6 +156,12 @@ def _text_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> tuple[Any, str]:
+    if arguments.llm:
+        from experiments.llm import demo as llm_demo
+
+        rows = llm_demo.run(seed=arguments.seed)
+        return rows, llm_demo.table(rows)
+
     from experiments import demo
 
     report = demo.run(

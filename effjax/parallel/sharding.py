@@ -38,10 +38,15 @@ TENSOR_PARALLEL: tuple[Rule, ...] = (
     (rf".*blocks\..*\.({_NARROW})\.kernel", ("model", None)),
     (r"head\.kernel", (None, "model")),
     (r"table", ("model", None)),
+    # CSKV: every head is rebuilt from all features
+    (r"methods\.cskv\..*\.up_[kv]", (None, "model")),
 )
 
-# Of states: keys and values [B, C, K, D] by rows and heads.
-CACHES: tuple[Rule, ...] = ((r".*\.core\.[kv]", ("data", None, "model", None)),)
+# Of states: keys and values [B, C, K, D] by rows and heads; features [B, C, R] belong to all heads.
+CACHES: tuple[Rule, ...] = (
+    (r".*\.core\.[kv](_open)?", ("data", None, "model", None)),
+    (r".*\.core\.[kv]_features(_open)?", ("data", None, None)),
+)
 
 
 def device_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:

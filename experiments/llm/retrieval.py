@@ -1,6 +1,6 @@
 """Caches on the bundled tiny language model: what it still finds in its context, and the bytes.
 
-    python -m experiments.llm.retrieval --cache DIR
+    python -m experiments.llm.retrieval kinds --cache DIR      (or: factors, moa)
 
 A context of `put KEY VALUE` lines is read once; then eight `get KEY` questions follow through the
 cache, so no method knows what will be asked. Every method answers the same questions. For
@@ -36,7 +36,7 @@ from experiments import report, texts, train_llm
 QUESTIONS = 8
 TAIL = 4 * QUESTIONS  # tokens of the questions
 SPANS = {"block": 16, "sink": 16, "floor": 32}  # of MoA, for short texts
-PROFILED, VALIDATED, TESTED = (256, 512), 704, (256, 384, 512, 640, 800)
+PROFILED, VALIDATED, TESTED = (256, 512), 704, (256, 512, 800)
 ROWS = 16  # documents at a time
 
 Documents = Sequence[texts.Document]
@@ -321,30 +321,36 @@ def kept(cache: Path | None, name: str, make: Callable[[], cskv.Factors]) -> csk
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=("kinds", "factors", "moa"))
     parser.add_argument("--cache", type=Path, help="folder of plans and factors")
     parser.add_argument("--documents", type=int, default=64, help="with eight questions each")
-    parser.add_argument("--samples", type=int, default=32, help="of the search, for each length")
+    parser.add_argument("--samples", type=int, default=32, help="of MoA's search, for each length")
     parser.add_argument("--steps", type=int, default=400, help="of the training of factors")
-    parser.add_argument("--densities", type=float, nargs="*", default=[0.5])
+    parser.add_argument("--density", type=float, default=0.5, help="of MoA")
     arguments = parser.parse_args(argv)
     subject = Subject.load()
     documents = subject.lookups(512, arguments.documents, seed=2)
-    tables: dict[str, report.Rows] = {}
-    for density in arguments.densities:
-        plan = moa_plan(subject, density, arguments.samples, arguments.cache)
-        name = f"MoA_at_density_{density:g}_against_one_window_for_all_heads"
-        tables[name] = against_windows(subject, plan, arguments.documents)
+    training, common = (arguments.steps, arguments.cache), f"--documents {arguments.documents}"
+    if arguments.table == "kinds":
+        title = "Kinds of caches on the tiny language model"
+        options = f"--steps {arguments.steps}"
+        rows = kinds(subject, documents, best_factors(subject, *training))
+    elif arguments.table == "factors":
+        title = "CSKV's factors on the tiny language model: 2 and 4 of 32 channels"
+        options = f"--steps {arguments.steps}"
+        rows = cskv_rows(subject, documents, factor_cases(subject, *training))
+    else:
+        title = "MoA against one window for all heads on the tiny language model"
+        options = f"--samples {arguments.samples} --density {arguments.density}"
+        plan = moa_plan(subject, arguments.density, arguments.samples, arguments.cache)
         print(plan.describe())
-    cases = factor_cases(subject, arguments.steps, arguments.cache)
-    factors = best_factors(subject, arguments.steps, arguments.cache)
-    tables["CSKV_with_2_and_4_of_32_channels"] = cskv_rows(subject, documents, cases)
-    tables["kinds_of_caches"] = kinds(subject, documents, factors)
+        rows = against_windows(subject, plan, arguments.documents)
     report.write(
-        "llm_retrieval",
-        title="Caches on the tiny language model",
-        command=f"python -m experiments.llm.retrieval --cache DIR --documents "
-        f"{arguments.documents} --samples {arguments.samples} --steps {arguments.steps}",
-        **tables,
+        f"llm_{arguments.table}",
+        title=title,
+        command=f"python -m experiments.llm.retrieval {arguments.table} --cache DIR {common} "
+        f"{options}",
+        rows=rows,
     )
 
 
