@@ -107,9 +107,7 @@ class Forward:
         Raises:
             ValueError: for parameters or state that do not fit, all listed at once.
         """
-        module = self.edited(params, inputs, self._step(step), guidance)
-        held = _named_states(module)
-        _load_state(held, state)
+        module, held = self._loaded(params, state, inputs, self._step(step), guidance)
         outputs = module(*inputs)
         kept = {path: variable for path, variable in held.items() if not variable.empty}
         return outputs, {path: variable.get_value() for path, variable in kept.items()}
@@ -232,6 +230,25 @@ class Forward:
         for edit in self.edits:
             edit(module, context)
         return module
+
+    def loaded(
+        self, params: Params, state: StateDict, *inputs: PyTree, step: Step | None = None
+    ) -> Model:
+        """What `edited` gives, with a state in it: to ask its wrappers what they hold."""
+        return self._loaded(params, state, inputs, self._step(step), None)[0]
+
+    def _loaded(
+        self,
+        params: Params,
+        state: StateDict,
+        inputs: tuple[PyTree, ...],
+        step: Step,
+        guidance: Guidance | None,
+    ) -> tuple[Model, dict[str, State]]:
+        module = self.edited(params, inputs, step, guidance)
+        held = _named_states(module)
+        _load_state(held, state)
+        return module, held
 
     def abstract_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
         """The unedited model's parameters as shapes, in the configuration's dtype or in `dtype`."""

@@ -532,6 +532,35 @@ def caches(forward: Forward, params: Params) -> dict[str, KVCache]:
     return found
 
 
+class CacheBytes(NamedTuple):
+    """Bytes of caches.
+
+    Attributes:
+        allocated: what the arrays take.
+        useful: the part of slots that hold a token.
+    """
+
+    allocated: int
+    useful: int
+
+
+def cache_bytes(params: Params, session: Session) -> CacheBytes:
+    """What the caches of a session take, and how much of that its texts use."""
+
+    @jax.jit
+    def shares(params: Params, session: Session) -> dict[str, Array]:
+        token = jnp.zeros((session.lengths.shape[0], 1), jnp.int32)
+        module = session.forward.loaded(params, session.state, token, step=1)
+        found = ((canonical(p), node) for p, node in nnx.iter_graph(module))
+        return {p: node.filled(session.lengths) for p, node in found if isinstance(node, KVCache)}
+
+    allocated, useful = 0, 0.0
+    for path, share in shares(params, session).items():
+        own = sum(leaf.nbytes for name, leaf in session.state.items() if name.startswith(path))
+        allocated, useful = allocated + own, useful + own * float(share)
+    return CacheBytes(allocated, round(useful))
+
+
 def split(tokens: np.ndarray, lengths: np.ndarray, chunk: int) -> list[tuple[Any, Any]]:
     """Prompts in pieces of columns, with the positions of each piece."""
     pieces = []

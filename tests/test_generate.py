@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from effjax import generate as generation
+from effjax import testing
+from effjax.cost import state_bytes
 from effjax.generate import (
     Sampling,
+    cache_bytes,
     extend,
     generate,
     perplexity,
@@ -19,6 +22,7 @@ from effjax.generate import (
     score,
 )
 from effjax.layers.kv_cache import Caches, as_it_is
+from effjax.methods import moa
 from effjax.samplers import sample_keys
 from tests.models.test_llama import ARRAYS, CONFIGS, MASK, load
 
@@ -274,3 +278,23 @@ def test_a_generated_text_is_a_value(model, greedy):
 def test_a_repetition_penalty_needs_what_occurred():
     with pytest.raises(ValueError, match="which tokens occurred"):
         process_logits(jnp.zeros((1, 4)), Sampling(repetition_penalty=1.2))
+
+
+def test_bytes_of_a_cache_and_what_a_text_uses(model):
+    forward, params = model
+    session = prefill(forward, params, [list(range(12)), list(range(6))], new=8)
+    found = cache_bytes(params, session)
+    assert found.allocated == state_bytes(session.state)
+    assert found.useful == pytest.approx(found.allocated * (12 + 6) / 2 / 20, abs=1)
+
+
+def test_slots_of_spans_are_all_used_by_long_texts():
+    subject = testing.tiny_llama()
+    plan = moa.MoAPlan(((0.0, 0.0),) * 2, ((0.2, 0.5),) * 2, block=2, sink=2, floor=4)
+    for layout in moa.LAYOUTS:
+        forward, params = moa.transform(dataclasses.replace(plan, layout=layout))(
+            subject.forward, subject.params
+        )
+        session = prefill(forward, params, subject.cond[:, :16], new=4)
+        found = cache_bytes(params, session)
+        assert found.allocated == found.useful == state_bytes(session.state)

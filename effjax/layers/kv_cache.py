@@ -143,6 +143,10 @@ class KVCache(Wrapper, abc.ABC):
         G is 1 where all heads hold the same tokens.
         """
 
+    def filled(self, lengths: Lengths) -> Float[Array, ""]:
+        """Share of the slots that hold a token."""
+        return jnp.mean((self.positions(lengths) >= 0).astype(jnp.float32))
+
 
 def _known(positions: Positions | None, q: Heads) -> Positions:
     if positions is None:

@@ -572,6 +572,10 @@ class SpanCache(KVCache):
         ]
         return jnp.stack(padded, axis=1)
 
+    def filled(self, lengths: Lengths) -> Float[Array, ""]:
+        slots = lengths.shape[0] * sum(self.slots)
+        return jnp.sum(self.positions(lengths) >= 0).astype(jnp.float32) / slots
+
 
 class GroupedCache(SpanCache):
     """One pair of arrays [B, C, heads, D] for the heads that have equally many slots."""

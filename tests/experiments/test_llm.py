@@ -1,0 +1,78 @@
+"""The experiments on language models, at the smallest scale, and what their results say."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from effjax.models.llama import LlamaConfig
+from experiments import report, train_llm
+from experiments.llm import decode, demo, retrieval, speed
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    return lambda name: json.loads((tmp_path / f"{name}.json").read_text())["tables"]["rows"]
+
+
+def committed(name):
+    return json.loads((report.RESULTS / f"{name}.json").read_text())["tables"]["rows"]
+
+
+def test_answers_through_the_cache_are_those_of_one_call():
+    subject = retrieval.Subject.load()
+    documents = subject.lookups(64, 2, seed=0)
+    found = retrieval.right(subject.exact, documents)
+    assert found.shape == (2, 8)
+    assert found.mean() == train_llm.accuracy(*subject.exact, documents)
+
+
+def test_the_demo_compresses_and_answers(capsys):
+    rows = demo.run(documents=1, length=128)
+    dense, *others = rows
+    assert dense["answers_right_%"] == 100
+    assert all(row["cache_bytes"] < dense["cache_bytes"] for row in others)
+    assert others[-1]["weight_bytes"] < dense["weight_bytes"]
+    assert dense["says"].startswith("get ")
+    assert demo.table(rows).count("%") == len(rows)
+
+
+@pytest.mark.torch
+def test_speed_is_compared_on_equal_tokens(results):
+    pytest.importorskip("torch")
+    options = ["--dtypes", "float32", "--batches", "2", "--read-batches", "2", "--prompt", "16"]
+    speed.main([*options, "--new", "3", "--layers", "1", "--repeats", "1"])
+    rows = results("llm_speed_cpu")
+    assert [row["equal_tokens"] for row in rows] == [1.0, 1.0]
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_decoding_is_timed_for_every_kind(results, monkeypatch):
+    small = LlamaConfig(vocab_size=64, num_layers=1, width=128, hidden=64, head_dim=8)
+    small = dataclasses.replace(small, max_positions=decode.SHAPE.max_positions)
+    monkeypatch.setattr(decode, "SHAPE", small)
+    decode.main(["--lengths", "2048", "--new", "2", "--repeats", "1"])
+    rows = {row["cache"]: row for row in results("llm_decode_cpu")}
+    assert rows["dense"]["bytes_of_dense"] == 1
+    assert rows["moa"]["bytes_of_dense"] == pytest.approx(0.47, abs=0.03)
+    assert all(row["milliseconds_a_token"] > 0 for row in rows.values())
+
+
+def test_spans_by_head_beat_one_window():
+    """What the paper promises: ten points at an equal density, for certain."""
+    rows = committed("llm_moa")
+    for row in rows:
+        low, _ = map(float, row["gain_95_%"].split(" ... "))
+        assert row["dense_right_%"] >= 90
+        assert row["gain"] >= 10
+        assert low > 0
+
+
+def test_features_beat_eviction_at_equal_bytes():
+    rows = {row["cache"]: row for row in committed("llm_kinds")}
+    low, dense = rows["cskv, 4 and 8 of 32 channels"], rows["dense"]
+    fifth = rows["streaming_llm, 20% of the tokens"]
+    assert low["right_%"] > fifth["right_%"] + 10
+    assert np.isclose(low["right_%"], dense["right_%"], atol=2)
