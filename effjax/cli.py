@@ -102,7 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--steps", type=int, default=400, help="of training, if there is any")
     compress.add_argument("--learning-rate", type=float, default=5e-5)
     compress.add_argument("--checkpoints", type=Path, help="folder; a second run resumes")
-    compress.add_argument("--seed", type=int, default=0)
     compress.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
     _text_arguments(compress)
 

@@ -32,14 +32,16 @@ from experiments.llm.retrieval import right
 Figures = tuple[dict[str, Any], str]
 
 
-def world(pipe: TextPipeline, arguments: argparse.Namespace) -> texts.World:
-    """What texts are cut from.
+def world(
+    pipe: TextPipeline, arguments: argparse.Namespace, *, held_out: bool = False
+) -> texts.World:
+    """What texts are cut from: a file, or the part of the library that is (not) held out.
 
     Raises:
         ValueError: for a file that is shorter than a text.
     """
     if arguments.texts is None:
-        return texts.World.of(pipe.tokenizer, held_out=True)
+        return texts.World.of(pipe.tokenizer, held_out=held_out)
     found = texts.World(pipe.tokenizer, texts.encode(pipe.tokenizer, arguments.texts.read_text()))
     if len(found.text) <= arguments.tokens:
         raise ValueError(
@@ -181,7 +183,7 @@ def bench(pipe: TextPipeline, arguments: argparse.Namespace) -> Figures:
             f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
             f"model with `effjax compress`, `effjax search` or `effjax quantize`."
         )
-    source = world(pipe, arguments)
+    source = world(pipe, arguments, held_out=True)
     weights = {name: leaf for name, leaf in pipe.params.items() if name != METHODS}
     weights = restore(weights, forward.config.param_dtype)
     pairs: dict[str, Pair] = {

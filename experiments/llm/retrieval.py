@@ -5,7 +5,8 @@
 A context of `put KEY VALUE` lines is read once; then eight `get KEY` questions follow through the
 cache, so no method knows what will be asked. Every method answers the same questions. For
 perplexity library text that training did not see is continued: half is read at once, half goes
-through the cache. Everything is bfloat16; bytes are those that the cache allocates.
+through the cache. Everything is bfloat16; bytes are those that the cache allocates. CSKV's factors
+are trained on the same library text (and on other lookups): its perplexities flatter it.
 
 DIR keeps what was searched and trained; without it the script makes them anew.
 """
@@ -186,7 +187,7 @@ def against_windows(subject: Subject, plan: moa.MoAPlan, count: int) -> report.R
 
 
 def token_batches(subject: Subject, start: int) -> Iterator[np.ndarray]:
-    """Training texts of 512 tokens, of other seeds than what is judged."""
+    """Texts of 512 tokens for factors, of other seeds than what is judged."""
     step = start
     while True:
         rng = np.random.default_rng((21, step))
@@ -217,7 +218,7 @@ def weighted(subject: Subject, plan: cskv.CSKVPlan) -> cskv.Factors:
 
 
 def reconstruction(subject: Subject, plan: cskv.CSKVPlan, found: cskv.Factors) -> float:
-    """Mean squared errors on texts that nothing was trained on."""
+    """Mean squared errors on documents of other seeds than those of the training."""
     batches = token_batches(subject, 20_000)
     forward, params = subject.exact
 

@@ -47,12 +47,12 @@ def correlated(inputs=64, outputs=12):
     return jnp.asarray(w), jnp.asarray((x.T @ x / 400).astype(np.float32))
 
 
-def spread(w, moment, *, group=None, damp=0.01, bits=4):
-    quantizer = Quantizer(bits, symmetric=False)
+def spread(w, moment, *, group=None, damp=0.01, bits=4, symmetric=False):
+    quantizer = Quantizer(bits, symmetric)
     leaf = quantize_matrix(w, quantizer, group_size=group)
     codes, scale, zero = gptq._spread(quantizer, group, damp, w, moment, leaf)
     every = w.shape[0] // scale.shape[0]
-    scale, zero = (jnp.repeat(part, every, axis=0) for part in (scale, zero))
+    scale, zero = jax.tree.map(lambda part: jnp.repeat(part, every, axis=0), (scale, zero))
     return np.asarray(codes), np.asarray(dequantize(codes, scale, zero)), leaf
 
 
@@ -86,11 +86,12 @@ def test_gptq_without_correlations_rounds_to_nearest():
     chex.assert_trees_all_equal(codes, leaf.codes())
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_gptq_errs_less_in_what_a_layer_computes(bits, group):
+def test_gptq_errs_less_in_what_a_layer_computes(bits, group, symmetric):
     w, moment = correlated()
-    _, found, leaf = spread(w, moment, group=group, bits=bits)
+    _, found, leaf = spread(w, moment, group=group, bits=bits, symmetric=symmetric)
 
     def squared(rounded):
         difference = np.asarray(w) - np.asarray(rounded)
@@ -183,6 +184,8 @@ def test_what_does_not_fit(method, subject):
     elsewhere = type(plan)((("nowhere", 4, 16),))
     with pytest.raises(ValueError, match="matches no layer"):
         method.transform(elsewhere)(*pair)
+    with pytest.raises(ValueError, match="leave out input_ranges"):
+        type(plan)(((".*", 4, 8),), input_ranges=(("head", 0.0, 1.0),))
     with pytest.raises(ValueError, match=r"codes have 2 \.\.\. 8 bits"):
         method.uniform(9)
 

@@ -220,10 +220,8 @@ def fit(
 
     from effjax.training import train
 
-    constant = forward.config.qkv_bias
-
     def loss(trained: Factors, batch: Array, key: Array, params: Params) -> Array:
-        return reconstruction_loss(plan, forward, params, trained, batch, constant=constant)
+        return reconstruction_loss(plan, forward, params, trained, batch)
 
     schedule = optax.linear_schedule(learning_rate, 0.0, steps)
     trained = train(
@@ -246,13 +244,11 @@ def reconstruction_loss(
     params: Params,
     trained: Factors,
     tokens: Int[Array, "B S"],
-    *,
-    constant: bool = False,
 ) -> Float[Array, ""]:
     """Sum over layers of the mean squared errors of rebuilt keys and values.
 
-    Args:
-        constant: whether the last feature is 1 (projections with biases).
+    Raises:
+        ValueError: for texts that are no whole windows, if the plan has bits.
     """
     if plan.bits != FLOAT and tokens.shape[1] % plan.window:
         raise ValueError(
@@ -263,7 +259,7 @@ def reconstruction_loss(
     for path, attn in _attentions(forward, params).items():
         x = inputs[path]
         for name, layer in {"k": attn.to_k, "v": attn.to_v}.items():
-            c = _features(x, trained[path][f"down_{name}"], constant=constant)
+            c = _features(x, trained[path][f"down_{name}"], constant=forward.config.qkv_bias)
             if plan.bits != FLOAT:
                 c = _rounded(c, plan, attn.kv_heads, keys=name == "k")
             rebuilt = jnp.dot(c, trained[path][f"up_{name}"].astype(c.dtype))

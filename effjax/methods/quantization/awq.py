@@ -55,6 +55,10 @@ Scales = Mapping[str, Array]  # s [I] by the path of what makes the inputs
 class AWQPlan(RoundToNearestPlan):
     """Bits of linear layers."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_tokens_range_themselves()
+
     def rounded(self, kernel: Float[Array, "I O"], bits: int) -> Float[Array, "I O"]:
         """A kernel as its codes say it."""
         quantizer = Quantizer(bits, self.symmetric)

@@ -62,6 +62,7 @@ class GPTQPlan(RoundToNearestPlan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_tokens_range_themselves()
         if not self.damp > 0:
             raise ValueError(f"damp must be above 0, got {self.damp}")
 
@@ -192,10 +193,12 @@ def _spread(
             members = jax.lax.dynamic_slice_in_dim(w, which * group, group)
             fresh = quantizer.fit_axes(members, 0)
             begins = start % group == 0
-            old = scale[which][None], zero[which][None]
-            used = jax.tree.map(lambda a, b: jnp.where(begins, a, b), fresh, old)
-            scale, zero = (x.at[which].set(y[0]) for x, y in zip((scale, zero), used))
-        at = scale[which], zero[which]
+            scale, zero = jax.tree.map(  # there is no zero point in symmetric codes
+                lambda old, new: old.at[which].set(jnp.where(begins, new[0], old[which])),
+                (scale, zero),
+                fresh,
+            )
+        at = jax.tree.map(lambda part: part[which], (scale, zero))
 
         def one(i: Array, held: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             rows, codes, errors = held

@@ -96,6 +96,13 @@ class RoundToNearestPlan(Plan):
                 return weights, inputs
         return FLOAT, FLOAT
 
+    def check_tokens_range_themselves(self) -> None:
+        """Raise ValueError for calibrated ranges, for methods that do not know them."""
+        if self.input_ranges:
+            raise ValueError(
+                f"in a {type(self).__name__} each token has its own range; leave out input_ranges"
+            )
+
     def quantizer(self, path: str) -> Quantizer:
         """Of the weights of the layer at a path, which must have codes."""
         return Quantizer(self.bits(path)[0], self.symmetric)
