@@ -183,7 +183,7 @@ def _spread(
     upper = jnp.linalg.cholesky(jnp.linalg.inv(moment)).T
     scale, zero = leaf.scale, leaf.zero_point
 
-    def block(carry: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], Array]:
+    def block(carry: Any, number: Array) -> tuple[Any, Array]:
         w, scale, zero = carry
         start = number * size
         rows = jax.lax.dynamic_slice_in_dim(w, start, size)
