@@ -26,6 +26,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped():
+    """Compiled programs go with their module: a process may map so much memory, and no more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Only this machine can be reached."""

@@ -1,6 +1,7 @@
 """Caches: where tokens go, what queries see, what is refused, what it weighs."""
 
 import itertools
+from functools import partial
 
 import chex
 import jax
@@ -37,18 +38,25 @@ def texts(rows=2, tokens=TEXT):
 
 def run(kind, calls, *, core_window=None, **options):
     """Outputs of a cache for calls (columns, positions) on `texts`; states are carried along."""
-    outputs, values = [], None
-    for number, (columns, positions) in enumerate(calls):
+
+    @partial(jax.jit, static_argnums=0)
+    def call(first, parts, positions, values):
         core = CausalCore(Rotary(8, theta=100.0), window=core_window)
-        cache = kind(core, first=number == 0, room=Room(16, 16), **options)
+        cache = kind(core, first=first, room=Room(16, 16), **options)
         held = states(cache)
         for path, state in held.items():
-            state.set_metadata(path=str(path), creating=values is None)
-            if values is not None:
+            state.set_metadata(path=str(path), creating=first)
+            if not first:
                 state.set_value(values[path])
+        out = cache(*parts, positions)
+        return out, {path: state.get_value() for path, state in held.items()}
+
+    outputs, values = [], {}
+    for number, (columns, positions) in enumerate(calls):
         parts = [x[:, columns] for x in texts()]
-        outputs.append(cache(*parts, None if positions is None else jnp.asarray(positions)))
-        values = {path: state.get_value() for path, state in held.items()}
+        positions = None if positions is None else jnp.asarray(positions)
+        out, values = call(number == 0, parts, positions, values)
+        outputs.append(out)
     return outputs, values
 
 
