@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from effjax.context import Room, State
 from effjax.layers.attention import Heads, KeyHeads, Positions
 from effjax.layers.kv_cache import KVCache, Lengths, lengths_after, put, take
-from pallas_kernels.decode_attention import decode_attention, pack_int4
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.merge import merge
 
 Tokens = Mapping[str, Shaped[Array, "B S ..."]]
@@ -169,26 +169,3 @@ class TumblingCache(KVCache):
             getattr(self, name).write(value)
         for name, value in opened.items():
             getattr(self, f"{name}_open").write(value)
-
-
-def to_codes(x: Float[Array, "..."], bits: int, *, axis: int) -> tuple[Array, Array, Array]:
-    """Codes int8, and scale and offset float32 with x = code scale + offset, one along an axis."""
-    x = x.astype(jnp.float32)
-    low, high = jnp.min(x, axis, keepdims=True), jnp.max(x, axis, keepdims=True)
-    scale = jnp.maximum((high - low) / (2**bits - 1), 1e-8)
-    half = 2 ** (bits - 1)
-    codes = jnp.clip(jnp.round((x - low) / scale), 0, 2**bits - 1) - half
-    return codes.astype(jnp.int8), scale, low + half * scale
-
-
-def pack(codes: Integer[Array, "... D"], bits: int) -> Integer[Array, "... E"]:
-    """Two codes of 4 bits in a byte, see `pallas_kernels.decode_attention.pack_int4`."""
-    return pack_int4(codes) if bits == 4 else codes
-
-
-def unpack(codes: Integer[Array, "... E"], bits: int) -> Integer[Array, "... D"]:
-    """The inverse of `pack`."""
-    if bits != 4:
-        return codes
-    planes = (codes << 4).astype(jnp.int8), codes.astype(jnp.int8)  # the sign bit on top
-    return jnp.concatenate([plane >> 4 for plane in planes], axis=-1)

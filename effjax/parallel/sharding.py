@@ -42,10 +42,11 @@ TENSOR_PARALLEL: tuple[Rule, ...] = (
     (r"methods\.cskv\..*\.up_[kv]", (None, "model")),
 )
 
-# Of states: keys and values [B, C, K, D] by rows and heads; features [B, C, R] belong to all heads.
+# Of states: keys, values and their scales [B, C, K, D] by rows and heads; features [B, C, R] and
+# slots of a flat cache [B, N, D] by rows.
 CACHES: tuple[Rule, ...] = (
-    (r".*\.core\.[kv](_open)?", ("data", None, "model", None)),
-    (r".*\.core\.[kv]_features(_open)?", ("data", None, None)),
+    (r".*\.core\.[kv](_open|_scale|_offset)?(\.\d+)?", ("data", None, "model", None)),
+    (r".*\.core\.[kv]_(slots|features(_open)?)", ("data", None, None)),
 )
 
 

@@ -74,11 +74,12 @@ def _cache(tokens: int, width: int) -> tuple[Any, ...]:
     return _struct((8, 1, 32, width), _bf16), cache, cache, _struct((8,), jnp.int32)
 
 
-def _int4_cache(tokens: int) -> tuple[Any, ...]:
+def _int4_cache(tokens: int, *, by_token: bool = False) -> tuple[Any, ...]:
     q, _, _, lengths = _cache(tokens, 128)
     codes = _struct((8, tokens, 8, 64), jnp.uint8)
-    scales = _struct((8, tokens // 32, 8, 128), _bf16), _struct((8, tokens, 8, 1), _bf16)
-    return q, codes, codes, lengths, *scales, *scales
+    of_values = _struct((8, tokens, 8, 1), _bf16)
+    of_keys = of_values if by_token else _struct((8, tokens // 32, 8, 128), _bf16)
+    return q, codes, codes, lengths, *(of_keys, of_values) * 2
 
 
 _CAPACITIES = [128, 8192, 1024, 512, 256, 4096, 2048, 192] * 4
@@ -160,6 +161,7 @@ DECODE: dict[str, Case] = {
     "decode, 32768 keys": (decode_attention, _cache(32768, 128)),
     "decode, uneven": (decode_attention, _cache(1000, 80)),
     "decode, int4 cache": (_quantized_cache, _int4_cache(32768)),
+    "decode, int4 cache, keys by token": (_quantized_cache, _int4_cache(16384, by_token=True)),
     "decode, rings of each head": (
         partial(flat_decode_attention, head_start=_STARTS, head_capacity=_CAPACITIES),
         (

@@ -203,8 +203,9 @@ def quantized_decode_attention(
         q: float[B, S, H, D], 1 <= S <= 8.
         k, v: int8[B, T, K, D] and [B, T, K, W], or uint8 with half the last axis.
         lengths: as in `decode_attention`.
-        k_scale, k_offset: float[B, G, K, D], for each channel and T / G consecutive tokens; G = 1:
-            one for all tokens.
+        k_scale, k_offset: float[B, G, K, D], for each channel and T / G consecutive tokens (G = 1:
+            one for all tokens); or float[B, T, K, 1], for each token, as a ring needs whose slots
+            are overwritten one by one.
         v_scale, v_offset: float[B, T, K, 1], for each token.
         scale, return_lse, tile, splits, implementation, interpret: as in `decode_attention`.
 
@@ -223,13 +224,15 @@ def quantized_decode_attention(
     check_shape(k, "k", (batch, None, None, width * k_bits // 8))
     check_shape(v, "v", (*k.shape[:3], None))
     tokens, heads, value_width = k.shape[1], k.shape[2], v.shape[3] * 8 // v_bits
-    for name, x in {"k_scale": k_scale, "k_offset": k_offset}.items():
+    token_scales = (batch, tokens, heads, 1)
+    by_token = k_scale.ndim == 4 and k_scale.shape[3] == 1 != width
+    groups = tokens if by_token or k_scale.ndim != 4 else k_scale.shape[1]
+    k_scales = token_scales if by_token else (batch, groups, heads, width)
+    shapes = {"k_scale": k_scales, "k_offset": k_scales}
+    shapes |= {"v_scale": token_scales, "v_offset": token_scales}
+    for (name, shape), x in zip(shapes.items(), (k_scale, k_offset, v_scale, v_offset)):
         if x is not None:
-            check_shape(x, name, (batch, k_scale.shape[1], heads, width), "float")
-    for name, x in {"v_scale": v_scale, "v_offset": v_offset}.items():
-        if x is not None:
-            check_shape(x, name, (batch, tokens, heads, 1), "float")
-    groups = k_scale.shape[1]
+            check_shape(x, name, shape, "float")
     if groups < 1 or tokens % groups:
         raise ValueError(
             f"k_scale has {groups} groups of tokens, which do not divide the cache's {tokens}; "
@@ -241,20 +244,22 @@ def quantized_decode_attention(
             f"a tile must be a multiple or a divisor of the {every} tokens that share a scale of "
             f"the keys; got tile = {tile}"
         )
-    keys = tiles.quantized_keys(width, bits=k_bits, every=every, offset=k_offset is not None)
+    if by_token:
+        keys = tiles.token_quantized_keys(width, bits=k_bits, offset=k_offset is not None)
+    else:
+        keys = tiles.quantized_keys(width, bits=k_bits, every=every, offset=k_offset is not None)
     values = tiles.quantized_values(
         value_width, bits=v_bits, offset=v_offset is not None, dtype=q.dtype
     )
     problem = _problem(q, heads, keys, values, tokens, scale, tile, splits)
     lengths = _lengths(lengths, q, problem)
-    by_channel = [x for x in (k_scale, k_offset) if x is not None]
-    by_token = [
-        x.transpose(0, 2, 3, 1).astype(jnp.float32) for x in (v_scale, v_offset) if x is not None
-    ]
+    key_scales = [x for x in (k_scale, k_offset) if x is not None]
+    key_scales = _along(*key_scales) if by_token else key_scales
+    value_scales = _along(*(x for x in (v_scale, v_offset) if x is not None))
     return _run(
         "quantized_decode_attention",
         problem,
-        Operands(_queries(q, problem), lengths, (k, *by_channel), (v, *by_token)),
+        Operands(_queries(q, problem), lengths, (k, *key_scales), (v, *value_scales)),
         lambda: reference(
             q,
             dequantize(k, k_scale, k_offset),
@@ -415,6 +420,11 @@ def _queries(q: Array, problem: Problem) -> tuple[Array, ...]:
     q = q.reshape(batch, queries, problem.heads, problem.group, width).transpose(0, 2, 1, 3, 4)
     q = q.reshape(batch, problem.heads, problem.rows, width)
     return tuple(jnp.split(q, len(problem.keys.widths), axis=-1))
+
+
+def _along(*scales: Array) -> list[Array]:
+    """Scales of tokens [B, T, K, 1] as float32[B, K, 1, T]."""
+    return [scale.transpose(0, 2, 3, 1).astype(jnp.float32) for scale in scales]
 
 
 def _lengths(lengths: Array, q: Array, problem: Problem) -> Array:

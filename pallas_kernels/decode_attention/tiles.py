@@ -196,6 +196,14 @@ def quantized_keys(width: int, *, bits: int, every: int | None, offset: bool) ->
     return Side((Part(TOKENS), *scales), product, (width // planes,) * planes)
 
 
+def token_quantized_keys(width: int, *, bits: int, offset: bool) -> Side:
+    """Codes [B, T, K, W], float32 scales and perhaps offsets [B, K, 1, T]."""
+    planes = 8 // bits
+    product = partial(_token_quantized_scores, bits=bits)
+    parts = (Part(TOKENS), *(Part(ALONG),) * (1 + offset))
+    return Side(parts, product, (width // planes,) * planes)
+
+
 def quantized_values(width: int, *, bits: int, offset: bool, dtype: jnp.dtype) -> Side:
     """Codes [B, T, K, W], float32 scales (and offsets) [B, K, 1, T]; products run in `dtype`."""
     planes = 8 // bits
@@ -229,6 +237,24 @@ def _quantized_scores(
         for q, plane, scale, offset in zip(queries, code_planes(codes, bits), scales, offsets)
     ]
     return sum(products[1:], start=products[0])
+
+
+def _token_quantized_scores(
+    queries: tuple[Array, ...],
+    codes: Array,
+    scale: Array,
+    offset: Array | None = None,
+    *,
+    bits: int,
+) -> Array:
+    # As with values: a token's scale is a factor on its score, and the codes are exact.
+    planes = code_planes(codes, bits)
+    products = [dot(q, plane.astype(q.dtype), (1, 1)) for q, plane in zip(queries, planes)]
+    scores = sum(products[1:], start=products[0]) * scale
+    if offset is not None:
+        sums = [jnp.sum(q.astype(jnp.float32), axis=1, keepdims=True) for q in queries]
+        scores += sum(sums[1:], start=sums[0]) * offset
+    return scores
 
 
 def _spread(scale: Array | tuple[Array, ...], tokens: int, planes: int) -> list[Array]:

@@ -8,7 +8,7 @@ import pytest
 
 from effjax.models.llama import LlamaConfig
 from experiments import report, train_llm
-from experiments.llm import decode, demo, retrieval, speed
+from experiments.llm import decode, demo, retrieval, speed, tpu_memory
 
 
 @pytest.fixture
@@ -58,6 +58,17 @@ def test_decoding_is_timed_for_every_kind(results, monkeypatch):
     assert rows["dense"]["bytes_of_dense"] == 1
     assert rows["moa"]["bytes_of_dense"] == pytest.approx(0.47, abs=0.03)
     assert all(row["milliseconds_a_token"] > 0 for row in rows.values())
+
+
+@pytest.mark.aot_tpu
+def test_memory_on_a_tpu(results):
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    tpu_memory.main(["--layers", "1", "--lengths", "4096"])
+    rows = {row["cache"]: row for row in results("llm_tpu_memory")}
+    dense = rows.pop("dense")
+    assert dense["argument_GiB"] == pytest.approx(dense["weights_GiB"] + dense["caches_GiB"], 0.01)
+    assert all(row["caches_GiB"] < dense["caches_GiB"] for row in rows.values())
+    assert rows["moa, 4 bits"]["caches_GiB"] < rows["moa"]["caches_GiB"] / 2
 
 
 def test_spans_by_head_beat_one_window():

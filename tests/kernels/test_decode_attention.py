@@ -147,6 +147,9 @@ def test_flat_cache(program):
         (4, 4, 2, True, "xla"),
         (4, 4, 2, True, "tpu"),
         (4, 8, 2, False, "gpu"),
+        (8, 8, "tokens", True, "xla"),
+        (4, 4, "tokens", True, "tpu"),
+        (4, 4, "tokens", False, "gpu"),
     ],
 )
 def test_quantized_cache(k_bits, v_bits, groups, offset, program):
@@ -155,12 +158,13 @@ def test_quantized_cache(k_bits, v_bits, groups, offset, program):
     tokens, lengths = 320, jnp.array([[320, 0], [131, 1]])[:, np.arange(heads) % 2]
     k = codes(1, B, tokens, heads, width, bits=k_bits)
     v = codes(2, B, tokens, heads, width, bits=v_bits)
+    of_keys = (B, tokens, heads, 1) if groups == "tokens" else (B, groups, heads, width)
     scales = {
-        "k_scale": 0.05 * normal(3, B, groups, heads, width),
+        "k_scale": 0.05 * normal(3, *of_keys),
         "v_scale": poison(0.1 * normal(4, B, tokens, heads, 1), lengths),
     }
     if offset:
-        scales["k_offset"] = normal(5, B, groups, heads, width)
+        scales["k_offset"] = normal(5, *of_keys)
         scales["v_offset"] = poison(normal(6, B, tokens, heads, 1), lengths)
 
     def attend(q, k, v, lengths, scales, **options):
@@ -443,6 +447,10 @@ def test_named_errors_of_quantized_and_low_rank_caches():
         "int8 codes, or uint8": {"k": x.astype(jnp.int32)},
         "do not divide": {"k_scale": jnp.ones((B, 3, 2, 16))},
         "v_scale must be": {"v_scale": jnp.ones((B, 16, 2))},
+        r"k_offset must be float\[2, 16, 2, 1\]": {
+            "k_scale": jnp.ones((B, 16, 2, 1)),
+            "k_offset": jnp.ones((B, 16, 2, 16)),
+        },
         "multiple or a divisor of the 4": {"tile": 6},
     }
     for message, changes in bad.items():

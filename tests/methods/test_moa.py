@@ -12,7 +12,8 @@ import pytest
 from effjax import testing
 from effjax.cost import state_bytes
 from effjax.generate import Reading, generate, prefill
-from effjax.methods import moa
+from effjax.layers.cache_codes import unpack
+from effjax.methods import moa, round_to_nearest
 from effjax.sites import Wrapper, wrap
 from tests.layers.test_kv_cache import TEXT, causal, expected, pieces, run
 
@@ -112,6 +113,64 @@ def test_layouts_agree_and_take_what_they_say():
     assert sizes == [2 * 2 * 8 * 4 * kept] * 2
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_slots_of_codes(bits):
+    """New tokens see keys and values rounded token by token; bytes are what codes take."""
+    plan = dataclasses.replace(PLAN, bits=bits)
+    calls = pieces(10, *[1] * 13)
+    outputs, values = run(moa.GroupedCache, calls, slots=SLOTS, plan=plan)
+    exact, _ = run(moa.GroupedCache, calls, slots=SLOTS, plan=PLAN)
+    chex.assert_trees_all_equal(outputs[0], exact[0])  # the prompt sees floats
+    later, floats = (np.concatenate(each[1:], axis=1) for each in (outputs, exact))
+    error = np.abs(later - floats).max() / np.abs(floats).max()
+    assert 0 < error < {8: 0.02, 4: 0.3}[bits]
+    codes = sum(SLOTS) * 8 * bits // 8
+    scales = sum(SLOTS) * 2 * 4
+    assert sum(value.nbytes for value in values.values()) == 2 * 2 * (codes + scales)
+    # What a slot holds is its token's key and value, to half a step.
+    held, floating = (
+        run(moa.GroupedCache, calls[:1], slots=SLOTS, plan=p)[1] for p in (plan, PLAN)
+    )
+    scale, offset = held["v_scale", 0], held["v_offset", 0]
+    restored = unpack(held["v", 0], bits).astype(jnp.float32) * scale + offset
+    filled = np.asarray(scale) > 0
+    chex.assert_trees_all_close(
+        np.where(filled, restored, 0), floating["v", 0], atol=float(jnp.max(scale)) / 2 + 1e-6
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_heads_in_another_order_are_the_same_model(devices):
+    subject = testing.tiny_llama(num_heads=8, num_kv_heads=4, qkv_bias=True)
+    betas = ((0.2, 0.9, 0.5, 0.2), (0.5, 0.5, 0.3, 0.9))
+    plan = moa.MoAPlan(((0.0,) * 4,) * 2, betas, block=2, sink=2, floor=4)
+    ordered, params = moa.order_heads(
+        plan, subject.forward, subject.params, tokens=20, devices=devices
+    )
+    slots = [ordered.slots(layer, 20) for layer in range(2)]
+    if devices == 1:
+        assert slots == [(4, 4, 10, 18), (6, 10, 10, 18)]
+        assert ordered.betas[0] == (0.2, 0.2, 0.5, 0.9)
+    else:  # 22 and 14, since heads are shared out and not slots; then 24 and 20
+        assert [sorted((sum(own[:2]), sum(own[2:]))) for own in slots] == [[14, 22], [20, 24]]
+    reading = Reading(prompt=12, new=8)
+    outputs = [
+        jax.jit(reading)(*moa.transform(p)(subject.forward, w), subject.cond)
+        for p, w in ((plan, subject.params), (ordered, params))
+    ]
+    chex.assert_trees_all_close(*outputs, atol=1e-5)
+
+
+def test_orders_that_cannot_be():
+    subject = testing.tiny_llama()
+    plan = moa.uniform(2, 2)
+    with pytest.raises(ValueError, match="2 key heads cannot be shared evenly by 3 devices"):
+        moa.order_heads(plan, subject.forward, subject.params, tokens=200, devices=3)
+    coded = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
+    with pytest.raises(ValueError, match=r"to_q\.kernel is quantised: order the heads before"):
+        moa.order_heads(plan, *coded(subject.forward, subject.params), tokens=200)
+
+
 def test_texts_are_generated():
     subject = testing.tiny_llama()
     plan = moa.METHOD.ladder(subject)[-1]
@@ -133,6 +192,8 @@ def test_texts_are_generated():
         ({"sink": 65}, "multiples of the block"),
         ({"floor": 64}, "leaves no slot beside the sink"),
         ({"layout": "round"}, "layout must be one of"),
+        ({"bits": 3}, "bits must be 4, 8 or 16"),
+        ({"bits": 4, "layout": "flat"}, "need the layout 'grouped'"),
     ],
 )
 def test_plans_that_cannot_be(options, message):
@@ -291,6 +352,21 @@ def test_the_search_beats_chance_and_runs():
     mine = table[np.arange(8), chosen].sum()
     shuffled = [table[np.arange(8), rng.permutation(chosen)].sum() for _ in range(200)]
     assert mine <= np.median(shuffled)
+
+
+def test_samples_are_prompts_with_the_models_own_answers():
+    subject = testing.tiny_llama()
+    forward, params = subject.forward, subject.params
+    prompts = [list(range(12)), list(range(7, 19))]
+    tokens, weights = moa.answered(forward, params, prompts, new=4)
+    assert tokens[:, :12].tolist() == prompts
+    assert (
+        tokens[:, 12:].tolist()
+        == generate(forward, params, prompts, max_new_tokens=4).tokens.tolist()
+    )
+    assert weights.tolist() == [[0.0] * 12 + [1.0] * 4] * 2
+    with pytest.raises(ValueError, match=r"of one length, prompts have \[3, 4\] tokens"):
+        moa.answered(forward, params, [[1, 2, 3], [1, 2, 3, 4]], new=2)
 
 
 def test_texts_of_the_search_are_whole_blocks():

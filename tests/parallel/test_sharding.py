@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec
 import converters
 from effjax import testing
 from effjax.generate import Reading
-from effjax.methods import cskv, round_to_nearest
+from effjax.methods import cskv, kivi, moa, round_to_nearest
 from effjax.parallel import CACHES, device_mesh, leaf_sharding, shard, shardings
 from effjax.quant import Activations, Quantizer, quantize_matrix
+from effjax.transform import identity
 
 MESHES = [{"model": 4}, {"data": 2, "model": 2}, {"data": 4}]
 
@@ -51,12 +52,28 @@ def test_a_dit_on_four_devices(bits):
     chex.assert_trees_all_close(np.asarray(got), np.asarray(want), atol=2e-5)
 
 
-@pytest.mark.parametrize("low_rank", [False, True])
-def test_caches_are_cut_by_rows_and_heads(low_rank):
-    subject = testing.tiny_llama(num_heads=4, num_kv_heads=2)
-    forward, params = subject.forward, subject.params
-    if low_rank:
-        forward, params = cskv.transform(cskv.CSKVPlan(0.5, 0.5, window=4))(forward, params)
+def spans(layout, bits=16):
+    """MoA with two sizes of slots in each group of heads."""
+    betas = ((0.5, 0.5, 0.9, 0.9),) * 2
+    return moa.transform(
+        moa.MoAPlan(((0.0,) * 4,) * 2, betas, block=2, sink=2, floor=4, layout=layout, bits=bits)
+    )
+
+
+KINDS = {
+    "dense": identity,
+    "cskv": cskv.transform(cskv.CSKVPlan(0.5, 0.5, window=4)),
+    "kivi": kivi.transform(kivi.KIVIPlan(4, 4, group=4)),
+    "moa": spans("grouped"),
+    "moa, 4 bits": spans("grouped", bits=4),
+    "moa, flat": spans("flat"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_are_cut_by_rows_and_heads(kind):
+    subject = testing.tiny_llama(num_heads=4, num_kv_heads=4)
+    forward, params = KINDS[kind](subject.forward, subject.params)
     reading = Reading(prompt=12, new=2)
     texts = subject.cond[:, :14]
     mesh = device_mesh(data=2, model=2)
@@ -71,11 +88,14 @@ def test_caches_are_cut_by_rows_and_heads(low_rank):
 
     alone, together = two(params, carry), two(shard(params, mesh), spread)
     chex.assert_trees_all_close(np.asarray(together.x), np.asarray(alone.x), atol=2e-5)
-    if low_rank:
-        return  # where tokens pass through a window, the compiler chooses where results lie
+    by_heads = {path: leaf for path, leaf in spread.state.items() if leaf.ndim == 4}
+    assert by_heads or kind == "moa, flat"
     spec = PartitionSpec("data", None, "model")
-    for path, leaf in together.state.items():
+    for path, leaf in by_heads.items():
         assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 4), path
+    if kind == "dense":  # of others the compiler chooses where results lie
+        for path, leaf in together.state.items():
+            assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 4), path
 
 
 def test_what_a_device_holds():

@@ -41,15 +41,15 @@ from effjax import capture, testing
 from effjax.context import Context, PyTree, Room
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention, CausalCore, Heads, KeyHeads
+from effjax.layers.cache_codes import FLOAT, check_bits, pack, to_codes, unpack
 from effjax.layers.kv_cache import Caches, Kind, Lengths
-from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache, pack, to_codes, unpack
+from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache
 from effjax.quant import QTensor
 from effjax.sites import sites
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.decode_attention import low_rank_decode_attention
 
 NAME = "cskv"
-FLOAT = 16  # bits that leave features as they are
 
 # By path of a core: down_k [C, R_k], up_k [R_k, K D], down_v [C, R_v], up_v [R_v, K D].
 Factors = dict[str, dict[str, Array]]
@@ -77,8 +77,7 @@ class CSKVPlan(Plan):
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1 token, got {self.window}")
-        if self.bits not in (4, 8, FLOAT):
-            raise ValueError(f"bits must be 4, 8 or {FLOAT} (floats), got {self.bits}")
+        check_bits(self.bits)
 
     def ranks(self, head_dim: int, kv_heads: int) -> tuple[int, int]:
         """R_k and R_v, for all heads together.

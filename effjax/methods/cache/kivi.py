@@ -27,8 +27,9 @@ from effjax import testing
 from effjax.context import Room
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads
+from effjax.layers.cache_codes import pack, to_codes
 from effjax.layers.kv_cache import Caches, Kind, Lengths
-from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache, pack, to_codes
+from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.decode_attention import quantized_decode_attention
 

@@ -15,7 +15,9 @@ than a new token does at the same place.
 
 Static: the plan and N, hence all sizes. Dynamic: lengths. Cost: mean C / N of the dense cache.
 Layouts: "grouped", one pair of arrays for the heads of a layer that have equal C; "flat", one pair
-for all heads, with a stretch of slots for each.
+for all heads, with a stretch of slots for each. With 8 or 4 bits ("grouped" alone) slots hold
+codes, each token's and head's with a scale and an offset, which new tokens see and the prompt does
+not.
 
 The search asks, for every head, what the loss of answers would be if an element of the attention
 map were masked and its row normalised again. To first order, with A = softmax, dA = dLoss / dA:
@@ -46,13 +48,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from tqdm.auto import tqdm
 
 from effjax import capture, testing
 from effjax.context import Room, State
-from effjax.forward import Forward, Params
+from effjax.forward import Forward, Params, flatten_params, nest_params
+from effjax.generate import generate
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
+from effjax.layers.cache_codes import FLOAT, check_bits, pack, to_codes
 from effjax.layers.kv_cache import (
     Caches,
     Kind,
@@ -65,11 +69,16 @@ from effjax.layers.kv_cache import (
     ring_slot,
     take,
 )
+from effjax.quant import QTensor
 from effjax.search.allocation import Allocation, Budget, allocate
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.block_mask import SinkLocal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.decode_attention import decode_attention, flat_decode_attention
+from pallas_kernels.decode_attention import (
+    decode_attention,
+    flat_decode_attention,
+    quantized_decode_attention,
+)
 
 Rule = tuple[float, float]  # alpha and beta
 Rules = tuple[tuple[float, ...], ...]
@@ -88,6 +97,7 @@ class MoAPlan(Plan):
         sink: first tokens that every head keeps.
         floor: the least number of slots.
         layout: "grouped" or "flat".
+        bits: of keys and values in their slots: 16 (floats), 8 or 4.
     """
 
     alphas: Rules
@@ -96,6 +106,7 @@ class MoAPlan(Plan):
     sink: int = 64
     floor: int = 128
     layout: str = "grouped"
+    bits: int = FLOAT
 
     def __post_init__(self) -> None:
         shapes = [[len(row) for row in table] for table in (self.alphas, self.betas)]
@@ -110,6 +121,9 @@ class MoAPlan(Plan):
             raise ValueError(f"floor {self.floor} leaves no slot beside the sink of {self.sink}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
+        check_bits(self.bits)
+        if self.bits != FLOAT and self.layout == "flat":
+            raise ValueError(f"slots of {self.bits} bits need the layout 'grouped', got 'flat'")
 
     def slots(self, layer: int, tokens: int) -> tuple[int, ...]:
         """Slots C of every key head of a layer, for texts of so many tokens.
@@ -130,13 +144,14 @@ class MoAPlan(Plan):
         return tuple(spans)
 
     def describe(self) -> str:
-        """How many heads follow which rule."""
+        """How many heads follow which rule, and bits if slots hold codes."""
         counts: dict[tuple[float, float], int] = {}
         for alphas, betas in zip(self.alphas, self.betas):
             for rule in zip(alphas, betas):
                 counts[rule] = counts.get(rule, 0) + 1
         listed = sorted(counts.items(), key=lambda item: -item[1])
-        return ", ".join(f"{n} heads {alpha:g} + {beta:g} N" for (alpha, beta), n in listed)
+        told = [f"{n} heads {alpha:g} + {beta:g} N" for (alpha, beta), n in listed]
+        return ", ".join(told + [f"{self.bits} bits"] * (self.bits != FLOAT))
 
 
 def uniform(layers: int, heads: int, *, alpha: float = 0.0, beta: float = 0.5) -> MoAPlan:
@@ -218,6 +233,26 @@ def search(
     )
     losses = [response_loss(*transform(plan)(forward, params), validation) for plan in plans]
     return plans[int(np.argmin(losses))]
+
+
+def answered(forward: Forward, params: Params, prompts: Sequence[Any], *, new: int) -> Samples:
+    """Samples of prompts: each with what the model itself answers, which alone counts.
+
+    Args:
+        forward, params: the dense model.
+        prompts: token ids of one length, long ones with a question about what stands far back.
+        new: tokens of an answer; with those of a prompt a multiple of the block.
+
+    Raises:
+        ValueError: for prompts of several lengths.
+    """
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if len(lengths) != 1:
+        raise ValueError(f"samples are of one length, prompts have {lengths} tokens")
+    made = generate(forward, params, prompts, max_new_tokens=new)
+    tokens = np.concatenate([np.asarray(prompts, np.int32), made.tokens], axis=1)
+    weights = np.broadcast_to(np.arange(tokens.shape[1]) >= lengths[0], tokens.shape)
+    return tokens, weights.astype(np.float32)
 
 
 def rule_grid(
@@ -479,6 +514,62 @@ def transform(plan: MoAPlan) -> Transform:
     return Transform(METHOD.name, plan, apply)
 
 
+def order_heads(
+    plan: MoAPlan, forward: Forward, params: Params, *, tokens: int, devices: int = 1
+) -> tuple[MoAPlan, Params]:
+    """The same model and plan with each layer's key heads in another order, query heads with them.
+
+    On one device heads that have equally many slots stand side by side, so that no cache gathers
+    them. For several devices, each of which holds as many heads one after the other, the devices'
+    sums of slots are balanced: the largest heads go first, each to the device that has the least.
+
+    Args:
+        forward, params: a model whose projections are floats.
+        tokens: the length that slots are counted for.
+        devices: that share the heads.
+
+    Raises:
+        ValueError: if devices do not divide the key heads, or projections are quantised already.
+    """
+    config = forward.config
+    kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    _check(plan, config.num_layers, config.num_heads, kv_heads)
+    if devices < 1 or kv_heads % devices:
+        raise ValueError(f"{kv_heads} key heads cannot be shared evenly by {devices} devices")
+    flat, alphas, betas = flatten_params(params), [], []
+    for layer in range(config.num_layers):
+        order = _order(plan.slots(layer, tokens), devices)
+        alphas.append(tuple(plan.alphas[layer][head] for head in order))
+        betas.append(tuple(plan.betas[layer][head] for head in order))
+        queries = (np.asarray(order)[:, None] * group + np.arange(group)).reshape(-1)
+        for name, heads in {"q": queries, "k": order, "v": order, "out": queries}.items():
+            for part in ("kernel", "bias"):
+                path = f"blocks.{layer}.attn.to_{name}.{part}"
+                if path not in flat or (name == "out" and part == "bias"):
+                    continue
+                if isinstance(flat[path], QTensor):
+                    raise ValueError(f"{path} is quantised: order the heads before")
+                axis = 0 if name == "out" else -1
+                flat[path] = _reordered(flat[path], np.asarray(heads), axis)
+    return dataclasses.replace(plan, alphas=tuple(alphas), betas=tuple(betas)), nest_params(flat)
+
+
+def _order(slots: Sequence[int], devices: int) -> list[int]:
+    """Heads in their new order: by device, and in each by slots."""
+    room = len(slots) // devices
+    held: list[list[int]] = [[] for _ in range(devices)]
+    for head in sorted(range(len(slots)), key=lambda head: -slots[head]):
+        free = [own for own in held if len(own) < room]
+        min(free, key=lambda own: sum(slots[each] for each in own)).append(head)
+    return [head for own in held for head in sorted(own, key=lambda head: (slots[head], head))]
+
+
+def _reordered(x: Array, heads: np.ndarray, axis: int) -> Array:
+    """An array with its heads, which lie side by side on an axis, in this order."""
+    parts = jnp.stack(jnp.split(x, len(heads), axis=axis))
+    return jnp.concatenate(list(parts[heads]), axis=axis)
+
+
 def _check(plan: MoAPlan, layers: int, heads: int, kv_heads: int) -> None:
     given = [len(row) for row in plan.alphas]
     if len(given) == layers and set(given) == {kv_heads}:
@@ -515,6 +606,7 @@ class SpanCache(KVCache):
         self.slots = slots
         self.sink = plan.sink
         self.block = plan.block
+        self.bits = plan.bits
 
     @property
     def multi_token_append(self) -> bool:
@@ -578,7 +670,7 @@ class SpanCache(KVCache):
 
 
 class GroupedCache(SpanCache):
-    """One pair of arrays [B, C, heads, D] for the heads that have equally many slots."""
+    """Arrays [B, C, heads, ...] for the heads that have equally many slots."""
 
     def __init__(self, inner: Any, **options: Any):
         super().__init__(inner, **options)
@@ -587,37 +679,39 @@ class GroupedCache(SpanCache):
             (size, tuple(head for head, slots in enumerate(self.slots) if slots == size))
             for size in sizes
         )
-        self.k, self.v = (nnx.List([State() for _ in sizes]) for _ in range(2))
+        parts = ("",) if self.bits == FLOAT else ("", "_scale", "_offset")
+        self.names = tuple(f"{of}{part}" for of in "kv" for part in parts)
+        for name in self.names:
+            setattr(self, name, nnx.List([State() for _ in sizes]))
 
     def store(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> None:
-        k, lengths = self.core.rotary(k, positions), lengths_after(positions)
-        for (slots, heads), *pair in zip(self.groups, self.k, self.v, strict=True):
+        new, lengths = self._slots(self.core.rotary(k, positions), v), lengths_after(positions)
+        for group, (slots, heads) in enumerate(self.groups):
             held = ring_positions(lengths, *self.ring(slots))
-            for state, new in zip(pair, (k, v), strict=True):
-                own = new[:, :, jnp.asarray(heads)]
-                state.write(take(own, positions, held))
+            for name, part in new.items():
+                own = part[:, :, _of_heads(heads)]
+                getattr(self, name)[group].write(take(own, positions, held))
 
     def append(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> Heads:
-        q, k = self.core.rotary(q, positions), self.core.rotary(k, positions)
+        q = self.core.rotary(q, positions)
+        new, lengths = self._slots(self.core.rotary(k, positions), v), lengths_after(positions)
         batch, _, heads, width = q.shape
         q = q.reshape(batch, 1, k.shape[2], -1, width)
         parts, order = [], []
-        for (slots, own), *pair in zip(self.groups, self.k, self.v, strict=True):
-            chosen = jnp.asarray(own)
+        for group, (slots, own) in enumerate(self.groups):
+            chosen, held = _of_heads(own), {}
             place = ring_slot(positions, *self.ring(slots))
-            for state, new in zip(pair, (k, v), strict=True):
-                old = state.read((batch, slots, len(own), new.shape[3]), new.dtype)
-                state.write(put(old, new[:, :, chosen], place))
-            out = decode_attention(
-                q[:, :, chosen].reshape(batch, 1, -1, width),
-                pair[0].get_value(),
-                pair[1].get_value(),
-                lengths_after(positions),
-            )
+            for name, part in new.items():
+                state, part = getattr(self, name)[group], part[:, :, chosen]
+                old = state.read((batch, slots, *part.shape[2:]), part.dtype)
+                held[name] = put(old, part, place)
+                state.write(held[name])
+            attend = decode_attention if self.bits == FLOAT else quantized_decode_attention
+            out = attend(q[:, :, chosen].reshape(batch, 1, -1, width), lengths=lengths, **held)
             assert isinstance(out, jax.Array)
             parts.append(out.reshape(batch, 1, len(own), -1, v.shape[3]))
             order += own
@@ -626,6 +720,24 @@ class GroupedCache(SpanCache):
             out = out[:, :, jnp.argsort(jnp.asarray(order))]
         return out.reshape(batch, 1, heads, -1)
 
+    def _slots(self, k: KeyHeads, v: KeyHeads) -> dict[str, Shaped[Array, "B S K ..."]]:
+        """What slots hold of tokens, keys rotated, by name."""
+        if self.bits == FLOAT:
+            return {"k": k, "v": v}
+        found = {}
+        for name, x in (("k", k), ("v", v)):
+            codes, scale, offset = to_codes(x, self.bits, axis=3)
+            found[name] = pack(codes, self.bits)
+            found |= {f"{name}_scale": scale, f"{name}_offset": offset}
+        return found
+
+
+def _of_heads(heads: tuple[int, ...]) -> slice | Array:
+    """Heads as an index: a slice if they stand side by side."""
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return slice(heads[0], heads[-1] + 1)
+    return jnp.asarray(heads)
+
 
 class FlatCache(SpanCache):
     """One pair of arrays [B, sum of C, D], with a stretch of slots for each head."""
@@ -633,13 +745,13 @@ class FlatCache(SpanCache):
     def __init__(self, inner: Any, **options: Any):
         super().__init__(inner, **options)
         self.start = tuple(sum(self.slots[:head]) for head in range(len(self.slots)))
-        self.k, self.v = State(), State()
+        self.k_slots, self.v_slots = State(), State()
 
     def store(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> None:
         lengths = lengths_after(positions)
-        for state, new in ((self.k, self.core.rotary(k, positions)), (self.v, v)):
+        for state, new in ((self.k_slots, self.core.rotary(k, positions)), (self.v_slots, v)):
             own = [
                 take(new[:, :, head], positions, ring_positions(lengths, *self.ring(slots)))
                 for head, slots in enumerate(self.slots)
@@ -655,13 +767,13 @@ class FlatCache(SpanCache):
             for slots, start in zip(self.slots, self.start, strict=True)
         ]
         places = jnp.where(positions >= 0, jnp.concatenate(own, axis=1), -1)
-        for state, new in ((self.k, k), (self.v, v)):
+        for state, new in ((self.k_slots, k), (self.v_slots, v)):
             old = state.read((new.shape[0], sum(self.slots), new.shape[3]), new.dtype)
             state.write(put(old, new[:, 0], places))
         out = flat_decode_attention(
             q,
-            self.k.get_value(),
-            self.v.get_value(),
+            self.k_slots.get_value(),
+            self.v_slots.get_value(),
             lengths_after(positions),
             head_start=self.start,
             head_capacity=self.slots,

@@ -1,0 +1,43 @@
+"""Codes of what a cache holds: integers of 8 or 4 bits, each with a scale and an offset."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from pallas_kernels.decode_attention import pack_int4
+
+FLOAT = 16  # bits that leave a cache as it is
+
+
+def check_bits(bits: int) -> None:
+    """Bits of a plan.
+
+    Raises:
+        ValueError: for others than 16, 8 and 4.
+    """
+    if bits not in (4, 8, FLOAT):
+        raise ValueError(f"bits must be 4, 8 or {FLOAT} (floats), got {bits}")
+
+
+def to_codes(x: Float[Array, "..."], bits: int, *, axis: int) -> tuple[Array, Array, Array]:
+    """Codes int8, and scale and offset float32 with x = code scale + offset, one along an axis."""
+    x = x.astype(jnp.float32)
+    low, high = jnp.min(x, axis, keepdims=True), jnp.max(x, axis, keepdims=True)
+    scale = jnp.maximum((high - low) / (2**bits - 1), 1e-8)
+    half = 2 ** (bits - 1)
+    codes = jnp.clip(jnp.round((x - low) / scale), 0, 2**bits - 1) - half
+    return codes.astype(jnp.int8), scale, low + half * scale
+
+
+def pack(codes: Integer[Array, "... D"], bits: int) -> Integer[Array, "... E"]:
+    """Two codes of 4 bits in a byte, see `pallas_kernels.decode_attention.pack_int4`."""
+    return pack_int4(codes) if bits == 4 else codes
+
+
+def unpack(codes: Integer[Array, "... E"], bits: int) -> Integer[Array, "... D"]:
+    """The inverse of `pack`."""
+    if bits != 4:
+        return codes
+    planes = (codes << 4).astype(jnp.int8), codes.astype(jnp.int8)  # the sign bit on top
+    return jnp.concatenate([plane >> 4 for plane in planes], axis=-1)
