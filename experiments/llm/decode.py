@@ -10,6 +10,7 @@ have rules in the proportions of a published plan.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import jax
@@ -72,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds: dict[str, Any] = {
         "dense": identity,
         "moa": moa.transform(moa_plan()),
+        "moa, 4 bits": moa.transform(dataclasses.replace(moa_plan(), bits=4)),
         "streaming_llm, half": streaming_llm.transform(streaming_llm.StreamingLLMPlan(ratio=0.5)),
         "kivi, 4 bits": kivi.transform(kivi.KIVIPlan(4, 4)),
         "cskv, 0.2": cskv.transform(low, learned),

@@ -4,9 +4,8 @@
 
 A context of `put KEY VALUE` lines is read once; then eight `get KEY` questions follow through the
 cache, so no method knows what will be asked. Every method answers the same questions. For
-perplexity library text that training did not see is continued: half is read at once, half goes
-through the cache. Everything is bfloat16; bytes are those that the cache allocates. CSKV's factors
-are trained on the same library text (and on other lookups): its perplexities flatter it.
+perplexity library text that no training saw is continued: half is read at once, half goes through
+the cache. Everything is bfloat16; bytes are those that the cache allocates.
 
 DIR keeps what was searched and trained; without it the script makes them anew.
 """
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,24 +45,27 @@ Documents = Sequence[texts.Document]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The model, and texts that training did not see.
+    """The model, and texts.
 
     Attributes:
         dense: forward and parameters, computing in bfloat16.
         exact: the same in float32, for searches and training.
-        world: of held-out text.
+        world: of held-out text, which only judges.
+        training: of the text that the model was trained on, for CSKV's factors.
     """
 
     dense: Pair
     exact: Pair
     world: texts.World
+    training: texts.World
 
     @classmethod
     def load(cls) -> Subject:
         pipe = effjax.pipeline(train_llm.WEIGHTS, progress=False, dtype="float32")
         config = dataclasses.replace(pipe.forward.config, dtype="bfloat16")
-        world = texts.World.of(pipe.tokenizer, held_out=True)
-        return cls((abstract(Llama, config)[0], pipe.params), (pipe.forward, pipe.params), world)
+        worlds = [texts.World.of(pipe.tokenizer, held_out=held_out) for held_out in (True, False)]
+        dense = abstract(Llama, config)[0], pipe.params
+        return cls(dense, (pipe.forward, pipe.params), *worlds)
 
     def lookups(self, length: int, count: int, *, seed: int) -> list[texts.Document]:
         """Documents of a length, each with eight questions at its end."""
@@ -186,13 +189,11 @@ def against_windows(subject: Subject, plan: moa.MoAPlan, count: int) -> report.R
 # --- CSKV -----------------------------------------------------------------------------------------
 
 
-def token_batches(subject: Subject, start: int) -> Iterator[np.ndarray]:
+def token_batches(world: texts.World, start: int = 0) -> Iterator[np.ndarray]:
     """Texts of 512 tokens for factors, of other seeds than what is judged."""
-    step = start
-    while True:
+    for step in itertools.count(start):
         rng = np.random.default_rng((21, step))
-        yield np.stack([subject.world.mixture(rng, 512).tokens for _ in range(4)])
-        step += 1
+        yield np.stack([world.mixture(rng, 512).tokens for _ in range(4)])
 
 
 def trained_from(
@@ -203,7 +204,7 @@ def trained_from(
         plan,
         *subject.exact,
         start,
-        lambda first: token_batches(subject, first),
+        lambda first: token_batches(subject.training, first),
         steps=steps,
         learning_rate=2e-3,
     )
@@ -212,14 +213,14 @@ def trained_from(
 
 def weighted(subject: Subject, plan: cskv.CSKVPlan) -> cskv.Factors:
     """ASVD with statistics of 64 texts."""
-    texts_ = token_batches(subject, 10_000)
+    texts_ = token_batches(subject.training, 10_000)
     found = cskv.magnitudes(*subject.exact, (next(texts_) for _ in range(16)))
     return cskv.factors(plan, *subject.exact, found)
 
 
 def reconstruction(subject: Subject, plan: cskv.CSKVPlan, found: cskv.Factors) -> float:
-    """Mean squared errors on documents of other seeds than those of the training."""
-    batches = token_batches(subject, 20_000)
+    """Mean squared errors on held-out texts."""
+    batches = token_batches(subject.world)
     forward, params = subject.exact
 
     @jax.jit

@@ -1,0 +1,88 @@
+"""Memory of decoding with each kind of cache on a TPU, compiled ahead of time without one.
+
+    python -m experiments.llm.tpu_memory      (needs libtpu: pip install effjax[tpu])
+
+One new token of one text under Llama 2 7B's architecture in bfloat16, all 32 layers; the cache is
+given back in the memory it came in. "Caches" is what they hold by their shapes; arguments and
+temporaries are the compiler's own numbers, padding and layouts included. It times nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effjax.cost import compiled_memory, state_bytes, weight_bytes
+from effjax.forward import abstract
+from effjax.generate import cached
+from effjax.methods import cskv, kivi, moa, streaming_llm
+from effjax.models.llama import Llama, LlamaConfig
+from effjax.transform import identity
+from experiments import report, tpu
+from experiments.llm.decode import moa_plan
+
+LOW = cskv.CSKVPlan(0.15, 0.25)
+
+
+def kinds(layers: int) -> dict[str, Any]:
+    """Transforms by the names of their rows."""
+    one = moa_plan()
+    spans = dataclasses.replace(one, alphas=one.alphas * layers, betas=one.betas * layers)
+    return {
+        "dense": identity,
+        "moa": moa.transform(spans),
+        "moa, 4 bits": moa.transform(dataclasses.replace(spans, bits=4)),
+        "streaming_llm, half": streaming_llm.transform(streaming_llm.StreamingLLMPlan(ratio=0.5)),
+        "kivi, 4 bits": kivi.transform(kivi.KIVIPlan(4, 4)),
+        "cskv, 0.2": cskv.transform(LOW),
+    }
+
+
+def decoding(chip: str, transform: Any, layers: int, tokens: int) -> dict[str, Any]:
+    """Compile one step for one chip; its memory in GiB."""
+    config = LlamaConfig(
+        num_layers=layers, max_positions=1 << 18, dtype="bfloat16", param_dtype="bfloat16"
+    )
+    forward, params = jax.eval_shape(transform, *abstract(Llama, config))
+    forward = cached(forward).with_room(tokens - 1, 1)
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    state = jax.eval_shape(lambda p: forward.init(p, token, token), params)
+
+    def step(params: Any, state: Any, token: Any, positions: Any) -> Any:
+        logits, state = forward(params, state, token, positions, step=1)
+        return logits[:, -1], state
+
+    arguments = tpu.on_chip(chip, (params, state, token, token))
+    memory = compiled_memory(jax.jit(step, donate_argnums=1), *arguments)
+    gib = {f"{name.removesuffix('_bytes')}_GiB": value / 2**30 for name, value in memory.items()}
+    sizes = {"weights_GiB": weight_bytes(params), "caches_GiB": state_bytes(state)}
+    return {**{name: value / 2**30 for name, value in sizes.items()}, **gib}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", default="v5p", choices=tpu.TOPOLOGIES)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32_768, 131_072])
+    arguments = parser.parse_args(argv)
+    rows = []
+    for tokens in arguments.lengths:
+        for name, transform in kinds(arguments.layers).items():
+            found = decoding(arguments.chip, transform, arguments.layers, tokens)
+            rows.append({"tokens": tokens, "cache": name, **found})
+            print(report.markdown(rows[-1:]), flush=True)
+            report.write(
+                "llm_tpu_memory",
+                title="Memory of decoding with Llama 2 7B on a TPU, compiled ahead of time",
+                command=f"python -m experiments.llm.tpu_memory --chip {arguments.chip} "
+                f"--lengths {' '.join(map(str, arguments.lengths))}",
+                rows=rows,
+            )
+
+
+if __name__ == "__main__":
+    main()
