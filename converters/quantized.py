@@ -1,4 +1,4 @@
-"""Quantised layers in checkpoints of other libraries: GPTQ, AWQ, compressed-tensors.
+"""Quantised layers in checkpoints of other libraries: GPTQ, AWQ, compressed-tensors, torchao.
 
 A linear layer `b` holds several tensors `b.<name>` in the place of `b.weight` [O, I]. They say
 
@@ -10,6 +10,7 @@ A linear layer `b` holds several tensors `b.<name>` in the place of `b.weight` [
                                                                              scales s [O, G]
     pack-quantized  weight_packed [O, I n/32] weight_zero_point [O n/32, G]  weight_scale
     int-quantized   weight int8[O, I]         weight_zero_point int8[O, G]   weight_scale
+    torchao         _weight_qdata int8[O, I]  _weight_zero_point int8[O, G]  _weight_scale
 
 Codes of n bits stand in int32 words, from the lowest bits on, along the axis that is divided; those
 of 3 bits cross from word to word, so that an axis is one stream of bits (`effjax.quant.disk`). In
@@ -19,10 +20,13 @@ words, codes and zero points are unsigned: 2^(n-1) is subtracted from both. Furt
           where z is 0; not so for 3 bits. Version 2 ("gptq_v2") stores z.
     awq   Eight consecutive outputs stand in a word in the order 0, 2, 4, 6, 1, 3, 5, 7.
     pack-quantized  `weight_shape` is [O, I]. Older files have zero points as int8 [O, G].
+    torchao  Of its tensor types those with plain int8 codes, of 2 to 8 bits: Int8Tensor and
+          IntxUnpackedToInt8Tensor. Symmetric layers have zero points too, all zero.
     g_idx, weight_g_idx  The group of each input; here groups must be consecutive inputs.
 
 Sources: AutoGPTQ and GPTQModel (`nn_modules/qlinear`), AutoAWQ (`utils/packing_utils.py`),
-compressed-tensors (`compressors/pack_quantized`, `naive_quantized`).
+compressed-tensors (`compressors/pack_quantized`, `naive_quantized`), torchao
+(`prototype/safetensors`, `quantization/quantize_/workflows`).
 """
 
 from __future__ import annotations
@@ -87,6 +91,7 @@ FORMATS = {
     "int-quantized": Format(
         *("weight", "weight_zero_point", "weight_scale", None, True), groups="weight_g_idx"
     ),
+    "torchao": Format("_weight_qdata", "_weight_zero_point", "_weight_scale", None, True),
 }
 
 
@@ -303,13 +308,21 @@ class Layer:
         zeros = None
         if not scheme.symmetric:
             zeros = scheme.zeros(held, parts * shape[1])[:, outputs].copy()
+        scale, column_sums = scheme.scale(held)[:, outputs].copy(), None
+        if leaf.column_sums is not None:
+            codes = rows(0, shape[0])[:, outputs].reshape(len(scale), -1, shape[1])
+            sums = codes.sum(axis=1, dtype=np.int64)
+            if zeros is not None:
+                sums = sums - codes.shape[1] * zeros
+            column_sums = np.sum(sums * scale, axis=0, dtype=np.float32)
         return dataclasses.replace(
             leaf,
             qvalue=Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).fill(
                 lambda begin, end: rows(begin, end)[:, outputs]
             ),
-            scale=scheme.scale(held)[:, outputs].copy(),
+            scale=scale,
             zero_point=zeros,
+            column_sums=column_sums,
         )
 
 
@@ -376,16 +389,14 @@ def read_config(config: Json) -> Quantization:
             listed at once.
     """
     method = config.get("quant_method")
-    readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}
+    readers = {
+        "gptq": _gptq,
+        "awq": _awq,
+        "compressed-tensors": _compressed_tensors,
+        "torchao": _torchao,
+    }
     if method not in readers:
-        hint = ""
-        if method == "torchao":
-            hint = (
-                "; how torchao lays its tensors out in safetensors still changes with its version"
-            )
-        raise ValueError(
-            f"{KEY} has quant_method={method!r}; {', '.join(readers)} can be read{hint}"
-        )
+        raise ValueError(f"{KEY} has quant_method={method!r}; {', '.join(readers)} can be read")
     wrong: list[str] = []
     read = readers[method](config, wrong)
     if wrong:
@@ -473,6 +484,54 @@ def _compressed_tensors(config: Json, wrong: list[str]) -> Groups:
     if not groups:
         wrong.append("it has no config_groups")
     return groups
+
+
+def _torchao(config: Json, wrong: list[str]) -> Groups:
+    kinds = config.get("quant_type")
+    if (
+        not isinstance(kinds, dict)
+        or not isinstance(kinds.get("default"), dict)
+        or kinds.keys() - {"default"}
+    ):
+        wrong.append(f"quant_type={kinds!r} (only one for all layers, of version 2)")
+        return []
+    described = kinds["default"]
+    names = (
+        "Int8WeightOnlyConfig",
+        "Int8DynamicActivationInt8WeightConfig",
+        "IntxWeightOnlyConfig",
+        "Int8DynamicActivationIntxWeightConfig",
+    )
+    kind = _option(described, wrong, "_type", names, None)
+    _option(described, wrong, "_version", (2,), None)
+    data = described.get("_data") or {}
+
+    def value(key: str, default: str) -> str:
+        held = data.get(key) or {}
+        return held.get("_data", default) if isinstance(held, dict) else str(held)
+
+    bits, symmetric, size, activations = 8, True, data.get("group_size"), None
+    prefix = "weight_" if kind == names[3] else ""
+    spread = data.get(f"{prefix}granularity") or {"_type": "PerRow"}
+    _option(spread, wrong, "_type", ("PerRow", "PerAxis", "PerGroup"), "PerRow")
+    size = (spread.get("_data") or {}).get("group_size", size)
+    if kind in names[2:]:
+        kinds = {f"int{bits}": bits for bits in range(2, 9)}
+        bits = kinds[
+            _option({"dtype": value("weight_dtype", "int8")}, wrong, "dtype", [*kinds], "")
+        ]
+        symmetric = value(f"{prefix}mapping_type", "SYMMETRIC") != "ASYMMETRIC"
+        layout = {"format": value("intx_packing_format", "UNPACKED_TO_INT8")}
+        _option(layout, wrong, "format", ("UNPACKED_TO_INT8",), "")
+    if kind in (names[1], names[3]):
+        inputs = {
+            "SYMMETRIC": Quantizer(8, levels="n+1/2"),
+            "ASYMMETRIC": Quantizer(8, symmetric=False),
+        }
+        only = "SYMMETRIC" if kind == names[1] else "ASYMMETRIC"
+        _option({"inputs": value("act_mapping_type", only)}, wrong, "inputs", (only,), "")
+        activations = Activations(inputs[only])  # by token
+    return [(("Linear",), Scheme("torchao", bits, size, symmetric, activations))]
 
 
 # Inputs by token. The format does not say what divides their largest magnitude; vLLM takes 127.

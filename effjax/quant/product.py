@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.quant.quantizer import Quantizer, dequantize
-from effjax.quant.tensor import QTensor
+from effjax.quant.tensor import Activations, QTensor
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.input_codes import input_codes
 from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul
@@ -75,6 +75,8 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
             **run,
         )
         return out.astype(x.dtype)
+    if w.activations.group_size:
+        return _by_group(x, w, zero, **run).astype(x.dtype)
     if _fused(w):
         codes, scale, sums = input_codes(
             x if x.dtype != jnp.float16 else x.astype(jnp.float32),
@@ -113,6 +115,37 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
     return out.astype(x.dtype)
 
 
+def _by_group(x: Array, w: QTensor, zero: Array | None, **run: Any) -> Array:
+    """The sum of a product for each group of inputs that share a range."""
+    assert w.activations is not None
+    assert w.activations.group_size is not None
+    if w.packed:
+        raise NotImplementedError(
+            "inputs with a range for every few of them are multiplied with int8 codes: quantise "
+            'weights of 8 bits with packed=False, or use path="reference"'
+        )
+    codes, scale, _ = _input_codes(x, w)
+    every, inputs = w.activations.group_size, w.shape[0]
+    if w.group_size not in (every, inputs):
+        raise NotImplementedError(
+            f"weights have a scale for every {w.group_size} inputs, which must be all, or the "
+            f'{every} that share a range; else use path="reference"'
+        )
+    out = jnp.zeros((*x.shape[:-1], w.shape[1]), jnp.float32)
+    for group, start in enumerate(range(0, inputs, every)):
+        own = slice(start, start + every)
+        row = slice(group, group + 1) if w.group_size == every else slice(None)
+        out += int8_matmul(
+            codes[..., own],
+            w.qvalue[own],
+            x_scale=scale[..., own][..., :1],
+            w_scale=w.scale[row],
+            w_zero=None if zero is None else zero[row],
+            **run,
+        )
+    return out
+
+
 def _forward(how: Any, x: Array, w: QTensor) -> tuple[Array, Any]:
     return _integer(how, x, w), (x, w)
 
@@ -141,16 +174,21 @@ def _reference(x: Array, w: QTensor) -> Array:
 def _fused(w: QTensor) -> bool:
     """Whether the kernel of `input_codes` prepares and codes the inputs of a leaf."""
     how = w.activations
-    return how is not None and how.dynamic and how.quantizer == Quantizer(how.quantizer.bits)
+    return how == Activations(Quantizer(how.quantizer.bits)) if how is not None else False
 
 
 def _input_codes(x: Array, w: QTensor) -> tuple[Array, Array, Array | None]:
-    """Codes int8[..., I] of prepared inputs, their scales float32[..., 1] and a zero point."""
+    """Codes int8[..., I] of prepared inputs, scales float32[..., 1 or I] and zero points."""
     assert w.activations is not None
-    quantizer = w.activations.quantizer
+    quantizer, every = w.activations.quantizer, w.activations.group_size
     values = w.prepare(x.astype(jnp.float32))
     if not w.activations.dynamic:
         codes = quantizer.quantize(values, w.input_scale, w.input_zero_point)
         return codes, jnp.broadcast_to(w.input_scale, (*x.shape[:-1], 1)), w.input_zero_point
-    scale, _ = quantizer.fit_axes(values, -1)
+    if every is None:
+        scale, zero = quantizer.fit_axes(values, -1)
+        return quantizer.quantize(values, scale, zero), scale, zero
+    groups = values.reshape(*values.shape[:-1], -1, every)
+    scale, _ = quantizer.fit_axes(groups, -1)
+    scale = jnp.broadcast_to(scale, groups.shape).reshape(values.shape)
     return quantizer.quantize(values, scale), scale, None

@@ -31,16 +31,21 @@ class Activations:
         quantizer: of the inputs.
         dynamic: each token (each image, for a convolution) takes its own range; else one range was
             calibrated for all of them.
+        group_size: consecutive inputs of a token that share a range, if it is dynamic and
+            symmetric; None for all.
     """
 
     quantizer: Quantizer = dataclasses.field(default_factory=Quantizer)
     dynamic: bool = True
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dynamic and not self.quantizer.symmetric:
+        if self.group_size is None:
+            return
+        if self.group_size < 1 or not self.dynamic or not self.quantizer.symmetric:
             raise ValueError(
-                "ranges of single tokens are symmetric; asymmetric ones are calibrated "
-                "(dynamic=False)"
+                f"groups of {self.group_size} inputs: ranges of groups are those of single tokens "
+                f"(dynamic=True), symmetric, and of at least one input"
             )
 
 
@@ -233,11 +238,23 @@ def quantize_matrix(
         raise ValueError(f"mask must have one factor for each of {inputs} inputs, got {mask.shape}")
     if rotation is not None and rotation.width != inputs:
         raise ValueError(f"a rotation of width {rotation.width} does not fit {inputs} inputs")
+    if activations is not None and inputs % (activations.group_size or 1):
+        raise ValueError(
+            f"groups of {activations.group_size} inputs with a range do not divide the {inputs}"
+        )
     static = activations is not None and not activations.dynamic
     if static != (input_range is not None):
         raise ValueError("activations that are not dynamic, and no others, need an input_range")
-    if len(shape) == 4 and activations is not None and not activations.quantizer.keeps_zero:
-        raise ValueError("the images of a convolution are padded with zeros: keep keeps_zero=True")
+    if len(shape) == 4 and activations is not None:
+        if not activations.quantizer.keeps_zero:
+            raise ValueError(
+                "the images of a convolution are padded with zeros: keep keeps_zero=True"
+            )
+        if activations.group_size or (activations.dynamic and not activations.quantizer.symmetric):
+            raise ValueError(
+                "ranges of single images are symmetric and of all inputs; leave out group_size, "
+                "and calibrate asymmetric ones (dynamic=False)"
+            )
     w = w.astype(jnp.float32)
     mask = None if mask is None else mask.astype(jnp.float32)
     w = prepare_weights(w, mask, rotation)
@@ -248,6 +265,7 @@ def quantize_matrix(
     input_scale = input_zero = None
     if activations is not None and input_range is not None:
         input_scale, input_zero = activations.quantizer.fit(*input_range)
+    offset = activations is not None and not activations.quantizer.symmetric
     if packed is None:
         packed = quantizer.bits < 8
         if len(shape) == 2:
@@ -268,5 +286,5 @@ def quantize_matrix(
     return dataclasses.replace(
         tensor,
         qvalue=pack(codes, quantizer.bits) if packed else codes,
-        column_sums=None if input_zero is None else jnp.sum(tensor.dequantize(), axis=0),
+        column_sums=jnp.sum(tensor.dequantize(), axis=0) if offset else None,
     )

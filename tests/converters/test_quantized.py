@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,11 @@ def gptq(bits, group=32, sym=True, **options):
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+
+
+def torchao(kind, version=2, **data):
+    described = {"_type": kind, "_version": version, "_data": data}
+    return {"quant_method": "torchao", "quant_type": {"default": described}}
 
 
 def compressed(form, bits, group=None, sym=True, inputs=None, targets=("Linear",)):
@@ -382,7 +388,14 @@ def test_values_that_contradict_the_configuration(t5, tmp_path):
     ("config", "message"),
     [
         ({"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes'; gptq, awq, compressed"),
-        ({"quant_method": "torchao"}, "quant_method='torchao'.*still changes with its version"),
+        ({"quant_method": "torchao"}, "quant_type=None"),
+        (torchao("Int4WeightOnlyConfig"), "_type='Int4WeightOnlyConfig' .only 'Int8WeightOnly"),
+        (torchao("Int8WeightOnlyConfig", 1), r"_version=1 \(only 2\)"),
+        (
+            torchao("Int8WeightOnlyConfig", granularity={"_type": "PerTensor"}),
+            "'PerTensor'.*'PerGroup'",
+        ),
+        (torchao("IntxWeightOnlyConfig", weight_dtype={"_data": "int1"}), "dtype='int1'"),
         (gptq(5), r"bits=5 \(only 2, 3, 4, 8\)"),
         (gptq(4, 0), "group_size=0"),
         (gptq(4, checkpoint_format="marlin"), "checkpoint_format='marlin'.*'gptq', 'gptq_v2'"),
@@ -398,6 +411,26 @@ def test_values_that_contradict_the_configuration(t5, tmp_path):
 def test_what_cannot_be_read_is_named(t5, tmp_path, config, message):
     with pytest.raises(ValueError, match=f"quantization_config.*{message}"):
         converters.from_pretrained(write(t5, tmp_path / "q", config, {}))
+
+
+@pytest.mark.parametrize(
+    "name", ["int8", "int8_inputs", "int4", "int4_asymmetric", "int3", "int4_inputs"]
+)
+def test_what_torchao_saved(name):
+    """Codes and answers of its own files, see tests/golden/make_torchao.py."""
+    folder = Path(__file__).parents[1] / "golden" / "torchao" / name
+    expected = np.load(folder / "expected.npz")
+    forward, params = converters.from_pretrained(folder)
+    leaf = params["blocks"]["0"]["mlp"]["down"]["kernel"]
+    assert isinstance(leaf, QTensor)
+    assert leaf.bits == int(name[3])
+    assert (leaf.activations is not None) == name.endswith("inputs")
+    np.testing.assert_array_equal(leaf.restore(), expected["kernel"].T)
+    tokens = jnp.arange(12).reshape(2, 6) % 16
+    logits, _ = jax.jit(forward)(params, {}, tokens)
+    # A rounded input may fall on the other side by what float32 sums in another order differ.
+    atol = 2e-3 if name.endswith("inputs") else 2e-6
+    np.testing.assert_allclose(logits, expected["logits"], atol=atol)
 
 
 def test_layers_of_several_schemes(t5, tmp_path):

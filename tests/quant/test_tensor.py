@@ -14,6 +14,8 @@ from effjax.quant import Activations, QTensor, Quantizer, Rotation, qdot, quanti
 W = jax.random.normal(jax.random.key(0), (256, 48)) + 0.2
 X = jax.random.normal(jax.random.key(1), (2, 5, 256)) + 0.5
 TOKENS = Activations()
+UNEVEN = Activations(Quantizer(8, symmetric=False))
+GROUPS = Activations(group_size=64)
 STATIC = Activations(Quantizer(8, symmetric=False), dynamic=False)
 RANGE = (jnp.float32(-3.0), jnp.float32(4.0))
 
@@ -41,6 +43,18 @@ CASES = {
         "activations": STATIC,
         "input_range": RANGE,
     },
+    "W8A8 asymmetric tokens": {"quantizer": Quantizer(8, symmetric=False), "activations": UNEVEN},
+    "W4A8 asymmetric tokens": {
+        "quantizer": Quantizer(4, symmetric=False),
+        "group_size": 64,
+        "activations": UNEVEN,
+    },
+    "W8A8 groups of inputs": {
+        "quantizer": Quantizer(8, symmetric=False),
+        "activations": GROUPS,
+        "packed": False,
+    },
+    "W8A8 groups": {"group_size": 64, "activations": GROUPS, "packed": False},
     "mask and rotation": {
         "activations": TOKENS,
         "mask": jnp.linspace(0.5, 2.0, 256),
@@ -117,6 +131,18 @@ def test_what_was_quantised_comes_back_rounded(case):
     assert restored["b"] is X
 
 
+def test_an_outlier_channel_spoils_its_own_group_alone():
+    x = X.at[..., 7].multiply(100)
+
+    def error(how):
+        leaf = quantize_matrix(W, activations=how, packed=False)
+        rest = W.at[:64].set(0)  # what the other groups add
+        coded = qdot(x, leaf) - qdot(x.at[..., 64:].set(0), leaf)
+        return float(jnp.linalg.norm(coded - x @ rest) / jnp.linalg.norm(x @ rest))
+
+    assert 5 * error(GROUPS) < error(TOKENS)
+
+
 def test_an_outlier_channel_wants_a_mask_and_a_rotation():
     x = X.at[..., 7].multiply(100)
     balanced, shifted = (jnp.ones(256).at[7].set(factor) for factor in (0.1, 0.01))
@@ -169,6 +195,10 @@ def test_qwix_reads_a_leaf():
         ({"rotation": Rotation(128)}, "rotation of width 128 does not fit 256"),
         ({"activations": STATIC}, "need an input_range"),
         ({"activations": TOKENS, "input_range": RANGE}, "need an input_range"),
+        (
+            {"activations": Activations(group_size=60)},
+            "groups of 60 inputs .* do not divide the 256",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, message):
@@ -185,7 +215,15 @@ def test_products_that_there_are_not():
     grouped = quantize_matrix(W, group_size=64, activations=TOKENS, packed=False)
     with pytest.raises(NotImplementedError, match="multiplied when packed"):
         qdot(X, grouped)
-    with pytest.raises(ValueError, match="ranges of single tokens are symmetric"):
-        Activations(Quantizer(8, symmetric=False))
+    with pytest.raises(NotImplementedError, match="multiplied with int8 codes"):
+        qdot(X, quantize_matrix(W, Quantizer(4), activations=GROUPS))
+    other = quantize_matrix(W, group_size=128, activations=GROUPS, packed=False)
+    with pytest.raises(NotImplementedError, match="a scale for every 128 inputs"):
+        qdot(X, other)
+    for options in ({"dynamic": False}, {"quantizer": Quantizer(8, symmetric=False)}):
+        with pytest.raises(ValueError, match=r"those of single tokens .* symmetric"):
+            Activations(**options, group_size=64)
+    with pytest.raises(ValueError, match="ranges of single images are symmetric"):
+        quantize_matrix(jnp.ones((3, 3, 4, 4)), activations=UNEVEN)
     with pytest.raises(ValueError, match="a quantised weight is a matrix"):
         quantize_matrix(jnp.ones(3))
