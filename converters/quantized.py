@@ -512,7 +512,7 @@ def _torchao(config: Json, wrong: list[str]) -> Groups:
 
     bits, symmetric, size, activations = 8, True, data.get("group_size"), None
     prefix = "weight_" if kind == names[3] else ""
-    spread = data.get(f"{prefix}granularity") or {"_type": "PerRow"}
+    spread: Json = data.get(f"{prefix}granularity") or {"_type": "PerRow"}
     _option(spread, wrong, "_type", ("PerRow", "PerAxis", "PerGroup"), "PerRow")
     size = (spread.get("_data") or {}).get("group_size", size)
     if kind in names[2:]:

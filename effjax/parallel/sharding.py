@@ -46,7 +46,7 @@ TENSOR_PARALLEL: tuple[Rule, ...] = (
 # slots of a flat cache [B, N, D] by rows.
 CACHES: tuple[Rule, ...] = (
     (r".*\.core\.[kv](_open|_scale|_offset)?(\.\d+)?", ("data", None, "model", None)),
-    (r".*\.core\.[kv]_(slots|features(_open)?)", ("data", None, None)),
+    (r".*\.core\.[kv]_(features(_open)?|((scale|offset)_)?slots)", ("data", None, None)),
 )
 
 

@@ -86,6 +86,15 @@ _CAPACITIES = [128, 8192, 1024, 512, 256, 4096, 2048, 192] * 4
 _STARTS = [sum(_CAPACITIES[:head]) for head in range(32)]
 
 
+def _coded_rings(
+    q: Any, k: Any, v: Any, lengths: Any, k_scale: Any, v_scale: Any, k_offset: Any, v_offset: Any,
+    **options: Any,
+) -> jax.Array:  # fmt: skip
+    places = {"head_start": _STARTS, "head_capacity": _CAPACITIES}
+    scales = {"k_scale": k_scale, "k_offset": k_offset, "v_scale": v_scale, "v_offset": v_offset}
+    return flat_decode_attention(q, k, v, lengths, **places, **scales, **options)
+
+
 def _int8_product(m: int, k: int, n: int) -> Case:
     def product(x: Any, w: Any, x_scale: Any, w_scale: Any, zero: Any, **options: Any) -> jax.Array:
         return int8_matmul(x, w, x_scale=x_scale, w_scale=w_scale, w_zero=zero, **options)
@@ -168,6 +177,15 @@ DECODE: dict[str, Case] = {
             _struct((8, 1, 32, 128), _bf16),
             *[_struct((8, sum(_CAPACITIES), 128), _bf16)] * 2,
             _struct((8, 32), jnp.int32),
+        ),
+    ),
+    "decode, int4 rings of each head": (
+        _coded_rings,
+        (
+            _struct((8, 1, 32, 128), _bf16),
+            *[_struct((8, sum(_CAPACITIES), 64), jnp.uint8)] * 2,
+            _struct((8, 32), jnp.int32),
+            *[_struct((8, sum(_CAPACITIES), 1), jnp.float32)] * 4,
         ),
     ),
     "decode, low-rank keys": (

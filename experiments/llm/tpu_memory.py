@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,33 +22,35 @@ from effjax.forward import abstract
 from effjax.generate import cached
 from effjax.methods import cskv, kivi, moa, streaming_llm
 from effjax.models.llama import Llama, LlamaConfig
-from effjax.transform import identity
+from effjax.transform import Transform, on_shapes
 from experiments import report, tpu
 from experiments.llm.decode import moa_plan
 
-LOW = cskv.CSKVPlan(0.15, 0.25)
 
-
-def kinds(layers: int) -> dict[str, Any]:
-    """Transforms by the names of their rows."""
+def kinds(layers: int) -> dict[str, tuple[Transform, ...]]:
+    """What is applied, by the names of the rows."""
     one = moa_plan()
     spans = dataclasses.replace(one, alphas=one.alphas * layers, betas=one.betas * layers)
+    half = streaming_llm.StreamingLLMPlan(ratio=0.5)
     return {
-        "dense": identity,
-        "moa": moa.transform(spans),
-        "moa, 4 bits": moa.transform(dataclasses.replace(spans, bits=4)),
-        "streaming_llm, half": streaming_llm.transform(streaming_llm.StreamingLLMPlan(ratio=0.5)),
-        "kivi, 4 bits": kivi.transform(kivi.KIVIPlan(4, 4)),
-        "cskv, 0.2": cskv.transform(LOW),
+        "dense": (),
+        "moa": (moa.transform(spans),),
+        "moa, grouped": (moa.transform(dataclasses.replace(spans, layout="grouped")),),
+        "moa, 4 bits": (moa.transform(dataclasses.replace(spans, bits=4)),),
+        "streaming_llm, half": (streaming_llm.transform(half),),
+        "kivi, 4 bits": (kivi.transform(kivi.KIVIPlan(4, 4)),),
+        "cskv, 0.2": (cskv.transform(cskv.CSKVPlan(0.15, 0.25)),),
     }
 
 
-def decoding(chip: str, transform: Any, layers: int, tokens: int) -> dict[str, Any]:
+def decoding(
+    chip: str, transforms: Iterable[Transform], layers: int, tokens: int
+) -> dict[str, Any]:
     """Compile one step for one chip; its memory in GiB."""
     config = LlamaConfig(
         num_layers=layers, max_positions=1 << 18, dtype="bfloat16", param_dtype="bfloat16"
     )
-    forward, params = jax.eval_shape(transform, *abstract(Llama, config))
+    forward, params = on_shapes(transforms, *abstract(Llama, config))
     forward = cached(forward).with_room(tokens - 1, 1)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     state = jax.eval_shape(lambda p: forward.init(p, token, token), params)
@@ -71,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     rows = []
     for tokens in arguments.lengths:
-        for name, transform in kinds(arguments.layers).items():
-            found = decoding(arguments.chip, transform, arguments.layers, tokens)
+        for name, transforms in kinds(arguments.layers).items():
+            found = decoding(arguments.chip, transforms, arguments.layers, tokens)
             rows.append({"tokens": tokens, "cache": name, **found})
             print(report.markdown(rows[-1:]), flush=True)
             report.write(

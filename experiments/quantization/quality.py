@@ -117,7 +117,7 @@ RECIPES: dict[str, Callable[[Subject, int, int], Pair]] = {
 
 
 def searched(subject: Subject, average: float) -> Pair:
-    """Bits by block and group, from sensitivities of final samples."""
+    """Bits by layer, from sensitivities of final samples."""
     whole = vidit_q.uniform(8)
     calibration = calibrated(subject, whole)
     plan = vidit_q.search(
@@ -130,6 +130,7 @@ def searched(subject: Subject, average: float) -> Pair:
         candidates=(3, 4, 5, 6, 8),
         calibration=calibration,
         alpha=ALPHA,
+        by_layer=True,
         progress=False,
     )
     return vidit_q.transform(plan, calibration)(*subject.pair)
@@ -200,7 +201,7 @@ def _run(name: str, arguments: argparse.Namespace) -> None:
     for bits in (4, 5):
         row = {"plan": f"{bits} bits everywhere"}
         add(table, row, some, functools.partial(everywhere, subject, bits))
-        row = {"plan": f"searched, {bits} bits on average"}
+        row = {"plan": f"searched by layer, {bits} bits on average"}
         add(table, row, some, functools.partial(searched, subject, float(bits)))
     table = "W8A8_on_many_paired_images"
     add(table, {"recipe": "dense"}, many, lambda: subject.pair)

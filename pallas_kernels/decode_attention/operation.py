@@ -46,6 +46,7 @@ from pallas_kernels.decode_attention.checks import (
 from pallas_kernels.decode_attention.gpu import gpu_refusal, pallas_gpu
 from pallas_kernels.decode_attention.reference import (
     dequantize,
+    flat_dequantize,
     flat_reference,
     rebuild_keys,
     reference,
@@ -121,6 +122,10 @@ def flat_decode_attention(
     *,
     head_start: Sequence[int],
     head_capacity: Sequence[int],
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
+    k_offset: Array | None = None,
+    v_offset: Array | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     tile: int | None = None,
@@ -136,9 +141,11 @@ def flat_decode_attention(
 
     Args:
         q: float[B, 1, H, D]: one token, since slots of a ring have no order.
-        k, v: float[B, N, D] and [B, N, W] in q's dtype.
+        k, v: float[B, N, D] and [B, N, W] in q's dtype; with scales codes, as
+            `quantized_decode_attention` takes them.
         lengths: int32[B] or int32[B, K] valid slots, clipped to each head's capacity.
         head_start, head_capacity: K host integers each; heads may not overlap.
+        k_scale, v_scale, k_offset, v_offset: float[B, N, 1] of codes, for each slot.
         scale, return_lse, tile, splits, implementation, interpret: as in `decode_attention`.
 
     Returns:
@@ -156,21 +163,54 @@ def flat_decode_attention(
             f"order that a later token's mask could follow; got S = {q.shape[1]}. Call it once for "
             f"each token, after writing that token's key."
         )
-    check_cache(q, k, "k", (q.shape[0], None, q.shape[3]))
-    check_cache(q, v, "v", (*k.shape[:2], None))
-    starts, capacities = check_places(head_start, head_capacity, k.shape[1])
-    keys = tiles.plain_keys(tiles.FLAT, q.shape[3])
-    values = tiles.plain_values(tiles.FLAT, v.shape[2])
-    places = starts, capacities
+    (batch, _, _, width), scales = q.shape, (k_scale, k_offset, v_scale, v_offset)
+    if k_scale is not None and v_scale is not None:
+        k_bits, v_bits = _code_bits(k, v, width)
+        check_shape(k, "k", (batch, None, width * k_bits // 8))
+        check_shape(v, "v", (*k.shape[:2], None))
+        for name, x in zip(("k_scale", "k_offset", "v_scale", "v_offset"), scales):
+            if x is not None:
+                check_shape(x, name, (*k.shape[:2], 1), "float")
+        keys = tiles.token_quantized_keys(
+            tiles.FLAT, width, bits=k_bits, offset=k_offset is not None
+        )
+        values = tiles.quantized_values(
+            tiles.FLAT,
+            v.shape[2] * 8 // v_bits,
+            bits=v_bits,
+            offset=v_offset is not None,
+            dtype=q.dtype,
+        )
+    elif any(x is not None for x in scales):
+        raise ValueError("codes need both k_scale and v_scale, and offsets come with these")
+    else:
+        check_cache(q, k, "k", (batch, None, width))
+        check_cache(q, v, "v", (*k.shape[:2], None))
+        keys = tiles.plain_keys(tiles.FLAT, width)
+        values = tiles.plain_values(tiles.FLAT, v.shape[2])
+    places = starts, capacities = check_places(head_start, head_capacity, k.shape[1])
     problem = _problem(q, len(starts), keys, values, k.shape[1], scale, tile, splits, places=places)
     lengths = _lengths(lengths, q, problem)
+
+    def specification() -> tuple[Array, Array]:
+        keys, values = k, v
+        if k_scale is not None and v_scale is not None:
+            keys = flat_dequantize(k, k_scale, k_offset)
+            values = flat_dequantize(v, v_scale, v_offset)
+        return flat_reference(
+            q, keys, values, lengths, starts=starts, capacities=capacities, scale=problem.scale
+        )
+
     return _run(
         "flat_decode_attention",
         problem,
-        Operands(_queries(q, problem), lengths, (k,), (v,)),
-        lambda: flat_reference(
-            q, k, v, lengths, starts=starts, capacities=capacities, scale=problem.scale
+        Operands(
+            _queries(q, problem),
+            lengths,
+            (k, *_along(k_scale, k_offset)),
+            (v, *_along(v_scale, v_offset)),
         ),
+        specification,
         return_lse,
         implementation,
         interpret,
@@ -218,9 +258,8 @@ def quantized_decode_attention(
     Source: KIVI, arXiv 2402.02750 (keys per channel, values per token).
     """
     check_queries(q)
-    (batch, _, _, width), k_bits, v_bits = q.shape, code_bits(k, "k"), code_bits(v, "v")
-    if (width * k_bits) % 8:
-        raise ValueError(f"two 4-bit codes to the byte need an even head dim, got D = {width}")
+    batch, _, _, width = q.shape
+    k_bits, v_bits = _code_bits(k, v, width)
     check_shape(k, "k", (batch, None, None, width * k_bits // 8))
     check_shape(v, "v", (*k.shape[:3], None))
     tokens, heads, value_width = k.shape[1], k.shape[2], v.shape[3] * 8 // v_bits
@@ -245,17 +284,19 @@ def quantized_decode_attention(
             f"the keys; got tile = {tile}"
         )
     if by_token:
-        keys = tiles.token_quantized_keys(width, bits=k_bits, offset=k_offset is not None)
+        keys = tiles.token_quantized_keys(
+            tiles.TOKENS, width, bits=k_bits, offset=k_offset is not None
+        )
     else:
         keys = tiles.quantized_keys(width, bits=k_bits, every=every, offset=k_offset is not None)
     values = tiles.quantized_values(
-        value_width, bits=v_bits, offset=v_offset is not None, dtype=q.dtype
+        tiles.TOKENS, value_width, bits=v_bits, offset=v_offset is not None, dtype=q.dtype
     )
     problem = _problem(q, heads, keys, values, tokens, scale, tile, splits)
     lengths = _lengths(lengths, q, problem)
     key_scales = [x for x in (k_scale, k_offset) if x is not None]
     key_scales = _along(*key_scales) if by_token else key_scales
-    value_scales = _along(*(x for x in (v_scale, v_offset) if x is not None))
+    value_scales = _along(v_scale, v_offset)
     return _run(
         "quantized_decode_attention",
         problem,
@@ -422,9 +463,17 @@ def _queries(q: Array, problem: Problem) -> tuple[Array, ...]:
     return tuple(jnp.split(q, len(problem.keys.widths), axis=-1))
 
 
-def _along(*scales: Array) -> list[Array]:
-    """Scales of tokens [B, T, K, 1] as float32[B, K, 1, T]."""
-    return [scale.transpose(0, 2, 3, 1).astype(jnp.float32) for scale in scales]
+def _along(*scales: Array | None) -> list[Array]:
+    """Scales of tokens [B, T, K, 1] as float32[B, K, 1, T], [B, N, 1] as [B, 1, N]; not None."""
+    return [jnp.moveaxis(scale, 1, -1).astype(jnp.float32) for scale in scales if scale is not None]
+
+
+def _code_bits(k: Array, v: Array, width: int) -> tuple[int, int]:
+    """Bits of codes of keys and values."""
+    k_bits, v_bits = code_bits(k, "k"), code_bits(v, "v")
+    if (width * k_bits) % 8:
+        raise ValueError(f"two 4-bit codes to the byte need an even head dim, got D = {width}")
+    return k_bits, v_bits
 
 
 def _lengths(lengths: Array, q: Array, problem: Problem) -> Array:

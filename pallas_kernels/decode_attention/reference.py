@@ -21,6 +21,12 @@ def dequantize(codes: Array, scale: Array, offset: Array | None = None) -> Array
     return x if offset is None else x + jnp.repeat(offset.astype(jnp.float32), every, axis=1)
 
 
+def flat_dequantize(codes: Array, scale: Array, offset: Array | None = None) -> Array:
+    """float32[B, N, D] of codes [B, N, D] and scales [B, N, 1]."""
+    offset = None if offset is None else offset[:, :, None]
+    return dequantize(codes[:, :, None], scale[:, :, None], offset)[:, :, 0]
+
+
 def rebuild_keys(features: Array, basis: Array, positions: Array, frequencies: Array) -> Array:
     """float32[B, T, K, D] rotated keys of features [B, T, R] and a basis [R, K D]."""
     features, basis = features.astype(jnp.float32), basis.astype(jnp.float32)

@@ -164,6 +164,7 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 TOKENS = ("batch", "tokens", "heads", "whole")  # [B, T, K, W]
 FLAT = ("batch", "tokens", "whole")  # [B, N, W]
 ALONG = ("batch", "heads", "whole", "tokens")  # [B, K, 1, T], a number for each token
+FLAT_ALONG = ("batch", "whole", "tokens")  # [B, 1, N]
 
 
 def plain_keys(roles: tuple[str, ...], width: int) -> Side:
@@ -196,20 +197,28 @@ def quantized_keys(width: int, *, bits: int, every: int | None, offset: bool) ->
     return Side((Part(TOKENS), *scales), product, (width // planes,) * planes)
 
 
-def token_quantized_keys(width: int, *, bits: int, offset: bool) -> Side:
-    """Codes [B, T, K, W], float32 scales and perhaps offsets [B, K, 1, T]."""
+def token_quantized_keys(roles: tuple[str, ...], width: int, *, bits: int, offset: bool) -> Side:
+    """Codes [B, T, K, W] or [B, N, W], float32 scales and perhaps offsets with the tokens last."""
     planes = 8 // bits
     product = partial(_token_quantized_scores, bits=bits)
-    parts = (Part(TOKENS), *(Part(ALONG),) * (1 + offset))
-    return Side(parts, product, (width // planes,) * planes)
+    return Side(_with_scales(roles, offset), product, (width // planes,) * planes)
 
 
-def quantized_values(width: int, *, bits: int, offset: bool, dtype: jnp.dtype) -> Side:
-    """Codes [B, T, K, W], float32 scales (and offsets) [B, K, 1, T]; products run in `dtype`."""
+def quantized_values(
+    roles: tuple[str, ...], width: int, *, bits: int, offset: bool, dtype: jnp.dtype
+) -> Side:
+    """Codes [B, T, K, W] or [B, N, W], float32 scales (and offsets) with the tokens last.
+
+    Products run in `dtype`.
+    """
     planes = 8 // bits
     product = partial(_quantized_outputs, bits=bits, dtype=dtype)
-    parts = (Part(TOKENS), *(Part(ALONG),) * (1 + offset))
-    return Side(parts, product, (width // planes,) * planes)
+    return Side(_with_scales(roles, offset), product, (width // planes,) * planes)
+
+
+def _with_scales(roles: tuple[str, ...], offset: bool) -> tuple[Part, ...]:
+    along = ALONG if roles == TOKENS else FLAT_ALONG
+    return (Part(roles), *(Part(along),) * (1 + offset))
 
 
 def code_planes(codes: Array, bits: int) -> tuple[Array, ...]:

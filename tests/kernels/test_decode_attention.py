@@ -175,6 +175,22 @@ def test_quantized_cache(k_bits, v_bits, groups, offset, program):
     assert_agrees(attend, normal(0, B, 1, 2 * heads, width), k, v, lengths, scales, program=program)
 
 
+@pytest.mark.parametrize(
+    ("bits", "offset", "program"), [(8, True, "xla"), (4, True, "tpu"), (4, False, "gpu")]
+)
+def test_flat_cache_of_codes(bits, offset, program):
+    places = {"head_start": (64, 0), "head_capacity": (236, 64)}
+    names = ("k_scale", "v_scale", *(("k_offset", "v_offset") if offset else ()))
+    scales = {name: 0.1 * normal(i, B, 300, 1) for i, name in enumerate(names)}
+    k, v = (codes(i, B, 300, 32, bits=bits) for i in (11, 12))
+    lengths = jnp.array([[236, 63], [1, 900]])
+
+    def attend(q, k, v, lengths, scales, **options):
+        return flat_decode_attention(q, k, v, lengths, **scales, **places, **options)
+
+    assert_agrees(attend, normal(0, B, 1, 4, 32), k, v, lengths, scales, program=program)
+
+
 @pytest.mark.parametrize("program", ["xla", "tpu"])
 @pytest.mark.parametrize("shared_values", [False, True])
 def test_low_rank_keys(program, shared_values):
@@ -436,6 +452,8 @@ def test_named_errors_of_flat_caches(places, message):
     flat = {"k": x, "v": x, "head_start": places[0], "head_capacity": places[1]}
     with pytest.raises(ValueError, match=message):
         call(flat_decode_attention, **flat)
+    with pytest.raises(ValueError, match="need both k_scale and v_scale"):
+        call(flat_decode_attention, **flat | {"k_scale": jnp.ones((B, 16, 1))})
     with pytest.raises(ValueError, match="one query token"):
         call(flat_decode_attention, **flat | {"q": jnp.ones((B, 2, 4, 16))})
 

@@ -113,13 +113,14 @@ def test_layouts_agree_and_take_what_they_say():
     assert sizes == [2 * 2 * 8 * 4 * kept] * 2
 
 
+@pytest.mark.parametrize("layout", CACHES)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_slots_of_codes(bits):
+def test_slots_of_codes(bits, layout):
     """New tokens see keys and values rounded token by token; bytes are what codes take."""
     plan = dataclasses.replace(PLAN, bits=bits)
-    calls = pieces(10, *[1] * 13)
-    outputs, values = run(moa.GroupedCache, calls, slots=SLOTS, plan=plan)
-    exact, _ = run(moa.GroupedCache, calls, slots=SLOTS, plan=PLAN)
+    calls, kind = pieces(10, *[1] * 13), CACHES[layout]
+    outputs, values = run(kind, calls, slots=SLOTS, plan=plan)
+    exact, floating = run(kind, calls, slots=SLOTS, plan=PLAN)
     chex.assert_trees_all_equal(outputs[0], exact[0])  # the prompt sees floats
     later, floats = (np.concatenate(each[1:], axis=1) for each in (outputs, exact))
     error = np.abs(later - floats).max() / np.abs(floats).max()
@@ -128,15 +129,14 @@ def test_slots_of_codes(bits):
     scales = sum(SLOTS) * 2 * 4
     assert sum(value.nbytes for value in values.values()) == 2 * 2 * (codes + scales)
     # What a slot holds is its token's key and value, to half a step.
-    held, floating = (
-        run(moa.GroupedCache, calls[:1], slots=SLOTS, plan=p)[1] for p in (plan, PLAN)
-    )
-    scale, offset = held["v_scale", 0], held["v_offset", 0]
-    restored = unpack(held["v", 0], bits).astype(jnp.float32) * scale + offset
-    filled = np.asarray(scale) > 0
-    chex.assert_trees_all_close(
-        np.where(filled, restored, 0), floating["v", 0], atol=float(jnp.max(scale)) / 2 + 1e-6
-    )
+    last = {"grouped": "{}", "flat": "{}_slots"}[layout]
+    for path, x in floating.items():
+        name = path[0].removesuffix("_slots")
+        held, scale, offset = (
+            values[last.format(name + part), *path[1:]] for part in ("", "_scale", "_offset")
+        )
+        restored = unpack(held, bits).astype(jnp.float32) * scale + offset
+        chex.assert_trees_all_close(restored, x, atol=float(jnp.max(scale)) / 2 + 1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -193,7 +193,6 @@ def test_texts_are_generated():
         ({"floor": 64}, "leaves no slot beside the sink"),
         ({"layout": "round"}, "layout must be one of"),
         ({"bits": 3}, "bits must be 4, 8 or 16"),
-        ({"bits": 4, "layout": "flat"}, "need the layout 'grouped'"),
     ],
 )
 def test_plans_that_cannot_be(options, message):

@@ -302,7 +302,8 @@ def test_time_ranges_become_segments(subject):
 # Search -----------------------------------------------------------------------------------------
 
 
-def test_the_search_spends_bits_where_they_matter(subject):
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_the_search_spends_bits_where_they_matter(subject, by_layer):
     """One block's feed-forward layers hardly matter: their share of bits goes elsewhere."""
     params = jax.tree.map(jnp.copy, subject.params)
     params["blocks"]["0"]["mlp"]["fc2"]["kernel"] *= 1e-3
@@ -315,8 +316,10 @@ def test_the_search_spends_bits_where_they_matter(subject):
         average_bits=6.0,
         candidates=(4, 8),
         groups={"mlp": fidelity},
+        by_layer=by_layer,
         progress=False,
     )
+    assert len(plan.segments[0][1]) == (4 if by_layer else 2)
     assert plan.rule("blocks.0.mlp.fc1")[1] == 4
     assert plan.rule("blocks.1.mlp.fc2")[1] == 8
     assert plan.rule("blocks.1.attn.to_q") is None

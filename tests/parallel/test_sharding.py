@@ -66,7 +66,7 @@ KINDS = {
     "kivi": kivi.transform(kivi.KIVIPlan(4, 4, group=4)),
     "moa": spans("grouped"),
     "moa, 4 bits": spans("grouped", bits=4),
-    "moa, flat": spans("flat"),
+    "moa, flat, 4 bits": spans("flat", bits=4),
 }
 
 
@@ -89,7 +89,7 @@ def test_caches_are_cut_by_rows_and_heads(kind):
     alone, together = two(params, carry), two(shard(params, mesh), spread)
     chex.assert_trees_all_close(np.asarray(together.x), np.asarray(alone.x), atol=2e-5)
     by_heads = {path: leaf for path, leaf in spread.state.items() if leaf.ndim == 4}
-    assert by_heads or kind == "moa, flat"
+    assert by_heads or kind == "moa, flat, 4 bits"
     spec = PartitionSpec("data", None, "model")
     for path, leaf in by_heads.items():
         assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 4), path

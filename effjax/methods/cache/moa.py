@@ -14,10 +14,10 @@ sinks and the last R / block key blocks, its own included, so up to block - 1 to
 than a new token does at the same place.
 
 Static: the plan and N, hence all sizes. Dynamic: lengths. Cost: mean C / N of the dense cache.
-Layouts: "grouped", one pair of arrays for the heads of a layer that have equal C; "flat", one pair
-for all heads, with a stretch of slots for each. With 8 or 4 bits ("grouped" alone) slots hold
-codes, each token's and head's with a scale and an offset, which new tokens see and the prompt does
-not.
+Layouts: "flat", one pair of arrays for all heads, with a stretch of slots for each; "grouped", one
+pair for the heads of a layer that have equal C, which can be sharded by heads (on a TPU groups of
+other than 8, 16 ... heads are copied for every token). With 8 or 4 bits slots hold codes, each
+token's and head's with a scale and an offset, which new tokens see and the prompt does not.
 
 The search asks, for every head, what the loss of answers would be if an element of the attention
 map were masked and its row normalised again. To first order, with A = softmax, dA = dLoss / dA:
@@ -83,7 +83,7 @@ from pallas_kernels.decode_attention import (
 Rule = tuple[float, float]  # alpha and beta
 Rules = tuple[tuple[float, ...], ...]
 
-LAYOUTS = ("grouped", "flat")
+LAYOUTS = ("flat", "grouped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class MoAPlan(Plan):
         block: tokens of a block: what spans are rounded up to.
         sink: first tokens that every head keeps.
         floor: the least number of slots.
-        layout: "grouped" or "flat".
+        layout: "flat" or "grouped".
         bits: of keys and values in their slots: 16 (floats), 8 or 4.
     """
 
@@ -105,7 +105,7 @@ class MoAPlan(Plan):
     block: int = 64
     sink: int = 64
     floor: int = 128
-    layout: str = "grouped"
+    layout: str = "flat"
     bits: int = FLOAT
 
     def __post_init__(self) -> None:
@@ -122,8 +122,6 @@ class MoAPlan(Plan):
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
         check_bits(self.bits)
-        if self.bits != FLOAT and self.layout == "flat":
-            raise ValueError(f"slots of {self.bits} bits need the layout 'grouped', got 'flat'")
 
     def slots(self, layer: int, tokens: int) -> tuple[int, ...]:
         """Slots C of every key head of a layer, for texts of so many tokens.
@@ -607,6 +605,8 @@ class SpanCache(KVCache):
         self.sink = plan.sink
         self.block = plan.block
         self.bits = plan.bits
+        parts = ("",) if self.bits == FLOAT else ("", "_scale", "_offset")
+        self.names = tuple(f"{of}{part}" for of in "kv" for part in parts)
 
     @property
     def multi_token_append(self) -> bool:
@@ -623,6 +623,17 @@ class SpanCache(KVCache):
     def ring(self, slots: int) -> tuple[int, int]:
         """Sizes of the sink and of the ring of a head."""
         return min(slots, self.sink), slots - min(slots, self.sink)
+
+    def coded(self, k: KeyHeads, v: KeyHeads) -> dict[str, Shaped[Array, "B S K ..."]]:
+        """What slots hold of tokens, keys rotated, by name."""
+        if self.bits == FLOAT:
+            return {"k": k, "v": v}
+        found = {}
+        for name, x in (("k", k), ("v", v)):
+            codes, scale, offset = to_codes(x, self.bits, axis=3)
+            found[name] = pack(codes, self.bits)
+            found |= {f"{name}_scale": scale, f"{name}_offset": offset}
+        return found
 
     def attend_prompt(
         self,
@@ -679,15 +690,13 @@ class GroupedCache(SpanCache):
             (size, tuple(head for head, slots in enumerate(self.slots) if slots == size))
             for size in sizes
         )
-        parts = ("",) if self.bits == FLOAT else ("", "_scale", "_offset")
-        self.names = tuple(f"{of}{part}" for of in "kv" for part in parts)
         for name in self.names:
             setattr(self, name, nnx.List([State() for _ in sizes]))
 
     def store(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> None:
-        new, lengths = self._slots(self.core.rotary(k, positions), v), lengths_after(positions)
+        new, lengths = self.coded(self.core.rotary(k, positions), v), lengths_after(positions)
         for group, (slots, heads) in enumerate(self.groups):
             held = ring_positions(lengths, *self.ring(slots))
             for name, part in new.items():
@@ -698,7 +707,7 @@ class GroupedCache(SpanCache):
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> Heads:
         q = self.core.rotary(q, positions)
-        new, lengths = self._slots(self.core.rotary(k, positions), v), lengths_after(positions)
+        new, lengths = self.coded(self.core.rotary(k, positions), v), lengths_after(positions)
         batch, _, heads, width = q.shape
         q = q.reshape(batch, 1, k.shape[2], -1, width)
         parts, order = [], []
@@ -720,17 +729,6 @@ class GroupedCache(SpanCache):
             out = out[:, :, jnp.argsort(jnp.asarray(order))]
         return out.reshape(batch, 1, heads, -1)
 
-    def _slots(self, k: KeyHeads, v: KeyHeads) -> dict[str, Shaped[Array, "B S K ..."]]:
-        """What slots hold of tokens, keys rotated, by name."""
-        if self.bits == FLOAT:
-            return {"k": k, "v": v}
-        found = {}
-        for name, x in (("k", k), ("v", v)):
-            codes, scale, offset = to_codes(x, self.bits, axis=3)
-            found[name] = pack(codes, self.bits)
-            found |= {f"{name}_scale": scale, f"{name}_offset": offset}
-        return found
-
 
 def _of_heads(heads: tuple[int, ...]) -> slice | Array:
     """Heads as an index: a slice if they stand side by side."""
@@ -740,23 +738,24 @@ def _of_heads(heads: tuple[int, ...]) -> slice | Array:
 
 
 class FlatCache(SpanCache):
-    """One pair of arrays [B, sum of C, D], with a stretch of slots for each head."""
+    """Arrays [B, sum of C, ...] with a stretch of slots for each head."""
 
     def __init__(self, inner: Any, **options: Any):
         super().__init__(inner, **options)
         self.start = tuple(sum(self.slots[:head]) for head in range(len(self.slots)))
-        self.k_slots, self.v_slots = State(), State()
+        for name in self.names:
+            setattr(self, f"{name}_slots", State())
 
     def store(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> None:
         lengths = lengths_after(positions)
-        for state, new in ((self.k_slots, self.core.rotary(k, positions)), (self.v_slots, v)):
+        for name, new in self.coded(self.core.rotary(k, positions), v).items():
             own = [
                 take(new[:, :, head], positions, ring_positions(lengths, *self.ring(slots)))
                 for head, slots in enumerate(self.slots)
             ]
-            state.write(jnp.concatenate(own, axis=1))
+            getattr(self, f"{name}_slots").write(jnp.concatenate(own, axis=1))
 
     def append(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
@@ -766,17 +765,18 @@ class FlatCache(SpanCache):
             ring_slot(positions, *self.ring(slots)) + start
             for slots, start in zip(self.slots, self.start, strict=True)
         ]
-        places = jnp.where(positions >= 0, jnp.concatenate(own, axis=1), -1)
-        for state, new in ((self.k_slots, k), (self.v_slots, v)):
+        places, held = jnp.where(positions >= 0, jnp.concatenate(own, axis=1), -1), {}
+        for name, new in self.coded(k, v).items():
+            state = getattr(self, f"{name}_slots")
             old = state.read((new.shape[0], sum(self.slots), new.shape[3]), new.dtype)
-            state.write(put(old, new[:, 0], places))
+            held[name] = put(old, new[:, 0], places)
+            state.write(held[name])
         out = flat_decode_attention(
             q,
-            self.k_slots.get_value(),
-            self.v_slots.get_value(),
-            lengths_after(positions),
+            lengths=lengths_after(positions),
             head_start=self.start,
             head_capacity=self.slots,
+            **held,
         )
         assert isinstance(out, jax.Array)
         return out

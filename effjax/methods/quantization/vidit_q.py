@@ -500,16 +500,17 @@ def search(
     alpha: float | None = 0.99,
     rotate: bool = True,
     groups: Mapping[str, Metric] | None = None,
-    ratios: Sequence[float] = (1.0,),
+    ratios: Sequence[float] | None = None,
+    by_layer: bool = False,
     uncond: PyTree = None,
     seed: int = 0,
     progress: bool = True,
 ) -> ViDiTQPlan:
     """Find weight bits for the attention and the feed-forward layers of every block.
 
-    A part is the layers of one group in one block. It is scored by its group's metric on final
-    samples when it alone is quantised; an integer program chooses bits for each group by itself
-    ("metric-decoupled": scores of different metrics are never added).
+    A part is the layers of one group in one block, or a single layer. It is scored by its group's
+    metric on final samples when it alone is quantised; an integer program chooses bits for the
+    groups of each metric ("metric-decoupled": scores of different metrics are never added).
 
     Args:
         forward, params: the model, not quantised.
@@ -521,8 +522,10 @@ def search(
         alpha, rotate, seed: as in the plan.
         groups: metric by a group's name, the part of a path after the block; None scores attn and
             mlp by `fidelity`. Give cross a metric of text alignment to code cross-attention too.
-        ratios: average bits of the first of two groups over those of the second, to try. The plan
-            whose samples have the highest SQNR wins (MixDQ, arXiv 2405.17873, section 3.4).
+        ratios: average bits of the first of two groups over those of the second, to try, each group
+            in a program of its own. The plan whose samples have the highest SQNR wins (MixDQ, arXiv
+            2405.17873, section 3.4).
+        by_layer: choose bits for every layer by itself.
 
     Raises:
         ValueError: for a group without layers, or an average that no choice meets.
@@ -552,12 +555,15 @@ def search(
         for path, kernel in kernels.items()
     }
     parts: dict[str, list[str]] = {}
+    group_of = []
     for path in paths:
         block = re.match(rf"(.*\.({'|'.join(map(re.escape, groups))}))\.", path)
         assert block is not None
-        parts.setdefault(block[1], []).append(path)
+        name = path if by_layer else block[1]
+        if name not in parts:
+            group_of.append(block[2])
+        parts.setdefault(name, []).append(path)
     names = list(parts)
-    group_of = [name.rpartition(".")[2] for name in names]
     sample = rounded_samples(
         forward, params, sampler, cond, key=key, preparations=preparations, uncond=uncond
     )
@@ -570,26 +576,27 @@ def search(
         progress=progress,
     )
     sizes = np.array([sum(kernels[path].size for path in parts[name]) for name in names])
-    rows = {group: [i for i, own in enumerate(group_of) if own == group] for group in groups}
-    if empty := [group for group, own in rows.items() if not own]:
+    if empty := [group for group in groups if group not in group_of]:
         raise ValueError(f"there is no layer in the groups {empty}; there are {set(group_of)}")
+    rows: dict[Any, list[int]] = {}
+    for i, group in enumerate(group_of):
+        rows.setdefault(group if ratios else groups[group], []).append(i)
+    shares = {own: int(sizes[indices].sum()) for own, indices in rows.items()}
     choices = []
-    for averages in _averages(
-        average_bits, ratios, {g: int(sizes[own].sum()) for g, own in rows.items()}
-    ):
+    for averages in _averages(average_bits, ratios, shares):
         try:
             chosen = np.zeros(len(names), int)
             for group, own in rows.items():
                 budget = bit_budget(sizes[own], candidates, averages[group])
                 chosen[own] = allocate(scores[own], [budget]).choice
         except ValueError:
-            if len(ratios) == 1:
+            if ratios is None or len(ratios) == 1:
                 raise
             continue  # this ratio asks for more or fewer bits than there are
         choices.append(chosen)
     if not choices:
         raise ValueError(
-            f"none of the ratios {tuple(ratios)} allows {average_bits} bits on average"
+            f"none of the ratios {tuple(ratios or ())} allows {average_bits} bits on average"
         )
 
     def quality(chosen: np.ndarray) -> float:
@@ -599,17 +606,17 @@ def search(
 
     best = choices[0] if len(choices) == 1 else max(choices, key=quality)
     rules = tuple(
-        (rf"{re.escape(name)}\..*", candidates[choice], inputs, alpha, rotate)
+        (re.escape(name) + ("" if by_layer else r"\..*"), candidates[choice], inputs, alpha, rotate)
         for name, choice in zip(names, best)
     )
     return ViDiTQPlan(((0, rules),), seed=seed)
 
 
 def _averages(
-    average: float, ratios: Sequence[float], sizes: Mapping[str, int]
-) -> list[dict[str, float]]:
+    average: float, ratios: Sequence[float] | None, sizes: Mapping[Any, int]
+) -> list[dict[Any, float]]:
     """Average bits by group for every ratio of the first group's to the second's."""
-    if tuple(ratios) == (1.0,):
+    if ratios is None:
         return [dict.fromkeys(sizes, average)]
     if len(sizes) != 2:
         raise ValueError(f"ratios are between two groups; there are {list(sizes)}")
