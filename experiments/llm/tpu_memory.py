@@ -35,7 +35,6 @@ def kinds(layers: int) -> dict[str, tuple[Transform, ...]]:
     return {
         "dense": (),
         "moa": (moa.transform(spans),),
-        "moa, grouped": (moa.transform(dataclasses.replace(spans, layout="grouped")),),
         "moa, 4 bits": (moa.transform(dataclasses.replace(spans, bits=4)),),
         "streaming_llm, half": (streaming_llm.transform(half),),
         "kivi, 4 bits": (kivi.transform(kivi.KIVIPlan(4, 4)),),
