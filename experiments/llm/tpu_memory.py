@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", default="v5p", choices=tpu.TOPOLOGIES)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32_768, 131_072])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192])
     arguments = parser.parse_args(argv)
     rows = []
     for tokens in arguments.lengths:
