@@ -87,3 +87,13 @@ def test_features_beat_eviction_at_equal_bytes():
     fifth = rows["streaming_llm, 20% of the tokens"]
     assert low["right_%"] > fifth["right_%"] + 10
     assert np.isclose(low["right_%"], dense["right_%"], atol=2)
+
+
+def test_better_starts_and_training_rebuild_better():
+    """The orderings of the method; training with codes is no better than rounding here."""
+    rows = {row["factors"]: row for row in committed("llm_factors")}
+    order = ["random", "SVD", "ASVD", "ASVD, trained", "ASVD, trained twice as long"]
+    for key in ("reconstruction_error", "perplexity"):
+        values = [rows[name][key] for name in order]
+        assert values == sorted(values, reverse=True)
+    assert rows["ASVD, trained"]["perplexity"] < rows["ASVD, trained, window of 1"]["perplexity"]
