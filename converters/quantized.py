@@ -512,7 +512,12 @@ def _torchao(config: Json, wrong: list[str]) -> Groups:
 
     bits, symmetric, size, activations = 8, True, data.get("group_size"), None
     prefix = "weight_" if kind == names[3] else ""
+    for key in ("reduce_range", "weight_only_decode"):
+        _option(data, wrong, key, (False,), False)
     spread: Json = data.get(f"{prefix}granularity") or {"_type": "PerRow"}
+    if not isinstance(spread, dict):
+        wrong.append(f"granularity={spread!r} (only one for weights and inputs)")
+        return []
     _option(spread, wrong, "_type", ("PerRow", "PerAxis", "PerGroup"), "PerRow")
     size = (spread.get("_data") or {}).get("group_size", size)
     if kind in names[2:]:

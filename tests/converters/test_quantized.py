@@ -396,6 +396,8 @@ def test_values_that_contradict_the_configuration(t5, tmp_path):
             "'PerTensor'.*'PerGroup'",
         ),
         (torchao("IntxWeightOnlyConfig", weight_dtype={"_data": "int1"}), "dtype='int1'"),
+        (torchao("Int8DynamicActivationInt8WeightConfig", reduce_range=True), "reduce_range=True"),
+        (torchao("Int8WeightOnlyConfig", granularity=[{}, {}]), "only one for weights and inputs"),
         (gptq(5), r"bits=5 \(only 2, 3, 4, 8\)"),
         (gptq(4, 0), "group_size=0"),
         (gptq(4, checkpoint_format="marlin"), "checkpoint_format='marlin'.*'gptq', 'gptq_v2'"),

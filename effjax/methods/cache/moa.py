@@ -517,9 +517,10 @@ def order_heads(
 ) -> tuple[MoAPlan, Params]:
     """The same model and plan with each layer's key heads in another order, query heads with them.
 
-    On one device heads that have equally many slots stand side by side, so that no cache gathers
-    them. For several devices, each of which holds as many heads one after the other, the devices'
-    sums of slots are balanced: the largest heads go first, each to the device that has the least.
+    For the layout "grouped". On one device heads that have equally many slots stand side by side,
+    so that no cache gathers them. For several devices, each of which holds as many heads one after
+    the other, the devices' sums of slots are balanced: the largest heads go first, each to the
+    device that has the least.
 
     Args:
         forward, params: a model whose projections are floats.
