@@ -5,7 +5,7 @@ and what a `pallas_call` declares. Elementwise work, reductions and data movemen
 Whatever is traced counts, also results that the compiler would find unused.
 
 *Executed* FLOPs include the masked-out elements of the blocks that a sparse kernel computes;
-*useful* FLOPs leave them out (see `pallas_kernels.useful`).
+*useful* FLOPs leave them out (see `pallas_kernels.marks`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from effjax import compat
 from effjax.context import PyTree
 from effjax.forward import Forward, Params
 from effjax.quant import QTensor
-from pallas_kernels.useful import useful_fraction
+from pallas_kernels.marks import Work, declared_work, useful_fraction
 
 Branch = str | int | Callable[[int, str], int]
 Trips = int | Callable[[str], int]
@@ -247,6 +247,8 @@ class _Walk:
             return Cost((ScopeCost(scope, flops, flops, moved),))
         if name == "pallas_call":
             return _declared(equation, scope)
+        if work := declared_work(params.get("name") or ""):
+            return _from_name(equation, work, scope)
         if name in compat.CALLS:
             called = self.program(params[compat.CALLS[name]], scope)
             fraction = useful_fraction(params.get("name") or "")
@@ -324,6 +326,12 @@ def _declared(equation: Any, scope: str) -> Cost:
         )
     flops = int(declared.flops)
     return Cost((ScopeCost(scope, flops, flops, int(declared.bytes_accessed)),))
+
+
+def _from_name(equation: Any, work: Work, scope: str) -> Cost:
+    elements = _size(equation.outvars[0])
+    flops, moved = int(work.flops * elements), int(work.bytes_ * elements)
+    return Cost((ScopeCost(scope, flops, flops, moved),))
 
 
 def _dot_flops(equation: Any) -> int:

@@ -16,6 +16,7 @@ from pallas_kernels.block_mask import EVERYTHING
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads, precision
 from pallas_kernels.block_sparse_attention.operation import (
+    KERNELS,
     Problem,
     check,
     heads_first,
@@ -72,9 +73,8 @@ def dense_attention(
                 block_sparse_attention, mask=EVERYTHING, implementation="reference"
             ),
             "xla": _xla,
-            "pallas_tpu": partial(listed, implementation="pallas_tpu"),
-            "pallas_gpu": partial(listed, implementation="pallas_gpu"),
-        },
+        }
+        | {name: partial(listed, implementation=name) for name in KERNELS},
         *(q, k, v),
         refusal=partial(refusal, problem, Heads(*heads_first(q, k, v)), None),
         interpret=interpret,

@@ -174,7 +174,7 @@ class Arrow(Rule):
         start = _where(everything, first, _maximum(row - window, first))
         stop = _where(everything, last, _minimum(row + window + 1, last))
         text = (0, first) if self.text_first else (last, keys)
-        computed = window != 0
+        computed = window + 0 * row != 0  # of every query: not all kernels choose by one number
         image = (start, _where(computed, stop, start))
         return image, (0 * row + text[0], _where(computed, 0 * row + text[1], text[0]))
 

@@ -2,12 +2,14 @@
 
 Every operation of this package exists several times, with equal results:
 
-=============  ==================================================================
-`reference`    plain jnp: the specification
-`xla`          blockwise jnp, on every platform; skipped work is not done
-`pallas_tpu`   a Mosaic kernel
-`pallas_gpu`   a Triton kernel
-=============  ==================================================================
+===================  ============================================================
+`reference`          plain jnp: the specification
+`xla`                blockwise jnp, on every platform; skipped work is not done
+`pallas_tpu`         a Mosaic kernel
+`pallas_gpu`         a Triton kernel
+`pallas_mosaic_gpu`  a Mosaic kernel for Hopper GPUs, of some operations; asked for
+                     by name alone
+===================  ============================================================
 
 The platform is that of the *lowering*, not of the machine that traces: a program compiled ahead of
 time for a TPU on a computer without one has the TPU's kernel in it.
@@ -25,9 +27,12 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "pallas_mosaic_gpu"]
 
-_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "pallas_mosaic_gpu": "cuda"}
+
+# What a program is lowered for names no generation of GPUs, so Hopper's kernel is never chosen.
+_CHOSEN = ("pallas_tpu", "pallas_gpu")
 
 PyTree = Any
 
@@ -63,8 +68,8 @@ def dispatch(
         )
     if implementation is None:
         kernels = {
-            platform: programs[name]
-            for name, platform in _PLATFORMS.items()
+            _PLATFORMS[name]: programs[name]
+            for name in _CHOSEN
             if name in programs and not refusal(name)
         }
         if not kernels:

@@ -25,7 +25,7 @@ from effjax.forward import abstract, parameter_count
 from effjax.models.dit import DiT, DiTConfig
 from effjax.samplers import DDIM, Sampler
 from effjax.sites import Wrapper, wrap
-from pallas_kernels.useful import useful, useful_fraction
+from pallas_kernels.marks import declared, declared_work, useful, useful_fraction
 
 
 def shape(*dimensions, dtype="float32"):
@@ -280,6 +280,24 @@ class TestUseful:
     def test_nested(self):
         with pytest.raises(ValueError, match="contains another"):
             cost(useful(self.banded, 1, 2), X, SQUARE)
+
+
+class TestDeclared:
+    @staticmethod
+    def twice(x, w):
+        return declared(multiply, flops=50, bytes_accessed=7, elements=12)(x, w)
+
+    def test_work_in_the_name(self):
+        name = declared(multiply, flops=50, bytes_accessed=7, elements=12).__name__
+        assert declared_work(name) == (Fraction(50, 12), Fraction(7, 12))
+        assert declared_work("multiply") is None
+
+    def test_instead_of_what_the_equations_show(self):
+        counted = cost(self.twice, X, SQUARE)
+        assert (counted.flops, counted.useful_flops, counted.bytes_) == (50, 50, 7)
+        batched = cost(jax.vmap(self.twice, (0, None)), shape(6, 3, 4), SQUARE)
+        assert (batched.flops, batched.bytes_) == (300, 42)
+        assert cost(useful(self.twice, 1, 2), X, SQUARE).useful_flops == 25
 
 
 class TestPallas:

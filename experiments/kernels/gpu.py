@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import report
-from experiments.kernels.cases import CASES
+from experiments.kernels.cases import ATTENTION, CASES
 from experiments.kernels.timing import best_seconds
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Band, from_map, visible_pairs
@@ -32,6 +33,7 @@ from pallas_kernels.quantized_matmul import packed_matmul
 
 HEADS, WIDTH, BLOCK = 16, 64, 64
 DENSITIES = (2, 4, 8, 16)  # one in
+RUNS = {"triton": "Triton", "mosaic_gpu": "Mosaic"}  # by what stands in a lowered program
 
 Programs = dict[str, Callable[[], Any]]
 Row = dict[str, Any]
@@ -96,11 +98,23 @@ def peers(operands: tuple[jax.Array, ...]) -> Programs:
 
 def check() -> list[Row]:
     """Every kernel against its reference, at the sizes of real models cut to what fits."""
+    cases = [(name, function, shapes) for name, (function, shapes) in CASES.items()]
+    hopper = {"implementation": "pallas_mosaic_gpu"}
+    cases += [
+        (f"{name}, by Mosaic", partial(function, **hopper), shapes)
+        for name, (function, shapes) in ATTENTION.items()
+    ]
     rows = []
-    for name, (function, shapes) in CASES.items():
+    for name, function, shapes in cases:
         operands = jax.tree.map(_example, shapes)
         run = jax.jit(function)
-        found = run(*operands)
+        try:
+            found = jax.block_until_ready(run(*operands))
+        except Exception as reason:  # Mosaic's refuses segments, and GPUs before Hopper
+            if not name.endswith("by Mosaic"):
+                raise
+            print(f"{name} does not run here: {_first_line(reason)}", flush=True)
+            continue
         expected = None
         for other in ("reference", "xla"):
             try:
@@ -122,7 +136,7 @@ def check() -> list[Row]:
         rows.append(
             {
                 "kernel": name,
-                "runs": "Triton" if "triton" in text else "XLA",
+                "runs": next((each for mark, each in RUNS.items() if mark in text), "XLA"),
                 "compared_with": other,
                 "largest_difference_over_largest_value": difference / scale,
             }
@@ -146,21 +160,31 @@ def attention(tokens: int, repeats: int) -> list[Row]:
     operands = heads(tokens)
     programs = {f"dense, {name}": run for name, run in peers(operands).items()}
     programs["dense, effjax"] = compiled(dense_attention, *operands)
+    routes = {"": {}}
+    try:
+        hopper = {"implementation": "pallas_mosaic_gpu"}
+        run = compiled(partial(dense_attention, **hopper), *operands)
+        jax.block_until_ready(run())
+        programs["dense, effjax, by Mosaic"] = run
+        routes[", by Mosaic"] = hopper
+    except Exception as reason:  # GPUs before Hopper
+        print(f"Mosaic does not run here: {_first_line(reason)}", flush=True)
     densities = dict.fromkeys(programs, 1.0)
     rng = np.random.default_rng(0)
     blocks = -(-tokens // BLOCK)
     for one_in in DENSITIES:
         band = Band(tokens // one_in // 2)
-        sparse = partial(block_sparse_attention, mask=band)
-        programs[f"band, 1 in {one_in}"] = compiled(sparse, *operands)
         kept = max(blocks // one_in, 1)
         ranks = np.stack([rng.random((blocks, blocks)).argsort(-1) for _ in range(HEADS)])
         lists = from_map(ranks < kept, tokens, block=BLOCK)
-        programs[f"random, 1 in {one_in}"] = compiled(
-            partial(block_sparse_attention, mask=lists), *operands
-        )
-        densities[f"band, 1 in {one_in}"] = visible_pairs(band, tokens) / tokens**2
-        densities[f"random, 1 in {one_in}"] = kept / blocks
+        shares = {"band": visible_pairs(band, tokens) / tokens**2, "random": kept / blocks}
+        for (kind, mask), (route, options) in product(
+            {"band": band, "random": lists}.items(), routes.items()
+        ):
+            name = f"{kind}, 1 in {one_in}{route}"
+            sparse = partial(block_sparse_attention, mask=mask, **options)
+            programs[name] = compiled(sparse, *operands)
+            densities[name] = shares[kind]
     for values in (None, "int8", "float8"):
         name = f"int8 logits, {values or 'bfloat16'} values"
         quantized = partial(quantized_attention, values=values)
@@ -201,11 +225,11 @@ def bandwidth(repeats: int, *, scale: int = 1) -> list[Row]:
     x = jax.random.normal(jax.random.key(3), (1, inputs), jnp.bfloat16)
     group = jnp.ones((inputs // 128, outputs), jnp.bfloat16)
     dense = jnp.zeros((inputs, outputs), jnp.bfloat16)
-    product = partial(packed_matmul, bits=4, group_size=128)
+    coded = partial(packed_matmul, bits=4, group_size=128)
     programs = {
         "copy": compiled(lambda x: x + 1, big),
         "decode attention": compiled(decode_attention, q, cache, cache, lengths),
-        "W4A16, one row": compiled(lambda x, p, s: product(x, p, scale=s), x, planes, group),
+        "W4A16, one row": compiled(lambda x, p, s: coded(x, p, scale=s), x, planes, group),
         "bfloat16 product, one row": compiled(jnp.matmul, x, dense),
     }
     moved = {

@@ -104,14 +104,14 @@ def main(argv: list[str] | None = None) -> None:
                 }
             )
         print(report.markdown(rows[-len(kinds) :]), flush=True)
-    report.write(
-        f"llm_decode_{jax.default_backend()}",
-        title="Decoding from long contexts, one layer of a 7B model",
-        command=f"python -m experiments.llm.decode --lengths "
-        f"{' '.join(map(str, arguments.lengths))} --new {arguments.new} "
-        f"--repeats {arguments.repeats}",
-        rows=rows,
-    )
+        report.write(
+            f"llm_decode_{jax.default_backend()}",
+            title="Decoding from long contexts, one layer of a 7B model",
+            command=f"python -m experiments.llm.decode --lengths "
+            f"{' '.join(map(str, arguments.lengths))} --new {arguments.new} "
+            f"--repeats {arguments.repeats}",
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

@@ -19,12 +19,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.block_mask import BlockMask, Rule, block_mask, visible_pairs, with_rest
-from pallas_kernels.block_sparse_attention import gpu, reference, tpu, xla
+from pallas_kernels.block_sparse_attention import gpu, mosaic_gpu, reference, tpu, xla
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.implementation import Implementation, dispatch
-from pallas_kernels.useful import useful
+from pallas_kernels.marks import useful
 
 Segments = tuple[Array, Array]
+
+KERNELS: dict[Any, Any] = {
+    "pallas_tpu": tpu,
+    "pallas_gpu": gpu,
+    "pallas_mosaic_gpu": mosaic_gpu,
+}
 
 
 def block_sparse_attention(
@@ -139,15 +145,16 @@ def programs(problem: Problem) -> dict[str, Callable[[Heads, BlockMask | None], 
     known = {
         "reference": (reference.forward, xla.BLOCKS, None),
         "xla": (xla.forward, xla.BLOCKS, xla.flops),
-        "pallas_tpu": (partial(tpu.forward, interpret=interpret), tpu.BLOCKS, tpu.flops),
-        "pallas_gpu": (partial(gpu.forward, interpret=interpret), gpu.BLOCKS, gpu.flops),
+    } | {
+        name: (partial(kernel.forward, interpret=interpret), kernel.BLOCKS, kernel.flops)
+        for name, kernel in KERNELS.items()
     }
     return {name: partial(_run, problem, *program) for name, program in known.items()}
 
 
 def refusal(problem: Problem, heads: Heads, made: BlockMask | None, name: str) -> str | None:
     """Why a kernel cannot run these operands; None if it can."""
-    kernel = {"pallas_tpu": tpu, "pallas_gpu": gpu}[name]
+    kernel = KERNELS[name]
     return kernel.refusal(problem.lists(made, heads, **kernel.BLOCKS), heads)
 
 

@@ -1,0 +1,83 @@
+"""Weights of few bits on the bundled tiny language model: what rounding costs, and who loses least.
+
+    python -m experiments.llm.weights
+
+The same questions and held-out passages for every recipe, as in `experiments.llm.retrieval`. AWQ
+and GPTQ see texts of the training part alone. A bit width counts the codes of attention and
+feed-forward layers; bytes are those of all weights, in float32 where they have no codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import islice
+from typing import Any
+
+import jax.numpy as jnp
+
+from effjax.cost import weight_bytes
+from effjax.methods.quantization import awq, gptq, round_to_nearest
+from effjax.transform import Transform, identity
+from experiments import report
+from experiments.llm.retrieval import QUESTIONS, Subject, perplexity, right, token_batches
+
+GROUP = 32  # inputs with a common scale, of 128 or 344
+LENGTH = 512
+
+
+def recipes(subject: Subject, texts: int) -> dict[tuple[str, str], Transform]:
+    """Transforms by (bits, recipe)."""
+    batches = [jnp.asarray(each) for each in islice(token_batches(subject.training), texts // 4)]
+    found: dict[tuple[str, str], Transform] = {
+        ("float32", "dense"): identity,
+        ("W8A8", "round to nearest"): round_to_nearest.transform(round_to_nearest.uniform(8, 8)),
+    }
+    for bits in (4, 3):
+        grouped: dict[str, Any] = {"group_size": GROUP}
+        nearest = round_to_nearest.uniform(bits, round_to_nearest.FLOAT, **grouped)
+        found[f"W{bits}A16", "round to nearest"] = round_to_nearest.transform(nearest)
+        scaled = awq.uniform(bits, **grouped)
+        inputs = [(each,) for each in batches]
+        found[f"W{bits}A16", "AWQ"] = awq.transform(
+            scaled, awq.fit(scaled, *subject.exact, inputs, progress=False)
+        )
+        spread = gptq.uniform(bits, **grouped)
+        found[f"W{bits}A16", "GPTQ"] = gptq.transform(
+            spread, gptq.fit(spread, *subject.exact, batches, progress=False)
+        )
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--documents", type=int, default=64, help="with eight questions each")
+    parser.add_argument("--passages", type=int, default=64, help="for the perplexity")
+    parser.add_argument("--texts", type=int, default=64, help="that AWQ and GPTQ see")
+    arguments = parser.parse_args(argv)
+    subject = Subject.load()
+    documents = subject.lookups(LENGTH, arguments.documents, seed=2)
+    rows: report.Rows = []
+    for (bits, recipe), transform in recipes(subject, arguments.texts).items():
+        pair = transform(*subject.exact)
+        rows.append(
+            {
+                "bits": bits,
+                "recipe": recipe,
+                "weight_bytes": weight_bytes(pair[1]),
+                "questions": QUESTIONS * len(documents),
+                "right_%": 100 * float(right(pair, documents).mean()),
+                "perplexity": perplexity(pair, subject.world, LENGTH, arguments.passages),
+            }
+        )
+        print(report.markdown(rows[-1:]), flush=True)
+    report.write(
+        "llm_weights",
+        title="Weights of few bits on the tiny language model",
+        command=f"python -m experiments.llm.weights --documents {arguments.documents} "
+        f"--passages {arguments.passages} --texts {arguments.texts}",
+        rows=rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
