@@ -77,9 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     _pipeline_arguments(search)
     search.add_argument("destination", type=Path, help="directory of the compressed pipeline")
     search.add_argument("--method", default="dit_fast_attn", help="see `effjax methods`")
-    search.add_argument("--threshold", type=float, default=0.1, help="larger saves more")
+    search.add_argument(
+        "--threshold", type=float, default=0.1, help="of dit_fast_attn: larger saves more"
+    )
+    search.add_argument("--average-bits", type=float, default=6.0, help="of vidit_q: of a weight")
     _condition_arguments(search, "to search on")
-    _text_arguments(search)
+    _text_arguments(search, tokens=False)
     search.add_argument("--density", type=float, default=0.5, help="of moa: kept of the cache")
     search.add_argument("--lengths", default="256,512,704", help="of moa; the last one validates")
 
@@ -147,10 +150,11 @@ def _condition_arguments(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--prompt", action="append", help=f"may be repeated, {what}")
 
 
-def _text_arguments(command: argparse.ArgumentParser) -> None:
+def _text_arguments(command: argparse.ArgumentParser, *, tokens: bool = True) -> None:
     group = command.add_argument_group("language models")
     group.add_argument("--texts", type=Path, help="a file; else Python's own library")
-    group.add_argument("--tokens", type=int, default=512, help="of a text")
+    if tokens:
+        group.add_argument("--tokens", type=int, default=512, help="of a text")
     group.add_argument("--samples", type=int, default=8, help="texts to calibrate on")
 
 
@@ -226,18 +230,19 @@ def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
         return cli_text.search(pipe, chosen, arguments)
     if "samples" in inspect.signature(chosen.search).parameters:
         raise ValueError(f"{chosen.name} is for language models; {arguments.source} is none")
+    goals = {"threshold": arguments.threshold, "average_bits": arguments.average_bits}
+    known = inspect.signature(chosen.search).parameters
     cond, uncond = pipe.conditions(_asked(pipe, arguments, default=8))
     sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
-    plan = chosen.search(
-        pipe.forward,
-        pipe.params,
-        sampler,
-        cond,
-        uncond=uncond,
-        key=jax.random.key(arguments.seed),
-        threshold=arguments.threshold,
-    )
-    pipe.transform(chosen.transform(plan)).save(arguments.destination)
+    subject = (pipe.forward, pipe.params, sampler, cond)
+    shared = {"uncond": uncond, "key": jax.random.key(arguments.seed)}
+    goal = {name: value for name, value in goals.items() if name in known}
+    plan = chosen.search(*subject, **shared, **goal)
+    learned = ()
+    if chosen.calibrate is not None:
+        pair, asked = subject[:2], subject[2:]
+        learned = (chosen.calibrate(plan, *pair, *asked, **shared),)
+    pipe.transform(chosen.transform(plan, *learned)).save(arguments.destination)
     figures = {"destination": str(arguments.destination), "plan": plan.to_dict()}
     return figures, f"{plan.describe()}\nsaved {arguments.destination}"
 

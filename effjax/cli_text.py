@@ -33,20 +33,20 @@ Figures = tuple[dict[str, Any], str]
 
 
 def world(
-    pipe: TextPipeline, arguments: argparse.Namespace, *, held_out: bool = False
+    pipe: TextPipeline, file: Path | None, length: int, *, held_out: bool = False
 ) -> texts.World:
-    """What texts are cut from: a file, or the part of the library that is (not) held out.
+    """What texts of a length are cut from: a file, or the library's part that is (not) held out.
 
     Raises:
         ValueError: for a file that is shorter than a text.
     """
-    if arguments.texts is None:
+    if file is None:
         return texts.World.of(pipe.tokenizer, held_out=held_out)
-    found = texts.World(pipe.tokenizer, texts.encode(pipe.tokenizer, arguments.texts.read_text()))
-    if len(found.text) <= arguments.tokens:
+    found = texts.World(pipe.tokenizer, texts.encode(pipe.tokenizer, file.read_text()))
+    if len(found.text) <= length:
         raise ValueError(
-            f"{arguments.texts} has {len(found.text)} tokens, texts of {arguments.tokens} cannot "
-            f"be cut from it; give a longer file, or --tokens"
+            f"{file} has {len(found.text)} tokens, texts of {length} cannot be cut from it; give a "
+            f"longer file, or shorter texts"
         )
     return found
 
@@ -77,7 +77,7 @@ def search(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) ->
     block = 64 if min(lengths) >= 2048 else 16
     if wrong := [length for length in lengths if length % block]:
         raise ValueError(f"lengths must be multiples of {block} tokens, got {wrong}")
-    source, count = texts.World.of(pipe.tokenizer), arguments.samples
+    source, count = world(pipe, arguments.texts, lengths[-1]), arguments.samples
 
     def samples(length: int, seed: int) -> moa.Samples:
         rng, asked = np.random.default_rng(seed), questions(source, length, count, seed=seed)
@@ -109,7 +109,7 @@ def quantize(
     """Quantise weights, calibrated on texts."""
     learned = ()
     if method.calibrate is not None:
-        source = world(pipe, arguments)
+        source = world(pipe, arguments.texts, arguments.tokens)
         tokens = passages(source, arguments.tokens, arguments.samples, seed=arguments.seed)
         pair = pipe.forward, pipe.params
         made = method.calibrate(plan, *pair, None, jnp.asarray(tokens), key=None, uncond=None)
@@ -135,7 +135,8 @@ def compress(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) 
 def _trained(pipe: TextPipeline, plan: Any, arguments: argparse.Namespace) -> Any:
     from effjax.methods import cskv
 
-    source, pair = world(pipe, arguments), (pipe.forward, pipe.params)
+    source = world(pipe, arguments.texts, arguments.tokens)
+    pair = pipe.forward, pipe.params
 
     def batches(start: int) -> Any:
         step = start
@@ -183,7 +184,7 @@ def bench(pipe: TextPipeline, arguments: argparse.Namespace) -> Figures:
             f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
             f"model with `effjax compress`, `effjax search` or `effjax quantize`."
         )
-    source = world(pipe, arguments, held_out=True)
+    source = world(pipe, arguments.texts, length, held_out=True)
     weights = {name: leaf for name, leaf in pipe.params.items() if name != METHODS}
     weights = restore(weights, forward.config.param_dtype)
     pairs: dict[str, Pair] = {

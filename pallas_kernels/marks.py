@@ -1,9 +1,10 @@
 """What a program's equations do not tell about its work, written into names of jitted calls.
 
 Blockwise kernels compute whole blocks, masked-out elements included: `useful` says which share the
-mask keeps. A kernel that cannot declare its cost is wrapped in `declared`. Both are known exactly
-when the program is traced, and both are ratios, so that in the name of a `jit` equation they
-survive `vmap`, `grad` and `scan`; whoever counts the work of a program can read them there.
+mask keeps. A kernel that cannot declare its cost (Mosaic's for GPUs, before JAX 0.12) is wrapped
+in `declared`. Both are known exactly when the program is traced, and both are ratios, so that in
+the name of a `jit` equation they survive `vmap` and `scan`, and `useful` also `grad`; whoever
+counts the work of a program can read them there.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Work(NamedTuple):
 def declared(
     function: Callable[..., Any], *, flops: int, bytes_accessed: int, elements: int
 ) -> Callable[..., Any]:
-    """Declare the work of a function whose equations do not show it.
+    """Declare the work of a function whose equations do not show it, and that has no gradients.
 
     Args:
         function: a function of arrays; it becomes one jitted call.

@@ -96,6 +96,15 @@ def test_quantize_and_bench(capsys, folder, tmp_path, method):
     assert not bad.exists()
 
 
+def test_bits_are_searched(capsys, folder, tmp_path):
+    options = ("--method", "vidit_q", "--average-bits", 6, "--steps", 2, "--labels", "a,b")
+    status, figures, _ = run(capsys, "search", folder, tmp_path / "found", *options)
+    assert status == 0
+    [(_, rules)] = figures["plan"]["segments"]
+    assert {bits for _, bits, *_ in rules} <= {4, 6, 8}
+    assert run(capsys, "info", tmp_path / "found")[1]["methods"] == ["vidit_q"]
+
+
 def test_text_to_image(capsys, tmp_path):
     write_text_pipeline(tmp_path / "text")
     asked = ("--prompt", "a red A", "--prompt", "a blue 7", "--steps", 2)
@@ -213,7 +222,8 @@ def test_compress_and_bench_a_language_model(capsys, tmp_path, language_model):
         capsys, "compress", model, tmp_path / "few", "--method", "snap_kv", "--set", "ratio=0.5"
     )
     assert other[1]["plan"]["ratio"] == 0.5
-    assert run(capsys, "generate", tmp_path / "few", "--prompt", "a " * 64)[0] == 1
+    short = ("generate", tmp_path / "few", "--prompt", "a b", "--max-new-tokens", 2)
+    assert run(capsys, *short)[0] == 0
 
 
 def test_quantize_a_language_model(capsys, tmp_path, language_model):

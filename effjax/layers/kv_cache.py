@@ -182,8 +182,14 @@ class Caches:
             )
         first = is_static(context.step) and int(context.step) == 0
         for layer, site in enumerate(found):
-            assert isinstance(site.module, CausalCore)
-            kind, options = self.choose(self.plan, site.module, context.room, layer)
+            core = site.module
+            assert isinstance(core, CausalCore)
+            if core.window is not None and self.choose is not as_it_is:
+                raise ValueError(
+                    f"layer {layer} of this model sees the last {core.window} tokens only, and its "
+                    f"own ring holds no more; other caches are for models whose layers see all"
+                )
+            kind, options = self.choose(self.plan, core, context.room, layer)
             wrap(module, site.path, kind, first=first, room=context.room, **options)
 
 
@@ -388,23 +394,19 @@ def budget(capacity: int | None, ratio: float, tokens: int, *, always: int = 0) 
     """How many of `tokens` are kept: `capacity` if given, else all but a share `ratio` of them.
 
     Args:
-        always: tokens that are kept in any case (sinks, a window).
+        always: tokens that are kept in any case (sinks, a window). Of texts too short to drop the
+            share beside them, these and one more are kept.
 
     Raises:
-        ValueError: for a capacity below 1, a ratio outside [0, 1), or if some tokens are dropped
-            and there is no choice beside those that are always kept.
+        ValueError: for a capacity below 1 or a ratio outside [0, 1).
     """
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1 token, got {capacity}")
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is the share that is dropped, 0 <= ratio < 1, got {ratio}")
-    kept = max(int(tokens * (1 - ratio)), 1) if capacity is None else min(capacity, tokens)
-    if always >= kept and kept < tokens:
-        raise ValueError(
-            f"{kept} of {tokens} tokens are to be kept, which leaves none beside the {always} that "
-            f"always are (sinks, a window): take fewer of those, or keep more"
-        )
-    return kept
+    if capacity is None:
+        return min(max(int(tokens * (1 - ratio)), always + 1), tokens)
+    return min(capacity, tokens)
 
 
 # --- arithmetic of positions and slots -----------------------------------------------------------

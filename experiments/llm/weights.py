@@ -21,8 +21,9 @@ from effjax.transform import Transform, identity
 from experiments import report
 from experiments.llm.retrieval import QUESTIONS, Subject, perplexity, right, token_batches
 
-GROUP = 32  # inputs with a common scale, of 128 or 344
+GROUP = 32  # inputs with a common scale, of 128 or 320
 LENGTH = 512
+BITS = (4, 3)  # of weights alone
 
 
 def recipes(subject: Subject, texts: int) -> dict[tuple[str, str], Transform]:
@@ -32,7 +33,7 @@ def recipes(subject: Subject, texts: int) -> dict[tuple[str, str], Transform]:
         ("float32", "dense"): identity,
         ("W8A8", "round to nearest"): round_to_nearest.transform(round_to_nearest.uniform(8, 8)),
     }
-    for bits in (4, 3):
+    for bits in BITS:
         grouped: dict[str, Any] = {"group_size": GROUP}
         nearest = round_to_nearest.uniform(bits, round_to_nearest.FLOAT, **grouped)
         found[f"W{bits}A16", "round to nearest"] = round_to_nearest.transform(nearest)

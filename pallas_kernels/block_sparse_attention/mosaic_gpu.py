@@ -29,7 +29,8 @@ BLOCKS = {"smallest": 64, "largest": 128}
 _ROWS = 64  # of a warpgroup's product
 _WIDTH = 64  # 16-bit numbers in a swizzled line of shared memory
 _STAGES = 2  # blocks of keys and values in shared memory
-_REGISTERS = 232, 40  # of a thread that multiplies, and of one that fetches
+_REGISTERS = {1: 256, 2: 232}  # of a thread that multiplies, by how many warpgroups do
+_FEW_REGISTERS = 40  # of a thread that fetches
 
 
 def refusal(mask: BlockMask, heads: Heads) -> str | None:
@@ -37,8 +38,11 @@ def refusal(mask: BlockMask, heads: Heads) -> str | None:
     for operand in heads[:3]:
         if operand.dtype not in (jnp.bfloat16, jnp.float16):
             return f"operands must be bfloat16 or float16, got {operand.dtype}"
-    if heads.segments is not None or heads.scales is not None or mask.rest:
-        return "segments, codes and a second result over all keys are the Triton kernel's alone"
+    others = "use 'pallas_gpu' or 'xla'"
+    if heads.segments is not None:
+        return f"it has no segments; {others}"
+    if mask.rest:
+        return f"it gives no second result over all keys; {others}"
     for block in (mask.block_q, mask.block_k):
         if block not in (64, 128):
             return f"blocks must be of 64 or 128 tokens, got {mask.block_q} x {mask.block_k}"
@@ -52,6 +56,11 @@ def forward(
     mask: BlockMask, arithmetic: Arithmetic, heads: Heads, *, interpret: bool = False
 ) -> Any:
     """Output [B, H, S, E] and log-sum-exp float32[B, H, S]."""
+    if not interpret and (found := _capability()) not in (None, "9.0"):
+        raise NotImplementedError(
+            f"block_sparse_attention, implementation 'pallas_mosaic_gpu': it runs on GPUs of "
+            f"compute capability 9.0 (Hopper), this one has {found}; use 'pallas_gpu'"
+        )
     queries, value_width = heads.q.shape[2], heads.v.shape[-1]
     block_q, block_k = mask.block_q, mask.block_k
     q, k, v = (
@@ -64,8 +73,13 @@ def forward(
         jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
     )
     cost = softmax.cost(mask, padded, arithmetic.out)
+    kernel = _kernel(mask, arithmetic, padded, result, interpret=interpret)
+
+    def block_sparse_attention(*operands: Array) -> Any:
+        return kernel(*operands)
+
     run = declared(
-        _kernel(mask, arithmetic, padded, result, interpret=interpret),
+        block_sparse_attention,
         flops=cost.flops,
         bytes_accessed=cost.bytes_accessed,
         elements=int(np.prod(result[0].shape)),
@@ -74,6 +88,14 @@ def forward(
     with jax.named_scope("block_sparse_attention"):
         out, lse = run(*lists, softmax.table(mask), q, k.swapaxes(2, 3), v)
     return out[:, :, :queries, :value_width], lse[:, :, :queries]
+
+
+def _capability() -> str | None:
+    """That of this machine's GPU, None without one: programs can be made for others' GPUs."""
+    try:
+        return getattr(jax.devices("cuda")[0], "compute_capability", None)
+    except RuntimeError:
+        return None
 
 
 def _kernel(
@@ -98,25 +120,28 @@ def _kernel(
     def iota(axis: int) -> Array:
         return as_layout(lax.broadcasted_iota(jnp.int32, (_ROWS, block_k), axis), tile)
 
-    def multiply(x: Any, y: Any) -> Array:
-        """x [64, C] in shared memory or registers, y [C, N] in shared memory: float32[64, N]."""
-        if interpret and isinstance(x, jax.Array):  # there, a product takes shared memory alone
-            block = y[...]
-            plgpu.commit_smem()  # orders this read before the next copy, as a product's own is
-            return jnp.dot(x, block, preferred_element_type=jnp.float32)
+    def logits_of(q: Any, k: Any) -> Array:
+        """q [64, D] and k [D, N] in shared memory: float32[64, N]."""
 
-        def accumulate(sums: Any) -> Array:
-            plgpu.wgmma(sums, x, y)
+        def multiply(sums: Any) -> Array:
+            plgpu.wgmma(sums, q, k)
             return sums[...]
 
-        sums = plgpu.ACC((_ROWS, y.shape[-1]), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
-        return pl.run_scoped(accumulate, sums)
+        sums = plgpu.ACC((_ROWS, block_k), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+        return pl.run_scoped(multiply, sums)
 
-    def columns(x: Array) -> Array:
-        return lax.broadcast_in_dim(x, (_ROWS, block_k), (0,))
+    def add_values(sums: Array, weights: Array, v: Any) -> Array:
+        """sums [64, E] + weights [64, N] in registers times v [N, E] in shared memory."""
+        if interpret:  # where a product takes shared memory alone
+            block = v[...]
+            plgpu.commit_smem()  # orders this read before the next copy, as a product's own is
+            return sums + jnp.dot(weights, block, preferred_element_type=jnp.float32)
+        start = plgpu.ACC.init(sums)  # pyright: ignore[reportPrivateImportUsage]
+        found: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, weights, v))(start)
+        return found
 
-    def across(x: Array) -> Array:
-        return lax.broadcast_in_dim(x, (_ROWS, value_width), (0,))
+    def across(x: Array, width: int) -> Array:
+        return lax.broadcast_in_dim(x, (_ROWS, width), (0,))
 
     def kernel(index, count, full, table, q_ref, k_ref, v_ref, out_ref, lse_ref, **scratch):
         q_shared, k_shared, v_shared = (scratch[name] for name in ("q", "k", "v"))
@@ -128,14 +153,14 @@ def _kernel(
 
         @pl.when(worker < workers)
         def _():
-            plgpu.set_max_registers(_REGISTERS[0], action="increase")
+            plgpu.set_max_registers(_REGISTERS[workers], action="increase")
             first = m * block_q + worker * _ROWS
             plgpu.copy_gmem_to_smem(
                 q_ref.at[b, h, pl.ds(first, _ROWS)],
                 q_shared.at[worker],
-                scratch["q_there"].at[worker],
+                scratch["q_arrived"].at[worker],
             )
-            plgpu.barrier_wait(scratch["q_there"].at[worker])
+            plgpu.barrier_wait(scratch["q_arrived"].at[worker])
             parameters = softmax.parameters(mask, table, h)
 
             def release(name: str, w: Array) -> None:
@@ -148,24 +173,25 @@ def _kernel(
             def visit(w: Array, carry: Any, *, cut: bool) -> Any:
                 peak, total, weighted = carry
                 stage = lax.rem(w, jnp.int32(_STAGES))
-                plgpu.barrier_wait(scratch["k_there"].at[stage])
-                logits = multiply(q_shared.at[worker], k_shared.at[stage])
-                release("k_done", w)
+                plgpu.barrier_wait(scratch["k_arrived"].at[stage])
+                logits = logits_of(q_shared.at[worker], k_shared.at[stage])
+                release("k_consumed", w)
                 logits = logits * (arithmetic.scale * math.log2(math.e))  # weights are powers of 2
                 if cut:
                     column = index[(*own, w)] * block_k + iota(1)
                     seen = mask.rule.visible(first + iota(0), column, mask.keys, *parameters)
                     logits = jnp.where(seen, logits, softmax.MASKED)
                 new = jnp.maximum(peak, logits.max(axis=1))
-                weights = jnp.exp2(logits - columns(new))
+                weights = jnp.exp2(logits - across(new, block_k))
                 if cut:
                     weights = jnp.where(seen, weights, 0.0)
                 shrink = jnp.exp2(peak - new)
                 total = shrink * total + weights.sum(axis=1)
                 weights = weights.astype(dtype)
-                plgpu.barrier_wait(scratch["v_there"].at[stage])
-                weighted = across(shrink) * weighted + multiply(weights, v_shared.at[stage])
-                release("v_done", w)
+                plgpu.barrier_wait(scratch["v_arrived"].at[stage])
+                weighted = across(shrink, value_width) * weighted
+                weighted = add_values(weighted, weights, v_shared.at[stage])
+                release("v_consumed", w)
                 return new, total, weighted
 
             carry = (
@@ -178,7 +204,9 @@ def _kernel(
             peak, total, weighted = lax.fori_loop(whole, visits, partial(visit, cut=True), carry)
             some = total > 0
             safe = jnp.where(some, total, 1.0)
-            out_shared.at[worker][...] = (weighted / across(safe)).astype(out_shared.dtype)
+            out_shared.at[worker][...] = (weighted / across(safe, value_width)).astype(
+                out_shared.dtype
+            )
             lse = (peak + jnp.log2(safe)) * math.log(2)
             lse_shared.at[worker][...] = jnp.where(some, lse, -jnp.inf)
             plgpu.commit_smem()
@@ -189,7 +217,7 @@ def _kernel(
 
         @pl.when(worker == workers)
         def _():
-            plgpu.set_max_registers(_REGISTERS[1], action="decrease")
+            plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
             key_head = lax.div(h, jnp.int32(group))
 
             @pl.loop(0, visits)
@@ -201,18 +229,18 @@ def _kernel(
 
                     @pl.when(w >= _STAGES)
                     def _(name=name):
-                        plgpu.barrier_wait(scratch[f"{name}_done"].at[stage])
+                        plgpu.barrier_wait(scratch[f"{name}_consumed"].at[stage])
 
                     plgpu.copy_gmem_to_smem(
-                        block, scratch[name].at[stage], scratch[f"{name}_there"].at[stage]
+                        block, scratch[name].at[stage], scratch[f"{name}_arrived"].at[stage]
                     )
 
     def tiles(*shape: int) -> Any:
         swizzled = plgpu.TilingTransform((8, _WIDTH)), plgpu.SwizzleTransform(128)
         return plgpu.SMEM(shape, dtype, transforms=swizzled)
 
-    there = plgpu.Barrier(num_barriers=_STAGES)
-    done = plgpu.Barrier(num_arrivals=workers, num_barriers=_STAGES)
+    arrived = plgpu.Barrier(num_barriers=_STAGES)
+    consumed = plgpu.Barrier(num_arrivals=workers, num_barriers=_STAGES)
     return plgpu.kernel(
         kernel,
         out_type=result,
@@ -222,14 +250,14 @@ def _kernel(
             "v": tiles(_STAGES, block_k, value_width),
             "out": tiles(workers, _ROWS, value_width),
             "lse": plgpu.SMEM((workers, _ROWS), jnp.float32),
-            "q_there": plgpu.Barrier(num_barriers=workers),
-            "k_there": there,
-            "v_there": there,
-            "k_done": done,
-            "v_done": done,
+            "q_arrived": plgpu.Barrier(num_barriers=workers),
+            "k_arrived": arrived,
+            "v_arrived": arrived,
+            "k_consumed": consumed,
+            "v_consumed": consumed,
         },
-        grid=(of_heads, rows, batch),
-        grid_names=("heads", "rows", "batch"),
+        grid=(batch, of_heads, rows),  # the last one is fastest: its programs share keys and values
+        grid_names=("batch", "heads", "rows"),
         num_threads=workers + 1,
         thread_name="warpgroup",
         kernel_name="block_sparse_attention",

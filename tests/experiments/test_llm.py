@@ -8,7 +8,7 @@ import pytest
 
 from effjax.models.llama import LlamaConfig
 from experiments import report, train_llm
-from experiments.llm import decode, demo, retrieval, speed, tpu_memory
+from experiments.llm import decode, demo, retrieval, speed, tpu_memory, weights
 
 
 @pytest.fixture
@@ -69,6 +69,23 @@ def test_memory_on_a_tpu(results):
     assert dense["argument_GiB"] == pytest.approx(dense["weights_GiB"] + dense["caches_GiB"], 0.01)
     assert all(row["caches_GiB"] < dense["caches_GiB"] for row in rows.values())
     assert rows["moa, 4 bits"]["caches_GiB"] < rows["moa"]["caches_GiB"] / 2
+
+
+def test_weights_are_judged_by_questions_and_passages(results, monkeypatch):
+    monkeypatch.setattr(weights, "BITS", ())
+    monkeypatch.setattr(weights, "LENGTH", 64)
+    weights.main(["--documents", "1", "--passages", "2", "--texts", "4"])
+    dense, coded = results("llm_weights")
+    assert coded["weight_bytes"] < dense["weight_bytes"] / 2
+    assert coded["perplexity"] == pytest.approx(dense["perplexity"], rel=0.02)
+    assert dense["right_%"] > 80
+
+
+def test_what_sees_texts_rounds_better():
+    rows = {(row["bits"], row["recipe"]): row["perplexity"] for row in committed("llm_weights")}
+    for bits in ("W4A16", "W3A16"):
+        nearest, awq, gptq = (rows[bits, name] for name in ("round to nearest", "AWQ", "GPTQ"))
+        assert gptq < awq < nearest
 
 
 def test_spans_by_head_beat_one_window():

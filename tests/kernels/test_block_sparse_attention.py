@@ -22,6 +22,7 @@ from pallas_kernels.block_mask import (
     block_mask,
     from_map,
     top_blocks,
+    with_rest,
 )
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 
@@ -241,14 +242,16 @@ HOPPER = "pallas_mosaic_gpu"
         (Arrow((0, 20), text=40), 100, 100, 64, {}),
         (Levels((1, 4, 20, 60)), 85, 85, (128, 64), {"width": 128}),
         (Causal(70), 30, 150, (64, 128), {"width": 72, "value_width": 24, "dtype": jnp.float16}),
+        (EVERYTHING, 64, 380, 64, {"query_heads": 1, "key_heads": 1}),  # buffers are filled thrice
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Rule) else None,
 )
-def test_hopper(rule, queries, keys, block, options):
-    """Interpret mode follows warpgroups, copies and barriers, and fails where they race."""
+def test_hopper(rule, queries, keys, block, options, capsys):
+    """Interpret mode follows warpgroups, copies and barriers, and says where they race."""
     sizes = {"query_heads": 2, "width": 64, "value_width": 64, "dtype": jnp.bfloat16} | options
     operands = [x[:1] for x in heads(queries, keys, **sizes)]
     assert_equals_reference(HOPPER, block_mask(rule, queries, keys, block=block), operands)
+    assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 def test_hopper_with_lists_at_run_time():
@@ -265,11 +268,29 @@ def test_hopper_with_lists_at_run_time():
     chex.assert_trees_all_close(found, expected, **TOLERANCE[jnp.bfloat16])
 
 
-@pytest.mark.parametrize("case", set(ATTENTION) - {"segments"})
+@pytest.mark.parametrize("case", sorted(set(ATTENTION) - {"segments"}))
 def test_lowers_for_hopper(lower_for_gpu, case):
     function, operands = ATTENTION[case]
     named = partial(function, implementation=HOPPER)
     assert "mosaic_gpu" in lower_for_gpu(jax.jit(named), *operands)
+
+
+@pytest.mark.parametrize(
+    ("rule", "block"),
+    [
+        (Band((100, 9)), 64),
+        (Causal(), (64, 128)),
+        (SinkLocal((64, 3), (100, 70), 64), (128, 64)),
+        (Arrow((0, 9), text=77), 64),
+        (Levels((1, 4, 20, 75, 300)), (128, 64)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_all_rules_lower_for_hopper(lower_for_gpu, rule, block, dtype):
+    x = jax.ShapeDtypeStruct((3, 1, 400, 2, 80), dtype)
+    mask = block_mask(rule, 400, block=block)
+    run = jax.vmap(partial(block_sparse_attention, mask=mask, implementation=HOPPER))
+    assert "mosaic_gpu" in lower_for_gpu(jax.jit(run), x, x, x)
 
 
 def test_hopper_declares_its_cost_also_under_vmap():
@@ -291,6 +312,11 @@ def test_hopper_declares_its_cost_also_under_vmap():
         ({}, Band(3), "must be bfloat16 or float16, got float32"),
         ({"dtype": jnp.bfloat16}, block_mask(Band(3), 20, block=32), "64 or 128 tokens, got 32"),
         ({"dtype": jnp.bfloat16, "width": 136}, Band(3), "at most 128 wide, got 136 and 8"),
+        (
+            {"dtype": jnp.bfloat16},
+            with_rest(Band(3), 20, 20, block=64),
+            "no second result over all keys; use 'pallas_gpu' or 'xla'",
+        ),
     ],
 )
 def test_what_hopper_refuses(options, mask, message):
@@ -298,7 +324,7 @@ def test_what_hopper_refuses(options, mask, message):
         block_sparse_attention(*heads(20, 20, **options), mask, implementation=HOPPER)
     numbers = jnp.zeros((2, 20), jnp.int32)
     operands = heads(20, 20, dtype=jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="the Triton kernel's alone"):
+    with pytest.raises(NotImplementedError, match="it has no segments; use 'pallas_gpu'"):
         block_sparse_attention(
             *operands, Band(3), segments=(numbers, numbers), implementation=HOPPER
         )

@@ -189,22 +189,24 @@ def test_caches_name_what_they_cannot():
         assert generate(forward, params, prompt, max_new_tokens=3).lengths.tolist() == [3]
         assert len(caches(forward.with_room(20, 4), params)) == 2
     windowed = testing.tiny_llama(window=5)
-    forward, params = kivi.transform(kivi.KIVIPlan())(windowed.forward, windowed.params)
-    with pytest.raises(ValueError, match="see the last 5 only"):
-        prefill(forward, params, prompt, new=4)
     for method, plan in (
-        (streaming_llm, streaming_llm.StreamingLLMPlan(ratio=0.9)),
-        (expected_attention, expected_attention.ExpectedAttentionPlan(ratio=0.9)),
+        (kivi, kivi.KIVIPlan()),
+        (knorm, knorm.KnormPlan()),
+        (streaming_llm, streaming_llm.StreamingLLMPlan()),
     ):
-        forward, params = method.transform(plan)(subject.forward, subject.params)
-        with pytest.raises(ValueError, match="leaves none beside the 4 that always are"):
-            prefill(forward, params, prompt, new=1)
-    small = snap_kv.SnapKVPlan(ratio=0.85, window=4)
-    forward, params = snap_kv.transform(small)(subject.forward, subject.params)
-    with pytest.raises(
-        ValueError, match="3 of 20 tokens are to be kept, which leaves none beside the 4"
-    ):
-        prefill(forward, params, prompt, new=4)
+        forward, params = method.transform(plan)(windowed.forward, windowed.params)
+        with pytest.raises(ValueError, match="layer 0 of this model sees the last 5 tokens only"):
+            prefill(forward, params, prompt, new=4)
+
+
+@pytest.mark.parametrize(("ratio", "window", "kept"), [(0.5, 32, 20), (0.9, 4, 5), (0.5, 4, 10)])
+def test_short_prompts_keep_what_is_always_kept(ratio, window, kept):
+    subject = testing.tiny_llama()
+    plan = snap_kv.SnapKVPlan(ratio=ratio, window=window)
+    forward, params = snap_kv.transform(plan)(subject.forward, subject.params)
+    assert [c.keep for c in caches(forward.with_room(20, 3), params).values()] == [kept, kept]
+    out = generate(forward, params, [list(range(20))], max_new_tokens=3)
+    assert out.lengths.tolist() == [3]
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def test_models_and_factors_that_do_not_fit():
         cskv.factors(cskv.CSKVPlan(), *pair, {})
     windowed = testing.tiny_llama(window=5)
     forward, params = cskv.transform(cskv.CSKVPlan())(windowed.forward, windowed.params)
-    with pytest.raises(ValueError, match="see the last 5"):
+    with pytest.raises(ValueError, match="sees the last 5 tokens only"):
         generate(forward, params, [[1, 2, 3]], max_new_tokens=2)
     start = cskv.factors(cskv.CSKVPlan(), *pair)
     plan = cskv.CSKVPlan(bits=4, window=5)

@@ -356,11 +356,6 @@ class _Edit:
         paths = [site.path for site in sites(module, CausalCore)]
 
         def choose(plan: CSKVPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-            if core.window is not None:
-                raise ValueError(
-                    f"CSKV holds all tokens, but this model's layers see the last {core.window} "
-                    f"only: its own ring is smaller"
-                )
             names = ("down_k", "up_k", "down_v", "up_v")
             factors = {name: learned[f"{paths[layer]}.{name}"] for name in names}
             return CSKVCache, {"plan": plan, "factors": factors, "constant": self.constant}

@@ -67,11 +67,6 @@ def transform(plan: KIVIPlan) -> Transform:
 
 
 def _choose(plan: KIVIPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    if core.window is not None:
-        raise ValueError(
-            f"KIVI holds all tokens, but this model's layers see the last {core.window} only: its "
-            f"own ring is smaller"
-        )
     return KIVICache, {"plan": plan}
 
 
