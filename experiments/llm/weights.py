@@ -10,6 +10,7 @@ feed-forward layers; bytes are those of all weights, in float32 where they have 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from effjax.cost import weight_bytes
 from effjax.methods.quantization import awq, gptq, round_to_nearest
-from effjax.transform import Transform, identity
+from effjax.transform import Pair, identity
 from experiments import report
 from experiments.llm.retrieval import QUESTIONS, Subject, perplexity, right, token_batches
 
@@ -26,10 +27,10 @@ LENGTH = 512
 BITS = (4, 3)  # of weights alone
 
 
-def recipes(subject: Subject, texts: int) -> dict[tuple[str, str], Transform]:
+def recipes(subject: Subject, texts: int) -> dict[tuple[str, str], Callable[..., Pair]]:
     """Transforms by (bits, recipe)."""
     batches = [jnp.asarray(each) for each in islice(token_batches(subject.training), texts // 4)]
-    found: dict[tuple[str, str], Transform] = {
+    found: dict[tuple[str, str], Callable[..., Pair]] = {
         ("float32", "dense"): identity,
         ("W8A8", "round to nearest"): round_to_nearest.transform(round_to_nearest.uniform(8, 8)),
     }
