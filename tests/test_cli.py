@@ -237,9 +237,9 @@ def test_quantize_a_language_model(capsys, tmp_path, language_model):
 
 
 def test_search_spans_of_a_language_model(capsys, tmp_path, language_model):
-    model, _ = language_model
+    model, texts = language_model
     options = ("--lengths", "64,128,96", "--density", 0.75, "--samples", 2)
-    arguments = ("search", model, tmp_path / "spans", "--method", "moa", *options)
+    arguments = ("search", model, tmp_path / "spans", "--method", "moa", *options, *texts[:2])
     status, figures, _ = run(capsys, *arguments)
     assert status == 0
     assert len(figures["plan"]["alphas"]) == 2

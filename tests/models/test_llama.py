@@ -122,6 +122,25 @@ def test_transformers_reads_what_is_written(name, tmp_path):
     chex.assert_trees_all_close(logits.numpy()[MASK], ARRAYS[f"{name}/logits"][MASK], atol=1e-4)
 
 
+@pytest.mark.torch
+def test_bfloat16_is_as_near_as_in_transformers(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    forward, params = load("qwen2")
+    converters.save_pretrained(forward, params, tmp_path)
+    tokens = ARRAYS["tokens"][:1]  # without padding
+
+    def theirs(dtype):
+        model = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        with torch.inference_mode():
+            return model(torch.tensor(tokens).long()).logits.float().numpy()
+
+    exact = theirs(torch.float32)
+    forward, params = converters.from_pretrained(tmp_path, dtype="bfloat16", progress=False)
+    ours = np.float32(jax.jit(forward)(params, {}, tokens)[0])
+    own, other = (np.linalg.norm(x - exact) for x in (ours, theirs(torch.bfloat16)))
+    assert 0 < own < 1.5 * other
+
+
 def test_tied_checkpoints_may_hold_the_embedding_twice(tmp_path):
     tensors = {key: np.ascontiguousarray(value) for key, value in weights("qwen2").items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)  # old files
