@@ -21,8 +21,12 @@ def committed(name):
     return json.loads((report.RESULTS / f"{name}.json").read_text())["tables"]["rows"]
 
 
-def test_answers_through_the_cache_are_those_of_one_call():
-    subject = retrieval.Subject.load()
+@pytest.fixture(scope="module")
+def subject():
+    return retrieval.Subject.load()
+
+
+def test_answers_through_the_cache_are_those_of_one_call(subject):
     documents = subject.lookups(64, 2, seed=0)
     found = retrieval.right(subject.exact, documents)
     assert found.shape == (2, 8)
@@ -71,7 +75,8 @@ def test_memory_on_a_tpu(results):
     assert rows["moa, 4 bits"]["caches_GiB"] < rows["moa"]["caches_GiB"] / 2
 
 
-def test_weights_are_judged_by_questions_and_passages(results, monkeypatch):
+def test_weights_are_judged_by_questions_and_passages(results, monkeypatch, subject):
+    monkeypatch.setattr(weights.Subject, "load", lambda: subject)
     monkeypatch.setattr(weights, "BITS", ())
     monkeypatch.setattr(weights, "LENGTH", 64)
     weights.main(["--documents", "1", "--passages", "2", "--texts", "4"])

@@ -256,10 +256,11 @@ def test_segments_have_their_own_leaves(subject, tmp_path):
     carry = sampler.init(subject.forward, subject.params, cond, key)
     carry = run(*parts[0], carry, cond, uncond, start=0, stop=2)
     carry = run(*parts[1], carry, cond, uncond, start=2, stop=4)
-    chex.assert_trees_all_close(fused, carry.x, atol=1e-5)
+    # Values are to 65, sums of other orders differ in their last bits.
+    chex.assert_trees_all_close(fused, carry.x, atol=1e-4, rtol=1e-5)
 
     stepwise = sampler.stepwise(forward, params, cond, key, progress=False)
-    chex.assert_trees_all_close(stepwise, fused, atol=1e-5)
+    chex.assert_trees_all_close(stepwise, fused, atol=1e-4, rtol=1e-5)
     effjax.save(tmp_path / "m", forward, params)
     again = effjax.load(tmp_path / "m")
     assert again[0] == forward
