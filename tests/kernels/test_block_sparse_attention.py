@@ -24,7 +24,7 @@ from pallas_kernels.block_mask import (
     top_blocks,
     with_rest,
 )
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import block_sparse_attention, mosaic_gpu
 
 # The smallest blocks that each implementation takes.
 BLOCKS = {"xla": (8, 16), "pallas_tpu": 128, "pallas_gpu": (16, 32)}
@@ -328,6 +328,13 @@ def test_what_hopper_refuses(options, mask, message):
         block_sparse_attention(
             *operands, Band(3), segments=(numbers, numbers), implementation=HOPPER
         )
+
+
+def test_hopper_refuses_other_gpus(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_capability", lambda: "8.0")
+    operands = heads(20, 20, width=64, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"9.0 \(Hopper\), this one has 8.0; use"):
+        block_sparse_attention(*operands, Band(5), implementation=HOPPER)
 
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
