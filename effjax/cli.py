@@ -141,6 +141,8 @@ def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
         "--steps", type=int, help="denoising steps; those of the plan, else the model's"
     )
     command.add_argument("--guidance", type=float, help="scale; that of the plan, else the model's")
+    command.add_argument("--height", type=int, help="pixels, of a text-to-image model's images")
+    command.add_argument("--width", type=int)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
 
@@ -233,7 +235,7 @@ def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
     goals = {"threshold": arguments.threshold, "average_bits": arguments.average_bits}
     known = inspect.signature(chosen.search).parameters
     cond, uncond = pipe.conditions(_asked(pipe, arguments, default=8))
-    sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
+    sampler = pipe.sampler(**_settings(pipe, arguments))
     subject = (pipe.forward, pipe.params, sampler, cond)
     shared = {"uncond": uncond, "key": jax.random.key(arguments.seed)}
     goal = {name: value for name, value in goals.items() if name in known}
@@ -280,7 +282,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
     learned = ()
     if chosen.calibrate is not None:
         cond, uncond = pipe.conditions(_asked(pipe, arguments, default=8))
-        sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
+        sampler = pipe.sampler(**_settings(pipe, arguments))
         key = jax.random.key(arguments.seed)
         pair = (pipe.forward, pipe.params)
         learned = (chosen.calibrate(plan, *pair, sampler, cond, key=key, uncond=uncond),)
@@ -306,12 +308,7 @@ def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
     if _is_text(pipe):
         raise ValueError(f"{arguments.source} is a language model; use `effjax generate`")
     asked = _asked(pipe, arguments)
-    images = pipe(
-        asked,
-        key=jax.random.key(arguments.seed),
-        num_steps=arguments.steps,
-        guidance_scale=arguments.guidance,
-    )
+    images = pipe(asked, key=jax.random.key(arguments.seed), **_settings(pipe, arguments))
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = []
     for number, (name, image) in enumerate(zip(asked, images)):
@@ -339,7 +336,7 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
             f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
             f"pipeline with `effjax search` or `effjax quantize`."
         )
-    sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=arguments.guidance)
+    sampler = pipe.sampler(**_settings(pipe, arguments))
     some = _asked(pipe, arguments, default=1, texts=[""])[:1]
     cond, uncond = pipe.conditions(some * arguments.batch)
     uncond = uncond if sampler.guided else None
@@ -488,6 +485,17 @@ def _asked(
             f"nothing is asked for: give {'--prompt' if takes_prompts else '--labels'}"
         )
     return given
+
+
+def _settings(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of a pipeline's sampler."""
+    from effjax.pipelines import TextToImagePipeline
+
+    asked = {"height": arguments.height, "width": arguments.width}
+    sizes = {name: value for name, value in asked.items() if value is not None}
+    if sizes and not isinstance(pipe, TextToImagePipeline):
+        raise ValueError("this model makes images of one size: leave out --height and --width")
+    return {"num_steps": arguments.steps, "guidance_scale": arguments.guidance, **sizes}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from effjax.cli import main
 from tests.test_pipelines import write_pipeline, write_text_pipeline
@@ -108,8 +109,12 @@ def test_bits_are_searched(capsys, folder, tmp_path):
 def test_text_to_image(capsys, tmp_path):
     write_text_pipeline(tmp_path / "text")
     asked = ("--prompt", "a red A", "--prompt", "a blue 7", "--steps", 2)
-    status, figures, _ = run(capsys, "sample", tmp_path / "text", *asked, "-o", tmp_path / "images")
+    sample = ("sample", tmp_path / "text", *asked, "--width", 24, "-o", tmp_path / "images")
+    status, figures, _ = run(capsys, *sample)
     assert status == 0
+    for file in figures["files"]:
+        with Image.open(file) as image:
+            assert image.size == (24, 16)
     assert [file.rpartition("/")[2] for file in figures["files"]] == [
         "000_a_red_A.png",
         "001_a_blue_7.png",
@@ -144,6 +149,7 @@ def test_methods(capsys):
         (("search", "FOLDER", "FOLDER"), "exists; choose another"),
         (("search", "FOLDER", "new", "--method", "magic"), "no method 'magic'"),
         (("search", "FOLDER", "new", "--prompt", "a"), "conditioned on classes: give --labels"),
+        (("sample", "FOLDER", "--labels", "a", "--width", "8"), "images of one size"),
         (("sample", "FOLDER"), "nothing is asked for: give --labels"),
         (("quantize", "FOLDER", "new", "--group-size", "8"), "leave out --group-size"),
         (("quantize", "FOLDER", "new", "--method", "dit_fast_attn"), "does not quantise"),

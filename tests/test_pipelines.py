@@ -18,7 +18,7 @@ from effjax.methods import dit_fast_attn
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import diffusion, to_pil
-from effjax.samplers import DDIM, DPMSolver
+from effjax.samplers import DDIM, DPMSolver, FlowMatchEuler
 from experiments import train_pixart
 
 
@@ -172,6 +172,37 @@ def test_images_by_prompt(text_pipe):
     assert np.abs(np.asarray(led, int) - np.asarray(one, int)).max() > 0
     (free,) = text_pipe("a red a", guidance_scale=1.0, **options)
     assert np.abs(np.asarray(free, int) - np.asarray(one, int)).max() > 0
+
+
+def test_images_of_other_sizes(text_pipe):
+    options = {"key": jax.random.key(0), "num_steps": 2, "progress": False}
+    (wide,) = text_pipe("a red a", height=8, width=24, **options)
+    assert wide.size == (24, 8)
+    (own,), (same,) = text_pipe("a red a", **options), text_pipe("a red a", width=16, **options)
+    np.testing.assert_array_equal(np.asarray(own), np.asarray(same))
+    with pytest.raises(ValueError, match=r"multiples of 2 pixels.*got 15 x 16"):
+        text_pipe("a red a", height=15, **options)
+    with pytest.raises(ValueError, match="got 16 x 0"):
+        text_pipe.sampler(width=0)
+
+
+def test_a_plan_is_for_one_size(text_pipe):
+    plan = dit_fast_attn.uniform((3, 1), layers=2, calls=2, tokens=4 * 12)
+    fast = text_pipe.transform(dit_fast_attn.transform(plan))
+    options = {"key": jax.random.key(0), "progress": False}
+    (wide,) = fast("a red a", height=8, width=24, **options)
+    assert wide.size == (24, 8)
+    with pytest.raises(ValueError, match="made for 48 tokens, this call has 64"):
+        fast("a red a", **options)
+
+
+def test_shifts_by_size_follow_the_size(text_pipe):
+    scheduler = FlowMatchEuler(steps=4, mu=0.5).to_config() | {"use_dynamic_shifting": True}
+    pipe = dataclasses.replace(text_pipe, scheduler=scheduler)
+    own, wide = pipe.sampler(num_steps=4), pipe.sampler(num_steps=4, width=64)
+    assert own.schedule == own.schedule.for_tokens(64)
+    assert wide.schedule == own.schedule.for_tokens(256)
+    assert wide.sample_shape(pipe.forward) == (16, 64, 3)
 
 
 def test_captions_are_remembered(text_pipe, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -49,15 +50,26 @@ class Pipeline:
     ARRANGEMENT: ClassVar[Guidance]
 
     def sampler(
-        self, *, num_steps: int | None = None, guidance_scale: float | None = None
+        self,
+        *,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Sampler:
-        """The sampler that a call uses: `jax.jit(sampler)(forward, params, cond, key)`."""
+        """The sampler that a call uses: `jax.jit(sampler)(forward, params, cond, key)`.
+
+        Raises:
+            ValueError: for a height or width that is not a whole number of patches.
+        """
         steps = self._planned("calls", self.STEPS) if num_steps is None else num_steps
         scale = guidance_scale
         scale = self._planned("guidance", self.GUIDANCE) if scale is None else scale
-        tokens = getattr(self.forward.config, "tokens", None)
+        config = self.forward.config
+        shape = self._sample_shape(height, width)
+        tokens = config.tokens * math.prod(shape) // math.prod(config.sample_shape)
         schedule = Schedule.from_config(self.scheduler, steps=steps, tokens=tokens)
-        return Sampler(schedule, guidance=float(scale), arrangement=self.ARRANGEMENT)
+        return Sampler(schedule, float(scale), self.ARRANGEMENT, shape)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Samples [B, H, W, C] to images float32 in -1 ... 1 (about)."""
@@ -108,6 +120,22 @@ class Pipeline:
             callback=callback_on_step_end,
         )
         return to_pil(self.decode(x))
+
+    def _sample_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Shape of what is denoised for images of so many pixels, the model's own by default."""
+        config = self.forward.config
+        scale = 1 if self.vae is None else self.vae[0].config.downscale
+        *own, channels = config.sample_shape
+        sides = [
+            scale * side if given is None else given for given, side in zip((height, width), own)
+        ]
+        unit = scale * config.patch_size
+        if any(side < unit or side % unit for side in sides):
+            raise ValueError(
+                f"height and width must be positive multiples of {unit} pixels (a patch of "
+                f"{config.patch_size}, {scale} pixels to a latent); got {sides[0]} x {sides[1]}"
+            )
+        return (sides[0] // scale, sides[1] // scale, channels)
 
     def _planned(self, attribute: str, default: Any) -> Any:
         """What a plan of the recipe says, else the default."""
@@ -210,6 +238,8 @@ class TextToImagePipeline(Pipeline):
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
         progress: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
     ) -> list[Image.Image]:
@@ -221,6 +251,8 @@ class TextToImagePipeline(Pipeline):
             num_steps: denoising steps; those of the plan, else 20.
             guidance_scale: 1 is no guidance; that of the plan, else 4.5.
             negative_prompt: what the images are led away from, if they are guided.
+            height, width: in pixels; the size that the model was made for. There are no bins: other
+                sizes are sampled as they are asked for (diffusers' `use_resolution_binning=False`).
             progress: show a bar over the steps.
             callback_on_step_end: called as `callback_on_step_end(step, latents)`.
 
@@ -228,12 +260,14 @@ class TextToImagePipeline(Pipeline):
             PIL images, "L" or "RGB".
 
         Raises:
-            ValueError: for prompts of more tokens than the model was trained on, or steps that the
-                forward is not planned for.
+            ValueError: for prompts of more tokens than the model was trained on, sizes that are not
+                whole patches, or steps that the forward is not planned for.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         return self._generate(
-            self.sampler(num_steps=num_steps, guidance_scale=guidance_scale),
+            self.sampler(
+                num_steps=num_steps, guidance_scale=guidance_scale, height=height, width=width
+            ),
             self.conditions(prompts, negative_prompt=negative_prompt),
             key,
             progress=progress,

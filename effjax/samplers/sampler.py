@@ -44,7 +44,7 @@ class Sampler:
     """A schedule and classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
     `jax.jit(sampler)(forward, params, cond, key)` is one program; `sampler.stepwise(...)` gives the
-    same samples from a host loop. Both return float32[B, *sample_shape] in the model's sample space
+    same samples from a host loop. Both return float32[B, *shape] in the model's sample space
     (latents, for latent models).
 
     Attributes:
@@ -52,11 +52,13 @@ class Sampler:
         guidance: scale s in uncond + s (cond - uncond). 1 is no guidance: one forward on B samples
             in place of 2B.
         arrangement: how conditional and unconditional inputs stand in a guided batch.
+        shape: of one sample, for models that take several; the model's `sample_shape` if None.
     """
 
     schedule: Schedule
     guidance: float = 1.0
     arrangement: Guidance = dataclasses.field(default=Guidance())
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
@@ -147,7 +149,7 @@ class Sampler:
         """
         forward.check_calls(self.calls)
         pairs = jax.vmap(jax.random.split)(sample_keys(key, _batch(cond)))
-        shape = forward.config.sample_shape
+        shape = self.sample_shape(forward)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(pairs[:, 0])
         x = self.schedule.initial_scale * noise
         uncond = self.unconditional(forward, cond, uncond)
@@ -244,6 +246,10 @@ class Sampler:
         """Move samples and memory by a guided output; `carry.state` is already the new one."""
         x, memory = self.schedule.update(carry.x, out, step, carry.memory, carry.keys)
         return carry._replace(x=x, memory=memory)
+
+    def sample_shape(self, forward: Forward) -> tuple[int, ...]:
+        """Shape of one sample of this network."""
+        return forward.config.sample_shape if self.shape is None else self.shape
 
     def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
         """`uncond`, or the model's null condition; None if the sampler does not guide."""

@@ -135,25 +135,26 @@ def test_a_whole_pipeline_of_diffusers(models, tmp_path):
     assert isinstance(ours.sampler().schedule, DPMSolver)
     assert (ours.sampler().calls, ours.sampler().guidance) == (20, 4.5)
     prompts, key = ["a red A at the top left", "a blue 7"], jax.random.key(0)
-    options = {"num_steps": 4, "guidance_scale": 3.0}
-    images = ours(prompts, key=key, negative_prompt="green", progress=False, **options)
-    pairs = jax.vmap(jax.random.split)(sample_keys(key, 2))
-    noise = jax.vmap(lambda k: jax.random.normal(k, (8, 8, 4)))(pairs[:, 0])
     pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(
-        prompts,
-        negative_prompt="green",
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        latents=torch.tensor(np.asarray(noise)).permute(0, 3, 1, 2),
-        max_sequence_length=ours.max_tokens,
-        use_resolution_binning=False,
-        height=16,
-        width=16,
-    ).images
-    for mine, other in zip(images, theirs, strict=True):
-        assert mine.size == other.size
-        np.testing.assert_allclose(np.asarray(mine, int), np.asarray(other, int), atol=1)
+    options = {"num_steps": 4, "guidance_scale": 3.0}
+    for size in ({"height": 16, "width": 16}, {"height": 8, "width": 24}):
+        images = ours(prompts, key=key, negative_prompt="green", progress=False, **options, **size)
+        pairs = jax.vmap(jax.random.split)(sample_keys(key, 2))
+        shape = (size["height"] // 2, size["width"] // 2, 4)
+        noise = jax.vmap(lambda k, shape=shape: jax.random.normal(k, shape))(pairs[:, 0])
+        theirs = pipe(
+            prompts,
+            negative_prompt="green",
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            latents=torch.tensor(np.asarray(noise)).permute(0, 3, 1, 2),
+            max_sequence_length=ours.max_tokens,
+            use_resolution_binning=False,
+            **size,
+        ).images
+        for mine, other in zip(images, theirs, strict=True):
+            assert mine.size == other.size
+            np.testing.assert_allclose(np.asarray(mine, int), np.asarray(other, int), atol=1)
 
 
 def test_configurations_both_ways():

@@ -397,7 +397,7 @@ def search(
     candidates = tuple(Strategy(c) for c in candidates if sampler.guided or not Strategy(c).halved)
 
     uncond = sampler.unconditional(forward, cond, uncond)
-    x = jnp.zeros((jax.tree.leaves(cond)[0].shape[0], *forward.config.sample_shape))
+    x = jnp.zeros((jax.tree.leaves(cond)[0].shape[0], *sampler.sample_shape(forward)))
     layout = forward.layout(params, *sampler.inputs(x, cond, uncond, 0))
     if not layers or layout is None:
         raise ValueError(f"{forward.model.__name__} has no self-attention layers to plan for")
