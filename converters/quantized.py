@@ -2,7 +2,7 @@
 
 A linear layer `b` holds several tensors `b.<name>` in the place of `b.weight` [O, I]. They say
 
-    W = (q - z) s     with one s and z for each output and each of G groups of consecutive inputs
+    W = (q - z) s     with one s and z for each output and each of G groups of inputs
 
                     codes q                   zero points z                  scales s [G, O]
     gptq            qweight [I n/32, O]       qzeros [G, O n/32]             scales
@@ -22,7 +22,8 @@ words, codes and zero points are unsigned: 2^(n-1) is subtracted from both. Furt
     pack-quantized  `weight_shape` is [O, I]. Older files have zero points as int8 [O, G].
     torchao  Of its tensor types those with plain int8 codes, of 2 to 8 bits: Int8Tensor and
           IntxUnpackedToInt8Tensor. Symmetric layers have zero points too, all zero.
-    g_idx, weight_g_idx  The group of each input; here groups must be consecutive inputs.
+    g_idx, weight_g_idx  The group of each input, where groups are not consecutive inputs (desc_act,
+          or actorder=group). Codes stand in the order of inputs here, in that of groups in a leaf.
 
 Sources: AutoGPTQ and GPTQModel (`nn_modules/qlinear`), AutoAWQ (`utils/packing_utils.py`),
 compressed-tensors (`compressors/pack_quantized`, `naive_quantized`), torchao
@@ -45,7 +46,7 @@ from converters.checkpoint import FLOATS
 from converters.family import Json
 from converters.names import LAYOUTS, Binding, Piece
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
-from effjax.quant.disk import Codes, Rows, pack_bits, signed, unpack_bits
+from effjax.quant.disk import Codes, pack_bits, signed, unpack_bits
 from effjax.storage import Shape, Spec, Tensor
 
 KEY = "quantization_config"  # of config.json
@@ -106,6 +107,7 @@ class Scheme:
         symmetric: whether all zero points are zero.
         activations: how inputs become codes; None leaves them floats.
         minus_one: whether zero points are stored minus one, as in version 1 of GPTQ.
+        ordered: whether groups are written that are not of consecutive inputs.
     """
 
     format: str
@@ -114,6 +116,7 @@ class Scheme:
     symmetric: bool
     activations: Activations | None = None
     minus_one: bool = False
+    ordered: bool = False
 
     @property
     def layout(self) -> Format:
@@ -152,29 +155,24 @@ class Scheme:
         if layout.shape:
             found[layout.shape] = [Spec((2,), INT64), Spec((2,), INT32)], True
         if layout.groups:
-            found[layout.groups] = [Spec((inputs,), INT32), Spec((inputs,), INT64)], False
+            found[layout.groups] = [Spec((inputs,), INT32), Spec((inputs,), INT64)], self.ordered
         return {name: (tuple(specs), must) for name, (specs, must) in found.items()}
-
-    def leaf(self, shape: Shape) -> QTensor:
-        """The shapes of the leaf for a matrix [I, O]."""
-        quantizer = Quantizer(self.bits, self.symmetric)
-        return _leaf(shape, quantizer, self.group_size, self.activations)
 
     # Reading: tensors by name to arrays [inputs or groups, O].
 
-    def rows(self, held: Mapping[str, np.ndarray], outputs: int) -> Rows:
-        """Signed codes int8[rows, O]; rows begin at a multiple of 32."""
+    def codes(self, held: Mapping[str, np.ndarray], outputs: int, inputs: np.ndarray) -> np.ndarray:
+        """Signed codes int8[inputs, O] of the inputs that are named."""
         codes = self._oriented(held[self.layout.codes])
-
-        def rows(begin: int, end: int) -> np.ndarray:
-            if self.layout.packed is None:
-                return codes[begin:end]
-            if self.layout.packed == "inputs":
-                words = codes[begin * self.bits // 32 : self.words(end)]
-                return self._signed(self._fields(words.T)[:, : end - begin].T)
-            return self._signed(self._fields(codes[begin:end])[:, :outputs])
-
-        return rows
+        if self.layout.packed is None:
+            return codes[inputs]
+        if self.layout.packed == "outputs":
+            return self._signed(self._fields(codes[inputs])[:, :outputs])
+        words, (word, low) = codes.view(np.uint32), np.divmod(inputs * self.bits, 32)
+        fields = words[word] >> low.astype(np.uint32)[:, None]
+        across = np.flatnonzero(low + self.bits > 32)
+        above = words[word[across] + 1] << (32 - low[across]).astype(np.uint32)[:, None]
+        fields[across] |= above
+        return self._signed(fields.astype(np.uint8) & np.uint8(2**self.bits - 1))
 
     def zeros(self, held: Mapping[str, np.ndarray], outputs: int) -> np.ndarray:
         """Signed zero points int32[G, O]."""
@@ -220,15 +218,26 @@ class Scheme:
     ) -> np.ndarray:
         """One tensor of a layer, from leaves that `read` gives by path, parts of its outputs."""
         leaves = [read(piece.target) for piece in pieces]
+        places = np.arange(leaves[0].rows)
+        if self.ordered:
+            order = np.asarray(leaves[0].order)
+            if any((order != leaf.order).any() for leaf in leaves):
+                raise ValueError(
+                    f"{[piece.target for piece in pieces]} are written as one layer, which has one "
+                    f"order of inputs; theirs differ"
+                )
+            places = np.argsort(order)
         if name == self.layout.shape:
             return np.array([sum(leaf.shape[1] for leaf in leaves), leaves[0].shape[0]], np.int64)
+        if name == self.layout.groups:
+            return (places // leaves[0].group_size).astype(np.int32)
         if name == self.layout.scale:
             return np.concatenate([leaf.scale for leaf in leaves], axis=1).T
         if name == self.layout.zeros:
             zeros = np.concatenate([leaf.zero_point for leaf in leaves], axis=1).astype(np.int8)
             return (zeros if self.layout.packed is None else self._words(zeros)).T
         codes = [Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).unpacked() for leaf in leaves]
-        whole = np.concatenate(codes, axis=1).T
+        whole = np.concatenate(codes, axis=1)[places].T
         return whole if self.layout.packed is None else self._words(whole)
 
     def _words(self, codes: np.ndarray) -> np.ndarray:
@@ -241,12 +250,17 @@ class Scheme:
 
 
 @functools.cache
-def _leaf(
-    shape: Shape, quantizer: Quantizer, group_size: int | None, activations: Activations | None
-) -> QTensor:
+def _leaf(shape: Shape, scheme: Scheme, ordered: bool) -> QTensor:
     return jax.eval_shape(
-        lambda w: quantize_matrix(w, quantizer, group_size=group_size, activations=activations),
+        lambda w, order: quantize_matrix(
+            w,
+            Quantizer(scheme.bits, scheme.symmetric),
+            group_size=scheme.group_size,
+            activations=scheme.activations,
+            order=order,
+        ),
         jax.ShapeDtypeStruct(shape, np.float32),
+        jax.ShapeDtypeStruct(shape[:1], np.int32) if ordered else None,
     )
 
 
@@ -263,6 +277,19 @@ class Layer:
     name: str
     scheme: Scheme
     tensors: Mapping[str, Tensor]
+
+    @functools.cached_property
+    def order(self) -> np.ndarray | None:
+        """Inputs int32[I], group after group; None if they stand so already."""
+        held = self.tensors.get(self.scheme.layout.groups or "")
+        if held is None:
+            return None
+        order = np.argsort(held.read(), kind="stable").astype(np.int32)
+        return None if (order == np.arange(len(order))).all() else order
+
+    def leaf(self, shape: Shape) -> QTensor:
+        """The shapes of the leaf for a matrix [I, O]."""
+        return _leaf(shape, self.scheme, self.order is not None)
 
     def problems(self, shape: Shape) -> list[tuple[str, str]]:
         """What keeps the tensors from being a layer [O, I]: (name, fault); small ones are read."""
@@ -287,12 +314,10 @@ class Layer:
             if scheme.format == "gptq":
                 fault += "; is sym, or checkpoint_format (gptq or gptq_v2), wrong?"
             problems.append((f"{self.name}.{layout.zeros}", fault))
-        every = shape[1] // scheme.groups(shape[1])
-        if layout.groups in small and (small[layout.groups] != np.arange(shape[1]) // every).any():
-            fault = (
-                "groups are not consecutive inputs (desc_act, or actorder=group), which a leaf "
-                "cannot say; quantise with desc_act=False, or static groups"
-            )
+        groups = scheme.groups(shape[1])
+        wanted = np.repeat(np.arange(groups), shape[1] // groups)
+        if layout.groups in small and (np.sort(small[layout.groups]) != wanted).any():
+            fault = f"must name each of {groups} groups {shape[1] // groups} times"
             problems.append((f"{self.name}.{layout.groups}", fault))
         if layout.shape in small and tuple(small[layout.shape]) != shape:
             fault = f"says {small[layout.shape].tolist()}, must be {list(shape)}"
@@ -301,27 +326,30 @@ class Layer:
 
     def read(self, shape: Shape, part: int = 0, parts: int = 1) -> QTensor:
         """The leaf of a matrix [I, O], on the host, whose outputs are one part of the layer's."""
-        scheme, leaf = self.scheme, self.scheme.leaf(shape)
+        scheme, leaf, order = self.scheme, self.leaf(shape), self.order
         outputs = slice(part * shape[1], (part + 1) * shape[1])
         held = {name: tensor.read() for name, tensor in self.tensors.items()}
-        rows = scheme.rows(held, parts * shape[1])
+        inputs = np.arange(shape[0]) if order is None else order
+
+        def rows(begin: int, end: int) -> np.ndarray:
+            return scheme.codes(held, parts * shape[1], inputs[begin:end])[:, outputs]
+
         zeros = None
         if not scheme.symmetric:
             zeros = scheme.zeros(held, parts * shape[1])[:, outputs].copy()
         scale, column_sums = scheme.scale(held)[:, outputs].copy(), None
         if leaf.column_sums is not None:
-            codes = rows(0, shape[0])[:, outputs].reshape(len(scale), -1, shape[1])
+            codes = rows(0, shape[0]).reshape(len(scale), -1, shape[1])
             sums = codes.sum(axis=1, dtype=np.int64)
             if zeros is not None:
                 sums = sums - codes.shape[1] * zeros
             column_sums = np.sum(sums * scale, axis=0, dtype=np.float32)
         return dataclasses.replace(
             leaf,
-            qvalue=Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).fill(
-                lambda begin, end: rows(begin, end)[:, outputs]
-            ),
+            qvalue=Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).fill(rows),
             scale=scale,
             zero_point=zeros,
+            order=order,
             column_sums=column_sums,
         )
 
@@ -592,6 +620,7 @@ def _scheme(leaf: QTensor) -> Scheme:
         None if by_channel else leaf.group_size,
         leaf.zero_point is None,
         leaf.activations,
+        ordered=leaf.order is not None,
     )
 
 
@@ -641,6 +670,7 @@ def _group(scheme: Scheme, layers: list[str]) -> dict[str, Any]:
         "symmetric": scheme.symmetric,
         "strategy": "group" if scheme.group_size else "channel",
         "group_size": scheme.group_size,
+        "actorder": "group" if scheme.ordered else None,
         "dynamic": False,
     }
     return {

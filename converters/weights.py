@@ -132,7 +132,7 @@ def open_weights(
     for name, pieces in binding.targets.items():
         source = pieces[0].source
         if source in layers:
-            leaves[name] = layers[source].scheme.leaf(shapes[name])
+            leaves[name] = layers[source].leaf(shapes[name])
         else:
             leaves[name] = jax.ShapeDtypeStruct(shapes[name], dtype or dense[source].dtype)
     return Weights(family, layout, forward, leaves, check_finite, tensors, layers, binding)

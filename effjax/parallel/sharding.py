@@ -122,6 +122,7 @@ def leaf_sharding(leaf: Any, mesh: Mesh, axes: Axes) -> PyTree:
     of = {
         "scale": (inputs, outputs),
         "zero_point": (inputs, outputs),
+        "order": (None,),  # names inputs of all devices
         "mask": (inputs,),
         "input_scale": (),
         "input_zero_point": (),

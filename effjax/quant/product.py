@@ -79,7 +79,7 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
         return _by_group(x, w, zero, **run).astype(x.dtype)
     if _fused(w):
         codes, scale, sums = input_codes(
-            x if x.dtype != jnp.float16 else x.astype(jnp.float32),
+            w.ordered(x if x.dtype != jnp.float16 else x.astype(jnp.float32)),
             bits=w.activations.quantizer.bits,
             mask=w.mask,
             signs=None if w.rotation is None else jnp.asarray(w.rotation.signs()),

@@ -2,7 +2,8 @@
 
     y = x W   with   W = (q - z) s   by channel or by group of inputs
 
-and, where a method prepares the inputs for it, x -> rotate(x m), whose inverse is in W already.
+and, where a method prepares the inputs for it, x -> rotate(x[order] m), whose inverse is in W
+already.
 Codes are int8, or packed planes of 2 to 8 bits (`pallas_kernels.packing`). Names and signs are
 those of `qwix.QArray`, into which `to_qwix` turns a leaf.
 """
@@ -55,6 +56,7 @@ class Activations:
         "qvalue",
         "scale",
         "zero_point",
+        "order",
         "mask",
         "input_scale",
         "input_zero_point",
@@ -72,6 +74,8 @@ class QTensor:
         qvalue: codes int8[I, O], or the planes of `pallas_kernels.packing.pack`.
         scale: float32[G, O], one for each output and I / G consecutive inputs.
         zero_point: int32[G, O]; None if symmetric.
+        order: int32[I], a permutation: row i of the codes is of input order[i], as in GPTQ's
+            desc_act, where inputs of a group stand apart; None if row i is of input i.
         mask: float32[I] that inputs are multiplied by; None for ones.
         input_scale, input_zero_point: float32[] and int32[] of calibrated activations.
         column_sums: float32[O] of the matrix, which zero points of activations need.
@@ -84,6 +88,7 @@ class QTensor:
     qvalue: Any
     scale: Any
     zero_point: Any
+    order: Any
     mask: Any
     input_scale: Any
     input_zero_point: Any
@@ -145,11 +150,17 @@ class QTensor:
             w = self.rotation.undo(w.T).T
         if self.mask is not None:
             w = w * self.mask[:, None]
+        if self.order is not None:
+            w = w[jnp.argsort(self.order)]
         return w.reshape(self.shape)
 
+    def ordered(self, x: Array) -> Array:
+        """Inputs [..., I] in the order of the codes' rows."""
+        return x if self.order is None else jnp.take(x, self.order, axis=-1, unique_indices=True)
+
     def prepare(self, x: Array) -> Array:
-        """Inputs [..., I] as the codes expect them: masked, then rotated."""
-        return prepare_inputs(x, self.mask, self.rotation)
+        """Inputs [..., I] as the codes expect them: ordered, masked, then rotated."""
+        return prepare_inputs(self.ordered(x), self.mask, self.rotation)
 
     def to_qwix(self) -> Any:
         """As a `qwix.QArray` [I, O], whose zero points are int8 (ranges must contain zero).
@@ -160,8 +171,11 @@ class QTensor:
         """
         if self.ndim != 2:
             raise ValueError(f"a qwix.QArray is made of a matrix, not of a kernel {self.shape}")
-        if self.mask is not None or self.rotation is not None or self.activations is not None:
-            raise ValueError("a qwix.QArray knows nothing of masks, rotations and activations")
+        prepared = (self.order, self.mask, self.rotation, self.activations)
+        if any(part is not None for part in prepared):
+            raise ValueError(
+                "a qwix.QArray knows nothing of orders, masks, rotations and activations"
+            )
         from qwix import QArray
 
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.int8)
@@ -197,6 +211,7 @@ def quantize_matrix(
     group_size: int | None = None,
     activations: Activations | None = None,
     input_range: tuple[Array, Array] | None = None,
+    order: Array | None = None,
     mask: Array | None = None,
     rotation: Rotation | None = None,
     packed: bool | None = None,
@@ -211,12 +226,15 @@ def quantize_matrix(
         activations: how inputs become codes; None leaves them floats.
         input_range: float[] low and high of (prepared) inputs, for activations that are not
             dynamic.
-        mask: float[I]: inputs will be multiplied by it, and the matrix is divided by it.
+        order: int[I]: the inputs are taken in this order, and the rows of the matrix too, so that
+            groups are of inputs that follow each other in it.
+        mask: float[I]: inputs, in their order, will be multiplied by it, and the matrix is divided
+            by it.
         rotation: of inputs of width I, after the mask.
         packed: pack the codes; None packs those that are not products of int8 codes by channel.
 
     Raises:
-        ValueError: for a matrix, group, mask, rotation or range that does not fit.
+        ValueError: for a matrix, group, order, mask, rotation or range that does not fit.
     """
     quantizer = quantizer or Quantizer()
     shape = w.shape
@@ -224,16 +242,18 @@ def quantize_matrix(
         raise ValueError(
             f"a quantised weight is a matrix [I, O] or a kernel [R, S, I, O]; got {list(shape)}"
         )
-    if w.ndim == 4 and (group_size or mask is not None or rotation is not None):
+    if w.ndim == 4 and (group_size or any(part is not None for part in (order, mask, rotation))):
         raise ValueError(
-            f"the kernel of a convolution, {list(shape)}, has one scale for each output, and no "
-            f"mask or rotation; leave out group_size, mask and rotation"
+            f"the kernel of a convolution, {list(shape)}, has one scale for each output; leave out "
+            f"group_size, order, mask and rotation"
         )
     w = w.reshape(-1, shape[-1])
     inputs, outputs = w.shape
     group_size = group_size or inputs
     if inputs % group_size:
         raise ValueError(f"group_size {group_size} does not divide the {inputs} inputs")
+    if order is not None and order.shape != (inputs,):
+        raise ValueError(f"order must name each of {inputs} inputs once, got {order.shape}")
     if mask is not None and mask.shape != (inputs,):
         raise ValueError(f"mask must have one factor for each of {inputs} inputs, got {mask.shape}")
     if rotation is not None and rotation.width != inputs:
@@ -257,6 +277,7 @@ def quantize_matrix(
             )
     w = w.astype(jnp.float32)
     mask = None if mask is None else mask.astype(jnp.float32)
+    w = w if order is None else w[order]
     w = prepare_weights(w, mask, rotation)
     groups = w.reshape(-1, group_size, outputs)
     scale, zero = quantizer.fit_axes(groups, 1)
@@ -274,6 +295,7 @@ def quantize_matrix(
         qvalue=codes,
         scale=scale,
         zero_point=zero,
+        order=None if order is None else order.astype(jnp.int32),
         mask=mask,
         input_scale=input_scale,
         input_zero_point=input_zero,

@@ -6,6 +6,7 @@ import re
 import tracemalloc
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -272,16 +273,18 @@ def test_inputs_by_token(t5, tmp_path):
     np.testing.assert_allclose(qdot(jnp.asarray(x), leaf), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "ordered", "awq"])
 def test_a_layer_is_read_in_blocks(method):
     """Loading may take a tenth more than the arrays, and twice the largest tensor."""
     rng = np.random.default_rng(0)
     shapes = {"qweight": (4096, 64) if method == "awq" else (512, 512), "qzeros": (32, 64)}
     held = {k: rng.integers(-(2**31), 2**31, v).astype(np.int32) for k, v in shapes.items()}
     held["scales"] = np.ones((32, 512), np.float16)
+    if method == "ordered":
+        method, held["g_idx"] = "gptq", rng.permutation(np.arange(4096) // 128)
     tensors = {k: Tensor(v.shape, v.dtype, lambda v=v: v) for k, v in held.items()}
     layer = quantized.Layer("a", quantized.Scheme(method, 4, 128, False), tensors)
-    layer.scheme.leaf((4096, 512))
+    layer.leaf((4096, 512))
     tracemalloc.start()
     leaf = layer.read((4096, 512))
     _, most = tracemalloc.get_traced_memory()
@@ -323,21 +326,51 @@ def test_three_bit_codes_cross_words():
     built[2] |= codes[21] >> 1
     held = {"qweight": built.astype(np.uint32).view(np.int32)[:, None]}
     scheme = quantized.Scheme("gptq", 3, None, False)
-    np.testing.assert_array_equal(scheme.rows(held, 1)(0, 32)[:, 0], codes - 4)
+    places = np.random.default_rng(1).permutation(32)
+    np.testing.assert_array_equal(scheme.codes(held, 1, places)[:, 0], codes[places] - 4)
 
 
-def test_groups_in_another_order_are_refused(t5, tmp_path):
+@pytest.mark.parametrize(("bits", "kind"), [(3, "gptq"), (4, "gptq"), (4, "packed")])
+def test_groups_of_inputs_that_stand_apart(t5, tmp_path, bits, kind):
+    """GPTQ's desc_act, compressed-tensors' actorder: leaves take their inputs in another order."""
+    held, layers = matrices((bits, 32, False)), {}
+    rng = np.random.default_rng(5)
+    groups = {k: rng.permutation(np.arange(m.inputs) // 32) for k, m in held.items()}
+    for layer, matrix in held.items():
+        name = "g_idx" if kind == "gptq" else "weight_g_idx"
+        layers[layer] = getattr(matrix, kind)() | {name: groups[layer].astype(np.int32)}
+    packed = compressed("pack-quantized", 4, 32, sym=False)
+    config = gptq(bits, sym=False, desc_act=True) if kind == "gptq" else packed
+    forward, params = converters.from_pretrained(write(t5, tmp_path / "q", config, layers))
+    found = flatten_params(params)
+    for kernel, (layer, matrix) in zip(KERNELS, held.items(), strict=True):
+        scale, zero = (
+            x[:, groups[layer]] for x in (matrix.scales.astype(np.float32), matrix.zeros)
+        )
+        dense = (scale * (matrix.codes - zero)).T
+        np.testing.assert_array_equal(found[kernel].restore(), dense)
+        x = rng.standard_normal((5, matrix.inputs)).astype(np.float32)
+        for path in ("integer", "reference"):
+            np.testing.assert_allclose(
+                qdot(jnp.asarray(x), found[kernel], path=path), x @ dense, atol=2e-5
+            )
+    if bits == 4:  # and back
+        converters.save_pretrained(forward, params, tmp_path / "out", layout="transformers")
+        chex.assert_trees_all_equal(converters.from_pretrained(tmp_path / "out")[1], params)
+        group = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        assert group["config_groups"]["group_0"]["weights"]["actorder"] == "group"
+
+
+def test_groups_of_other_sizes_are_refused(t5, tmp_path):
     held = {k: m.gptq() for k, m in matrices((4, 32, True)).items()}
-    held[WI]["g_idx"] = held[WI]["g_idx"][::-1]
+    held[WI]["g_idx"] = held[WI]["g_idx"].copy()
+    held[WI]["g_idx"][0] = 1
     del held[WO]["g_idx"]  # as the oldest files
     directory = write(t5, tmp_path / "q", gptq(4, desc_act=True), held)
-    with pytest.raises(ValueError, match=r"1 problems.*\n.*wi_0\.g_idx: groups are not consec"):
+    with pytest.raises(
+        ValueError, match=r"1 problems.*\n.*g_idx: must name each of 2 groups 32 tim"
+    ):
         converters.from_pretrained(directory)
-    held[WI]["g_idx"] = held[WI]["g_idx"][::-1]
-    write(t5, directory, gptq(4, desc_act=True), held)
-    assert isinstance(
-        converters.from_pretrained(directory)[1]["blocks"]["0"]["mlp"]["gate"]["kernel"], QTensor
-    )
 
 
 def test_everything_wrong_is_named_before_anything_is_read(t5, tmp_path):

@@ -173,8 +173,8 @@ def test_bytes_are_logical():
     ("change", "message"),
     [
         ({"group_size": 9}, r"\[3, 3, 5, 7\], has one scale for each output"),
-        ({"mask": jnp.ones(5)}, "no mask or rotation"),
-        ({"rotation": Rotation(4)}, "no mask or rotation"),
+        ({"mask": jnp.ones(5)}, "leave out group_size, order, mask"),
+        ({"rotation": Rotation(4)}, "leave out group_size, order, mask"),
         (
             {
                 "activations": Activations(

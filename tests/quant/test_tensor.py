@@ -19,6 +19,7 @@ GROUPS = Activations(group_size=64)
 STATIC = Activations(Quantizer(8, symmetric=False), dynamic=False)
 RANGE = (jnp.float32(-3.0), jnp.float32(4.0))
 
+ORDER = jnp.asarray(np.random.default_rng(3).permutation(256))
 CASES = {
     "W8A16": {},
     "W4A16 groups": {"quantizer": Quantizer(4, symmetric=False), "group_size": 64},
@@ -60,6 +61,9 @@ CASES = {
         "mask": jnp.linspace(0.5, 2.0, 256),
         "rotation": Rotation(256),
     },
+    "W4A16 ordered": {"quantizer": Quantizer(4), "group_size": 64, "order": ORDER},
+    "W8A8 ordered": {"activations": TOKENS, "order": ORDER, "mask": jnp.linspace(0.5, 2.0, 256)},
+    "W4A8 ordered": {"quantizer": Quantizer(4), "activations": UNEVEN, "order": ORDER},
 }
 
 
@@ -121,7 +125,7 @@ def test_scaling_and_rotation_without_rounding_change_nothing():
     assert jnp.abs(exact.dequantize() - matrix).max() < exact.scale.max()
 
 
-@pytest.mark.parametrize("case", ["W4A16 groups", "mask and rotation"])
+@pytest.mark.parametrize("case", ["W4A16 groups", "mask and rotation", "W8A8 ordered"])
 def test_what_was_quantised_comes_back_rounded(case):
     leaf = quantize_matrix(W, **CASES[case])
     error = jnp.linalg.norm(leaf.restore() - W) / jnp.linalg.norm(W)
@@ -183,7 +187,7 @@ def test_qwix_reads_a_leaf():
     with relaxed_promotion():
         theirs = qwix.dequantize(leaf.to_qwix())
     chex.assert_trees_all_close(theirs, leaf.dequantize(), atol=1e-6)
-    with pytest.raises(ValueError, match="knows nothing of masks"):
+    with pytest.raises(ValueError, match="knows nothing of orders, masks"):
         quantize_matrix(W, activations=TOKENS).to_qwix()
 
 
@@ -192,6 +196,7 @@ def test_qwix_reads_a_leaf():
     [
         ({"group_size": 60}, "group_size 60 does not divide the 256 inputs"),
         ({"mask": jnp.ones(255)}, "one factor for each of 256 inputs"),
+        ({"order": jnp.arange(255)}, "order must name each of 256 inputs"),
         ({"rotation": Rotation(128)}, "rotation of width 128 does not fit 256"),
         ({"activations": STATIC}, "need an input_range"),
         ({"activations": TOKENS, "input_range": RANGE}, "need an input_range"),
