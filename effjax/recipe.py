@@ -1,7 +1,8 @@
 """Save and load a compressed model: `config.json`, `model.safetensors`, `recipe.json`.
 
 `recipe.json` lists methods with their plans. Loading runs these transforms on the *shapes* of the
-base model's parameters; what comes out is the template that the tensors must fill.
+base model's parameters; what comes out is the template that the tensors must fill. Leaves that were
+quantised before the first method (`converters.from_pretrained`) are described in `recipe.json` too.
 
 Codes of quantised leaves stand in the file as streams of bits (`effjax.quant.disk`); the metadata
 of the file says {"bits": b, "shape": [I, O]} under the tensor's name.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from effjax import registry
-from effjax.forward import Forward, Params, abstract
+from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
 from effjax.quant import QTensor
 from effjax.quant.disk import Codes
 from effjax.storage import (
@@ -57,13 +59,14 @@ def save(
         progress: show a bar for what takes longer than a second.
 
     Raises:
-        ValueError: if the path is taken, or the forward has edits, or the parameters leaves, that
-            its recipe does not make.
+        ValueError: if the path is taken, or the forward has edits that its recipe does not make.
     """
     if forward.fixed_step is not None:
         raise ValueError("save the forward itself, not forward.at(step)")
     base, _ = abstract(forward.model, forward.config)
-    replayed, template = _replay(base, forward.recipe)
+    replayed, template = _replay(base, forward.recipe, {})
+    if imported := _imported(template, params):
+        replayed, template = _replay(base, forward.recipe, imported)
     if replayed != forward:
         raise ValueError(
             "this forward has edits that do not come from a method's transform, so a recipe could "
@@ -80,16 +83,19 @@ def save(
         raise ValueError(f"these parameters are no arrays: {wrong}")
     specs = {name: _spec(leaf) for name, leaf in leaves.items()}
     _check(
-        "the parameters do not fit the recipe, which could not bring them back; leaves that were "
-        "imported quantised are written by converters.save_pretrained",
+        "the parameters do not fit the recipe, which could not bring them back",
         named_arrays(template),
         specs,
     )
-    steps = [{"method": name, "plan": plan.to_dict()} for name, plan in forward.recipe]
+    described: dict[str, Any] = {
+        "steps": [{"method": name, "plan": plan.to_dict()} for name, plan in forward.recipe]
+    }
+    if imported:
+        described["leaves"] = imported
     with new_directory(Path(path)) as directory:
         config = {"model": forward.model.__name__, **dataclasses.asdict(forward.config)}
         write_json(directory / CONFIG, config)
-        write_json(directory / RECIPE, {"steps": steps})
+        write_json(directory / RECIPE, described)
         write_shards(
             directory,
             STEM,
@@ -196,18 +202,40 @@ def describe(path: str | os.PathLike) -> Pair:
         )
     fields = {name: tuples(value) for name, value in config.items()}
     base, _ = abstract(model, model.Config(**fields))
-    steps = read_json(directory / RECIPE).get("steps", [])
+    described = read_json(directory / RECIPE)
     recipe = tuple(
         (step["method"], registry.method(step["method"]).plan.from_dict(step["plan"]))
-        for step in steps
+        for step in described.get("steps", [])
     )
-    return _replay(base, recipe)
+    return _replay(base, recipe, described.get("leaves", {}))
 
 
-def _replay(base: Forward, recipe: tuple[tuple[str, Any], ...]) -> Pair:
-    """Apply a recipe to a base model's forward and to the shapes of its parameters."""
+def _replay(
+    base: Forward, recipe: tuple[tuple[str, Any], ...], imported: Mapping[str, Mapping[str, Any]]
+) -> Pair:
+    """Apply a recipe to a base model's forward and to the shapes of its parameters.
+
+    Args:
+        imported: descriptions of the leaves that are quantised before, by path.
+    """
     transforms = [registry.method(name).transform(plan) for name, plan in recipe]
-    return on_shapes(transforms, base, base.abstract_params())
+    flat = flatten_params(base.abstract_params())
+    if unknown := sorted(set(imported) - set(flat)):
+        raise ValueError(f"{RECIPE} describes leaves that {base.model.__name__} lacks: {unknown}")
+    flat |= {path: QTensor.from_dict(leaf) for path, leaf in imported.items()}
+    return on_shapes(transforms, base, nest_params(flat))
+
+
+def _imported(template: Params, params: Params) -> dict[str, dict[str, Any]]:
+    """Descriptions of the quantised leaves that stand where the recipe leaves an array, by path."""
+    expected, given = flatten_params(template), flatten_params(params)
+    return {
+        path: leaf.to_dict()
+        for path, leaf in given.items()
+        if isinstance(leaf, QTensor)
+        and path in expected
+        and not isinstance(expected[path], QTensor)
+    }
 
 
 def _check(what: str, expected: dict[str, Any], given: dict[str, Spec]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -133,6 +134,51 @@ class QTensor:
         codes = -(-math.prod(self.shape) * self.bits // 8)
         return codes + sum(math.prod(x.shape) * x.dtype.itemsize for x in beside)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What the leaf is, without its numbers, as JSON types."""
+        return {
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "packed": self.packed,
+            "group_size": self.group_size,
+            "parts": [name for name in _PARTS if getattr(self, name) is not None],
+            "activations": self.activations and dataclasses.asdict(self.activations),
+            "rotation": self.rotation and dataclasses.asdict(self.rotation),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QTensor:
+        """The inverse of `to_dict`: a leaf of shapes.
+
+        Raises:
+            ValueError: for values that describe no leaf.
+        """
+        try:
+            *leading, outputs = shape = tuple(values["shape"])
+            rows, bits, coded = math.prod(leading), values["bits"], values["activations"]
+            groups = rows // values["group_size"]
+            dims = {"G": groups, "I": rows, "O": outputs}
+            if coded is not None:
+                coded = Activations(**{**coded, "quantizer": Quantizer(**coded["quantizer"])})
+            parts: dict[str, Any] = dict.fromkeys(_PARTS)
+            for name in values["parts"]:
+                axes, dtype = _PARTS[name]
+                parts[name] = jax.ShapeDtypeStruct(tuple(dims[axis] for axis in axes), dtype)
+            codes = jax.ShapeDtypeStruct((rows, outputs), jnp.int8)
+            return cls(
+                qvalue=jax.eval_shape(partial(pack, bits=bits), codes)
+                if values["packed"]
+                else codes,
+                scale=jax.ShapeDtypeStruct((groups, outputs), jnp.float32),
+                **parts,
+                shape=shape,
+                bits=bits,
+                activations=coded,
+                rotation=values["rotation"] and Rotation(**values["rotation"]),
+            )
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"this describes no quantised leaf: {values!r} ({error!r})") from error
+
     def codes(self) -> Array:
         """int8[I, O]."""
         return unpack(self.qvalue, self.bits, self.rows) if self.packed else self.qvalue
@@ -180,6 +226,17 @@ class QTensor:
 
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.int8)
         return QArray(self.codes(), self.scale, zero, f"int{self.bits}")
+
+
+# Axes and dtypes of what a leaf may hold beside its codes and scales.
+_PARTS: dict[str, tuple[str, Any]] = {
+    "zero_point": ("GO", jnp.int32),
+    "order": ("I", jnp.int32),
+    "mask": ("I", jnp.float32),
+    "input_scale": ("", jnp.float32),
+    "input_zero_point": ("", jnp.int32),
+    "column_sums": ("O", jnp.float32),
+}
 
 
 def prepare_inputs(x: Array, mask: Array | None, rotation: Rotation | None) -> Array:

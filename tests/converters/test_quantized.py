@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import converters
+import effjax
 from converters import quantized
 from effjax import testing
 from effjax.forward import abstract, flatten_params, nest_params
@@ -359,6 +360,27 @@ def test_groups_of_inputs_that_stand_apart(t5, tmp_path, bits, kind):
         chex.assert_trees_all_equal(converters.from_pretrained(tmp_path / "out")[1], params)
         group = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         assert group["config_groups"]["group_0"]["weights"]["actorder"] == "group"
+
+
+@pytest.mark.parametrize("case", ["gptq 4", "packed 8", "int8 tokens", "ordered"])
+def test_imported_leaves_are_saved_beside_a_recipe(t5, tmp_path, case):
+    config, writer, settings = CASES["gptq 4" if case == "ordered" else case]
+    layers = {k: writer(m) for k, m in matrices(settings).items()}
+    if case == "ordered":
+        layers[WI]["g_idx"] = layers[WI]["g_idx"][::-1]
+    pair = converters.from_pretrained(write(t5, tmp_path / "q", config, layers))
+    plan = RoundToNearestPlan(((r".*to_v", 8, 8),))
+    forward, params = transform(plan)(*pair)
+    effjax.save(tmp_path / "saved", forward, params)
+    again = effjax.load(tmp_path / "saved")
+    assert again[0] == forward
+    chex.assert_trees_all_equal(again[1], params)
+    held = json.loads((tmp_path / "saved" / "recipe.json").read_text())
+    assert sorted(held["leaves"]) == sorted(KERNELS)
+    held["leaves"]["blocks.0.mlp.door.kernel"] = held["leaves"].pop(KERNELS[0])
+    (tmp_path / "saved" / "recipe.json").write_text(json.dumps(held))
+    with pytest.raises(ValueError, match=r"leaves that T5Encoder lacks: \['blocks.0.mlp.door"):
+        effjax.load(tmp_path / "saved")
 
 
 def test_groups_of_other_sizes_are_refused(t5, tmp_path):

@@ -1,6 +1,7 @@
 """The quantised leaf: both paths of its product, what it costs, what it refuses."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -179,6 +180,26 @@ def test_a_leaf_is_a_pytree_with_the_shape_of_its_matrix():
     assert shapes.shape == (256, 48)
     gradient = jax.grad(lambda x: qdot(x, quantize_matrix(W)).sum())(X)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_leaf_is_described_as_json(case):
+    leaf = quantize_matrix(W, **CASES[case])
+    again = QTensor.from_dict(json.loads(json.dumps(leaf.to_dict())))
+    shapes = jax.eval_shape(lambda leaf: leaf, leaf)
+    assert jax.tree.structure(again) == jax.tree.structure(shapes)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(again)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(shapes)
+    ]
+
+
+@pytest.mark.parametrize(
+    "change", [{"parts": ["masks"]}, {"group_size": 0}, {"rotation": {"size": 4}}, {"shape": None}]
+)
+def test_what_describes_no_leaf(change):
+    described = quantize_matrix(W, mask=jnp.ones(256)).to_dict()
+    with pytest.raises(ValueError, match="describes no quantised leaf"):
+        QTensor.from_dict(described | change)
 
 
 def test_qwix_reads_a_leaf():
