@@ -3,7 +3,8 @@
     python -m experiments.quantization.quality --cache DIR
 
 Every recipe at W8A8, W6A6, W4A8 and W4A4; masks and ranges are calibrated on eight conditions that
-are not judged. Then searched bits against the same bits everywhere, at equal bytes.
+are not judged. Then searched bits against the same bits everywhere, at equal bytes: the search
+scores each layer on sixteen other conditions, once for both budgets.
 """
 
 from __future__ import annotations
@@ -116,24 +117,27 @@ RECIPES: dict[str, Callable[[Subject, int, int], Pair]] = {
 }
 
 
-def searched(subject: Subject, average: float) -> Pair:
-    """Bits by layer, from sensitivities of final samples."""
-    whole = vidit_q.uniform(8)
-    calibration = calibrated(subject, whole)
-    plan = vidit_q.search(
+def measured(subject: Subject) -> vidit_q.Sensitivities:
+    """How final samples suffer from each layer's bits."""
+    return vidit_q.sensitivities(
         *subject.pair,
         subject.sampler,
-        subject.calibration[0],
-        uncond=subject.calibration[1],
+        subject.scored[0],
+        uncond=subject.scored[1],
         key=jax.random.key(1),
-        average_bits=average,
         candidates=(3, 4, 5, 6, 8),
-        calibration=calibration,
+        calibration=calibrated(subject, vidit_q.uniform(8)),
         alpha=ALPHA,
         by_layer=True,
-        progress=False,
     )
-    return vidit_q.transform(plan, calibration)(*subject.pair)
+
+
+def searched(
+    subject: Subject, measure: Callable[[], vidit_q.Sensitivities], average: float
+) -> Pair:
+    """Bits by layer."""
+    plan = measure().plan(average)
+    return vidit_q.transform(plan, calibrated(subject, plan))(*subject.pair)
 
 
 def everywhere(subject: Subject, bits: int) -> Pair:
@@ -198,11 +202,12 @@ def _run(name: str, arguments: argparse.Namespace) -> None:
             row = {"recipe": recipe, "bits": f"W{weights}A{inputs}"}
             add("recipes", row, some, coded(recipe, weights, inputs))
     table = "searched_bits_at_equal_bytes_inputs_of_8_bits"
+    measure = functools.cache(functools.partial(measured, subject))
     for bits in (4, 5):
         row = {"plan": f"{bits} bits everywhere"}
         add(table, row, some, functools.partial(everywhere, subject, bits))
         row = {"plan": f"searched by layer, {bits} bits on average"}
-        add(table, row, some, functools.partial(searched, subject, float(bits)))
+        add(table, row, some, functools.partial(searched, subject, measure, float(bits)))
     table = "W8A8_on_many_paired_images"
     add(table, {"recipe": "dense"}, many, lambda: subject.pair)
     add(table, {"recipe": "ViDiT-Q W8A8"}, many, coded("ViDiT-Q", 8, 8))

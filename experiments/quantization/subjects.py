@@ -30,6 +30,7 @@ class Subject:
         sampler: guided.
         conditions: (first, count) -> cond and uncond of the images first ... first + count - 1.
         calibration: cond and uncond of a small batch beside those that are judged.
+        scored: those of the batch on which a search scores parts of the model.
         judged: images to figures of quality.
     """
 
@@ -38,6 +39,7 @@ class Subject:
     sampler: Sampler
     conditions: Callable[[int, int], tuple[PyTree, PyTree]]
     calibration: tuple[PyTree, PyTree]
+    scored: tuple[PyTree, PyTree]
     judged: Callable[[np.ndarray], dict[str, float]]
 
     def images(self, pair: Pair, count: int, *, seed: int = 0) -> np.ndarray:
@@ -78,6 +80,7 @@ def tiny_dit(*, steps: int) -> Subject:
         pipe.sampler(num_steps=steps, guidance_scale=demo.GUIDANCE),
         conditions,
         (jnp.asarray(demo.labels_for(8)) * 4 + 1, None),
+        (jnp.asarray(demo.labels_for(16)) * 2 + 1, None),
         judged,
     )
 
@@ -94,12 +97,16 @@ def tiny_pixart(*, steps: int, path: Path = train_pixart.WEIGHTS) -> Subject:
         asked = glyphs.Things(things.labels[:count], things.colours[:count], things.places[:count])
         return judge.alignment(reader, images, asked)
 
-    seen = glyphs.captioned(np.random.default_rng(1), 8, held_out=False)[1]
+    seen, more = (
+        glyphs.captioned(np.random.default_rng(seed), count, held_out=False)[1]
+        for seed, count in ((1, 8), (2, 16))
+    )
     return Subject(
         "tiny PixArt",
         (pipe.forward, pipe.params),
         pipe.sampler(num_steps=steps, guidance_scale=train_pixart.GUIDANCE),
         lambda first, count: pipe.conditions(captions[first : first + count]),
         pipe.conditions(seen),
+        pipe.conditions(more),
         judged,
     )

@@ -327,6 +327,27 @@ def test_the_search_spends_bits_where_they_matter(subject, by_layer):
     assert vidit_q.ViDiTQPlan.from_json(plan.to_json()) == plan
 
 
+def test_one_measurement_serves_many_budgets(subject):
+    options = {"key": jax.random.key(0), "candidates": (4, 8), "alpha": None, "progress": False}
+    pair = (subject.forward, subject.params)
+    measured = vidit_q.sensitivities(*pair, subject.sampler, subject.cond, **options)
+    plans = [measured.plan(bits) for bits in (4.0, 6.0, 8.0)]
+    spent = [np.mean([bits for _, bits, *_ in plan.segments[0][1]]) for plan in plans]
+    assert spent[0] == 4 < spent[1] < spent[2] == 8
+    searched = vidit_q.search(*pair, subject.sampler, subject.cond, average_bits=6.0, **options)
+    assert searched == plans[1]
+
+
+def test_fidelity_is_of_a_typical_sample():
+    """One sample that tips over weighs no more than others."""
+    dense = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    noise = jnp.array([0.01, 0.02, 0.04, 0.08])[:, None, None, None]
+    np.testing.assert_allclose(fidelity(dense, dense * (1 + noise)), -(0.02 * 0.04), rtol=1e-5)
+    tipped = fidelity(dense, dense * (1 + noise.at[3].mul(100)))
+    np.testing.assert_allclose(tipped, -(0.02 * 0.04) * 10, rtol=1e-5)
+    assert fidelity(dense, dense) == 0
+
+
 def test_groups_may_have_different_averages(subject):
     """MixDQ's ratio: the best of several is no worse than equal averages, at as many bits."""
     options = {"average_bits": 5.0, "candidates": (3, 4, 6, 8), "alpha": None, "progress": False}

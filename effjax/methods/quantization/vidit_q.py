@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -494,57 +494,167 @@ def search(
     *,
     key: jax.Array,
     average_bits: float,
+    ratios: Sequence[float] | None = None,
+    **options: Any,
+) -> ViDiTQPlan:
+    """Find weight bits for the attention and the feed-forward layers of every block.
+
+    This is `sensitivities(...).plan(average_bits, ratios=ratios)`.
+
+    Args:
+        forward, params: the model, not quantised.
+        sampler, cond, key: a small batch to score on.
+        average_bits: of a weight, up to 0.02.
+        ratios: see `Sensitivities.plan`.
+        options: of `sensitivities`.
+
+    Raises:
+        ValueError: for a group without layers, or an average that no choice meets.
+    """
+    measured = sensitivities(forward, params, sampler, cond, key=key, **options)
+    return measured.plan(average_bits, ratios=ratios)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivities:
+    """How samples suffer when one part of a model is quantised: measured once, for any budget.
+
+    Attributes:
+        parts: layers that share bits, by the pattern of the part's rule.
+        groups: group of each part.
+        metrics: by group.
+        scores: float[parts, candidates], higher is better.
+        sizes: weights of each part.
+        candidates: bits of weights.
+        sample: bits int32[layers, 2] to samples.
+        inputs, alpha, rotate, seed: of the plans.
+    """
+
+    parts: Mapping[str, tuple[str, ...]]
+    groups: tuple[str, ...]
+    metrics: Mapping[str, Metric]
+    scores: np.ndarray
+    sizes: np.ndarray
+    candidates: tuple[int, ...]
+    sample: Callable[[np.ndarray], jax.Array]
+    inputs: int
+    alpha: float | None
+    rotate: bool
+    seed: int
+
+    def plan(self, average_bits: float, *, ratios: Sequence[float] | None = None) -> ViDiTQPlan:
+        """The plan whose scores sum to most, by an integer program.
+
+        The groups of one metric share a program ("metric-decoupled": scores of different metrics
+        are never added).
+
+        Args:
+            average_bits: of a weight, up to 0.02.
+            ratios: average bits of the first of two groups over those of the second, to try, each
+                group in a program of its own. The plan whose samples have the highest SQNR wins
+                (MixDQ, arXiv 2405.17873, section 3.4).
+
+        Raises:
+            ValueError: for an average that no choice meets.
+        """
+        together: dict[Any, list[int]] = {}
+        for i, group in enumerate(self.groups):
+            together.setdefault(group if ratios else self.metrics[group], []).append(i)
+        shares = {own: int(self.sizes[indices].sum()) for own, indices in together.items()}
+        choices = []
+        for averages in _averages(average_bits, ratios, shares):
+            try:
+                chosen = np.zeros(len(self.parts), int)
+                for own, indices in together.items():
+                    budget = bit_budget(self.sizes[indices], self.candidates, averages[own])
+                    chosen[indices] = allocate(self.scores[indices], [budget]).choice
+            except ValueError:
+                if ratios is None or len(ratios) == 1:
+                    raise
+                continue  # this ratio asks for more or fewer bits than there are
+            choices.append(chosen)
+        if not choices:
+            raise ValueError(
+                f"none of the ratios {tuple(ratios or ())} allows {average_bits} bits on average"
+            )
+        best = choices[0] if len(choices) == 1 else max(choices, key=self._sqnr)
+        rules = tuple(
+            (pattern, self.candidates[choice], self.inputs, self.alpha, self.rotate)
+            for pattern, choice in zip(self.parts, best, strict=True)
+        )
+        return ViDiTQPlan(((0, rules),), seed=self.seed)
+
+    def _sqnr(self, chosen: np.ndarray) -> float:
+        """Of samples of the whole model with these candidates."""
+        bits = [
+            (self.candidates[choice], self.inputs)
+            for paths, choice in zip(self.parts.values(), chosen, strict=True)
+            for _ in paths
+        ]
+        coded = np.array(bits, np.int32)
+        return float(sqnr(self.sample(np.full_like(coded, FLOAT)), self.sample(coded)))
+
+
+def sensitivities(
+    forward: Forward,
+    params: Params,
+    sampler: Sampler,
+    cond: PyTree,
+    *,
+    key: jax.Array,
     calibration: Calibration | None = None,
     candidates: Sequence[int] = (4, 6, 8),
     inputs: int = 8,
     alpha: float | None = 0.99,
     rotate: bool = True,
     groups: Mapping[str, Metric] | None = None,
-    ratios: Sequence[float] | None = None,
     by_layer: bool = False,
     uncond: PyTree = None,
     seed: int = 0,
     progress: bool = True,
-) -> ViDiTQPlan:
-    """Find weight bits for the attention and the feed-forward layers of every block.
+) -> Sensitivities:
+    """Score final samples with one part of the model quantised at a time, one compiled program.
 
-    A part is the layers of one group in one block, or a single layer. It is scored by its group's
-    metric on final samples when it alone is quantised; an integer program chooses bits for the
-    groups of each metric ("metric-decoupled": scores of different metrics are never added).
+    A part is the layers of one group in one block, or a single layer.
 
     Args:
         forward, params: the model, not quantised.
-        sampler, cond, uncond, key: a small batch to score on.
-        average_bits: of a weight, up to 0.02.
+        sampler, cond, uncond, key: a small batch to score on; 16 samples tell layers apart where 8
+            may not.
         calibration: from `calibrate` on `uniform(8, ...)`; made here if None and alpha is given.
         candidates: bits of weights to choose from.
         inputs: bits of inputs.
         alpha, rotate, seed: as in the plan.
         groups: metric by a group's name, the part of a path after the block; None scores attn and
             mlp by `fidelity`. Give cross a metric of text alignment to code cross-attention too.
-        ratios: average bits of the first of two groups over those of the second, to try, each group
-            in a program of its own. The plan whose samples have the highest SQNR wins (MixDQ, arXiv
-            2405.17873, section 3.4).
-        by_layer: choose bits for every layer by itself.
+        by_layer: score every layer by itself.
+        progress: show a bar.
 
     Raises:
-        ValueError: for a group without layers, or an average that no choice meets.
+        ValueError: for a group without layers.
     """
     groups = dict(groups or {"attn": fidelity, "mlp": fidelity})
-    whole = uniform(
-        8,
-        inputs,
-        alpha=alpha,
-        rotate=rotate,
-        layers=rf"blocks\..*\.({'|'.join(map(re.escape, groups))})\..*",
-        seed=seed,
-    )
-    paths = _decided(whole, forward, params)
+    within = re.compile(rf"(blocks\..*\.({'|'.join(map(re.escape, groups))}))\..*")
+    whole = uniform(8, inputs, alpha=alpha, rotate=rotate, layers=within.pattern, seed=seed)
+    parts: dict[str, list[str]] = {}
+    group_of: dict[str, str] = {}
+    for path in _decided(whole, forward, params):
+        found = within.fullmatch(path)
+        assert found is not None
+        pattern = re.escape(path) if by_layer else re.escape(found[1]) + r"\..*"
+        parts.setdefault(pattern, []).append(path)
+        group_of[pattern] = found[2]
+    if empty := [group for group in groups if group not in group_of.values()]:
+        raise ValueError(
+            f"there is no layer in the groups {empty}; there are {set(group_of.values())}"
+        )
+    paths = [path for part in parts.values() for path in part]
     if alpha is not None and calibration is None:
         calibration = calibrate(
             whole, forward, params, sampler, cond, key=key, uncond=uncond, progress=progress
         )
-    kernels = {path: flatten_params(params)[f"{path}.kernel"] for path in paths}
+    flat = flatten_params(params)
+    kernels = {path: flat[f"{path}.kernel"] for path in paths}
     preparations = {
         path: Preparation(
             balance(kernel, calibration[path][0], alpha)
@@ -554,62 +664,30 @@ def search(
         )
         for path, kernel in kernels.items()
     }
-    parts: dict[str, list[str]] = {}
-    group_of = []
-    for path in paths:
-        block = re.match(rf"(.*\.({'|'.join(map(re.escape, groups))}))\.", path)
-        assert block is not None
-        name = path if by_layer else block[1]
-        if name not in parts:
-            group_of.append(block[2])
-        parts.setdefault(name, []).append(path)
-    names = list(parts)
     sample = rounded_samples(
         forward, params, sampler, cond, key=key, preparations=preparations, uncond=uncond
     )
     scores = sensitivity(
         sample,
         paths,
-        parts=[parts[name] for name in names],
+        parts=list(parts.values()),
         candidates=[(bits, inputs) for bits in candidates],
-        metrics=[groups[group] for group in group_of],
+        metrics=[groups[group] for group in group_of.values()],
         progress=progress,
     )
-    sizes = np.array([sum(kernels[path].size for path in parts[name]) for name in names])
-    if empty := [group for group in groups if group not in group_of]:
-        raise ValueError(f"there is no layer in the groups {empty}; there are {set(group_of)}")
-    rows: dict[Any, list[int]] = {}
-    for i, group in enumerate(group_of):
-        rows.setdefault(group if ratios else groups[group], []).append(i)
-    shares = {own: int(sizes[indices].sum()) for own, indices in rows.items()}
-    choices = []
-    for averages in _averages(average_bits, ratios, shares):
-        try:
-            chosen = np.zeros(len(names), int)
-            for group, own in rows.items():
-                budget = bit_budget(sizes[own], candidates, averages[group])
-                chosen[own] = allocate(scores[own], [budget]).choice
-        except ValueError:
-            if ratios is None or len(ratios) == 1:
-                raise
-            continue  # this ratio asks for more or fewer bits than there are
-        choices.append(chosen)
-    if not choices:
-        raise ValueError(
-            f"none of the ratios {tuple(ratios or ())} allows {average_bits} bits on average"
-        )
-
-    def quality(chosen: np.ndarray) -> float:
-        own = {path: candidates[c] for name, c in zip(names, chosen) for path in parts[name]}
-        bits = np.array([(own[path], inputs) for path in paths], np.int32)
-        return float(sqnr(sample(np.full_like(bits, FLOAT)), sample(bits)))
-
-    best = choices[0] if len(choices) == 1 else max(choices, key=quality)
-    rules = tuple(
-        (re.escape(name) + ("" if by_layer else r"\..*"), candidates[choice], inputs, alpha, rotate)
-        for name, choice in zip(names, best)
+    return Sensitivities(
+        parts={pattern: tuple(part) for pattern, part in parts.items()},
+        groups=tuple(group_of.values()),
+        metrics=groups,
+        scores=scores,
+        sizes=np.array([sum(kernels[path].size for path in part) for part in parts.values()]),
+        candidates=tuple(candidates),
+        sample=sample,
+        inputs=inputs,
+        alpha=alpha,
+        rotate=rotate,
+        seed=seed,
     )
-    return ViDiTQPlan(((0, rules),), seed=seed)
 
 
 def _averages(
