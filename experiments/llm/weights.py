@@ -43,10 +43,11 @@ def recipes(subject: Subject, texts: int) -> dict[tuple[str, str], Callable[...,
         found[f"W{bits}A16", "AWQ"] = awq.transform(
             scaled, awq.fit(scaled, *subject.exact, inputs, progress=False)
         )
-        spread = gptq.uniform(bits, **grouped)
-        found[f"W{bits}A16", "GPTQ"] = gptq.transform(
-            spread, gptq.fit(spread, *subject.exact, batches, progress=False)
-        )
+        for recipe, act_order in (("GPTQ", False), ("GPTQ, act_order", True)):
+            spread = gptq.uniform(bits, **grouped, act_order=act_order)
+            found[f"W{bits}A16", recipe] = gptq.transform(
+                spread, gptq.fit(spread, *subject.exact, batches, progress=False)
+            )
     return found
 
 

@@ -47,10 +47,11 @@ def correlated(inputs=64, outputs=12):
     return jnp.asarray(w), jnp.asarray((x.T @ x / 400).astype(np.float32))
 
 
-def spread(w, moment, *, group=None, damp=0.01, bits=4, symmetric=False):
+def spread(w, moment, *, group=None, bits=4, symmetric=False, act_order=False):
     quantizer = Quantizer(bits, symmetric)
     leaf = quantize_matrix(w, quantizer, group_size=group)
-    codes, scale, zero = gptq._spread(quantizer, group, damp, w, moment, leaf)
+    plan = gptq.uniform(bits, group_size=group, act_order=act_order)
+    codes, scale, zero = gptq._spread(plan, quantizer, w, moment, leaf)
     every = w.shape[0] // scale.shape[0]
     scale, zero = jax.tree.map(lambda part: jnp.repeat(part, every, axis=0), (scale, zero))
     return np.asarray(codes), np.asarray(dequantize(codes, scale, zero)), leaf
@@ -80,18 +81,41 @@ def test_gptq_is_its_plain_loop(group):
     assert np.abs(codes.astype(int) - want).max() <= 1
 
 
+@pytest.mark.parametrize("group", [None, 32])
+def test_the_order_of_activations(group):
+    """As the plain order on permuted inputs, with the scales of the unpermuted groups."""
+    w, moment = correlated()
+    codes, _, leaf = spread(w, moment, group=group, act_order=True)
+    order = np.argsort(-np.diag(moment), kind="stable")
+    held, h = np.asarray(w, np.float64)[order], np.asarray(moment, np.float64)[order][:, order]
+    h = h + 0.01 * np.diag(h).mean() * np.eye(len(h))
+    upper = np.linalg.cholesky(np.linalg.inv(h)).T
+    want = np.zeros(held.shape, np.int8)
+    for i, place in enumerate(order):
+        at = (part[place // leaf.group_size] for part in (leaf.scale, leaf.zero_point))
+        scale, zero = (np.asarray(part) for part in at)
+        code = np.clip(np.round(held[i] / scale + zero), -8, 7)
+        want[place] = code
+        held[i + 1 :] -= np.outer(
+            upper[i, i + 1 :], (held[i] - (code - zero) * scale) / upper[i, i]
+        )
+    assert np.mean(codes == want) > 0.99  # ties and float32
+
+
 def test_gptq_without_correlations_rounds_to_nearest():
     w, _ = correlated()
     codes, _, leaf = spread(w, jnp.eye(64))
     chex.assert_trees_all_equal(codes, leaf.codes())
 
 
+@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_gptq_errs_less_in_what_a_layer_computes(bits, group, symmetric):
+def test_gptq_errs_less_in_what_a_layer_computes(bits, group, symmetric, act_order):
     w, moment = correlated()
-    _, found, leaf = spread(w, moment, group=group, bits=bits, symmetric=symmetric)
+    how = {"group": group, "bits": bits, "symmetric": symmetric, "act_order": act_order}
+    _, found, leaf = spread(w, moment, **how)
 
     def squared(rounded):
         difference = np.asarray(w) - np.asarray(rounded)

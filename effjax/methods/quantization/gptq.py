@@ -7,13 +7,15 @@ much of the lost quality.
     U = upper Cholesky factor of H^-1
     for each input i:   q_i = round(w_i),   w_j -= U_ij (w_i - q_i) / U_ii   for all j > i
 
-Scales of a group are taken when its first input is reached. Layers are taken block by block, with
-the inputs that the blocks quantised so far give them.
+Scales of a group are taken when its first input is reached; with `act_order`, where inputs are
+rounded from the largest diag(H) to the smallest, before anything is rounded. Layers are taken block
+by block, with the inputs that the blocks quantised so far give them.
 
 Static: bits and groups. Dynamic: codes and scales. Cost: as round_to_nearest; to make, a factor of
 an I x I matrix for each layer.
 
-Source: GPTQ, arXiv 2210.17323, without reordering of the inputs.
+Source: GPTQ, arXiv 2210.17323. Its code's `act_order` with `static_groups` is `act_order` here: a
+group is of consecutive inputs, so that nothing is reordered when the model runs.
 """
 
 from __future__ import annotations
@@ -56,9 +58,11 @@ class GPTQPlan(RoundToNearestPlan):
 
     Attributes:
         damp: what is added to the diagonal of H, as a share of its mean.
+        act_order: round the inputs that matter most first, while most others can make up for it.
     """
 
     damp: float = 0.01
+    act_order: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,9 +71,11 @@ class GPTQPlan(RoundToNearestPlan):
             raise ValueError(f"damp must be above 0, got {self.damp}")
 
 
-def uniform(weights: int, inputs: int = FLOAT, *, group_size: int | None = None) -> GPTQPlan:
+def uniform(
+    weights: int, inputs: int = FLOAT, *, group_size: int | None = None, act_order: bool = False
+) -> GPTQPlan:
     """The plan that gives attention and feed-forward layers these bits."""
-    return GPTQPlan(((LAYERS, weights, inputs),), group_size)
+    return GPTQPlan(((LAYERS, weights, inputs),), group_size, act_order=act_order)
 
 
 def fit(
@@ -111,9 +117,7 @@ def fit(
             assert isinstance(own.module, Linear)
             kernel = own.module.kernel.get_value()
             leaf = plan.leaf(path, kernel)
-            codes, scale, zero = _spread(
-                plan.quantizer(path), plan.group_size, plan.damp, kernel, means[own.path], leaf
-            )
+            codes, scale, zero = _spread(plan, plan.quantizer(path), kernel, means[own.path], leaf)
             qvalue = pack(codes, leaf.bits) if leaf.packed else codes
             leaf = dataclasses.replace(leaf, qvalue=qvalue, scale=scale, zero_point=zero)
             setattr(own.module, "kernel", nnx.Param(leaf))  # noqa: B010 - a leaf stands for an array
@@ -159,11 +163,10 @@ def _moments(graph: nnx.GraphDef, variables: Any, x: Array) -> dict[str, Array]:
     return found
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _spread(
+    plan: GPTQPlan,
     quantizer: Quantizer,
-    group_size: int | None,
-    damp: float,
     kernel: Float[Array, "I O"],
     moment: Float[Array, "I I"],
     leaf: QTensor,
@@ -171,16 +174,17 @@ def _spread(
     """Codes of one kernel, its scales and zero points.
 
     Args:
-        leaf: the kernel rounded to nearest, for the scales of whole channels.
+        leaf: the kernel rounded to nearest, for the scales of what is not a group by itself.
     """
     inputs, outputs = kernel.shape
-    group = group_size or inputs
+    group = plan.group_size or inputs
     # Within a block of inputs errors are spread at once, over the rest in one product.
-    size = group if group_size and group <= 512 else math.gcd(group, 128)
+    size = group if plan.group_size and group <= 512 else math.gcd(group, 128)
     diagonal = jnp.diagonal(moment)
     unused = diagonal == 0
-    moment = moment + jnp.diag(jnp.where(unused, 1.0, damp * jnp.mean(diagonal)))
-    upper = jnp.linalg.cholesky(jnp.linalg.inv(moment)).T
+    moment = moment + jnp.diag(jnp.where(unused, 1.0, plan.damp * jnp.mean(diagonal)))
+    order = jnp.argsort(-diagonal) if plan.act_order else jnp.arange(inputs)
+    upper = jnp.linalg.cholesky(jnp.linalg.inv(moment[order][:, order])).T
     scale, zero = leaf.scale, leaf.zero_point
 
     def block(carry: Any, number: Array) -> tuple[Any, Array]:
@@ -188,8 +192,8 @@ def _spread(
         start = number * size
         rows = jax.lax.dynamic_slice_in_dim(w, start, size)
         own = jax.lax.dynamic_slice(upper, (start, start), (size, size))
-        which = start // group
-        if group_size:
+        if plan.group_size and not plan.act_order:
+            which = start // group
             members = jax.lax.dynamic_slice_in_dim(w, which * group, group)
             fresh = quantizer.fit_axes(members, 0)
             begins = start % group == 0
@@ -198,10 +202,11 @@ def _spread(
                 (scale, zero),
                 fresh,
             )
-        at = jax.tree.map(lambda part: part[which], (scale, zero))
+        groups = jax.lax.dynamic_slice_in_dim(order, start, size) // group
 
         def one(i: Array, held: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             rows, codes, errors = held
+            at = jax.tree.map(lambda part: part[groups[i]], (scale, zero))
             code = quantizer.quantize(rows[i], *at)
             error = (rows[i] - dequantize(code, *at)) / own[i, i]
             later = jnp.where(jnp.arange(size) > i, own[i], 0.0)
@@ -215,9 +220,9 @@ def _spread(
         w = w - jnp.matmul(wide.T, errors, precision="highest")
         return (w, scale, zero), codes
 
-    carry = kernel.astype(jnp.float32), scale, zero
+    carry = kernel.astype(jnp.float32)[order], scale, zero
     (_, scale, zero), codes = jax.lax.scan(block, carry, jnp.arange(inputs // size))
-    return codes.reshape(inputs, outputs), scale, zero
+    return codes.reshape(inputs, outputs)[jnp.argsort(order)], scale, zero
 
 
 def transform(plan: GPTQPlan, learned: Kernels | None = None) -> Transform:
