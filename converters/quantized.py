@@ -224,7 +224,7 @@ class Scheme:
             if any((order != leaf.order).any() for leaf in leaves):
                 raise ValueError(
                     f"{[piece.target for piece in pieces]} are written as one layer, which has one "
-                    f"order of inputs; theirs differ"
+                    f"order of inputs, and theirs differ; write a layout that keeps them apart"
                 )
             places = np.argsort(order)
         if name == self.layout.shape:
@@ -279,12 +279,20 @@ class Layer:
     tensors: Mapping[str, Tensor]
 
     @functools.cached_property
+    def groups(self) -> np.ndarray | None:
+        """The group of each input; None if they are consecutive."""
+        held = self.tensors.get(self.scheme.layout.groups or "")
+        groups = None if held is None else held.read()
+        # compressed-tensors makes room for them with -1, and leaves it so where nothing is ordered.
+        unset = self.scheme.format != "gptq" and groups is not None and -1 in groups
+        return None if unset else groups
+
+    @functools.cached_property
     def order(self) -> np.ndarray | None:
         """Inputs int32[I], group after group; None if they stand so already."""
-        held = self.tensors.get(self.scheme.layout.groups or "")
-        if held is None:
+        if self.groups is None:
             return None
-        order = np.argsort(held.read(), kind="stable").astype(np.int32)
+        order = np.argsort(self.groups, kind="stable").astype(np.int32)
         return None if (order == np.arange(len(order))).all() else order
 
     def leaf(self, shape: Shape) -> QTensor:
@@ -316,7 +324,7 @@ class Layer:
             problems.append((f"{self.name}.{layout.zeros}", fault))
         groups = scheme.groups(shape[1])
         wanted = np.repeat(np.arange(groups), shape[1] // groups)
-        if layout.groups in small and (np.sort(small[layout.groups]) != wanted).any():
+        if self.groups is not None and (np.sort(self.groups) != wanted).any():
             fault = f"must name each of {groups} groups {shape[1] // groups} times"
             problems.append((f"{self.name}.{layout.groups}", fault))
         if layout.shape in small and tuple(small[layout.shape]) != shape:
@@ -593,7 +601,7 @@ def schemes(binding: Binding, leaves: Mapping[str, Any]) -> dict[str, Scheme]:
             continue
         if pieces[0].layout is not LAYOUTS["linear"]:
             problems[pieces[0].target] = "quantised, which only linear layers can be"
-        kinds = {_scheme(leaf) if isinstance(leaf, QTensor) else None for leaf in held}
+        kinds = {_kind(leaf) if isinstance(leaf, QTensor) else None for leaf in held}
         if len(kinds) > 1:
             for piece in pieces:
                 problems.setdefault(
@@ -624,12 +632,20 @@ def _scheme(leaf: QTensor) -> Scheme:
     )
 
 
+def _kind(leaf: QTensor) -> tuple[Scheme, bytes]:
+    """What parts of one layer must have in common; of a leaf of shapes all that is known."""
+    known = isinstance(leaf.order, jax.Array | np.ndarray)
+    return _scheme(leaf), np.asarray(leaf.order).tobytes() if known else b""
+
+
 def _fault(leaf: QTensor) -> str | None:
     """Why a leaf cannot be written."""
     if leaf.bits not in (4, 8):
         return f"has codes of {leaf.bits} bits, must be 4 or 8"
     if leaf.mask is not None or leaf.rotation is not None:
         return "has inputs that are masked or rotated"
+    if leaf.order is not None and leaf.group_size == leaf.rows:
+        return "has inputs in another order, which only groups can have"
     if leaf.activations not in (None, Activations(Quantizer(8))):
         return f"has inputs with {leaf.activations}, must be floats or {Activations(Quantizer(8))}"
     if isinstance(leaf.zero_point, jax.Array | np.ndarray):

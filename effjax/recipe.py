@@ -59,7 +59,8 @@ def save(
         progress: show a bar for what takes longer than a second.
 
     Raises:
-        ValueError: if the path is taken, or the forward has edits that its recipe does not make.
+        ValueError: if the path is taken, if the forward has edits that its recipe does not make, or
+            if the parameters are no arrays, or not those that the recipe makes.
     """
     if forward.fixed_step is not None:
         raise ValueError("save the forward itself, not forward.at(step)")
@@ -216,13 +217,21 @@ def _replay(
     """Apply a recipe to a base model's forward and to the shapes of its parameters.
 
     Args:
+        base, recipe: what to apply, and to what.
         imported: descriptions of the leaves that are quantised before, by path.
+
+    Raises:
+        ValueError: for descriptions of leaves that the model lacks, or of none.
     """
     transforms = [registry.method(name).transform(plan) for name, plan in recipe]
     flat = flatten_params(base.abstract_params())
     if unknown := sorted(set(imported) - set(flat)):
         raise ValueError(f"{RECIPE} describes leaves that {base.model.__name__} lacks: {unknown}")
-    flat |= {path: QTensor.from_dict(leaf) for path, leaf in imported.items()}
+    for path, leaf in imported.items():
+        try:
+            flat[path] = QTensor.from_dict(leaf)
+        except ValueError as error:
+            raise ValueError(f"{RECIPE}, {path}: {error}") from error
     return on_shapes(transforms, base, nest_params(flat))
 
 

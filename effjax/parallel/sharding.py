@@ -108,7 +108,8 @@ def leaf_sharding(leaf: Any, mesh: Mesh, axes: Axes) -> PyTree:
     """The sharding of one leaf, of each of its parts if it is quantised.
 
     A part of a quantised leaf is cut along the dimensions that it shares with the matrix: scales of
-    groups along both, if there are enough groups; masks along the inputs.
+    groups along both, if there are enough groups; masks along the inputs. An order of inputs is
+    whole everywhere.
 
     Args:
         leaf: array, shape or `QTensor`.

@@ -2,8 +2,7 @@
 
     y = x W   with   W = (q - z) s   by channel or by group of inputs
 
-and, where a method prepares the inputs for it, x -> rotate(x[order] m), whose inverse is in W
-already.
+and, where inputs are prepared for it, x -> rotate(x[order] m), whose inverse is in W already.
 Codes are int8, or packed planes of 2 to 8 bits (`pallas_kernels.packing`). Names and signs are
 those of `qwix.QArray`, into which `to_qwix` turns a leaf.
 """
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.quant.hadamard import Rotation
-from effjax.quant.quantizer import Quantizer, dequantize
+from effjax.quant.quantizer import BITS, Quantizer, dequantize
 from pallas_kernels.packing import pack, unpack
 
 
@@ -156,7 +155,9 @@ class QTensor:
         try:
             *leading, outputs = shape = tuple(values["shape"])
             rows, bits, coded = math.prod(leading), values["bits"], values["activations"]
-            groups = rows // values["group_size"]
+            groups, rest = divmod(rows, values["group_size"])
+            if rest or bits not in BITS or type(bits) is not int:
+                raise ValueError(f"{bits} bits, {rows} inputs in groups of {values['group_size']}")
             dims = {"G": groups, "I": rows, "O": outputs}
             if coded is not None:
                 coded = Activations(**{**coded, "quantizer": Quantizer(**coded["quantizer"])})
@@ -176,7 +177,7 @@ class QTensor:
                 activations=coded,
                 rotation=values["rotation"] and Rotation(**values["rotation"]),
             )
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"this describes no quantised leaf: {values!r} ({error!r})") from error
 
     def codes(self) -> Array:
@@ -277,7 +278,7 @@ def quantize_matrix(
 
     Args:
         w: float[I, O], or the kernel of a convolution [R, S, I, O], which has a scale for each
-            output and takes no groups, mask or rotation.
+            output and takes no groups, order, mask or rotation.
         quantizer: of the weights; symmetric 8 bits if None.
         group_size: inputs that share a scale; all of a channel if None.
         activations: how inputs become codes; None leaves them floats.
@@ -310,7 +311,9 @@ def quantize_matrix(
     if inputs % group_size:
         raise ValueError(f"group_size {group_size} does not divide the {inputs} inputs")
     if order is not None and order.shape != (inputs,):
-        raise ValueError(f"order must name each of {inputs} inputs once, got {order.shape}")
+        raise ValueError(
+            f"order must have one place for each of {inputs} inputs, got {order.shape}"
+        )
     if mask is not None and mask.shape != (inputs,):
         raise ValueError(f"mask must have one factor for each of {inputs} inputs, got {mask.shape}")
     if rotation is not None and rotation.width != inputs:

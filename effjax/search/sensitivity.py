@@ -172,7 +172,8 @@ def fidelity(dense: Array, other: Array) -> Array:
     """
     each = tuple(range(1, dense.ndim))
     noise, signal = (jnp.sum(jnp.square(x), axis=each) for x in (dense - other, dense))
-    return -jnp.exp(jnp.mean(jnp.log(noise / signal)))
+    share = jnp.maximum(noise / signal, 1e-20)  # a sample without noise is one of many
+    return -jnp.exp(jnp.mean(jnp.log(share)))
 
 
 def sqnr(dense: Array, other: Array) -> Array:

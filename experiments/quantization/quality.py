@@ -2,9 +2,9 @@
 
     python -m experiments.quantization.quality --cache DIR
 
-Every recipe at W8A8, W6A6, W4A8 and W4A4; masks and ranges are calibrated on eight conditions that
-are not judged. Then searched bits against the same bits everywhere, at equal bytes: the search
-scores each layer on sixteen other conditions, once for both budgets.
+Every recipe at W8A8, W6A6, W4A8 and W4A4; masks and ranges are calibrated on eight samples that are
+not judged. Then searched bits against the same bits everywhere, at equal bytes: the search scores
+each layer on sixteen samples that are not judged either, once for both budgets.
 """
 
 from __future__ import annotations

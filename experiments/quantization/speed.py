@@ -10,6 +10,7 @@ scales of tokens at run time.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,16 +81,17 @@ def _torch(x: np.ndarray, w: np.ndarray) -> dict[str, Callable[[], Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", default="256,1024,4096", help="rows of the inputs")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args(argv)
     rows = []
-    for inputs, outputs in SHAPES:
-        seconds = best_seconds(programs(arguments.tokens, inputs, outputs), arguments.repeats)
+    counts = [int(count) for count in arguments.tokens.split(",")]
+    for tokens, (inputs, outputs) in itertools.product(counts, SHAPES):
+        seconds = best_seconds(programs(tokens, inputs, outputs), arguments.repeats)
         for name, own in seconds.items():
             rows.append(
                 {
-                    "tokens": arguments.tokens,
+                    "tokens": tokens,
                     "matrix": f"{inputs} x {outputs}",
                     "program": name,
                     "milliseconds": 1000 * own,

@@ -20,6 +20,7 @@ import effjax
 from converters import quantized
 from effjax import testing
 from effjax.forward import abstract, flatten_params, nest_params
+from effjax.methods import cskv, kivi
 from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, transform
 from effjax.models.dit import DiT, DiTConfig
 from effjax.models.pixart import PixArt, PixArtConfig
@@ -344,6 +345,7 @@ def test_groups_of_inputs_that_stand_apart(t5, tmp_path, bits, kind):
     config = gptq(bits, sym=False, desc_act=True) if kind == "gptq" else packed
     forward, params = converters.from_pretrained(write(t5, tmp_path / "q", config, layers))
     found = flatten_params(params)
+    assert all(found[kernel].order is not None for kernel in KERNELS)
     for kernel, (layer, matrix) in zip(KERNELS, held.items(), strict=True):
         scale, zero = (
             x[:, groups[layer]] for x in (matrix.scales.astype(np.float32), matrix.zeros)
@@ -381,6 +383,44 @@ def test_imported_leaves_are_saved_beside_a_recipe(t5, tmp_path, case):
     (tmp_path / "saved" / "recipe.json").write_text(json.dumps(held))
     with pytest.raises(ValueError, match=r"leaves that T5Encoder lacks: \['blocks.0.mlp.door"):
         effjax.load(tmp_path / "saved")
+
+
+def test_groups_that_were_never_set(t5, tmp_path):
+    """compressed-tensors fills them with -1, for consecutive inputs."""
+    held = matrices((4, 32, True))
+    layers = {k: m.packed() | {"weight_g_idx": np.full(m.inputs, -1)} for k, m in held.items()}
+    said = compressed("pack-quantized", 4, 32)
+    _, params = converters.from_pretrained(write(t5, tmp_path / "q", said, layers))
+    leaf = flatten_params(params)[KERNELS[0]]
+    assert leaf.order is None
+    np.testing.assert_array_equal(leaf.restore(), held[WI].value().T)
+
+
+def test_a_language_model_is_saved_with_its_codes_and_its_cache(tmp_path):
+    """Methods that edit, and that keep parameters of their own, on imported leaves."""
+    subject = testing.tiny_llama(width=64, hidden=128, num_heads=4, num_kv_heads=2, head_dim=32)
+    matrix = Matrix((128, 64), 4, 32, False)
+    held = matrix.gptq() | {"g_idx": np.arange(64, dtype=np.int32) % 2}
+    layers = {"model.layers.0.mlp.up_proj": held}
+    model = subject.forward, subject.params
+    directory = write(model, tmp_path / "q", gptq(4, sym=False), layers, layout="transformers")
+    pair = converters.from_pretrained(directory)
+    transforms = (
+        kivi.transform(kivi.KIVIPlan(group=8)),
+        cskv.transform(cskv.CSKVPlan(k_density=0.5, window=4)),
+    )
+    tokens = jnp.arange(10)[None] % 7
+    for number, compress in enumerate(transforms):
+        forward, params = compress(*pair)
+        effjax.save(tmp_path / str(number), forward, params)
+        again = effjax.load(tmp_path / str(number))
+        assert again[0] == forward
+        chex.assert_trees_all_equal(again[1], params)
+        texts = [
+            effjax.generate.generate(*each, tokens, max_new_tokens=4)
+            for each in (again, (forward, params))
+        ]
+        np.testing.assert_array_equal(texts[0].tokens, texts[1].tokens)
 
 
 def test_groups_of_other_sizes_are_refused(t5, tmp_path):
@@ -558,6 +598,22 @@ def test_fused_and_copied_layers(tmp_path):
     for k, name in enumerate(("to_q", "to_k", "to_v")):
         leaf = params["blocks"]["1"]["attn"][name]["kernel"]
         np.testing.assert_array_equal(leaf.restore(), matrix.value()[64 * k : 64 * (k + 1)].T)
+    layers["blocks.1.attn.qkv"]["weight_g_idx"] = np.arange(64, dtype=np.int32) % 2
+    ordered = converters.from_pretrained(write(model, tmp_path / "fused", said, layers))
+    converters.save_pretrained(*ordered, tmp_path / "again", layout="original")
+    again = converters.from_pretrained(tmp_path / "again")[1]
+    chex.assert_trees_all_equal(again, ordered[1])
+    leaf = again["blocks"]["1"]["attn"]["to_k"]["kernel"]
+    assert leaf.order[:3].tolist() == [0, 2, 4]
+    again["blocks"]["1"]["attn"]["to_k"]["kernel"] = dataclasses.replace(
+        leaf, order=leaf.order[::-1]
+    )
+    with pytest.raises(ValueError, match=r"to_k\.kernel: is a part of blocks\.1\.attn\.qkv"):
+        converters.save_pretrained(ordered[0], again, tmp_path / "no", layout="original")
+    converters.save_pretrained(ordered[0], again, tmp_path / "apart", layout="diffusers")
+    with pytest.raises(ValueError, match="one order of inputs, and theirs differ"):
+        converters.convert(tmp_path / "apart", tmp_path / "no", layout="original")
+    assert not (tmp_path / "no").exists()
     copies = [f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2" for i in range(2)]
     one = Matrix((64, 64), 4, 32, False).packed()
     directory = write(model, tmp_path / "copied", said, {copies[0]: one}, layout="diffusers")

@@ -345,7 +345,9 @@ def test_fidelity_is_of_a_typical_sample():
     np.testing.assert_allclose(fidelity(dense, dense * (1 + noise)), -(0.02 * 0.04), rtol=1e-5)
     tipped = fidelity(dense, dense * (1 + noise.at[3].mul(100)))
     np.testing.assert_allclose(tipped, -(0.02 * 0.04) * 10, rtol=1e-5)
-    assert fidelity(dense, dense) == 0
+    assert abs(fidelity(dense, dense)) < 1e-15
+    same = fidelity(dense, dense * (1 + noise.at[0].set(0)))
+    assert -(0.02 * 0.04) < same < -1e-8
 
 
 def test_groups_may_have_different_averages(subject):

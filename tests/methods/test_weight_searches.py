@@ -131,9 +131,11 @@ def test_inputs_that_never_occur_are_harmless():
     chex.assert_trees_all_equal(codes[5], leaf.codes()[5])
 
 
-def test_gptq_beats_rounding(subject):
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_beats_rounding(subject, act_order):
     pair = subject.forward, subject.params
-    plan = gptq.uniform(3)
+    plan = gptq.uniform(3, act_order=act_order)
+    assert gptq.GPTQPlan.from_json(plan.to_json()) == plan
     found = gptq.fit(plan, *pair, BATCHES, progress=False)
     _, params = gptq.transform(plan, found)(*pair)
     _, nearest = gptq.transform(plan)(*pair)

@@ -12,7 +12,7 @@ from effjax import testing
 from effjax.generate import Reading
 from effjax.methods import cskv, kivi, moa, round_to_nearest
 from effjax.parallel import CACHES, device_mesh, leaf_sharding, shard, shardings
-from effjax.quant import Activations, Quantizer, quantize_matrix
+from effjax.quant import Activations, Quantizer, qdot, quantize_matrix
 from effjax.transform import identity
 
 MESHES = [{"model": 4}, {"data": 2, "model": 2}, {"data": 4}]
@@ -125,6 +125,18 @@ def test_parts_of_a_quantised_leaf(groups, cut):
     assert got.mask.spec == PartitionSpec("model")
     assert all(plane.spec == PartitionSpec("model", None) for plane in got.qvalue)
     assert got.column_sums is None
+
+
+def test_an_order_of_inputs_is_whole():
+    """Rows that are cut over devices take inputs from all of them."""
+    order = jnp.asarray(np.random.default_rng(0).permutation(128))
+    w = jax.random.normal(jax.random.key(0), (128, 64))
+    leaf = quantize_matrix(w, Quantizer(4), group_size=32, order=order)
+    places = leaf_sharding(leaf, device_mesh(model=4), ("model", None))
+    assert places.order.spec == PartitionSpec(None)
+    x = jax.random.normal(jax.random.key(1), (3, 128))
+    cut = jax.device_put(leaf, places)
+    chex.assert_trees_all_close(jax.jit(qdot)(x, cut), qdot(x, leaf), atol=1e-5)
 
 
 def test_static_activations_and_convolutions():

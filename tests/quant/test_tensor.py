@@ -194,7 +194,18 @@ def test_a_leaf_is_described_as_json(case):
 
 
 @pytest.mark.parametrize(
-    "change", [{"parts": ["masks"]}, {"group_size": 0}, {"rotation": {"size": 4}}, {"shape": None}]
+    "change",
+    [
+        {"parts": ["masks"]},
+        {"group_size": 0},
+        {"group_size": 60},
+        {"rotation": {"size": 4}},
+        {"shape": None},
+        {"shape": []},
+        {"bits": 9},
+        {"bits": 4.0},
+        {"activations": {"quantizer": {"bits": 1}}},
+    ],
 )
 def test_what_describes_no_leaf(change):
     described = quantize_matrix(W, mask=jnp.ones(256)).to_dict()
@@ -217,7 +228,7 @@ def test_qwix_reads_a_leaf():
     [
         ({"group_size": 60}, "group_size 60 does not divide the 256 inputs"),
         ({"mask": jnp.ones(255)}, "one factor for each of 256 inputs"),
-        ({"order": jnp.arange(255)}, "order must name each of 256 inputs"),
+        ({"order": jnp.arange(255)}, "order must have one place for each of 256"),
         ({"rotation": Rotation(128)}, "rotation of width 128 does not fit 256"),
         ({"activations": STATIC}, "need an input_range"),
         ({"activations": TOKENS, "input_range": RANGE}, "need an input_range"),
