@@ -4,7 +4,8 @@
 
 Every recipe at W8A8, W6A6, W4A8 and W4A4; masks and ranges are calibrated on eight samples that are
 not judged. Then searched bits against the same bits everywhere, at equal bytes: the search scores
-each layer on sixteen samples that are not judged either, once for both budgets.
+each layer on sixteen samples that are not judged either, once for both budgets. MixDQ's scores
+feed-forward layers by SSIM and attention by SQNR, and tries ratios of their average bits.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import argparse
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from effjax import metrics
 from effjax.cost import weight_bytes
 from effjax.forward import flatten_params, nest_params
 from effjax.layers.linear import Linear
 from effjax.methods.quantization import round_to_nearest, vidit_q
 from effjax.quant import Activations, Quantizer, quantize_matrix
+from effjax.search.sensitivity import Metric, sqnr
 from effjax.transform import Pair
 from experiments import report
 from experiments.quantization.subjects import Subject, tiny_dit, tiny_pixart
@@ -117,7 +120,17 @@ RECIPES: dict[str, Callable[[Subject, int, int], Pair]] = {
 }
 
 
-def measured(subject: Subject) -> vidit_q.Sensitivities:
+def similarity(dense: jax.Array, other: jax.Array) -> jax.Array:
+    """Mean SSIM of images."""
+    return 1 - metrics.structural_dissimilarity(dense, other)
+
+
+# MixDQ: what layers that make the content lose is seen in SSIM, what others lose in SQNR.
+MIXDQ = {"mlp": similarity, "attn": sqnr}
+RATIOS = tuple(np.linspace(0.46, 1.36, 10))  # of the content's average bits to the others'
+
+
+def measured(subject: Subject, groups: Mapping[str, Metric] | None = None) -> vidit_q.Sensitivities:
     """How final samples suffer from each layer's bits."""
     return vidit_q.sensitivities(
         *subject.pair,
@@ -128,15 +141,19 @@ def measured(subject: Subject) -> vidit_q.Sensitivities:
         candidates=(3, 4, 5, 6, 8),
         calibration=calibrated(subject, vidit_q.uniform(8)),
         alpha=ALPHA,
+        groups=groups,
         by_layer=True,
     )
 
 
 def searched(
-    subject: Subject, measure: Callable[[], vidit_q.Sensitivities], average: float
+    subject: Subject,
+    measure: Callable[[], vidit_q.Sensitivities],
+    average: float,
+    ratios: Sequence[float] | None = None,
 ) -> Pair:
     """Bits by layer."""
-    plan = measure().plan(average)
+    plan = measure().plan(average, ratios=ratios)
     return vidit_q.transform(plan, calibrated(subject, plan))(*subject.pair)
 
 
@@ -203,11 +220,14 @@ def _run(name: str, arguments: argparse.Namespace) -> None:
             add("recipes", row, some, coded(recipe, weights, inputs))
     table = "searched_bits_at_equal_bytes_inputs_of_8_bits"
     measure = functools.cache(functools.partial(measured, subject))
+    mixed = functools.cache(functools.partial(measured, subject, MIXDQ))
     for bits in (4, 5):
         row = {"plan": f"{bits} bits everywhere"}
         add(table, row, some, functools.partial(everywhere, subject, bits))
         row = {"plan": f"searched by layer, {bits} bits on average"}
         add(table, row, some, functools.partial(searched, subject, measure, float(bits)))
+        row = {"plan": f"MixDQ by layer, {bits} bits on average"}
+        add(table, row, some, functools.partial(searched, subject, mixed, float(bits), RATIOS))
     table = "W8A8_on_many_paired_images"
     add(table, {"recipe": "dense"}, many, lambda: subject.pair)
     add(table, {"recipe": "ViDiT-Q W8A8"}, many, coded("ViDiT-Q", 8, 8))

@@ -551,15 +551,16 @@ class Sensitivities:
         Args:
             average_bits: of a weight, up to 0.02.
             ratios: average bits of the first of two groups over those of the second, to try, each
-                group in a program of its own. The plan whose samples have the highest SQNR wins
-                (MixDQ, arXiv 2405.17873, section 3.4).
+                group in a program of its own. The plan whose samples have the highest `fidelity`
+                wins (MixDQ, arXiv 2405.17873, section 3.4).
 
         Raises:
             ValueError: for an average that no choice meets.
         """
         together: dict[Any, list[int]] = {}
-        for i, group in enumerate(self.groups):
-            together.setdefault(group if ratios else self.metrics[group], []).append(i)
+        for group, metric in self.metrics.items():
+            own = [i for i, other in enumerate(self.groups) if other == group]
+            together.setdefault(group if ratios else metric, []).extend(own)
         shares = {own: int(self.sizes[indices].sum()) for own, indices in together.items()}
         choices = []
         for averages in _averages(average_bits, ratios, shares):
@@ -577,14 +578,14 @@ class Sensitivities:
             raise ValueError(
                 f"none of the ratios {tuple(ratios or ())} allows {average_bits} bits on average"
             )
-        best = choices[0] if len(choices) == 1 else max(choices, key=self._sqnr)
+        best = choices[0] if len(choices) == 1 else max(choices, key=self._fidelity)
         rules = tuple(
             (pattern, self.candidates[choice], self.inputs, self.alpha, self.rotate)
             for pattern, choice in zip(self.parts, best, strict=True)
         )
         return ViDiTQPlan(((0, rules),), seed=self.seed)
 
-    def _sqnr(self, chosen: np.ndarray) -> float:
+    def _fidelity(self, chosen: np.ndarray) -> float:
         """Of samples of the whole model with these candidates."""
         bits = [
             (self.candidates[choice], self.inputs)
@@ -592,7 +593,7 @@ class Sensitivities:
             for _ in paths
         ]
         coded = np.array(bits, np.int32)
-        return float(sqnr(self.sample(np.full_like(coded, FLOAT)), self.sample(coded)))
+        return float(fidelity(self.sample(np.full_like(coded, FLOAT)), self.sample(coded)))
 
 
 def sensitivities(
