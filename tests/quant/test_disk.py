@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import effjax
 from effjax import testing
 from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, transform
-from effjax.quant import QTensor, Quantizer, quantize_matrix
+from effjax.quant import QTensor, Quantizer, quantize_matrix, restore
 from effjax.quant.disk import Codes, pack_bits, planes_of, rows_of, signed, unpack_bits
 from pallas_kernels.packing import pack
 
@@ -153,9 +153,17 @@ def test_damaged_codes_are_explained(coded, tmp_path):
     assert f"mistyped: {mistyped} is int8, must be uint8" in str(error.value)
 
 
-def test_leaves_that_no_recipe_makes_are_not_saved(coded, tmp_path):
+def test_leaves_that_no_recipe_makes_are_described(coded, tmp_path):
     _, params = coded
     plain = testing.tiny_dit(num_heads=2, head_dim=32).forward
+    effjax.save(tmp_path / "m", plain, params)
+    forward, again = effjax.load(tmp_path / "m")
+    assert forward == plain
+    chex.assert_trees_all_equal(again, params)
+
+
+def test_leaves_that_a_recipe_makes_must_be_there(coded, tmp_path):
+    forward, params = coded
     with pytest.raises(ValueError, match=r"(?s)do not fit the recipe.*to_q\.kernel\.qvalue"):
-        effjax.save(tmp_path / "m", plain, params)
+        effjax.save(tmp_path / "m", forward, restore(params, "float32"))
     assert not (tmp_path / "m").exists()
