@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
-from converters import quantized
+from converters import quantization_config, quantized
 from converters.checkpoint import FLOATS
 from converters.family import Family, family_of_config
 from converters.hub import resolve
@@ -269,7 +269,7 @@ def _write(
     if "architectures" not in described:  # how transformers says it
         described = {"_class_name": family.class_name, **described}
     if schemes:
-        described[quantized.KEY] = quantized.write_config(binding, schemes)
+        described[quantization_config.KEY] = quantization_config.write_config(binding, schemes)
     with new_directory(Path(dst)) as directory:
         files = write_shards(
             directory,

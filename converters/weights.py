@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from converters import quantized
+from converters import quantization_config
 from converters.checkpoint import FLOATS, open_checkpoint
 from converters.family import Family, family_of_json, family_of_names
 from converters.names import LAYOUTS, Binding, Piece, Shape, Table
-from converters.quantized import Layer, Quantization
+from converters.quantization_config import Quantization
+from converters.quantized import Layer
 from effjax.forward import Forward, abstract, flatten_params
 from effjax.quant import QTensor
 from effjax.storage import Tensor, read_json
@@ -142,10 +143,10 @@ def _quantization(path: Path) -> Quantization | None:
     """What the config.json beside a weight file says of quantised layers, if there are any."""
     config_path = path.with_name("config.json")
     config = read_json(config_path) if config_path.is_file() else {}
-    if not config.get(quantized.KEY):
+    if not config.get(quantization_config.KEY):
         return None
     try:
-        return quantized.read_config(config[quantized.KEY])
+        return quantization_config.read_config(config[quantization_config.KEY])
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}") from error
 
