@@ -53,4 +53,4 @@ $(VENV)/.docs: $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu demo dist docs/_build
+	rm -rf $(VENV) $(VENV)-tpu demo dist .site

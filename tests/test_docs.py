@@ -1,5 +1,7 @@
-"""Generated pages are those that their sources make now."""
+"""Generated pages are those that their sources make now, and the pages become a site."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 from effjax.cli import main
@@ -16,3 +18,10 @@ def test_the_method_table_is_current(capsys):
 def test_the_benchmark_page_is_current():
     """`make docs` writes it from experiments/results/."""
     assert report.page() + "\n" == (DOCS / "benchmarks.md").read_text()
+
+
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "quantisation" / "index.html").is_file()
