@@ -59,6 +59,11 @@ class Pipeline:
     ) -> Sampler:
         """The sampler that a call uses: `jax.jit(sampler)(forward, params, cond, key)`.
 
+        Args:
+            num_steps, guidance_scale: those of the plan, else the pipeline's own, if None.
+            height, width: of the images in pixels, for models that take several sizes; the size
+                that the model was made for if None.
+
         Raises:
             ValueError: for a height or width that is not a whole number of patches.
         """

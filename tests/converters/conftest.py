@@ -1,12 +1,15 @@
-"""Small DiT checkpoints, made without torch."""
+"""Small models and checkpoints, made without torch."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import converters
+from effjax import testing
 from effjax.forward import abstract, flatten_params, nest_params
 from effjax.models.dit import DiT, DiTConfig
+from effjax.models.t5 import T5Encoder
+from tests.converters.formats import T5
 
 CONFIG = DiTConfig(
     sample_size=8, patch_size=2, num_layers=2, num_heads=2, head_dim=8, num_classes=5
@@ -44,3 +47,10 @@ def assert_equal_params(given, expected):
     for path, leaf in expected.items():
         assert given[path].dtype == leaf.dtype, path
         np.testing.assert_array_equal(given[path], leaf, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def t5():
+    """Forward and parameters of the encoder whose layers are quantised."""
+    forward, shapes = abstract(T5Encoder, T5)
+    return forward, testing.random_params(shapes)

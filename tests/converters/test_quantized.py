@@ -1,4 +1,4 @@
-"""Quantised layers of GPTQ, AWQ and compressed-tensors, against writers that follow the formats."""
+"""Quantised layers that are read, against writers that follow the formats."""
 
 import dataclasses
 import json
@@ -13,211 +13,34 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors.numpy import load_file, save_file
 
 import converters
 import effjax
 from converters import quantized
 from effjax import testing
-from effjax.forward import abstract, flatten_params, nest_params
+from effjax.forward import abstract, flatten_params
 from effjax.methods import cskv, kivi
 from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, transform
 from effjax.models.dit import DiT, DiTConfig
 from effjax.models.pixart import PixArt, PixArtConfig
-from effjax.models.t5 import T5Config, T5Encoder
-from effjax.quant import Activations, QTensor, Quantizer, qdot, quantize_matrix, restore
+from effjax.quant import Activations, QTensor, Quantizer, qdot, restore
 from effjax.storage import Tensor
 from tests.converters.conftest import assert_equal_params
-
-T5 = T5Config(vocab_size=50, width=64, hidden=96, num_layers=2, num_heads=2, head_dim=32)
-FILE = "model.safetensors"
-WI, WO = (
-    "encoder.block.0.layer.1.DenseReluDense.wi_0",
-    "encoder.block.1.layer.1.DenseReluDense.wo",
+from tests.converters.formats import (
+    AWQ,
+    CASES,
+    KERNELS,
+    TOKENS,
+    WI,
+    WO,
+    Matrix,
+    compressed,
+    gptq,
+    matrices,
+    torchao,
+    words,
+    write,
 )
-LAYERS = (WI, WO, "encoder.block.1.layer.0.SelfAttention.q")  # what is quantised below
-KERNELS = ("blocks.0.mlp.gate.kernel", "blocks.1.mlp.down.kernel", "blocks.1.attn.to_q.kernel")
-
-
-# The formats once more, each as its own library describes it -------------------------------------
-
-
-def words(codes, bits):
-    """int32[..., words]: codes of a row from the lowest bit of the first word on."""
-    count = -(-codes.shape[-1] * bits // 32)
-    rows = [
-        sum(int(code) << (bits * n) for n, code in enumerate(row)).to_bytes(4 * count, "little")
-        for row in codes.reshape(-1, codes.shape[-1])
-    ]
-    return np.frombuffer(b"".join(rows), "<i4").reshape(*codes.shape[:-1], count)
-
-
-class Matrix:
-    """Random codes [O, I], zero points [O, G], both unsigned, and scales float16[O, G]."""
-
-    def __init__(self, shape, bits, group, symmetric, seed=0, low=1):
-        rng = np.random.default_rng(seed)
-        self.outputs, self.inputs = shape
-        self.bits, self.symmetric = bits, symmetric
-        self.group = self.inputs if group == -1 else group
-        zeros = (self.outputs, self.inputs // self.group)
-        self.codes = rng.integers(0, 2**bits, shape)
-        self.zeros = rng.integers(low, 2**bits, zeros)
-        if symmetric:
-            self.zeros[:] = 2 ** (bits - 1)
-        self.scales = rng.uniform(0.001, 0.01, zeros).astype(np.float16)
-
-    def value(self, dtype=np.float32):
-        """s (q - z) as libraries compute it, in the dtype of their scales or another."""
-        every = self.group
-        whole = (self.codes - self.zeros.repeat(every, 1)).astype(dtype)
-        return self.scales.repeat(every, 1).astype(dtype) * whole
-
-    def gptq(self, version=1):
-        groups = np.arange(self.inputs) // self.group
-        zeros = words(self.zeros.T, self.bits).astype(np.int64)
-        if version == 1:
-            zeros = words(self.zeros.T - 1, self.bits)
-        return {
-            "qweight": words(self.codes, self.bits).T,
-            "qzeros": zeros.astype(np.int32),
-            "scales": self.scales.T,
-            "g_idx": groups.astype(np.int32),
-        }
-
-    def awq(self):
-        def interleaved(codes):  # [..., O]
-            eights = codes.reshape(*codes.shape[:-1], -1, 8)
-            packed = sum(eights[..., n] << (4 * p) for p, n in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
-            return packed.astype(np.uint32).view(np.int32)
-
-        return {
-            "qweight": interleaved(self.codes.T),
-            "qzeros": interleaved(self.zeros.T),
-            "scales": self.scales.T,
-        }
-
-    def packed(self, plain_zeros=False):
-        half = 2 ** (self.bits - 1)
-        zeros = words(self.zeros.T, self.bits).T
-        return {
-            "weight_packed": words(self.codes, self.bits),
-            "weight_scale": self.scales,
-            "weight_shape": np.array([self.outputs, self.inputs]),
-        } | (
-            {}
-            if self.symmetric
-            else {
-                "weight_zero_point": (self.zeros - half).astype(np.int8) if plain_zeros else zeros
-            }
-        )
-
-    def int8(self):
-        tensors = {"weight": (self.codes - 128).astype(np.int8), "weight_scale": self.scales}
-        if not self.symmetric:
-            tensors["weight_zero_point"] = (self.zeros - 128).astype(np.int8)
-        return tensors
-
-
-def gptq(bits, group=32, sym=True, **options):
-    return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym, **options}
-
-
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
-
-
-def torchao(kind, version=2, **data):
-    described = {"_type": kind, "_version": version, "_data": data}
-    return {"quant_method": "torchao", "quant_type": {"default": described}}
-
-
-def compressed(form, bits, group=None, sym=True, inputs=None, targets=("Linear",)):
-    weights = {"num_bits": bits, "type": "int", "symmetric": sym, "dynamic": False}
-    weights |= {"strategy": "group" if group else "channel", "group_size": group}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "config_groups": {
-            "group_0": {
-                "targets": list(targets),
-                "weights": weights,
-                "input_activations": inputs,
-                "output_activations": None,
-            }
-        },
-        "ignore": ["encoder.block.0.layer.0.SelfAttention.k"],
-        "kv_cache_scheme": None,
-    }
-
-
-# name: (configuration, how a layer is written, (bits, group, symmetric))
-CASES = {
-    "gptq 2": (gptq(2), Matrix.gptq, (2, 32, True)),
-    "gptq 3": (gptq(3, sym=False), Matrix.gptq, (3, 32, False)),
-    "gptq 4": (gptq(4, sym=False), Matrix.gptq, (4, 32, False)),
-    "gptq 4 channel": (gptq(4, -1), Matrix.gptq, (4, -1, True)),
-    "gptq 8": (gptq(8, sym=False), Matrix.gptq, (8, 32, False)),
-    "gptq 4 second": (
-        gptq(4, sym=False, checkpoint_format="gptq_v2"),
-        lambda m: m.gptq(2),
-        (4, 32, False),
-    ),
-    "awq": (AWQ, Matrix.awq, (4, 32, False)),
-    "packed 4": (compressed("pack-quantized", 4, 32), Matrix.packed, (4, 32, True)),
-    "packed 4 channel": (
-        compressed("pack-quantized", 4, sym=False),
-        Matrix.packed,
-        (4, -1, False),
-    ),
-    "packed 8": (compressed("pack-quantized", 8, 32, sym=False), Matrix.packed, (8, 32, False)),
-    "packed plain zeros": (
-        compressed("pack-quantized", 4, 32, sym=False),
-        lambda m: m.packed(plain_zeros=True),
-        (4, 32, False),
-    ),
-    "int8": (compressed("int-quantized", 8), Matrix.int8, (8, -1, True)),
-    "int8 tokens": (
-        compressed("int-quantized", 8, sym=False, inputs=TOKENS),
-        Matrix.int8,
-        (8, -1, False),
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def t5():
-    forward, shapes = abstract(T5Encoder, T5)
-    return forward, testing.random_params(shapes)
-
-
-def write(model, directory, config, layers, layout="transformers"):
-    """The model's directory with these tensors by layer in the place of their weights."""
-    if not directory.exists():
-        converters.save_pretrained(*model, directory, layout=layout)
-    [file] = directory.glob("*.safetensors")
-    tensors = load_file(file)
-    for layer, held in layers.items():
-        tensors.pop(f"{layer}.weight", None)
-        tensors |= {f"{layer}.{name}": np.ascontiguousarray(x) for name, x in held.items()}
-    save_file(tensors, file)
-    said = json.loads((directory / "config.json").read_text()) | {"quantization_config": config}
-    (directory / "config.json").write_text(json.dumps(said))
-    return directory
-
-
-def shapes_of(layers=LAYERS):
-    return {layer: {WI: (96, 64), WO: (64, 96)}.get(layer, (64, 64)) for layer in layers}
-
-
-def matrices(settings, layers=LAYERS, **options):
-    return {
-        layer: Matrix(shape, *settings, seed=seed, **options)
-        for seed, (layer, shape) in enumerate(shapes_of(layers).items())
-    }
-
-
-# Import ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -649,146 +472,3 @@ def test_a_quantised_pixart(tmp_path):
     assert converters.describe(directory)["parameters"] == sum(
         leaf.size for leaf in jax.tree.leaves(shapes)
     )
-
-
-# Export ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def coded():
-    """A tiny DiT with layers of every kind that compressed-tensors has."""
-    subject = testing.tiny_dit(num_heads=2, head_dim=32)
-    rules = ((r".*\.to_[qkv]", 8, 8), (r".*\.to_out", 8, 16), (r".*0\.mlp\..*", 4, 8))
-    pair = transform(RoundToNearestPlan(rules, symmetric=True))(subject.forward, subject.params)
-    forward, params = pair
-    rest = RoundToNearestPlan(((r".*1\.mlp\..*", 4, 16), (r"final\.proj", 8, 16)), group_size=32)
-    _, params = transform(rest)(dataclasses.replace(forward, recipe=()), params)
-    return subject.forward, params
-
-
-def by_the_book(tensors, group, layer):
-    """The matrix float32[O, I] of a layer, from the tensors and the configuration alone."""
-    said = group["weights"]
-    bits = said["num_bits"]
-
-    def codes(packed, count):  # [rows, words] to [rows, count]
-        rows = [int.from_bytes(row.tobytes(), "little") for row in np.ascontiguousarray(packed)]
-        fields = [[row >> (bits * n) & (2**bits - 1) for n in range(count)] for row in rows]
-        return np.array(fields) - 2 ** (bits - 1)
-
-    scale = tensors[f"{layer}.weight_scale"]
-    if group["format"] == "pack-quantized":
-        outputs, inputs = tensors[f"{layer}.weight_shape"]
-        q = codes(tensors[f"{layer}.weight_packed"], inputs)
-        zero = 0
-        if not said["symmetric"]:
-            zero = codes(tensors[f"{layer}.weight_zero_point"].T, outputs).T
-    else:
-        q = tensors[f"{layer}.weight"].astype(np.int64)
-        zero = 0 if said["symmetric"] else tensors[f"{layer}.weight_zero_point"].astype(np.int64)
-    every = said["group_size"] or q.shape[1]
-    assert scale.shape == (q.shape[0], q.shape[1] // every)
-    zero = np.broadcast_to(zero, scale.shape).repeat(every, 1)
-    return (q - zero).astype(np.float32) * scale.repeat(every, 1)
-
-
-def test_what_is_written_is_what_the_format_says(coded, tmp_path):
-    report = converters.save_pretrained(*coded, tmp_path / "q")
-    [file] = report["files"]
-    tensors = load_file(tmp_path / "q" / file)
-    said = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
-    assert said["format"] == "mixed-precision"
-    kinds = {}
-    for group in said["config_groups"].values():
-        weights, inputs = group["weights"], group["input_activations"]
-        settings = weights["num_bits"], weights["strategy"], weights["symmetric"], inputs is None
-        kinds[settings] = group["format"]
-        for layer in group["targets"]:
-            flat = flatten_params(coded[1])
-            names = {"attn1": "attn", "ff": "mlp", "to_out.0": "to_out", "net.0.proj": "fc1"}
-            names |= {"net.2": "fc2", "transformer_blocks": "blocks", "proj_out_2": "final.proj"}
-            path = layer
-            for theirs, ours in names.items():
-                path = path.replace(theirs, ours)
-            expected = flat.pop(f"{path}.kernel").restore().T
-            np.testing.assert_array_equal(by_the_book(tensors, group, layer), expected)
-    assert kinds == {
-        (8, "channel", True, False): "int-quantized",
-        (8, "channel", True, True): "pack-quantized",
-        (4, "channel", True, False): "pack-quantized",
-        (4, "group", False, True): "pack-quantized",
-        (8, "group", False, True): "pack-quantized",
-    }
-    assert "proj_out_1" in said["ignore"]
-    assert "pos_embed.proj" not in said["ignore"]  # is no linear layer
-    assert report["parameters"] == sum(
-        converters.save_pretrained(*dense, tmp_path / "dense")["parameters"]
-        for dense in [(coded[0], restore(coded[1], "float32"))]
-    )
-
-
-@pytest.mark.parametrize("layout", ["diffusers", "original"])
-def test_leaves_come_back_bit_for_bit(coded, tmp_path, layout):
-    converters.save_pretrained(*coded, tmp_path / "one", layout=layout, max_shard_bytes=100_000)
-    forward, params = converters.from_pretrained(tmp_path / "one")
-    assert forward == coded[0]
-    assert jax.tree.structure(params) == jax.tree.structure(coded[1])
-    jax.tree.map(np.testing.assert_array_equal, params, coded[1])
-    assert [x.dtype for x in jax.tree.leaves(params)] == [
-        x.dtype for x in jax.tree.leaves(coded[1])
-    ]
-    converters.save_pretrained(forward, params, tmp_path / "two", layout=layout)
-    converters.convert(tmp_path / "one", tmp_path / "three", layout=layout)
-    files = sorted(path.name for path in (tmp_path / "two").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "three").iterdir())
-    for file in files:
-        written = (tmp_path / "two" / file).read_bytes()
-        assert written == (tmp_path / "three" / file).read_bytes()
-
-
-def test_other_formats_are_converted(t5, tmp_path):
-    config, writer, settings = CASES["gptq 4"]
-    held = matrices(settings)
-    write(t5, tmp_path / "gptq", config, {k: writer(m) for k, m in held.items()})
-    converters.convert(tmp_path / "gptq", tmp_path / "new", layout="transformers")
-    said = json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]
-    assert said["format"] == "pack-quantized"
-    assert set(said["config_groups"]["group_0"]["targets"]) == set(LAYERS)
-    for one, two in zip(
-        jax.tree.leaves(converters.from_pretrained(tmp_path / "gptq")[1]),
-        jax.tree.leaves(converters.from_pretrained(tmp_path / "new")[1]),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(one, two)
-
-
-def test_leaves_that_the_format_cannot_say_are_all_named(coded, tmp_path):
-    forward, params = coded
-    flat = dict(flatten_params(params))
-    w = np.asarray(flat["blocks.0.attn.to_q.kernel"].restore())
-    wide = Activations(Quantizer(8, levels="n+1/2"))
-    zero = Quantizer(8, symmetric=False, keeps_zero=False)
-    others = {
-        "to_q": quantize_matrix(jnp.asarray(w), Quantizer(3)),
-        "to_k": quantize_matrix(jnp.asarray(w), mask=jnp.ones(64)),
-        "to_v": quantize_matrix(jnp.asarray(w), activations=wide),
-        "to_out": quantize_matrix(jnp.asarray(w) + 9, zero),
-    }
-    for name, leaf in others.items():
-        flat[f"blocks.0.attn.{name}.kernel"] = leaf
-    with pytest.raises(ValueError, match=r"cannot hold these leaves \(4 problems\)") as error:
-        converters.save_pretrained(forward, nest_params(flat), tmp_path / "q")
-    for name, fault in {
-        "to_q": "has codes of 3 bits, must be 4 or 8",
-        "to_k": "has inputs that are masked or rotated",
-        "to_v": "has inputs with Activations",
-        "to_out": "has zero points beyond -128 ... 127",
-    }.items():
-        assert f"blocks.0.attn.{name}.kernel: {fault}" in str(error.value)
-    assert not (tmp_path / "q").exists()
-    flat = dict(flatten_params(params))
-    flat["blocks.0.attn.to_q.kernel"] = quantize_matrix(jnp.asarray(w), Quantizer(4))
-    with pytest.raises(
-        ValueError, match=r"(?s)to_q.*to_v\.kernel: is a part of blocks\.0\.attn\.qkv"
-    ):
-        converters.save_pretrained(forward, nest_params(flat), tmp_path / "q", layout="original")

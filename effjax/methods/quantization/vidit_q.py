@@ -616,7 +616,8 @@ def sensitivities(
 ) -> Sensitivities:
     """Score final samples with one part of the model quantised at a time, one compiled program.
 
-    A part is the layers of one group in one block, or a single layer.
+    A part is the layers of one group in one block, or a single layer (ViDiT-Q, arXiv 2406.02540,
+    section 3.4).
 
     Args:
         forward, params: the model, not quantised.
@@ -647,7 +648,7 @@ def sensitivities(
         group_of[pattern] = found[2]
     if empty := [group for group in groups if group not in group_of.values()]:
         raise ValueError(
-            f"there is no layer in the groups {empty}; there are {set(group_of.values())}"
+            f"there is no layer in the groups {empty}; there are {sorted(set(group_of.values()))}"
         )
     paths = [path for part in parts.values() for path in part]
     if alpha is not None and calibration is None:
