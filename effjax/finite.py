@@ -1,0 +1,27 @@
+"""Results that are not finite are warned of by name, at the places where they would turn into black
+pictures or into text without a word."""
+
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+
+class NotFiniteWarning(RuntimeWarning):
+    """A model gave NaN or infinite values."""
+
+
+def warn_unless_finite(what: str, values: jax.Array, advice: str) -> None:
+    """Warn with a `NotFiniteWarning` if any of the values is NaN or infinite.
+
+    Args:
+        what: what the values are ("latents after step 3 of 20").
+        values: float array of any shape, on a device; one number comes to the host.
+        advice: what to try.
+    """
+    wrong = int(jnp.sum(~jnp.isfinite(values)))
+    if wrong:
+        message = f"{what}: {wrong} of {values.size} values are NaN or infinite. {advice}"
+        warnings.warn(message, NotFiniteWarning, stacklevel=3)
