@@ -31,6 +31,7 @@ def read_config(config: Json) -> AutoencoderKLConfig:
         use_quant_conv=True,
         use_post_quant_conv=True,
         mid_block_add_attention=True,
+        force_upcast=True,
     )
     widths = fields.pop("block_out_channels")
     if any(type(width) is not int for width in widths):
@@ -58,7 +59,7 @@ def write_config(config: AutoencoderKLConfig) -> dict[str, Any]:
         "use_quant_conv": config.use_quant_conv,
         "use_post_quant_conv": config.use_post_quant_conv,
         "mid_block_add_attention": config.mid_block_add_attention,
-        "force_upcast": True,
+        "force_upcast": config.force_upcast,
     }
 
 

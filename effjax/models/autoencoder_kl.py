@@ -42,6 +42,8 @@ class AutoencoderKLConfig:
         scaling_factor, shift_factor: latents in model space are (z - shift) * scale.
         use_quant_conv, use_post_quant_conv: 1x1 convolution behind the encoder, before the decoder.
         mid_block_add_attention: attention over all pixels at the lowest resolution.
+        force_upcast: compute in float32 where `dtype` is float16, whose range the activations of
+            published weights leave.
         dtype: dtype of the computation; norms, softmax and latent moments are float32.
         param_dtype: dtype of new parameters.
     """
@@ -58,6 +60,7 @@ class AutoencoderKLConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    force_upcast: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -89,6 +92,12 @@ class AutoencoderKLConfig:
         for name in ("dtype", "param_dtype"):
             if not jnp.issubdtype(jnp.dtype(getattr(self, name)), jnp.floating):
                 raise ValueError(f"{name} must be a floating type, got {getattr(self, name)!r}")
+
+    @property
+    def computed(self) -> str:
+        """The dtype that is computed in: `dtype`, or float32 if that is to be upcast."""
+        half = jnp.dtype(self.dtype) == jnp.float16
+        return "float32" if self.force_upcast and half else self.dtype
 
     @property
     def downscale(self) -> int:
@@ -309,14 +318,14 @@ class AutoencoderKL(Model):
                 f"height and width must be multiples of {factor}, got {height} x {width}. Crop, "
                 f"pad or resize the images."
             )
-        moments = self.encoder(images.astype(config.dtype))
+        moments = self.encoder(images.astype(config.computed))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(log_variance, *_LOG_VARIANCE_RANGE)
 
     def decode(self, z: Float[Array, "B Y X Z"]) -> Float[Array, "B H W O"]:
-        """Images, in about -1 ... 1 and `config.dtype`, of latents z.
+        """Images, in about -1 ... 1 and `config.computed`, of latents z.
 
         Raises:
             ValueError: for another number of channels.
@@ -327,7 +336,7 @@ class AutoencoderKL(Model):
                 f"this autoencoder decodes latents of {config.latent_channels} channels (NHWC), "
                 f"got {list(z.shape)}"
             )
-        z = z.astype(config.dtype)
+        z = z.astype(config.computed)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def __call__(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.context import Layout, Model
 from effjax.layers.attention import BiasedAttentionCore, Projections
-from effjax.layers.mlp import GatedMLP
+from effjax.layers.mlp import ACTIVATIONS, GatedMLP
 from effjax.layers.norms import RMSNorm
 from effjax.layers.stack import Stack
 
@@ -35,7 +35,7 @@ class T5Config:
         buckets: of relative positions, half of them for each direction.
         max_distance: positions as far apart as this share the last bucket.
         norm_eps: epsilon of the norms.
-        dtype: dtype of the computation; norms and softmax are float32.
+        dtype: dtype of the computation; norms, softmax and the sum of the layers are float32.
         param_dtype: dtype of new parameters.
     """
 
@@ -78,25 +78,36 @@ class T5Attention(Projections):
             return self.merge(self.core(q, k, v, bias))
 
 
+class T5MLP(GatedMLP):
+    """A GEGLU that outgrows float16: its two last products are float32 then, as in transformers."""
+
+    def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
+        wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+        gate, up = self.gate(x).astype(wide), self.up(x).astype(wide)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+
 class T5Block(nnx.Module):
-    """Attention and gated MLP, each behind an RMS norm."""
+    """Attention and gated MLP, each behind an RMS norm.
+
+    The sum of the layers is float32: from layer to layer it grows out of float16's range.
+    """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         width, dtype, eps = config.width, config.param_dtype, config.norm_eps
+        self.dtype = jnp.dtype(config.dtype)
         self.norm1 = RMSNorm(width, eps=eps, param_dtype=dtype)
         self.attn = T5Attention(
             width, heads=config.num_heads, head_dim=config.head_dim, param_dtype=dtype, rngs=rngs
         )
         self.norm2 = RMSNorm(width, eps=eps, param_dtype=dtype)
-        self.mlp = GatedMLP(
-            width, config.hidden, activation="gelu_tanh", param_dtype=dtype, rngs=rngs
-        )
+        self.mlp = T5MLP(width, config.hidden, activation="gelu_tanh", param_dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B S C"], bias: Float[Array, "B H S S"]
     ) -> Float[Array, "B S C"]:
-        x = x + self.attn(self.norm1(x), bias)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(self.norm1(x).astype(self.dtype), bias).astype(x.dtype)
+        return x + self.mlp(self.norm2(x).astype(self.dtype)).astype(x.dtype)
 
 
 class T5Encoder(Model):
@@ -127,15 +138,14 @@ class T5Encoder(Model):
             [B, T, width] in `config.dtype`; rows of padding hold values too.
         """
         config = self.config
-        x = self.table.get_value()[ids].astype(config.dtype)
+        x = self.table.get_value()[ids].astype(jnp.float32)
         buckets = relative_buckets(
             ids.shape[1], buckets=config.buckets, max_distance=config.max_distance
         )
         relative = self.positions.get_value()[buckets].astype(jnp.float32).transpose(2, 0, 1)
         padding = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
-        return self.norm(
-            self.blocks(x, jnp.maximum(relative + padding, jnp.finfo(jnp.float32).min))
-        )
+        x = self.blocks(x, jnp.maximum(relative + padding, jnp.finfo(jnp.float32).min))
+        return self.norm(x).astype(config.dtype)
 
 
 def relative_buckets(length: int, *, buckets: int, max_distance: int) -> np.ndarray:

@@ -176,6 +176,31 @@ def test_bfloat16_stays_near_float32():
         assert error < 0.04
 
 
+def test_float16_is_upcast_where_the_config_says_so():
+    """Latents that make activations of 1e5: float16 ends at 65504."""
+    single = dataclasses.replace(TINY, dtype="float32", param_dtype="float16")
+    forward, params = tiny(single)
+    params["decoder"]["conv_in"]["kernel"] *= 30
+    latents = 1e4 * jnp.asarray(normal(2, 1, 4, 4, 4))
+    expected = to_images(forward, params, latents)
+    for upcast, finite, dtype in ((True, True, "float32"), (False, False, "float16")):
+        config = dataclasses.replace(single, dtype="float16", force_upcast=upcast)
+        half, _ = abstract(AutoencoderKL, config)
+        images = to_images(half, params, latents)
+        assert images.dtype == dtype
+        assert bool(jnp.isfinite(images).all()) == finite
+        if upcast:
+            np.testing.assert_allclose(images, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_force_upcast_is_read_and_written(upcast):
+    config = write_config(dataclasses.replace(TINY, force_upcast=upcast))
+    assert config["force_upcast"] is upcast
+    assert read_config(config).force_upcast is upcast
+    assert read_config({k: v for k, v in config.items() if k != "force_upcast"}).force_upcast
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_attention_names_of_2022_are_what_diffusers_accepts():
