@@ -162,12 +162,12 @@ def _text_arguments(command: argparse.ArgumentParser, *, tokens: bool = True) ->
 
 def _demo(arguments: argparse.Namespace) -> tuple[Any, str]:
     if arguments.llm:
-        from experiments.llm import demo as llm_demo
+        from effjax.bundled import llm_demo
 
         rows = llm_demo.run(seed=arguments.seed)
         return rows, llm_demo.table(rows)
 
-    from experiments import demo
+    from effjax.bundled import demo
 
     report = demo.run(
         arguments.output,

@@ -1,6 +1,6 @@
 """The commands of `effjax` on language models: search, quantize, compress and bench.
 
-Texts to calibrate and judge on come from a file, or else from `experiments.texts`: Python's own
+Texts to calibrate and judge on come from a file, or else from `effjax.bundled.texts`: Python's own
 library, and questions about pass keys (or, where the tokenizer has a token for every word, lookups)
 that were told long before.
 """
@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.bundled import texts
+from effjax.bundled.retrieval import right
 from effjax.cost import state_bytes, weight_bytes
 from effjax.forward import METHODS
 from effjax.generate import Reading, generate, perplexity, prefill, score
@@ -26,8 +28,6 @@ from effjax.models.llama import Llama
 from effjax.pipelines import TextPipeline
 from effjax.quant import restore
 from effjax.transform import Method, Pair, Plan
-from experiments import texts
-from experiments.llm.retrieval import right
 
 Figures = tuple[dict[str, Any], str]
 

@@ -22,11 +22,12 @@ import numpy as np
 
 import effjax
 from effjax import metrics
+from effjax.bundled import demo, glyphs, judge
 from effjax.cost import sampler_cost
 from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
 from effjax.samplers import Sampler, sample_keys
-from experiments import demo, glyphs, judge, report
+from experiments import report
 
 # Searches that the mixed one is compared with: their options.
 OTHERS: dict[str, dict[str, Any]] = {

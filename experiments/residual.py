@@ -20,12 +20,13 @@ from flax import nnx
 
 import effjax
 from effjax import metrics
+from effjax.bundled import demo
 from effjax.context import Context, State
 from effjax.layers.attention import AttentionCore
 from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
 from effjax.sites import Wrapper, sites, wrap
-from experiments import demo, report
+from experiments import report
 from pallas_kernels.block_mask import Band
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 

@@ -20,15 +20,17 @@ from tqdm.auto import trange
 
 import converters
 import effjax
+from effjax import bundled
+from effjax.bundled import glyphs, judge
 from effjax.context import PyTree
 from effjax.forward import Forward, Params, functional
 from effjax.models.dit import DiT, DiTConfig
 from effjax.samplers import FlowMatchEuler, sample_keys
 from effjax.storage import write_json
 from effjax.training import train as train_params
-from experiments import glyphs, judge, training
+from experiments import training
 
-WEIGHTS = Path(__file__).parent / "weights" / "dit_glyphs"
+WEIGHTS = bundled.WEIGHTS / "dit_glyphs"
 
 TINY = DiTConfig(
     sample_size=glyphs.SIDE,

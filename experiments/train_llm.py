@@ -2,8 +2,8 @@
 
     python -m experiments.train_llm --checkpoints DIR --steps 3900
 
-The model that ships in `experiments/weights/llama_texts`: a Llama of 4 layers and 32 heads on
-`experiments.texts`, at 128, then 512, then 1024 tokens. Checkpoints are orbax; a second run
+The model that ships in `effjax/bundled/weights/llama_texts`: a Llama of 4 layers and 32 heads on
+`effjax.bundled.texts`, at 128, then 512, then 1024 tokens. Checkpoints are orbax; a second run
 resumes.
 """
 
@@ -23,15 +23,16 @@ from jaxtyping import Array, Float, Int, Key
 
 import converters
 import effjax
-from effjax import generate
+from effjax import bundled, generate
+from effjax.bundled import texts
 from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.storage import write_json
 from effjax.testing import random_params
 from effjax.training import train as train_params
-from experiments import texts, training
+from experiments import training
 
-WEIGHTS = Path(__file__).parent / "weights" / "llama_texts"
+WEIGHTS = bundled.WEIGHTS / "llama_texts"
 
 TINY = LlamaConfig(
     vocab_size=1536,

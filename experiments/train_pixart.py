@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 import converters
 import effjax
+from effjax.bundled import glyphs, judge
 from effjax.context import PyTree
 from effjax.forward import Forward, Params, functional
 from effjax.models.pixart import Caption, PixArt, PixArtConfig
@@ -33,7 +34,7 @@ from effjax.pipelines import TextToImagePipeline
 from effjax.samplers import FlowMatchEuler, sample_keys
 from effjax.storage import write_json
 from effjax.training import train as train_params
-from experiments import glyphs, judge, train_dit, training
+from experiments import train_dit, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "pixart_glyphs"
 GUIDANCE = 3.0  # of the judged images

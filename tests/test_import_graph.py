@@ -30,8 +30,9 @@ LAYERS = [
     ["effjax.registry", "effjax.recipe"],
     ["converters"],
     ["effjax.pipelines"],
-    ["experiments"],
+    ["effjax.bundled"],
     ["effjax.cli", "effjax.cli_text"],
+    ["experiments"],
 ]
 ENTRY = "effjax"  # resolves its public names lazily, so only what lies above pipelines uses it
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.demo import MODEL
+from effjax.bundled.demo import MODEL
 
 README = Path(__file__).parent.parent / "README.md"
 

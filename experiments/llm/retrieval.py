@@ -26,19 +26,20 @@ from safetensors.numpy import load_file, save_file
 
 import effjax
 from effjax import generate
+from effjax.bundled import WEIGHTS, texts
+from effjax.bundled.retrieval import right
 from effjax.cost import state_bytes
-from effjax.forward import Forward, Params, abstract
+from effjax.forward import Params, abstract
 from effjax.generate import Reading
 from effjax.methods import cskv, kivi, moa, snap_kv, streaming_llm
 from effjax.models.llama import Llama
 from effjax.transform import Pair, identity
-from experiments import report, texts, train_llm
+from experiments import report
 
 QUESTIONS = 8
 TAIL = 4 * QUESTIONS  # tokens of the questions
 SPANS = {"block": 16, "sink": 16, "floor": 32}  # of MoA, for short texts
 PROFILED, VALIDATED, TESTED = (256, 512), 704, (256, 512, 800)
-ROWS = 16  # documents at a time
 
 Documents = Sequence[texts.Document]
 
@@ -61,7 +62,7 @@ class Subject:
 
     @classmethod
     def load(cls) -> Subject:
-        pipe = effjax.pipeline(train_llm.WEIGHTS, progress=False, dtype="float32")
+        pipe = effjax.pipeline(WEIGHTS / "llama_texts", progress=False, dtype="float32")
         config = dataclasses.replace(pipe.forward.config, dtype="bfloat16")
         worlds = [texts.World.of(pipe.tokenizer, held_out=held_out) for held_out in (True, False)]
         dense = abstract(Llama, config)[0], pipe.params
@@ -71,28 +72,6 @@ class Subject:
         """Documents of a length, each with eight questions at its end."""
         rng = np.random.default_rng((seed, length))
         return [self.world.lookup(rng, length, questions=QUESTIONS) for _ in range(count)]
-
-
-def right(pair: Pair, documents: Documents) -> np.ndarray:
-    """Whether answers are the most likely tokens, bool[documents, answers].
-
-    Documents are of one length; their contexts are read at once, the rest through the cache.
-    """
-    found = []
-    for start in range(0, len(documents), ROWS):
-        some = documents[start : start + ROWS]
-        tokens, answers = (np.stack([each[i] for each in some]) for i in (0, 2))
-        prompt = some[0].context
-        reading = Reading(prompt, tokens.shape[1] - prompt)
-        likely = np.asarray(_likely(reading, *pair, tokens))
-        guessed = np.take_along_axis(likely, answers - prompt, axis=1)
-        found.append(guessed == np.take_along_axis(tokens, answers, axis=1))
-    return np.concatenate(found)
-
-
-@jax.jit(static_argnums=0)
-def _likely(reading: Reading, forward: Forward, params: Params, tokens: jax.Array) -> jax.Array:
-    return jnp.argmax(reading(forward, params, tokens), axis=-1)
 
 
 def held_bytes(pair: Pair, length: int) -> int:

@@ -16,11 +16,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from effjax.bundled.retrieval import right
 from effjax.cost import weight_bytes
 from effjax.methods.quantization import awq, gptq, round_to_nearest
 from effjax.transform import Pair, identity
 from experiments import report
-from experiments.llm.retrieval import QUESTIONS, Subject, perplexity, right, token_batches
+from experiments.llm.retrieval import QUESTIONS, Subject, perplexity, token_batches
 
 GROUP = 32  # inputs with a common scale, of 128 or 320
 LENGTH = 512

@@ -12,10 +12,11 @@ import numpy as np
 
 import effjax
 from effjax import metrics
+from effjax.bundled import demo, glyphs, judge
 from effjax.context import PyTree
 from effjax.samplers import Sampler, sample_keys
 from effjax.transform import Pair
-from experiments import demo, glyphs, judge, train_pixart
+from experiments import train_pixart
 
 CHUNK = 32  # images that one program samples at a time
 

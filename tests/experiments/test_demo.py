@@ -12,10 +12,11 @@ from PIL import Image
 
 import effjax
 from effjax import testing
+from effjax.bundled import demo, judge
 from effjax.forward import abstract
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan
 from effjax.models.dit import DiT
-from experiments import demo, judge, train_dit, train_pixart
+from experiments import train_dit, train_pixart
 
 FIGURES = {
     "attention_flops",

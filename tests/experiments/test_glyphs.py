@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from experiments import glyphs
+from effjax.bundled import glyphs
 
 
 def rng(seed=0):

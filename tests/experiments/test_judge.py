@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from safetensors import numpy as safetensors
 
-from experiments import glyphs, judge
+from effjax.bundled import glyphs, judge
+from experiments import train_judge
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_another_network_is_refused(tmp_path):
 
 
 def test_training_learns(capsys):
-    trained = judge.train(7, 30, size=16, rate=1e-2)
+    trained = train_judge.train(7, 30, size=16, rate=1e-2)
     images, labels = glyphs.batch(np.random.default_rng(0), 256)
     assert judge.accuracy(trained, images, labels) > 0.15  # chance is 0.03
     assert "step    30 of 30: loss" in capsys.readouterr().out
@@ -75,7 +76,7 @@ def test_training_learns(capsys):
 
 def test_augmentation_is_mild_and_seeded():
     images, _ = glyphs.batch(np.random.default_rng(0), 32)
-    rough, again = (judge.augment(np.random.default_rng(1), images) for _ in range(2))
+    rough, again = (train_judge.augment(np.random.default_rng(1), images) for _ in range(2))
     assert rough.shape == images.shape
     assert rough.dtype == np.float32
     assert np.array_equal(rough, again)

@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from effjax.bundled import llm_demo
+from effjax.bundled.retrieval import right
 from effjax.models.llama import LlamaConfig
 from experiments import report, train_llm
-from experiments.llm import decode, demo, retrieval, speed, tpu_memory, weights
+from experiments.llm import decode, retrieval, speed, tpu_memory, weights
 
 
 @pytest.fixture
@@ -28,19 +30,19 @@ def subject():
 
 def test_answers_through_the_cache_are_those_of_one_call(subject):
     documents = subject.lookups(64, 2, seed=0)
-    found = retrieval.right(subject.exact, documents)
+    found = right(subject.exact, documents)
     assert found.shape == (2, 8)
     assert found.mean() == train_llm.accuracy(*subject.exact, documents)
 
 
 def test_the_demo_compresses_and_answers(capsys):
-    rows = demo.run(documents=1, length=128)
+    rows = llm_demo.run(documents=1, length=128)
     dense, *others = rows
     assert dense["answers_right_%"] == 100
     assert all(row["cache_bytes"] < dense["cache_bytes"] for row in others)
     assert others[-1]["weight_bytes"] < dense["weight_bytes"]
     assert dense["says"].startswith("get ")
-    assert demo.table(rows).count("%") == len(rows)
+    assert llm_demo.table(rows).count("%") == len(rows)
 
 
 @pytest.mark.torch

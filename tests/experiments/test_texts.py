@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import effjax
+from effjax.bundled import texts
 from effjax.generate import score
 from effjax.methods import snap_kv
-from experiments import texts, train_llm
+from experiments import train_llm
 
 
 @pytest.fixture(scope="module")

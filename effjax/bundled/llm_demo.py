@@ -9,19 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import effjax
+from effjax.bundled import WEIGHTS, texts
+from effjax.bundled.retrieval import right
 from effjax.cost import state_bytes, weight_bytes
 from effjax.generate import Reading
 from effjax.methods import cskv, round_to_nearest, snap_kv
 from effjax.pipelines import TextPipeline
-from experiments import report, texts, train_llm
-from experiments.llm.retrieval import right
 
+Rows = list[dict[str, Any]]
+
+MODEL = WEIGHTS / "llama_texts"
 LENGTH = 256  # tokens of a text with its questions
 
 
-def run(*, seed: int = 0, documents: int = 16, length: int = LENGTH) -> report.Rows:
+def run(*, seed: int = 0, documents: int = 16, length: int = LENGTH) -> Rows:
     """Load the checkpoint, compress it in several ways, and ask each model the same questions."""
-    pipe = effjax.pipeline(train_llm.WEIGHTS, progress=False)
+    pipe = effjax.pipeline(MODEL, progress=False)
     world = texts.World.of(pipe.tokenizer, held_out=True, characters=200_000)
     rng = np.random.default_rng(seed)
     asked = [world.lookup(rng, length, questions=8) for _ in range(documents)]
@@ -67,7 +70,7 @@ def answer(model: TextPipeline, document: texts.Document) -> str:
     return f"{question} ->{model(question, context=context, max_new_tokens=1)}"
 
 
-def table(rows: report.Rows) -> str:
+def table(rows: Rows) -> str:
     """Rows for a terminal."""
     dense: dict[str, Any] = rows[0]
     lines = [f"{'':34}{'weights':>12}{'cache':>12}{'right':>9}   says"]

@@ -1,15 +1,12 @@
 """An objective judge for generated glyphs: a small classifier, its features and two statistics.
 
 The judge reads which of the 36 classes an image shows, and its last hidden layer is the feature
-space of a Frechet distance. It is trained on real glyphs only and has never seen the faces of
-`glyphs.HELD_OUT_FONTS`, on which it is tested. `python -m experiments.judge` trains it anew.
+space of a Frechet distance. It was trained on real glyphs only and has never seen the faces of
+`glyphs.HELD_OUT_FONTS`, on which it is tested (`experiments/train_judge.py` of the repository).
 """
 
-import argparse
-import json
 import math
 import os
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,16 +15,15 @@ from statistics import NormalDist
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Float
 from safetensors import numpy as safetensors
 from scipy import ndimage
 
-from effjax.compat import relaxed_promotion
-from experiments import glyphs
+from effjax import bundled
+from effjax.bundled import glyphs
 
-WEIGHTS = Path(__file__).parent / "weights" / "judge"
+WEIGHTS = bundled.WEIGHTS / "judge"
 """Where the bundled `model.safetensors` and the `log.json` of its training lie."""
 
 _CHUNK = 256
@@ -71,11 +67,21 @@ def load(folder: Path = WEIGHTS) -> Judge:
         differing = dict(sorted(wanted.items() ^ found.items()))
         raise ValueError(
             f"{folder} holds another network: missing, unexpected or misshapen tensors are "
-            f"{', '.join(differing)}; train it anew with `python -m experiments.judge`"
+            f"{', '.join(differing)}; train it anew with `python -m experiments.train_judge`"
         )
     values = [jnp.asarray(stored[name], jnp.float32) for name in wanted]
     nnx.replace_by_pure_dict(abstract, jax.tree.unflatten(treedef, values))
     return nnx.merge(graphdef, abstract)
+
+
+def save(judge: Judge, folder: Path) -> None:
+    """Write `model.safetensors` in float16; the file appears whole or not at all."""
+    leaves, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(nnx.state(judge)))
+    tensors = {_name(path): np.asarray(leaf, np.float16) for path, leaf in leaves}
+    folder.mkdir(parents=True, exist_ok=True)
+    partial_path = folder / "model.safetensors.partial"
+    partial_path.write_bytes(safetensors.save(tensors))
+    os.replace(partial_path, folder / "model.safetensors")
 
 
 def features(judge: Judge, images: np.ndarray | Array) -> np.ndarray:
@@ -113,8 +119,8 @@ def read_scenes(judge: Judge, images: np.ndarray | Array) -> glyphs.Things:
     shown = quarters[np.arange(len(images)), places]
     total = shown.sum((1, 2))
     directions = glyphs.RGB / np.linalg.norm(glyphs.RGB, axis=1, keepdims=True)
-    enlarged = ndimage.zoom(shown.max(-1), (1, 2, 2), order=1, grid_mode=True, mode="nearest")
-    labels = predict(judge, 2 * enlarged[..., None] - 1)
+    zoomed = ndimage.zoom(shown.max(-1), (1, 2, 2), order=1, grid_mode=True, mode="nearest")
+    labels = predict(judge, 2 * np.asarray(zoomed)[..., None] - 1)
     return glyphs.Things(
         labels, (total @ directions.T).argmax(1).astype(np.int32), places.astype(np.int32)
     )
@@ -206,119 +212,3 @@ def _chunks(judge: Judge, images: np.ndarray | Array) -> Iterator[tuple[np.ndarr
 
 def _name(path: tuple) -> str:
     return ".".join(str(part.key) for part in path)
-
-
-# Training.
-
-
-def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
-    """Vary real glyphs [B, 32, 32, 1] as other faces and generators would.
-
-    Shape, weight of the strokes, blur, contrast and noise: each has its own random strength per
-    image, from nothing to mild.
-    """
-    side, knots = glyphs.SIDE, np.eye(4)
-    spread = np.stack([np.interp(np.linspace(0, 3, side), range(4), knot) for knot in knots], 1)
-    pulls = rng.uniform(-2.0, 2.0, (len(images), 2, 4, 4))  # pixels, at the knots of a rubber sheet
-    sources = np.mgrid[:side, :side] + spread @ pulls @ spread.T  # [B, 2, row, column]
-    bend = partial(ndimage.map_coordinates, order=1, cval=-1)
-    images = np.stack(list(map(bend, images[..., 0], sources)))[..., None]
-
-    def strength(low: float, high: float) -> np.ndarray:
-        return rng.uniform(low, high, (len(images), 1, 1, 1)).astype(np.float32)
-
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
-    near = np.stack([padded[:, y : y + side, x : x + side] for y in range(3) for x in range(3)])
-    weight = strength(-0.4, 0.4)  # thinner or bolder strokes
-    pole = np.where(weight > 0, near[1::2].max(0), near[1::2].min(0))
-    images = images + np.abs(weight) * (pole - images)
-    images = images + strength(0.0, 0.5) * (near.mean(0) - images)
-    images = images * strength(0.75, 1.1) + strength(-0.1, 0.1)
-    noise = rng.standard_normal(images.shape, dtype=np.float32)
-    return images + strength(0.0, 0.2) * noise
-
-
-def train(seed: int, steps: int, *, size: int = 128, rate: float = 2e-3) -> Judge:
-    """Train on `glyphs.FONTS` and `glyphs.JUDGE_FONTS`, `size` images a step; print the loss."""
-    graphdef, params = nnx.split(Judge(rngs=nnx.Rngs(seed)))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
-    optimiser = optax.adamw(schedule, weight_decay=0.02)
-
-    def loss_of(params: nnx.State, images: Array, labels: Array) -> Array:
-        logits = nnx.merge(graphdef, params)(images)
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), 0.05)
-        return optax.softmax_cross_entropy(logits, targets).mean()
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: nnx.State, state: optax.OptState, images: Array, labels: Array):
-        loss, gradient = jax.value_and_grad(loss_of)(params, images, labels)
-        updates, state = optimiser.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    rng = np.random.default_rng([seed, 0, 1])  # another stream than any batch has
-    data = glyphs.batches(seed, size, fonts=glyphs.FONTS + glyphs.JUDGE_FONTS)
-    with relaxed_promotion():
-        state = optimiser.init(params)
-        for index, (images, labels) in zip(range(1, steps + 1), data, strict=False):
-            params, state, loss = step(params, state, augment(rng, images), labels)
-            if index % 100 == 0 or index == steps:
-                print(f"step {index:5d} of {steps}: loss {loss:.4f}", flush=True)
-    return nnx.merge(graphdef, params)
-
-
-def save(judge: Judge, folder: Path) -> None:
-    """Write `model.safetensors` in float16; the file appears whole or not at all."""
-    leaves, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(nnx.state(judge)))
-    tensors = {_name(path): np.asarray(leaf, np.float16) for path, leaf in leaves}
-    _write(folder / "model.safetensors", safetensors.save(tensors))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_bytes(content)
-    os.replace(partial_path, path)
-
-
-def evaluate(judge: Judge, rng: np.random.Generator, *, size: int = 1024) -> dict:
-    """Accuracy on world and held-out fonts, and the Frechet distance between two real halves."""
-
-    def on(*fonts: str) -> float:
-        return accuracy(judge, *glyphs.batch(rng, size, fonts))
-
-    first, second = (features(judge, glyphs.batch(rng, size)[0]) for _ in range(2))
-    return {
-        "images_per_figure": size,
-        "world_accuracy": on(*glyphs.FONTS),
-        "held_out_accuracy": on(*glyphs.HELD_OUT_FONTS),
-        "held_out_accuracy_by_font": {font: on(font) for font in glyphs.HELD_OUT_FONTS},
-        "frechet_real_halves": frechet(first, second),
-    }
-
-
-def main() -> None:
-    """Train, write weights and log, print the figures of the weights as they were written."""
-    parser = argparse.ArgumentParser("python -m experiments.judge", description=main.__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--output", type=Path, default=WEIGHTS)
-    options = parser.parse_args()
-    start = time.perf_counter()
-    save(train(options.seed, options.steps), options.output)
-    seconds = round(time.perf_counter() - start, 1)
-    judge = load(options.output)
-    log = {
-        "command": f"python -m experiments.judge --seed {options.seed} --steps {options.steps}",
-        "seed": options.seed,
-        "steps": options.steps,
-        "training_seconds": seconds,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(judge))),
-        **evaluate(judge, np.random.default_rng([options.seed, 0, 2])),
-    }
-    text = json.dumps(log, indent=2) + "\n"
-    _write(options.output / "log.json", text.encode())
-    print(text, end="")
-
-
-if __name__ == "__main__":
-    main()

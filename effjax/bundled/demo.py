@@ -23,15 +23,15 @@ from tqdm.auto import tqdm
 
 import effjax
 from effjax import metrics
+from effjax.bundled import WEIGHTS, glyphs, judge
 from effjax.cost import sampler_cost, state_bytes, weight_bytes
 from effjax.forward import Forward, Params
 from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
 from effjax.methods.quantization import vidit_q
 from effjax.samplers import Sampler, sample_keys
-from experiments import glyphs, judge
 
-MODEL = Path(__file__).parent / "weights" / "dit_glyphs"
+MODEL = WEIGHTS / "dit_glyphs"
 THRESHOLD = 0.15
 GUIDANCE = 3.0  # of the bundled model; its gate was passed with it
 CHUNK = 32  # images that one program samples at a time

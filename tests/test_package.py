@@ -1,0 +1,63 @@
+"""What is installed: three packages, with all that the demo and the commands need."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+USES_WHAT_SHIPS = """
+import sys
+import effjax
+from effjax import cli_text
+from effjax.bundled import demo, judge, llm_demo
+
+judge.load()
+assert effjax.pipeline(demo.MODEL, progress=False).names["A"] == 10
+assert effjax.pipeline(llm_demo.MODEL, progress=False).tokenizer("put amber fox")
+assert "experiments" not in sys.modules
+import experiments
+print(effjax.__file__, experiments.MINE)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_three_packages_and_the_bundled_weights(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {each.filename: each.file_size for each in archive.infolist()}
+    packages = {name.split("/")[0] for name in sizes if ".dist-info/" not in name}
+    assert packages == {"effjax", "pallas_kernels", "converters"}
+    models = {"dit_glyphs/transformer/diffusion_pytorch_model", "judge/model", "llama_texts/model"}
+    bundled = {f"effjax/bundled/weights/{name}.safetensors" for name in models}
+    assert {name for name in sizes if name.endswith(".safetensors")} == bundled
+    assert sum(sizes.values()) < 10e6
+    assert "effjax/py.typed" in sizes
+
+
+def test_it_works_beside_a_users_own_experiments(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    (tmp_path / "work" / "experiments").mkdir(parents=True)
+    (tmp_path / "work" / "experiments" / "__init__.py").write_text("MINE = 'mine'")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", USES_WHAT_SHIPS],
+        cwd=tmp_path / "work",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    installed = tmp_path / "installed" / "effjax" / "__init__.py"
+    assert result.stdout.split() == [str(installed), "mine"]
