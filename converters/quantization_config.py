@@ -1,8 +1,8 @@
 """What the `quantization_config` of a config.json says of layers, read and written.
 
-GPTQ, AWQ and torchao have one scheme for all layers that they quantised; compressed-tensors has
-groups of layers, by name or class, and is what is written. Options that are not known to be
-harmless are errors, all named at once.
+GPTQ, AWQ and torchao have one scheme for the layers that they quantised, which rules of GPTQModel
+change; compressed-tensors has groups of layers, by name or class, and is what is written. Options
+that are not known to be harmless are errors, all named at once.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from converters.family import Json
 from converters.names import LAYOUTS, Binding
 from converters.quantized import Layer, Scheme
 from effjax.quant import Activations, Quantizer
+from effjax.quant.quantizer import BITS
 from effjax.storage import Tensor
 
 KEY = "quantization_config"  # of config.json
@@ -27,13 +28,14 @@ class Quantization:
     """What a `quantization_config` says.
 
     Attributes:
-        groups: (targets, scheme): names of layers, "re:" and an expression, or "Linear" for all.
+        groups: (targets, scheme): names of layers, "re:" and an expression, or "Linear" for all;
+            None leaves them floats.
     """
 
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    groups: tuple[tuple[tuple[str, ...], Scheme | None], ...]
 
     def scheme(self, layer: str) -> Scheme | None:
-        """That of a layer: of the group that names it, else of the one for all."""
+        """That of a layer: of the first group that names it, else of the one for all."""
 
         def named(target: str) -> bool:
             expression = target.removeprefix("re:")
@@ -48,9 +50,9 @@ class Quantization:
         """The quantised layers that a checkpoint holds, by name; all others are floats.
 
         Raises:
-            ValueError: for layers of which the configuration says nothing.
+            ValueError: for layers that are floats by the configuration.
         """
-        used = {scheme.layout for _, scheme in self.groups}
+        used = {scheme.layout for _, scheme in self.groups if scheme is not None}
         marks = {name for layout in used for name in layout.names} - {"weight"}
         found: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
         for name, tensor in tensors.items():
@@ -60,7 +62,9 @@ class Quantization:
         schemes = {layer: self.scheme(layer) for layer in found}
         unknown = sorted(layer for layer, scheme in schemes.items() if scheme is None)
         if unknown:
-            raise ValueError(f"no config_group of {KEY} has the quantised layers {unknown}")
+            raise ValueError(
+                f"the file holds codes of {unknown}, which no group or rule of {KEY} quantises"
+            )
         layers = {}
         for layer, scheme in schemes.items():
             assert scheme is not None
@@ -111,30 +115,76 @@ def _group_size(config: Json, wrong: list[str], default: int | None) -> int | No
     return value
 
 
-Groups = list[tuple[tuple[str, ...], Scheme]]
+Groups = list[tuple[tuple[str, ...], Scheme | None]]
 
 
 def _gptq(config: Json, wrong: list[str]) -> Groups:
     kind = config.get("checkpoint_format") or config.get("format") or "gptq"
-    kind = _option({"checkpoint_format": kind}, wrong, "checkpoint_format", ("gptq", "gptq_v2"), "")
-    if config.get("dynamic"):
-        wrong.append("dynamic (bits of single layers)")
-    scheme = Scheme(
-        "gptq",
-        _option(config, wrong, "bits", (2, 3, 4, 8), None),
-        _group_size(config, wrong, 128),
-        _option(config, wrong, "sym", (True, False), True),
-        minus_one=kind == "gptq",
-    )
-    return [(("Linear",), scheme)]
+    kinds = ("gptq", "gptq_v2", "gptq_p")
+    kind = _option({"checkpoint_format": kind}, wrong, "checkpoint_format", kinds, "")
+
+    def scheme(config: Json, wrong: list[str]) -> Scheme:
+        _option(config, wrong, "pack_dtype", ("int32",), "int32")
+        return Scheme(
+            "gptq_p" if kind == "gptq_p" else "gptq",
+            _option(config, wrong, "bits", BITS if kind == "gptq_p" else (2, 3, 4, 8), None),
+            _group_size(config, wrong, 128),
+            _option(config, wrong, "sym", (True, False), True),
+            minus_one=kind == "gptq",
+        )
+
+    return _rules(config, wrong, scheme)
 
 
 def _awq(config: Json, wrong: list[str]) -> Groups:
     kind = config.get("version") or config.get("format") or "gemm"
     _option({"version": str(kind).lower()}, wrong, "version", ("gemm",), "")
-    _option(config, wrong, "zero_point", (True,), True)
-    bits = _option(config, wrong, "bits", (4,), 4)
-    return [(("Linear",), Scheme("awq", bits, _group_size(config, wrong, 128), False))]
+
+    def scheme(config: Json, wrong: list[str]) -> Scheme:
+        bits = _option(config, wrong, "bits", (4,), 4)
+        if "sym" in config:
+            symmetric = _option(config, wrong, "sym", (True, False), None)
+        else:
+            symmetric = not _option(config, wrong, "zero_point", (True, False), True)
+        return Scheme("awq", bits, _group_size(config, wrong, 128), symmetric)
+
+    return _rules(config, wrong, scheme)
+
+
+def _rules(config: Json, wrong: list[str], scheme: Callable[[Json, list[str]], Scheme]) -> Groups:
+    """The groups that GPTQModel's `dynamic` makes, and the one of all other layers.
+
+    A rule is an expression that a layer's name begins with, after "-:", which leaves the layer
+    floats, or after "+:" or nothing, which changes options. The first that matches holds; those
+    that leave floats come first.
+    """
+    faults: list[str] = []
+    others = scheme(config, faults)
+    wrong.extend(faults)
+    rules = config.get("dynamic") or {}
+    if not isinstance(rules, dict):
+        wrong.append(f"dynamic={rules!r} (only options by expression)")
+        return []
+    groups: Groups = []
+    for rule in sorted(rules, key=lambda rule: not rule.startswith("-")):
+        expression = rule[2:] if rule.startswith(("-:", "+:")) else rule
+        chosen, changed = None, rules[rule]
+        own: list[str] = []
+        if not isinstance(changed, dict):
+            own.append(f"{changed!r} (only options by name)")
+        elif not rule.startswith("-:"):
+            chosen = scheme({**config, **changed}, own)
+        _check_expression(expression, own)
+        wrong.extend(f"dynamic[{rule!r}]: {fault}" for fault in own if fault not in faults)
+        groups.append(((f"re:{expression}",), chosen))
+    return [*groups, (("Linear",), others)]
+
+
+def _check_expression(expression: str, wrong: list[str]) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        wrong.append(f"{expression!r} is no regular expression: {error}")
 
 
 def _compressed_tensors(config: Json, wrong: list[str]) -> Groups:
@@ -167,9 +217,13 @@ def _compressed_tensors(config: Json, wrong: list[str]) -> Groups:
             activations = Activations(Quantizer(8))
         if group.get("output_activations"):
             faults.append("output_activations (not supported)")
-        wrong.extend(f"{name}: {fault}" for fault in faults)
         scheme = Scheme(kind, bits, size, symmetric, activations)
-        groups.append((tuple(group.get("targets") or ("Linear",)), scheme))
+        targets = tuple(group.get("targets") or ("Linear",))
+        for target in targets:
+            if target.startswith("re:"):
+                _check_expression(target.removeprefix("re:"), faults)
+        wrong.extend(f"{name}: {fault}" for fault in faults)
+        groups.append((targets, scheme))
     if not groups:
         wrong.append("it has no config_groups")
     return groups

@@ -18,6 +18,8 @@ words, codes and zero points are unsigned: 2^(n-1) is subtracted from both. Furt
 
     gptq  Version 1 stores z - 1. It was subtracted from whole words, borrows and all, which matters
           where z is 0; not so for 3 bits. Version 2 ("gptq_v2") stores z.
+    gptq_p  Every 32 consecutive codes are n words: of their low bits, then of the bits above
+          (`pallas_kernels.packing.plane_widths`). Zero points as in version 2.
     awq   Eight consecutive outputs stand in a word in the order 0, 2, 4, 6, 1, 3, 5, 7.
     pack-quantized  `weight_shape` is [O, I]. Older files have zero points as int8 [O, G].
     torchao  Of its tensor types those with plain int8 codes, of 2 to 8 bits: Int8Tensor and
@@ -45,6 +47,7 @@ from converters.names import LAYOUTS, Binding, Piece
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
 from effjax.quant.disk import Codes, pack_bits, signed, unpack_bits
 from effjax.storage import Shape, Spec, Tensor
+from pallas_kernels.packing import plane_widths
 
 INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
 
@@ -57,6 +60,8 @@ class Format(NamedTuple):
         packed: along which axis words hold codes; None if they are int8.
         transposed: tensors are [O, ...], as torch's weights are; else [..., O].
         order: outputs within a word, by their places.
+        planes: words hold bits of one plane each (`pallas_kernels.packing.plane_widths`), by
+            blocks of 32 codes, and no stream.
         groups: name of the group of each input.
         shape: name of the tensor that holds [O, I].
     """
@@ -69,6 +74,7 @@ class Format(NamedTuple):
     order: tuple[int, ...] | None = None
     groups: str | None = None
     shape: str | None = None
+    planes: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,6 +85,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "gptq": Format("qweight", "qzeros", "scales", "inputs", False, groups="g_idx"),
+    "gptq_p": Format("qweight", "qzeros", "scales", "inputs", False, groups="g_idx", planes=True),
     "awq": Format("qweight", "qzeros", "scales", "outputs", False, (0, 2, 4, 6, 1, 3, 5, 7)),
     "pack-quantized": Format(
         *("weight_packed", "weight_zero_point", "weight_scale", "inputs", True),
@@ -145,7 +152,7 @@ class Scheme:
             zeros += [whole] if self.format == "pack-quantized" else []
         found = {
             layout.codes: (codes, True),
-            layout.zeros: (zeros, not self.symmetric or self.format in ("gptq", "awq")),
+            layout.zeros: (zeros, not self.symmetric or self.layout.zeros == "qzeros"),
             layout.scale: ([Spec(oriented(groups, outputs), dtype) for dtype in FLOATS], True),
         }
         if layout.shape:
@@ -163,7 +170,10 @@ class Scheme:
             return codes[inputs]
         if self.layout.packed == "outputs":
             return self._signed(self._fields(codes[inputs])[:, :outputs])
-        words, (word, low) = codes.view(np.uint32), np.divmod(inputs * self.bits, 32)
+        words = codes.view(np.uint32)
+        if self.layout.planes:
+            return self._signed(self._of_planes(words, inputs))
+        word, low = np.divmod(inputs * self.bits, 32)
         fields = words[word] >> low.astype(np.uint32)[:, None]
         across = np.flatnonzero(low + self.bits > 32)
         above = words[word[across] + 1] << (32 - low[across]).astype(np.uint32)[:, None]
@@ -175,6 +185,9 @@ class Scheme:
         zeros = self._oriented(held[self.layout.zeros])
         if zeros.dtype == INT8:
             return zeros.astype(np.int32)
+        if self.layout.planes:
+            fields = self._of_planes(zeros.T.view(np.uint32), np.arange(outputs)).T
+            return self._signed(fields).astype(np.int32)
         ones = sum(1 << low for low in range(0, 32, self.bits))
         whole = 32 % self.bits == 0
         if self.minus_one and whole:
@@ -193,6 +206,18 @@ class Scheme:
 
     def _signed(self, fields: np.ndarray) -> np.ndarray:
         return signed(fields ^ np.uint8(2 ** (self.bits - 1)), self.bits)
+
+    def _of_planes(self, words: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Unsigned codes uint8[places, columns] at these places of words uint32[words, columns]."""
+        block, place = np.divmod(places, 32)
+        first, low = block * self.bits, 0
+        fields = np.zeros((len(places), words.shape[1]), np.uint8)
+        for width in plane_widths(self.bits):
+            word, slot = np.divmod(place, 32 // width)
+            plane = words[first + word] >> (width * slot).astype(np.uint32)[:, None]
+            fields |= (plane & np.uint32(2**width - 1)).astype(np.uint8) << np.uint8(low)
+            first, low = first + width, low + width
+        return fields
 
     def _fields(self, words: np.ndarray) -> np.ndarray:
         """Unsigned codes uint8[rows, codes] of words int32[rows, words]."""
@@ -280,7 +305,7 @@ class Layer:
         held = self.tensors.get(self.scheme.layout.groups or "")
         groups = None if held is None else held.read()
         # compressed-tensors makes room for them with -1, and leaves it so where nothing is ordered.
-        unset = self.scheme.format != "gptq" and groups is not None and -1 in groups
+        unset = self.scheme.layout.groups != "g_idx" and groups is not None and -1 in groups
         return None if unset else groups
 
     @functools.cached_property
@@ -300,6 +325,8 @@ class Layer:
         scheme, layout = self.scheme, self.scheme.layout
         if shape[1] % (scheme.group_size or 1):
             return [(self.name, f"groups of {scheme.group_size} do not divide {shape[1]} inputs")]
+        if layout.planes and any(size % 32 for size in shape):
+            return [(self.name, f"planes of 32 codes do not divide a layer {list(shape)}")]
         problems = []
         for name, (specs, must) in scheme.specs(shape).items():
             if name not in self.tensors:
@@ -315,8 +342,9 @@ class Layer:
         small = {name: self.tensors[name].read() for name in self.tensors if name != layout.codes}
         if scheme.symmetric and layout.zeros in small and scheme.zeros(small, shape[0]).any():
             fault = "holds zero points that are not in the middle, but the layer is symmetric"
-            if scheme.format == "gptq":
-                fault += "; is sym, or checkpoint_format (gptq or gptq_v2), wrong?"
+            said = {"gptq": "sym, or checkpoint_format (gptq or gptq_v2),", "awq": "zero_point"}
+            if scheme.format in said:
+                fault += f"; is {said[scheme.format]} wrong?"
             problems.append((f"{self.name}.{layout.zeros}", fault))
         groups = scheme.groups(shape[1])
         wanted = np.repeat(np.arange(groups), shape[1] // groups)

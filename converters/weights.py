@@ -213,7 +213,11 @@ def _problems(
         if name in buffers and not _close(tensor.read(), buffers[name].value(config)):
             problems.append((name, "differs from what the model computes in its place"))
         elif not (name in buffers or name in expected or name in aliases or table.ignores(name)):
-            problems.append((name, "unexpected"))
+            layer = layers.get(f"{name.removesuffix('.bias')}.weight")
+            if layer is None or not name.endswith(".bias"):
+                problems.append((name, "unexpected"))
+            elif np.any(tensor.read()):  # writers of GPTQ give every layer one, mostly of zeros
+                problems.append((name, "unexpected, and not all zero"))
     problems += [
         (f"{layers[name].name}.{part}", "unexpected")
         for name in layers

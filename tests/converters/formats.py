@@ -28,6 +28,14 @@ def words(codes, bits):
     return np.frombuffer(b"".join(rows), "<i4").reshape(*codes.shape[:-1], count)
 
 
+def planes(codes, bits):
+    """int32[..., words]: 32 codes of a row are words of their low bits, then of those above."""
+    split = {5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 3: (2, 1)}.get(bits, (bits,))
+    blocks = codes.reshape(*codes.shape[:-1], -1, 32)
+    found = [words(blocks >> sum(split[:n]) & (2**w - 1), w) for n, w in enumerate(split)]
+    return np.concatenate(found, axis=-1).reshape(*codes.shape[:-1], -1)
+
+
 class Matrix:
     """Random codes [O, I], zero points [O, G], both unsigned, and scales float16[O, G]."""
 
@@ -59,6 +67,12 @@ class Matrix:
             "qzeros": zeros.astype(np.int32),
             "scales": self.scales.T,
             "g_idx": groups.astype(np.int32),
+        }
+
+    def gptq_planes(self):
+        return self.gptq() | {
+            "qweight": planes(self.codes, self.bits).T,
+            "qzeros": planes(self.zeros.T, self.bits),
         }
 
     def awq(self):
@@ -139,7 +153,16 @@ CASES = {
         lambda m: m.gptq(2),
         (4, 32, False),
     ),
+    **{
+        f"gptq {bits} planes": (
+            gptq(bits, sym=False, checkpoint_format="gptq_p"),
+            Matrix.gptq_planes,
+            (bits, 32, False),
+        )
+        for bits in (3, 5, 6, 7)
+    },
     "awq": (AWQ, Matrix.awq, (4, 32, False)),
+    "awq symmetric": (AWQ | {"zero_point": False}, Matrix.awq, (4, 32, True)),
     "packed 4": (compressed("pack-quantized", 4, 32), Matrix.packed, (4, 32, True)),
     "packed 4 channel": (
         compressed("pack-quantized", 4, sym=False),

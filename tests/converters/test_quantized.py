@@ -30,6 +30,7 @@ from tests.converters.formats import (
     AWQ,
     CASES,
     KERNELS,
+    LAYERS,
     TOKENS,
     WI,
     WO,
@@ -116,6 +117,50 @@ def test_a_layer_is_read_in_blocks(method):
     tracemalloc.stop()
     arrays = sum(array.nbytes for array in jax.tree.leaves(leaf))
     assert most < 1.1 * arrays + 2 * held["qweight"].nbytes
+
+
+def test_rules_for_single_layers(t5, tmp_path):
+    """GPTQModel's `dynamic`: names begin with an expression, the first rule holds, "-:" first."""
+    first, second, third = LAYERS
+    held = {first: Matrix((96, 64), 8, 32, False, seed=1), second: Matrix((64, 96), 3, -1, True)}
+    rules = {
+        "+:encoder.block.0": {"bits": 8, "sym": False, "desc_act": True},
+        r".*\.wo$": {"bits": 3, "group_size": -1},
+        "encoder": {"bits": 2},
+        rf"-:{third}$": {},
+    }
+    layers = {layer: matrix.gptq() for layer, matrix in held.items()}
+    groups = layers[first]["g_idx"] = np.random.default_rng(5).permutation(np.arange(64) // 32)
+    directory = write(t5, tmp_path / "q", gptq(4, dynamic=rules), layers)
+    found = flatten_params(converters.from_pretrained(directory)[1])
+    gate, down, query = (found[kernel] for kernel in KERNELS)
+    scale, zero = (x[:, groups] for x in (held[first].scales, held[first].zeros))
+    expected = scale.astype(np.float32) * (held[first].codes - zero)
+    np.testing.assert_array_equal(gate.restore(), expected.T)
+    assert (gate.bits, down.bits, down.group_size) == (8, 3, 96)
+    np.testing.assert_array_equal(down.restore(), held[second].value().T)
+    np.testing.assert_array_equal(query, flatten_params(t5[1])[KERNELS[2]])
+    layers = {third: Matrix((64, 64), 4, 32, True).gptq()}
+    with pytest.raises(ValueError, match=rf"codes of \['{third}'\], which no group or rule"):
+        converters.from_pretrained(write(t5, directory, gptq(4, dynamic=rules), layers))
+
+
+def test_biases_of_layers_that_have_none(t5, tmp_path):
+    """Some writers of GPTQ give every layer one: zeros change nothing."""
+    held = matrices((4, 32, True))
+    layers = {k: m.gptq() | {"bias": np.zeros(m.outputs, np.float16)} for k, m in held.items()}
+    directory = write(t5, tmp_path / "q", gptq(4), layers)
+    kernel = flatten_params(converters.from_pretrained(directory)[1])[KERNELS[0]]
+    np.testing.assert_array_equal(kernel.restore(), held[WI].value().T)
+    layers[WO]["bias"][3] = 1
+    with pytest.raises(ValueError, match=rf"1 problems.*\n.*{WO}\.bias: unexpected, and not all"):
+        converters.from_pretrained(write(t5, directory, gptq(4), layers))
+
+
+def test_planes_are_of_whole_blocks():
+    scheme = quantized.Scheme("gptq_p", 5, None, True)
+    faults = quantized.Layer("a", scheme, {}).problems((96, 40))
+    assert faults == [("a", "planes of 32 codes do not divide a layer [96, 40]")]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -298,7 +343,7 @@ def test_values_that_contradict_the_configuration(t5, tmp_path):
     with pytest.raises(ValueError, match=r"wi_0\.weight_scale: 1 of 192 values are NaN"):
         converters.from_pretrained(directory, check_finite=True)
     only = compressed("pack-quantized", 4, 32, targets=["re:.*wi_0"])
-    with pytest.raises(ValueError, match=r"no config_group .* has the quantised layers \['enc"):
+    with pytest.raises(ValueError, match=r"codes of \['enc.*'\], which no group .* quantises"):
         converters.from_pretrained(write(t5, directory, only, held))
 
 
@@ -317,9 +362,14 @@ def test_values_that_contradict_the_configuration(t5, tmp_path):
         (torchao("Int8DynamicActivationInt8WeightConfig", reduce_range=True), "reduce_range=True"),
         (torchao("Int8WeightOnlyConfig", granularity=[{}, {}]), "only one for weights and inputs"),
         (gptq(5), r"bits=5 \(only 2, 3, 4, 8\)"),
+        (gptq(4, pack_dtype="int64"), "pack_dtype='int64'"),
+        (gptq(4, dynamic=["a"]), r"dynamic=\['a'\] \(only options by expression"),
+        (gptq(4, dynamic={"+:a": 3}), r"dynamic\['\+:a'\]: 3 \(only options by name"),
+        (gptq(4, dynamic={"-:[": {}}), r"dynamic\['-:\['\]: '\[' is no regular expression"),
+        (gptq(4, dynamic={"a": {"bits": 5}}), r"gptq cannot be read: dynamic\['a'\]: bits=5"),
         (gptq(4, 0), "group_size=0"),
         (gptq(4, checkpoint_format="marlin"), "checkpoint_format='marlin'.*'gptq', 'gptq_v2'"),
-        (gptq(4, dynamic={"a": {}}), "dynamic"),
+        (compressed("int-quantized", 8, targets=["re:("]), r"group_0: '\(' is no regular"),
         (AWQ | {"version": "gemv", "bits": 3}, r"version='gemv' \(only 'gemm'\); bits=3"),
         (compressed("float-quantized", 8), "format='float-quantized'.*'pack-quantized'"),
         (compressed("pack-quantized", 3), r"group_0: num_bits=3 \(only 4, 8\)"),
