@@ -8,6 +8,8 @@ is quick and touches no device.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from typing import Any
 
 __version__ = "0.1.0"
@@ -23,6 +25,26 @@ _PUBLIC = {
     "save": "recipe",
 }
 _MODULES = ("capture", "cost", "generate", "metrics", "samplers", "testing")
+
+
+def _refuse_shadows() -> None:
+    """Packages that are installed beside this one must not be hidden by a user's own files."""
+    beside = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    for name in ("converters", "pallas_kernels"):
+        spec = importlib.util.find_spec(name)
+        found = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
+        own = os.path.join(beside, name, "__init__.py")
+        if found and os.path.realpath(found) != own:
+            what = os.path.dirname(found) if os.path.basename(found) == "__init__.py" else found
+            raise ImportError(
+                f"effjax needs its own package {name!r}, {own}, but Python finds {found} first; "
+                f"rename {what}, or take its folder from the front of sys.path",
+                name=name,
+                path=found,
+            )
+
+
+_refuse_shadows()
 
 
 def __getattr__(name: str) -> Any:

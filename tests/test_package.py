@@ -61,3 +61,37 @@ def test_it_works_beside_a_users_own_experiments(wheel, tmp_path):
     assert result.returncode == 0, result.stderr
     installed = tmp_path / "installed" / "effjax" / "__init__.py"
     assert result.stdout.split() == [str(installed), "mine"]
+
+
+def imported(statement, folder):
+    """What a program of one line says in a folder."""
+    return subprocess.run(
+        [sys.executable, "-c", statement],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("statement", "file"),
+    [
+        ("import effjax", "converters.py"),
+        ("import converters, effjax", "converters/__init__.py"),
+        ("import effjax", "pallas_kernels/__init__.py"),
+    ],
+)
+def test_a_users_file_that_hides_a_package_is_named(tmp_path, statement, file):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    message = imported(statement, tmp_path).stderr.splitlines()[-1]
+    hidden = tmp_path / file.split("/")[0]
+    assert message.startswith(f"ImportError: effjax needs its own package '{hidden.stem}', {ROOT}")
+    assert f"but Python finds {path} first; rename {hidden}, or" in message
+
+
+def test_a_users_folder_without_modules_hides_nothing(tmp_path):
+    (tmp_path / "converters").mkdir()
+    assert imported("import effjax, converters", tmp_path).returncode == 0
