@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax import generate as generation
 from effjax import testing
 from effjax.cost import state_bytes
 from effjax.generate import (
     Sampling,
     cache_bytes,
+    decoding,
     extend,
     generate,
     perplexity,
     prefill,
     process_logits,
     score,
+    sessions,
 )
 from effjax.layers.kv_cache import Caches, as_it_is
 from effjax.methods import moa
@@ -263,10 +264,10 @@ def test_the_programs_are_compiled_once(model):
     """Other numbers, keys and texts of the same shape run the same programs."""
     options = {"max_new_tokens": NEW, "top_k": 9, "key": jax.random.key(3)}
     generate(*model, PROMPTS, temperature=1.0, **options)
-    before = generation._decode._cache_size(), generation._read_first._cache_size()
+    before = decoding._decode._cache_size(), sessions._read_first._cache_size()
     options["key"] = jax.random.key(5)
     generate(*model, [row[::-1] for row in PROMPTS], temperature=0.6, **options)
-    assert (generation._decode._cache_size(), generation._read_first._cache_size()) == before
+    assert (decoding._decode._cache_size(), sessions._read_first._cache_size()) == before
 
 
 def test_a_generated_text_is_a_value(model, greedy):

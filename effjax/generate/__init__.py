@@ -1,0 +1,44 @@
+"""Text generation: read prompts (prefill), then choose token after token (decode).
+
+    out = generate(forward, params, [[5, 9, 2], [7, 7]], max_new_tokens=64)
+
+Both are one jitted program each; decoding is a `lax.while_loop`. What a text's keys and values are
+kept in is the forward's matter: one without a cache gets a dense one.
+"""
+
+from __future__ import annotations
+
+from effjax.generate.decoding import Generated, Streamer, generate
+from effjax.generate.sampling import Sampling, process_logits
+from effjax.generate.scoring import Reading, perplexity, score
+from effjax.generate.sessions import (
+    CacheBytes,
+    Prompts,
+    Session,
+    cache_bytes,
+    cached,
+    caches,
+    extend,
+    has_cache,
+    prefill,
+)
+
+__all__ = [
+    "CacheBytes",
+    "Generated",
+    "Prompts",
+    "Reading",
+    "Sampling",
+    "Session",
+    "Streamer",
+    "cache_bytes",
+    "cached",
+    "caches",
+    "extend",
+    "generate",
+    "has_cache",
+    "perplexity",
+    "prefill",
+    "process_logits",
+    "score",
+]

@@ -1,0 +1,176 @@
+"""Log-probabilities and logits of given texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from effjax.context import Step, is_static
+from effjax.forward import Forward, Params, StateDict
+from effjax.generate.sessions import (
+    Prompts,
+    cached,
+    check_tokens,
+    empty_state,
+    has_cache,
+    padded,
+)
+from effjax.samplers import Carry
+
+
+def score(
+    forward: Forward,
+    params: Params,
+    texts: Prompts,
+    *,
+    context: int | None = None,
+) -> np.ndarray:
+    """Log-probabilities of the tokens of texts, float32[B, S]; NaN for first tokens and padding.
+
+    Args:
+        forward, params: a language model.
+        texts: token ids, rows of any lengths.
+        context: how many tokens are read at once; the others follow one by one, through the cache,
+            as they would be generated: this is what shows a compressed cache's error. None reads
+            all at once.
+
+    Raises:
+        ValueError: as `prefill`; if the context is not within the texts.
+    """
+    tokens, lengths = padded(texts)
+    check_tokens(forward, tokens)
+    columns = tokens.shape[1]
+    positions = np.where(np.arange(columns) < lengths[:, None], np.arange(columns), -1)
+    if context is not None and not 1 <= context <= columns:
+        raise ValueError(f"context must be 1 ... {columns} tokens of the texts, got {context}")
+    first = columns if context is None else context
+    if has_cache(forward) or context is not None:
+        forward = cached(forward).with_room(first, columns - first)
+        state = empty_state(forward, params, len(tokens))
+    else:
+        state = {}
+    return np.asarray(_score(forward, params, state, tokens, positions.astype(np.int32), first))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Texts read by a language model: the first tokens at once, the others through its cache.
+
+    What a `Sampler` is to a diffusion model, with the same methods: `jax.jit(reading)(forward,
+    params, texts)` is one program.
+
+    Attributes:
+        prompt: tokens that are read at once.
+        new: tokens that are read singly.
+    """
+
+    prompt: int
+    new: int
+
+    @property
+    def calls(self) -> int:
+        """Number of network calls."""
+        return 1 + self.new
+
+    def __call__(
+        self, forward: Forward, params: Params, texts: Int[Array, "B S"], key: Any = None
+    ) -> Float[Array, "B N V"]:
+        """Logits after the prompt and after every token that is read singly, N = 1 + new."""
+        carry = self.init(forward, params, texts, key)
+        carry = self.step(forward, params, carry, texts, None, 0)
+
+        def body(carry: Carry, step: Array) -> tuple[Carry, None]:
+            return self.step(forward, params, carry, texts, None, step), None
+
+        return jax.lax.scan(body, carry, jnp.arange(1, self.calls))[0].x
+
+    def init(
+        self,
+        forward: Forward,
+        params: Params,
+        texts: Int[Array, "B S"],
+        key: Any = None,
+        *,
+        uncond: None = None,
+    ) -> Carry:
+        """An empty cache, and no logits yet.
+
+        Raises:
+            ValueError: for texts of another length.
+        """
+        if texts.shape[1] != self.prompt + self.new:
+            raise ValueError(f"texts have {self.prompt} + {self.new} tokens, got {texts.shape[1]}")
+        shape = texts.shape[0], self.calls, forward.config.vocab_size
+        state = empty_state(self.ready(forward), params, texts.shape[0])
+        return Carry(jnp.zeros(shape, forward.config.dtype), (), state, jnp.zeros((0,)))
+
+    def step(
+        self, forward: Forward, params: Params, carry: Carry, texts: Array, uncond: None, step: Step
+    ) -> Carry:
+        """One call of the network."""
+        out, _, state = self.network(forward, params, carry.state, carry.x, texts, None, step)
+        x = jax.lax.dynamic_update_slice_in_dim(carry.x, out, step, axis=1)
+        return carry._replace(x=x, state=state)
+
+    def network(
+        self,
+        forward: Forward,
+        params: Params,
+        state: StateDict,
+        x: Array,
+        texts: Int[Array, "B S"],
+        uncond: None,
+        step: Step,
+    ) -> tuple[Array, Array, StateDict]:
+        """Logits [B, 1, V] of call `step`, twice, and the next state; a traced step is above 0."""
+        first = is_static(step) and step == 0
+        start: Step = 0 if first else self.prompt - 1 + step
+        count = self.prompt if first else 1
+        tokens = jax.lax.dynamic_slice_in_dim(texts, start, count, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(count), tokens.shape)
+        keep = jnp.full((tokens.shape[0], 1), count - 1)
+        inputs = tokens, positions, keep
+        logits, state = self.ready(forward)(params, state, *inputs, step=0 if first else 1)
+        return logits, logits, state
+
+    def unconditional(self, forward: Forward, cond: Array, uncond: None = None) -> None:
+        """There is no guidance."""
+
+    def ready(self, forward: Forward) -> Forward:
+        """The forward with a cache of this size."""
+        return cached(forward).with_room(self.prompt, self.new)
+
+
+def perplexity(log_probs: np.ndarray) -> float:
+    """exp of the mean negative log-probability of the tokens that `score` scored."""
+    return float(np.exp(-np.nanmean(log_probs)))
+
+
+@partial(jax.jit, static_argnums=5)
+def _score(
+    forward: Forward, params: Params, state: StateDict, tokens: Array, positions: Array, first: int
+) -> Array:
+    def of(logits: Array, following: Array) -> Array:
+        scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        return jnp.take_along_axis(scores, following[..., None], axis=-1)[..., 0]
+
+    shifted = jnp.roll(tokens, -1, axis=1)
+    logits, state = forward(params, state, tokens[:, :first], positions[:, :first])
+    scores = of(logits, shifted[:, :first])
+
+    def one(state: StateDict, column: tuple[Array, Array, Array]) -> tuple[StateDict, Array]:
+        token, position, following = column
+        logits, state = forward(params, state, token[:, None], position[:, None], step=1)
+        return state, of(logits[:, 0], following)
+
+    rest = (tokens[:, first:].T, positions[:, first:].T, shifted[:, first:].T)
+    _, more = jax.lax.scan(one, state, rest)
+    scores = jnp.concatenate([scores, more.T], axis=1)
+    scores = jnp.concatenate([jnp.zeros_like(scores[:, :1]), scores[:, :-1]], axis=1)
+    return jnp.where(positions > 0, scores, jnp.nan)
