@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from effjax.storage import Tensor, open_safetensors, open_shards
+from effjax.storage import Tensor, open_safetensors, open_shards, stand_in
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 FLOATS = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16)))  # of weights
@@ -50,7 +50,10 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             f"safetensors file"
         ) from None
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # older files cannot be mapped, and are read whole
+        start = file.read(64)
+    if other := stand_in(start):
+        raise ValueError(f"{path} {other}")
+    zipped = start.startswith(b"PK\x03\x04")  # older files cannot be mapped, and are read whole
     try:
         # Training scripts keep their arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):

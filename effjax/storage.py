@@ -6,6 +6,7 @@ checked first. (The safetensors package copies what it reads and wants all tenso
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
@@ -33,6 +34,9 @@ DTYPES = {
         "BF16": ml_dtypes.bfloat16,
         "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
         "I64": np.int64,
         "I32": np.int32,
         "I16": np.int16,
@@ -42,10 +46,13 @@ DTYPES = {
         "U16": np.uint16,
         "U8": np.uint8,
         "BOOL": np.bool_,
+        "C64": np.complex64,
     }.items()
 }
 
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_AXES = 64
+_PICKLES = (b"PK\x03\x04", *(bytes((0x80, protocol)) for protocol in range(2, 6)))
 
 
 class Tensor(NamedTuple):
@@ -57,14 +64,52 @@ class Tensor(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read, is no JSON in UTF-8, has a key twice, or
+            holds something other than an object.
+    """
     try:
-        value = json.loads(path.read_text())
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        return parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise ValueError(f"{path} {stand_in(text[:64]) or f'is not valid JSON: {error}'}") from None
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object, whose keys are all different.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = collections.Counter(key for key, _ in pairs)
+            raise ValueError(f"keys stand twice: {[key for key in found if counts[key] > 1]}")
+        return found
+
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=distinct)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
+        raise ValueError(f"it must be a JSON object, got a {type(value).__name__}")
     return value
+
+
+def stand_in(start: bytes) -> str | None:
+    """What stands in the place of a file that begins so, if it is known not to be the file."""
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file; run `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, not the file; download it again"
+    return None
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
@@ -77,13 +122,15 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(64)
         length = int.from_bytes(start[:8], "little")
-        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        # The first bytes are a length, and may be anything. A header begins with a brace.
+        headed = length <= _MAX_HEADER_BYTES and start[8:9] in (b"{", b"")
+        if not headed and start.startswith(_PICKLES):
             raise ValueError(
                 f"{path} is a pickle, not safetensors. If you trust where it comes from, give it "
                 f"the suffix .pt, and torch will read its tensors."
             )
-        if start.startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull`")
+        if not headed and (other := stand_in(start)):
+            raise ValueError(f"{path} {other}")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(
                 f"{path} is truncated or no safetensors file: {size} bytes, of which the header "
@@ -91,7 +138,10 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
             )
         file.seek(8)
         header = file.read(length)
-    entries, data_bytes = _parse_header(path, header)
+    try:
+        entries, data_bytes = _parse_header(header)
+    except ValueError as error:
+        raise ValueError(f"{path} has a corrupt safetensors header: {error}") from None
     if data_bytes != size - 8 - length:
         raise ValueError(
             f"{path} is truncated or corrupt: its header announces {data_bytes} bytes of tensors, "
@@ -105,28 +155,58 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _parse_header(path: Path, header: bytes) -> tuple[dict[str, tuple[np.dtype, Shape, int]], int]:
+_Entry = tuple[np.dtype, Shape, int]
+
+
+def _parse_header(header: bytes) -> tuple[dict[str, _Entry], int]:
     """Dtype, shape and offset by name, and the size of all tensors, which must leave no gaps."""
-    entries: dict[str, tuple[np.dtype, Shape, int]] = {}
+    entries: dict[str, _Entry] = {}
     spans = []
-    try:
-        for name, entry in json.loads(header).items():
-            if name == "__metadata__":
-                continue
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            if min((0, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} of shape {list(shape)} has {end - begin} bytes")
-            entries[name] = (dtype, shape, begin)
-            spans.append((begin, end))
-        spans.sort()
-        ends = [0, *(end for _, end in spans)]
-        if ends[:-1] != [begin for begin, _ in spans]:
-            raise ValueError("its tensors overlap or leave gaps")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        detail = f"unknown dtype or field {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} has a corrupt safetensors header: {detail}") from None
-    return entries, ends[-1]
+    for name, entry in parse_json(header).items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, begin, end = _parse_entry(entry)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        entries[name] = (dtype, shape, begin)
+        spans.append((begin, end, name))
+    spans.sort()
+    end = 0
+    for begin, after, name in spans:
+        if begin != end:
+            raise ValueError(
+                f"its tensors overlap or leave gaps: {name} begins at {begin}, must at {end}"
+            )
+        end = after
+    return entries, end
+
+
+def _parse_entry(entry: Any) -> tuple[np.dtype, Shape, int, int]:
+    """Dtype, shape, begin and end of one tensor."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"must be an object, got {entry!r:.80}")
+    held = {}
+    for field, length in (("shape", None), ("data_offsets", 2)):
+        numbers = held[field] = entry.get(field)
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > _MAX_AXES
+            or len(numbers) != (len(numbers) if length is None else length)
+            or not all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        ):
+            count = f"up to {_MAX_AXES}" if length is None else length
+            raise ValueError(
+                f"must have {count} integers from 0 on as {field}, got {numbers!r:.80}"
+            )
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"has the unknown dtype {dtype!r:.80}; there are {', '.join(DTYPES)}")
+    shape, (begin, end) = held["shape"], held["data_offsets"]
+    wanted = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != wanted:
+        raise ValueError(f"of shape {shape} has {end - begin} bytes, must have {wanted}")
+    return DTYPES[dtype], tuple(shape), begin, end
 
 
 def _view(data: np.ndarray, begin: int, dtype: np.dtype, shape: Shape) -> np.ndarray:
@@ -164,10 +244,19 @@ def index_files(path: Path) -> dict[str, str]:
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{path} lists no tensors: it has no weight_map")
-    outside = sorted({str(file) for file in files.values() if Path(str(file)).name != file})
-    if outside:
-        raise ValueError(f"{path} lists files that are not beside it: {outside}")
+    wrong = {name: file for name, file in files.items() if not _is_shard(file)}
+    if wrong:
+        listed = ", ".join(f"{name}: {file!r:.80}" for name, file in [*wrong.items()][:5])
+        raise ValueError(
+            f"{path} lists files that are not beside it; weight_map must give the name of a "
+            f"weight file for each tensor, and gives {listed}"
+        )
     return files
+
+
+def _is_shard(file: Any) -> bool:
+    """Whether this may be the name of a weight file in the folder of its index."""
+    return isinstance(file, str) and Path(file).name == file and not file.endswith(".json")
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from converters.checkpoint import open_checkpoint
-from effjax.storage import Spec, new_directory, write_safetensors, write_shards
+from effjax.storage import Spec, new_directory, read_json, write_safetensors, write_shards
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -91,6 +91,23 @@ def test_trailing_bytes(file):
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, r"a of shape \[2\] has 4"),
         ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "corrupt"),
         ({"a": {"dtype": "F9", "shape": [1], "data_offsets": [0, 4]}}, "unknown dtype.*F9"),
+        (
+            {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
+            "a has the unknown dtype",
+        ),
+        ({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, r"a must .*as shape"),
+        ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, r"a must .*as shape"),
+        ({"a": {"dtype": "F32", "shape": [10**40], "data_offsets": [0, 4]}}, r"a must .*as shape"),
+        ({"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}, r"a must .*as shape"),
+        ({"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}}, r"a must .*as shape"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]}}, r"a must .*offsets"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, r"a must .*offsets"),
+        (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', r"a must .*as shape"),
+        (b'{"a": {}, "a": {}}', r"keys stand twice: \['a'\]"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "limit"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"\xff": {}}', "codec"),
+        ({"a": 1}, "a must be an object, got 1"),
         ({"a": {"dtype": "F32", "shape": [1]}}, "data_offsets"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "leave gaps"),
         (
@@ -108,16 +125,33 @@ def test_corrupt_header(tmp_path, header, message):
         open_checkpoint(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("start", [0x0280, 0x0380, 0x0480, 0x0580, 0x04034B50])
+def test_headers_whose_length_looks_like_another_kind_of_file(tmp_path, start):
+    """A file begins with the length of its header: 896 bytes read as a pickle, 64 MB as a zip."""
+    text = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", start) + text.ljust(start) + b"\7")
+    assert open_checkpoint(tmp_path / "x.safetensors")["a"].read() == 7
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", start) + text)
+    with pytest.raises(ValueError, match=r"is truncated"):
+        open_checkpoint(tmp_path / "x.safetensors")
+
+
 def test_pickle_and_lfs_pointer_with_the_wrong_name(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(pickle.dumps({"a": list(range(100))}))
     with pytest.raises(ValueError, match="is a pickle, not safetensors"):
         open_checkpoint(path)
-    path.write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    path.write_bytes(b"PK\x03\x04\0\0\x08\x08" + b"\0" * 100)
     with pytest.raises(ValueError, match="is a pickle, not safetensors"):
         open_checkpoint(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="git lfs pull"):
+    for name in ("x.safetensors", "x.bin", "x.safetensors.index.json"):
+        path.rename(path := tmp_path / name)
+        with pytest.raises(ValueError, match="git lfs pull"):
+            open_checkpoint(path)
+    path.write_bytes(b"<!DOCTYPE html><html>")
+    with pytest.raises(ValueError, match="is a web page"):
         open_checkpoint(path)
 
 
@@ -135,6 +169,9 @@ def test_missing_shards_are_all_named(tmp_path):
         ({"a": "w.safetensors", "lost": "w.safetensors"}, "lost is not in w"),
         ({"a": "w.safetensors", "b": "v.safetensors"}, "a stands in w"),
         ({"a": "../w.safetensors"}, "not beside it"),
+        ({"a": 1}, "not beside it.*gives a: 1"),
+        ({"a": ["w.safetensors"]}, "not beside it"),
+        ({"a": "w.safetensors.index.json"}, "not beside it"),
         ({}, "no weight_map"),
         (None, "no weight_map"),
     ],
@@ -146,6 +183,30 @@ def test_index_that_lies(tmp_path, weight_map, message):
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=message):
         open_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff{}", "codec"),
+        (b"[]", "must be a JSON object, got a list"),
+        (b'{"a": 1, "b": 2, "a": 1}', r"keys stand twice: \['a'\]"),
+        (b'{"a": {"b": 1, "b": 2}}', r"keys stand twice: \['b'\]"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "limit"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_json_that_cannot_be_read(tmp_path, text, message):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"x\.json is not valid JSON: .*{message}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_that_is_no_file(tmp_path):
+    for path in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(ValueError, match=f"{path} cannot be read"):
+            read_json(path)
 
 
 def test_unknown_suffix(tmp_path):
