@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-llm test lint aot docs clean
+# The versions that every test passed with, for this Python. `CONSTRAINTS=` installs without them.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS := $(wildcard constraints/python$(VERSION).txt)
+INSTALL := -m pip install --quiet $(CONSTRAINTS:%=--constraint %)
+
+.PHONY: demo demo-llm test lint aot docs constraints newest clean
 
 demo: $(VENV)/.core
 	$(BIN)/effjax demo
@@ -30,27 +35,50 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m experiments.report > docs/benchmarks.md
 	$(BIN)/mkdocs build --strict
 
-$(VENV)/.core: pyproject.toml
+# Names and versions of what VENV holds: `make newest && make constraints VENV=.venv-newest`.
+VERSIONS = $(1)/bin/python -m pip list --format freeze --exclude-editable --exclude pip | sed 's/+.*//'
+
+constraints: $(VENV)/.test
+	@echo "# Made by make constraints: every test passed with these." > constraints/python$(VERSION).txt
+	$(call VERSIONS,$(VENV)) >> constraints/python$(VERSION).txt
+
+# The suite with the newest versions inside the bounds of pyproject.toml, and outside of them for
+# packages that OVER names (OVER="jax transformers"). Prints what differs from the constraints.
+newest:
+	rm -rf .venv-newest
+	$(MAKE) VENV=.venv-newest CONSTRAINTS= .venv-newest/.test
+	$(if $(OVER),.venv-newest/bin/python -m pip install --quiet --upgrade $(OVER))
+	@status=0; .venv-newest/bin/python -m pytest -q -n 2 --dist loadfile || status=$$?; \
+	echo "constraints (<) and what ran (>):"; \
+	$(call VERSIONS,.venv-newest) | diff $(or $(CONSTRAINTS),/dev/null) - | grep '^[<>] [^#]'; exit $$status
+
+$(VENV)/.core: pyproject.toml $(CONSTRAINTS)
+	$(unconstrained)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python $(INSTALL) --editable .
 	touch $@
 
 # torch and diffusers are parity references; their extra is empty where no CPU build exists.
 $(VENV)/.test: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --editable ".[torch]"
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python $(INSTALL) --editable ".[torch]"
+	$(BIN)/python $(INSTALL) --editable ".[test]"
 	touch $@
 
-$(VENV)-tpu/.aot: pyproject.toml
+$(VENV)-tpu/.aot: pyproject.toml $(CONSTRAINTS)
+	$(unconstrained)
 	$(PYTHON) -m venv $(VENV)-tpu
 	$(VENV)-tpu/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-tpu/bin/python -m pip install --quiet --editable ".[test,tpu]"
+	$(VENV)-tpu/bin/python $(INSTALL) --editable ".[test,tpu]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python $(INSTALL) --editable ".[docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu demo dist .site
+	rm -rf $(VENV) $(VENV)-tpu .venv-newest demo dist .site
+
+define unconstrained
+$(if $(CONSTRAINTS),,@echo "no constraints for Python $(VERSION): installing the newest versions")
+endef

@@ -3,10 +3,17 @@
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.test_import_graph import imports
 
 ROOT = Path(__file__).parent.parent
 USES_WHAT_SHIPS = """
@@ -95,3 +102,36 @@ def test_a_users_file_that_hides_a_package_is_named(tmp_path, statement, file):
 def test_a_users_folder_without_modules_hides_nothing(tmp_path):
     (tmp_path / "converters").mkdir()
     assert imported("import effjax, converters", tmp_path).returncode == 0
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "constraints").iterdir()), ids=lambda path: path.stem
+)
+def test_constraints_are_versions_inside_the_bounds(path):
+    """Names and versions alone, of everything that is declared."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    versions = {canonicalize_name(name): Version(v) for name, v in (x.split("==") for x in lines)}
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["torch"], *extras["test"], *extras["docs"]]
+    for each in map(Requirement, wanted):
+        if each.marker is None or each.marker.evaluate({"python_version": path.stem[6:]}):
+            assert versions[canonicalize_name(each.name)] in each.specifier, each
+
+
+def test_what_is_imported_is_declared():
+    """What comes with something else may go with it."""
+    declared = {canonicalize_name(Requirement(each).name) for each in PROJECT["dependencies"]}
+    paths = [
+        path
+        for package in ("effjax", "converters", "pallas_kernels")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    imported = {name.partition(".")[0] for path in paths for name in imports(path)}
+    extras = {"torch", "qwix"}
+    outside = imported - extras - {"effjax", "converters", "pallas_kernels"}
+    distributions = packages_distributions()
+    for name in sorted(outside - sys.stdlib_module_names):
+        assert declared & set(map(canonicalize_name, distributions[name])), name

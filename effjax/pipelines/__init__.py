@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -138,4 +139,8 @@ def _tokenizer(source: str | os.PathLike, subfolder: str | None, **remote: Any) 
             return AutoTokenizer.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(str(source), subfolder=subfolder or "", **remote)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{source} has no tokenizer that can be read: {error}") from error
+        message = f"{source} has no tokenizer that can be read: {error}"
+        name = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
+        if find_spec("sentencepiece") is None and not hub.has_file(source, name, **remote):
+            message += f"\nIt has no {name}; for a sentencepiece model: pip install sentencepiece"
+        raise ValueError(message) from error

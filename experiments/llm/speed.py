@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -79,12 +80,17 @@ def decoding(
     with torch.inference_mode():
         read = theirs(torch.tensor(tokens).long(), use_cache=True, logits_to_keep=1)
 
+    # transformers 5.24 renamed it.
+    new_name = "cache" in inspect.signature(theirs.forward).parameters
+    named = "cache" if new_name else "past_key_values"
+    kept = getattr(read, named)
+
     @torch.inference_mode()
     def other() -> Any:
-        cache, last = copy.deepcopy(read.past_key_values), read.logits[:, -1:].argmax(-1)
+        cache, last = copy.deepcopy(kept), read.logits[:, -1:].argmax(-1)
         made = [last]
         for _ in range(new - 1):
-            out = theirs(last, past_key_values=cache, use_cache=True)
+            out = theirs(last, use_cache=True, **{named: cache})
             last = out.logits[:, -1:].argmax(-1)
             made.append(last)
         return torch.cat(made, dim=1).numpy()
