@@ -10,6 +10,7 @@ import pytest
 
 from effjax import testing
 from effjax.cost import state_bytes
+from effjax.finite import NotFiniteWarning
 from effjax.generate import (
     Sampling,
     cache_bytes,
@@ -99,6 +100,45 @@ def test_a_cold_temperature_is_greedy(model, greedy):
     assert cold.rows() == greedy.rows()
 
 
+def reference(logits, temperature, kept):
+    """The distribution of one row in float64; at most one of the tokens' filters."""
+    with np.errstate(under="ignore"):
+        weights = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    found = weights / weights.sum()
+    falling = np.sort(found)[::-1]
+    for name, value in kept.items():
+        least = {
+            "top_k": falling[int(value) - 1],
+            "top_p": falling[np.argmax(np.cumsum(falling) >= value)],
+            "min_p": value * falling[0],
+        }[name]
+        found = np.where(found < least * (1 - 1e-6), 0, found)
+    return found / found.sum()
+
+
+@pytest.mark.parametrize("kept", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}])
+def test_any_temperature_gives_its_own_distribution(kept):
+    """From where tokens that are tied stay alone, or are nearly tied, to where all are alike."""
+    logits = np.float32([[3, -80, 3, 2.999, 0], [-1e30, 1e30, 5, -5, 0]])
+    given = jnp.asarray(logits)
+    temperatures = np.float32([digit * 10.0**n for n in range(-45, 4) for digit in (1, 4)])
+    process = jax.jit(jax.vmap(lambda t: process_logits(given, Sampling(temperature=t, **kept))))
+    assert temperatures.min() > 0
+    for temperature, got in zip(temperatures, np.exp(process(temperatures))):
+        want = [reference(row, np.float64(temperature), kept) for row in logits]
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_steps_that_are_off_change_nothing(model, greedy):
+    options = {"max_new_tokens": NEW, "key": jax.random.key(3)}
+    plain = generate(*model, PROMPTS, temperature=1.0, **options)
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert generate(*model, PROMPTS, temperature=1.0, **off, **options).rows() == plain.rows()
+    assert generate(*model, PROMPTS, temperature=0.0, max_new_tokens=NEW, eos=2).rows() == (
+        greedy.rows()
+    )
+
+
 def test_several_end_tokens(model, greedy):
     first, second = greedy.rows()[0][2], greedy.rows()[1][1]
     rows = generate(*model, PROMPTS, max_new_tokens=NEW, eos=[first, second]).rows()
@@ -114,22 +154,49 @@ def test_a_stop_function_ends_a_row(model, greedy):
     assert len(out.rows()[1]) == NEW
 
 
-def test_tokens_are_streamed(model, greedy):
-    class Seen:
-        def __init__(self):
-            self.put_, self.ended = [], 0
+class Seen:
+    """A streamer of any batch, as its protocol says."""
 
-        def put(self, value):
-            self.put_.append(value)
+    def __init__(self):
+        self.put_, self.ended = [], 0
 
-        def end(self):
-            self.ended += 1
+    def put(self, value):
+        self.put_.append(value)
+
+    def end(self):
+        self.ended += 1
+
+    def rows(self):
+        columns = np.stack(self.put_[1:], axis=1)
+        ended = columns < 0
+        assert (ended[:, 1:] >= ended[:, :-1]).all()  # a row that has ended stays so
+        return [row[row >= 0].tolist() for row in columns]
+
+
+@pytest.mark.parametrize("lengths", [(20, 20, 20), (1, 2, 3), (8, 1, 9), (20, 3, 16)])
+def test_what_is_streamed_is_what_is_returned(model, lengths):
+    """Rows stop at any place of the eight tokens that come at once, or not at all."""
+    whole = generate(*model, PROMPTS, max_new_tokens=20).rows()
+    wanted = [row[:length] for row, length in zip(whole, lengths)]
+
+    def stop(row):
+        return row in wanted
 
     seen = Seen()
-    out = generate(*model, PROMPTS, max_new_tokens=NEW, streamer=seen)
+    out = generate(*model, PROMPTS, max_new_tokens=20, streamer=seen, stop=stop)
+    assert out.rows() == wanted == seen.rows()
     assert seen.ended == 1
-    assert seen.put_[0].shape == (3, 20)
-    chex.assert_trees_all_equal(np.stack(seen.put_[1:], axis=1), out.tokens)
+    shown = seen.put_[0]
+    assert [row[row >= 0].tolist() for row in shown] == PROMPTS
+    beyond = np.arange(out.tokens.shape[1]) >= out.lengths[:, None]
+    assert not out.log_probs[beyond].any()
+
+
+def test_an_end_token_is_the_last_that_is_streamed(model, greedy):
+    seen = Seen()
+    out = generate(*model, PROMPTS, max_new_tokens=NEW, eos=greedy.rows()[0][1], streamer=seen)
+    assert out.rows() == seen.rows()
+    assert len(seen.rows()[0]) == 2
 
 
 def test_one_context_many_questions(model):
@@ -216,16 +283,25 @@ def test_draws_follow_the_distribution():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of tokens, at least 1"),
+        ({"max_new_tokens": -1}, "at least 1; got -1"),
+        ({"max_new_tokens": True}, "at least 1; got True"),
         ({"temperature": 0.5}, "needs a key"),
-        ({"temperature": 0.0, "key": 0}, "above 0"),
-        ({"top_k": 0, "top_p": 2.0}, "top_k must be at least 1.*top_p must be in"),
+        ({"temperature": -0.5, "key": 0}, "temperature must be a finite number of 0"),
+        ({"temperature": float("nan"), "key": 0}, "temperature must be a finite number of 0"),
+        ({"top_k": -1, "top_p": 2.0}, "top_k must be a whole number.*top_p must be from 0 to 1"),
+        ({"min_p": -0.1}, "min_p must be from 0"),
+        ({"repetition_penalty": 1e-60}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be above 0"),
+        ({"prompts": []}, "rows of one or more token ids"),
+        ({"prompts": [np.ones(2)]}, "token ids are whole numbers"),
+        ({"prompts": [[3, -1]]}, "token ids are whole numbers"),
         ({"prompts": [[1], []]}, "rows of one or more token ids"),
         ({"prompts": [[1, 40]]}, "knows tokens 0 ... 39, got 40. Is this another"),
         ({"prompts": [[1] * 60]}, "beyond the 64"),
         ({"prompts": None}, "give prompts, or a session"),
         ({"eos": 77}, "knows tokens 0 ... 39"),
-        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"chunk": 0}, "chunk must be a whole number of tokens, at least 1"),
         ({"temperature": 1.0, "key": "three"}, "one for each of the 1 samples"),
     ],
 )
@@ -243,6 +319,11 @@ def test_a_session_has_its_limits(model):
     session = prefill(forward, params, PROMPTS[:2], new=4)
     with pytest.raises(ValueError, match="20 tokens and room for 24; 5 more do not fit"):
         generate(forward, params, session=session, max_new_tokens=5)
+    with pytest.raises(ValueError, match="read by another model or into another kind of cache"):
+        generate(*load("qwen2"), session=session, max_new_tokens=1)
+    other = forward.edit(Caches(as_it_is), Caches(as_it_is))
+    with pytest.raises(ValueError, match="its edits"):
+        generate(other, params, session=session, max_new_tokens=1)
     with pytest.raises(ValueError, match="2 texts, got 1 continuations"):
         extend(params, session, [[3]])
 
@@ -268,6 +349,19 @@ def test_the_programs_are_compiled_once(model):
     options["key"] = jax.random.key(5)
     generate(*model, [row[::-1] for row in PROMPTS], temperature=0.6, **options)
     assert (decoding._decode._cache_size(), sessions._read_first._cache_size()) == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_warned_of(model, value):
+    """By rows: here the text of token 30."""
+    forward, params = model
+    broken = params | {"table": params["table"].at[30].set(value)}
+    assert "head" in params  # else token 30 is never finite
+    session = prefill(forward, broken, [[7, 8], [30]], new=NEW)
+    with pytest.warns(NotFiniteWarning, match=r"1 of 2 texts \(rows \[1\]\).*compute_dtype"):
+        generate(forward, broken, session=session, max_new_tokens=1)
+    with pytest.warns(NotFiniteWarning, match="log-probabilities of texts: 1 of 2 values"):
+        score(forward, broken, [[7, 8], [30, 8]])
 
 
 def test_a_generated_text_is_a_value(model, greedy):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 
@@ -22,8 +26,9 @@ class Sampling:
     None leaves a step out. Numbers are data: other values do not compile again, but `top_k` does.
 
     Attributes:
-        temperature: divides the logits; None chooses the most likely token (greedy).
-        top_k: keeps the k most likely tokens, and those as likely as the last of them.
+        temperature: divides the logits; None takes the most likely token (greedy), and 0 draws
+            among those that are equally likely.
+        top_k: keeps the k most likely tokens, and those as likely as the last of them; 0 all.
         top_p: keeps the most likely tokens whose probabilities reach this sum.
         min_p: keeps tokens at least this likely relative to the most likely one.
         repetition_penalty: logits of tokens that occurred are divided by it where positive and
@@ -37,20 +42,28 @@ class Sampling:
     repetition_penalty: float | Array | None = None
 
     def check(self) -> None:
-        """Raise ValueError for numbers out of range; all wrong ones are named."""
-        wrong = []
-        if self.temperature is not None and not self.temperature > 0:
-            wrong.append(f"temperature must be above 0 (None is greedy), got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            wrong.append(f"top_k must be at least 1, got {self.top_k}")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                wrong.append(f"{name} must be in (0, 1], got {value}")
-        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
-            wrong.append(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        """Raise ValueError for what is no number or out of range; all wrong ones are named."""
+        wrong = [
+            f"{name} must be {allowed}, got {value}"
+            for name, (holds, allowed) in _RANGES.items()
+            if (value := getattr(self, name)) is not None
+            and not (_is_number(value) and holds(value))
+        ]
         if wrong:
             raise ValueError("; ".join(wrong))
+
+
+_RANGES = {
+    "temperature": (lambda x: 0 <= x < math.inf, "a finite number of 0 (greedy) or more"),
+    "top_k": (lambda x: x >= 0 and x == int(x), "a whole number of 0 (off) or more"),
+    "top_p": (lambda x: 0 <= x <= 1, "from 0 to 1 (off)"),
+    "min_p": (lambda x: 0 <= x <= 1, "from 0 (off) to 1"),
+    "repetition_penalty": (lambda x: 0 < np.float32(x) < np.inf, "above 0 (1 is off), and finite"),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real | jax.Array) and not isinstance(value, bool)
 
 
 def process_logits(
@@ -75,8 +88,10 @@ def process_logits(
         changed = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = jnp.where(occurred, changed, logits)
     if sampling.temperature is not None:
-        logits = logits / jnp.float32(sampling.temperature)
-    if sampling.top_k is not None:
+        # Below the largest: 0 divided by any temperature is 0, so the likeliest tokens stay.
+        below = logits - jnp.max(logits, axis=-1, keepdims=True)
+        logits = jnp.where(below < 0, below / jnp.float32(sampling.temperature), below)
+    if sampling.top_k:
         least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.top_p is not None:

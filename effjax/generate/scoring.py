@@ -12,8 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from effjax.context import Step, is_static
+from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate.sessions import (
+    ADVICE,
     Prompts,
     cached,
     check_tokens,
@@ -42,6 +44,9 @@ def score(
 
     Raises:
         ValueError: as `prefill`; if the context is not within the texts.
+
+    Warns:
+        NotFiniteWarning: if the model gave NaN or infinite values.
     """
     tokens, lengths = padded(texts)
     check_tokens(forward, tokens)
@@ -55,7 +60,9 @@ def score(
         state = empty_state(forward, params, len(tokens))
     else:
         state = {}
-    return np.asarray(_score(forward, params, state, tokens, positions.astype(np.int32), first))
+    scores = np.array(_score(forward, params, state, tokens, positions.astype(np.int32), first))
+    warn_unless_finite("the log-probabilities of texts", jnp.asarray(scores[positions > 0]), ADVICE)
+    return scores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,12 @@ from effjax.forward import Forward, Params, StateDict
 from effjax.layers.kv_cache import Caches, KVCache, as_it_is
 from effjax.sites import canonical
 
+INT32_MAX = 2**31 - 1
+ADVICE = (
+    'Compute with a wider range, compute_dtype="float32" or "bfloat16"; if that does not help, '
+    "the weights are damaged, or a method's plan does not fit them."
+)
+
 Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
 
 
@@ -70,16 +76,15 @@ def prefill(
     """
     tokens, lengths = padded(prompts)
     check_tokens(forward, tokens)
-    if new < 0:
-        raise ValueError(f"new must be 0 or more tokens, got {new}")
+    check_count("new", new, least=0)
     limit = forward.config.max_positions
     if lengths.max() + new > limit:
         raise ValueError(
             f"{lengths.max()} tokens and {new} new ones are beyond the {limit} that the model was "
             f"made for; shorten the prompt, or ask for fewer"
         )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if chunk is not None:
+        check_count("chunk", chunk)
     pieces = split(tokens, lengths, chunk or tokens.shape[1])
     forward = cached(forward).with_room(tokens.shape[1], new)
     if len(pieces) > 1:
@@ -141,11 +146,20 @@ def padded(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
             "prompts are rows of one or more token ids, [[5, 9, 2], [7, 7]]; got "
             f"{[list(row.shape) for row in rows]}"
         )
+    for row in rows:
+        if row.dtype.kind not in "iu" or not 0 <= row.min() <= row.max() <= INT32_MAX:
+            raise ValueError(f"token ids are whole numbers from 0 on, of 32 bits; got {row}")
     lengths = np.asarray([row.size for row in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for place, row in zip(tokens, rows, strict=True):
         place[: row.size] = row
     return tokens, lengths
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError for what is no whole number, or is below the least one."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be a whole number of tokens, at least {least}; got {value}")
 
 
 def check_tokens(forward: Forward, tokens: np.ndarray) -> None:
@@ -169,6 +183,18 @@ def check_room(session: Session, new: int) -> None:
             f"the session has {longest} tokens and room for {room.total}; {new} more do not fit. "
             f"Give prefill a larger `new`."
         )
+
+
+def check_maker(session: Session, forward: Forward) -> None:
+    """Raise ValueError if another model, or another kind of cache, has read a session's texts."""
+    own = cached(forward)
+    for what in ("model", "config", "edits"):
+        read_by, asked = getattr(session.forward, what), getattr(own, what)
+        if read_by != asked:
+            raise ValueError(
+                f"the session was read by another model or into another kind of cache: its {what} "
+                f"is {read_by}, this model's is {asked}. Read the text with this model."
+            )
 
 
 def has_cache(forward: Forward) -> bool:
