@@ -18,7 +18,6 @@ import numpy as np
 from effjax.storage import Tensor, open_safetensors, open_shards, stand_in
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-FLOATS = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16)))  # of weights
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json", *PICKLES)
 
 

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
 from converters import quantization_config, quantized
-from converters.checkpoint import FLOATS
 from converters.family import Family, family_of_config
 from converters.hub import resolve
 from converters.names import Shape
@@ -25,7 +24,15 @@ from converters.weights import Leaf, open_weights
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.parallel import leaf_sharding
 from effjax.quant import QTensor
-from effjax.storage import Spec, new_directory, place, to_host, write_json, write_shards
+from effjax.storage import (
+    FLOATS,
+    Spec,
+    new_directory,
+    place,
+    to_host,
+    write_json,
+    write_shards,
+)
 
 Placement = Sharding | Callable[[str, Shape], Sharding] | Mapping[str, Any] | None
 
@@ -57,9 +64,10 @@ def from_pretrained(
             diffusers' layout, or weight file.
         subfolder: of the model in the repository or directory; "transformer" for a pipeline.
         revision: branch, tag or commit of the repository.
-        dtype: float32, bfloat16 or float16 for all parameters and for the computation; None keeps
-            parameters as stored and computes in float32. Quantised layers keep their codes.
-        compute_dtype: dtype of the computation, if it is to differ from that of the parameters.
+        dtype: float32, bfloat16 or float16 for all parameters; as stored if None. Quantised layers
+            keep their codes.
+        compute_dtype: of the computation; that of `dtype` if None, else that in which most
+            parameters are stored.
         token: for private repositories; True for the one that was stored by logging in.
         cache_dir: of downloads.
         local_files_only: use what was downloaded before; ask no server.
@@ -97,7 +105,7 @@ def from_pretrained(
         for name, placement in placements.items():
             params[name] = _place(weights.read(name), placement)
             bar.update(_bytes(weights.leaves[name]))
-    weights.raise_faults()
+    weights.inspection.raise_faults()
     return weights.forward, nest_params(params)
 
 
@@ -114,8 +122,8 @@ def describe(
         remote: `revision`, `token`, `cache_dir`, `local_files_only`, as there.
 
     Returns:
-        model, layout, config, parameters (of the model, without copies), and weight_bytes (of the
-        tensors as stored).
+        model, layout, config, parameters (of the model, without copies), dtype (of most of them),
+        compute_dtype (that they would be computed in), and weight_bytes (of the tensors as stored).
     """
     weights = open_weights(resolve(repo_or_dir, subfolder=subfolder, **remote))
     stored = [Spec(tensor.shape, tensor.dtype).bytes_ for tensor in weights.tensors.values()]
@@ -124,6 +132,8 @@ def describe(
         "layout": weights.layout,
         "config": dataclasses.asdict(weights.forward.config),
         "parameters": sum(math.prod(leaf.shape) for leaf in weights.leaves.values()),
+        "dtype": weights.forward.config.param_dtype,
+        "compute_dtype": weights.forward.config.dtype,
         "weight_bytes": sum(stored),
     }
 
@@ -221,7 +231,7 @@ def convert(
         weights.read,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
-        finish=weights.raise_faults,
+        finish=weights.inspection.raise_faults,
     )
 
 

@@ -42,11 +42,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from converters.checkpoint import FLOATS
 from converters.names import LAYOUTS, Binding, Piece
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
 from effjax.quant.disk import Codes, pack_bits, signed, unpack_bits
-from effjax.storage import Shape, Spec, Tensor
+from effjax.storage import FLOATS, Shape, Spec, Tensor
 from pallas_kernels.packing import plane_widths
 
 INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)

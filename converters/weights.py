@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from converters import quantization_config
-from converters.checkpoint import FLOATS, open_checkpoint
+from converters.checkpoint import open_checkpoint
 from converters.family import Family, family_of_json, family_of_names
 from converters.names import LAYOUTS, Binding, Piece, Shape, Table
 from converters.quantization_config import Quantization
 from converters.quantized import Layer
 from effjax.forward import Forward, abstract, flatten_params
 from effjax.quant import QTensor
-from effjax.storage import Tensor, read_json
+from effjax.storage import FLOATS, Inspection, Tensor, float_dtype, read_json
 
 Leaf = jax.ShapeDtypeStruct | QTensor
-
-
-def float_dtype(dtype: DTypeLike) -> np.dtype:
-    """One of the dtypes that weights may have."""
-    if jnp.dtype(dtype) not in FLOATS:
-        raise ValueError(f"dtype must be one of {[str(d) for d in FLOATS]}, got {dtype!r}")
-    return jnp.dtype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +36,17 @@ class Weights:
             for a quantised layer.
         tensors: of the checkpoint, by name.
         layers: those that are quantised, by the name of the tensor in whose place they stand.
-        faults: bad values found so far, by tensor name.
+        inspection: what casts parameters, and collects their bad values.
     """
 
     family: Family
     layout: str
     forward: Forward
     leaves: dict[str, Leaf]
-    check_finite: bool
     tensors: dict[str, Tensor]
     layers: dict[str, Layer]
     binding: Binding
-    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+    inspection: Inspection
 
     def read(self, path: str) -> np.ndarray | QTensor:
         """A parameter, in arrays of its own."""
@@ -63,30 +54,10 @@ class Weights:
         if isinstance(leaf, QTensor):
             layer = self.layers[piece.source]
             value = layer.read(leaf.shape, piece.part, piece.parts)
-            if self.check_finite:
-                self._check_finite(f"{layer.name}.{layer.scheme.layout.scale}", value.scale)
+            self.inspection.look(f"{layer.name}.{layer.scheme.layout.scale}", value.scale)
             return value
         value = piece.read(self.tensors[piece.source].read())
-        if self.check_finite:
-            self._check_finite(piece.source, value)
-        with np.errstate(over="ignore", invalid="ignore"):
-            converted = value.astype(leaf.dtype)  # in the order of the file, which is fast
-        if converted.dtype == value.dtype:
-            return converted
-        overflown = np.count_nonzero(np.isinf(converted)) - np.count_nonzero(np.isinf(value))
-        if overflown:
-            self.faults[piece.source] = f"{overflown} values are beyond {converted.dtype}"
-        return converted
-
-    def _check_finite(self, name: str, value: np.ndarray) -> None:
-        finite = np.isfinite(value)
-        if not finite.all():
-            count = finite.size - np.count_nonzero(finite)
-            self.faults[name] = f"{count} of {finite.size} values are NaN or infinite"
-
-    def raise_faults(self) -> None:
-        """Report the tensors with bad values, once all have been read."""
-        _raise(self.faults.items(), "the weights have bad values")
+        return self.inspection.cast(piece.source, value, leaf.dtype)
 
 
 def open_weights(
@@ -101,7 +72,8 @@ def open_weights(
     Args:
         path: weight file or index; a config.json beside it is read, if there is one.
         dtype: of the parameters; as stored if None.
-        compute_dtype: of the computation; that of `dtype` if None, and float32 if that is None too.
+        compute_dtype: of the computation; that of `dtype` if None, and that of most parameters if
+            that is None too.
         check_finite: collect tensors with NaN or infinite values while reading.
 
     Raises:
@@ -116,11 +88,12 @@ def open_weights(
     dense = {name: tensor for name, tensor in tensors.items() if name not in within}
     family, layout, config = _identify(path, dense, layers)
     dtype = None if dtype is None else float_dtype(dtype)
-    counts = collections.Counter(tensor.dtype for tensor in dense.values())
-    common = next((d for d, _ in counts.most_common() if d in FLOATS), FLOATS[0])
-    numerics = {"param_dtype": str(dtype or common)}
-    if (computed := compute_dtype or dtype) is not None:
-        numerics["dtype"] = str(float_dtype(computed))
+    counts = dict.fromkeys(FLOATS, 0)
+    for tensor in dense.values():
+        if tensor.dtype in counts:
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    stored = dtype or max(counts, key=lambda each: counts[each])
+    numerics = {"param_dtype": str(stored), "dtype": str(float_dtype(compute_dtype or stored))}
     forward, params = abstract(family.model, dataclasses.replace(config, **numerics))
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten_params(params).items()}
     table = family.tables[layout]
@@ -136,7 +109,8 @@ def open_weights(
             leaves[name] = layers[source].leaf(shapes[name])
         else:
             leaves[name] = jax.ShapeDtypeStruct(shapes[name], dtype or dense[source].dtype)
-    return Weights(family, layout, forward, leaves, check_finite, tensors, layers, binding)
+    inspection = Inspection(check_finite)
+    return Weights(family, layout, forward, leaves, tensors, layers, binding, inspection)
 
 
 def _quantization(path: Path) -> Quantization | None:

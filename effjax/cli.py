@@ -27,6 +27,8 @@ _EXAMPLES = """examples:
   effjax bench SMALLER                              compressed against dense, side by side
 """
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status (0, or 1 for an error, told on standard error)."""
@@ -70,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = add("convert", _convert, "rewrite a PyTorch checkpoint in diffusers' layout")
     convert.add_argument("source", help="directory, weight file or hub repository")
     convert.add_argument("destination", type=Path)
-    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    convert.add_argument("--dtype", choices=_DTYPES, help="as stored if left out")
     convert.add_argument("--check-finite", action="store_true", help="reject NaN and infinity")
 
     search = add("search", _search, "search a plan and save the compressed pipeline")
@@ -105,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--steps", type=int, default=400, help="of training, if there is any")
     compress.add_argument("--learning-rate", type=float, default=5e-5)
     compress.add_argument("--checkpoints", type=Path, help="folder; a second run resumes")
-    compress.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+    _loading_arguments(compress)
     _text_arguments(compress)
 
     sample = add("sample", _sample, "generate images")
@@ -120,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, help="the model's settings, else 128")
     generate.add_argument("--seed", type=int, help="draw, with the model's settings; else greedy")
     generate.add_argument("--temperature", type=float, help="with a seed")
-    generate.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+    _loading_arguments(generate)
 
     bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")
     _pipeline_arguments(bench)
@@ -144,7 +146,17 @@ def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--height", type=int, help="pixels, of a text-to-image model's images")
     command.add_argument("--width", type=int)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
+    _loading_arguments(command)
+
+
+def _loading_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype", choices=_DTYPES, help="of the parameters; as stored if left out"
+    )
+    command.add_argument(
+        "--compute-dtype", choices=_DTYPES, help="of the computation; that of the parameters"
+    )
+    command.add_argument("--check-finite", action="store_true", help="reject NaN and infinity")
 
 
 def _condition_arguments(command: argparse.ArgumentParser, what: str) -> None:
@@ -193,6 +205,8 @@ def _info(arguments: argparse.Namespace) -> tuple[Any, str]:
                 "model": forward.model.__name__,
                 "config": dataclasses.asdict(forward.config),
                 "parameters": parameter_count(params),
+                "dtype": forward.config.param_dtype,
+                "compute_dtype": forward.config.dtype,
                 "weight_bytes": weight_bytes(params),
                 "methods": [name for name, _ in forward.recipe],
             }
@@ -429,7 +443,12 @@ def _compress(arguments: argparse.Namespace) -> tuple[Any, str]:
 def _load(arguments: argparse.Namespace) -> Any:
     import effjax
 
-    return effjax.pipeline(arguments.source, dtype=arguments.dtype)
+    return effjax.pipeline(
+        arguments.source,
+        dtype=arguments.dtype,
+        compute_dtype=arguments.compute_dtype,
+        check_finite=arguments.check_finite,
+    )
 
 
 def _is_text(pipe: Any) -> bool:

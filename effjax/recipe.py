@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
 from effjax import registry
@@ -26,7 +27,9 @@ from effjax.forward import Forward, Params, abstract, flatten_params, nest_param
 from effjax.quant import QTensor
 from effjax.quant.disk import Codes
 from effjax.storage import (
+    Inspection,
     Spec,
+    float_dtype,
     new_directory,
     open_safetensors,
     open_shards,
@@ -115,22 +118,30 @@ def save(
 def load(
     path: str | os.PathLike,
     *,
+    dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
     sharding: jax.sharding.Sharding | None = None,
     progress: bool = True,
+    check_finite: bool = False,
 ) -> Pair:
     """Load what `save` wrote: the transformed forward and its parameters, ready to jit.
 
     Args:
         path: the directory.
+        dtype: float32, bfloat16 or float16 for all parameters that are floats; as saved if None.
+            Quantised leaves keep their codes, and what belongs to them.
+        compute_dtype: of the computation; that of `dtype` if None, else as saved.
         sharding: where to put the parameters; the default device if None.
         progress: show a bar for what takes longer than a second.
+        check_finite: reject NaN and infinite weights.
 
     Raises:
         ValueError: for a directory that is no saved model, an unknown model or method, damaged
-            files, and missing, unexpected or misshapen tensors, all listed at once.
+            files, missing, unexpected or misshapen tensors, and bad values, all listed at once.
     """
-    directory = Path(path)
-    forward, template = describe(directory)
+    directory = Path(path).expanduser()
+    dtype = None if dtype is None else float_dtype(dtype)
+    forward, template = describe(directory, dtype=dtype, compute_dtype=compute_dtype)
     index = directory / f"{STEM}.safetensors.index.json"
     single = directory / f"{STEM}.safetensors"
     if not index.is_file() and not single.is_file():
@@ -140,15 +151,21 @@ def load(
     given = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     _check(f"{directory} does not fit its configuration", expected, given)
     leaves = []
+    plain, inspection = _plain(template), Inspection(check_finite)
     total = sum(given[name].bytes_ for name in expected)
     with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, delay=1, disable=not progress
     ) as bar:
         for name, leaf in expected.items():
             stored = tensors[name].read()
-            host = leaf.from_disk(stored) if isinstance(leaf, Codes) else np.array(stored)
+            if isinstance(leaf, Codes):
+                host = leaf.from_disk(stored)
+            else:
+                cast = dtype if name in plain else None
+                host = inspection.cast(name, stored, cast or stored.dtype)
             leaves.append(jax.tree.map(lambda array: place(array, sharding), host))
             bar.update(given[name].bytes_)
+    inspection.raise_faults()
     return forward, jax.tree.unflatten(jax.tree.structure(_as_stored(template)), leaves)
 
 
@@ -159,6 +176,11 @@ def named_arrays(params: Params) -> dict[str, Any]:
     """
     paths, _ = jax.tree_util.tree_flatten_with_path(_as_stored(params))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+
+
+def _plain(params: Params) -> set[str]:
+    """Names of the arrays that are no part of a quantised leaf."""
+    return {name for name, leaf in flatten_params(params).items() if not isinstance(leaf, QTensor)}
 
 
 def _as_stored(params: Params) -> Params:
@@ -185,9 +207,21 @@ def _to_disk(leaf: Any) -> np.ndarray:
     return dataclasses.replace(leaf, value=host).to_disk() if isinstance(leaf, Codes) else host
 
 
-def describe(path: str | os.PathLike) -> Pair:
-    """The transformed forward of a saved model, and the shapes of its parameters; loads nothing."""
-    directory = Path(path)
+def describe(
+    path: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
+) -> Pair:
+    """The transformed forward of a saved model, and the shapes of its parameters; loads nothing.
+
+    Args:
+        path, dtype, compute_dtype: as in `load`.
+
+    Raises:
+        ValueError: as `load`, for what does not need the tensors.
+    """
+    directory = Path(path).expanduser()
     if not (directory / RECIPE).is_file() or not (directory / CONFIG).is_file():
         raise ValueError(
             f"{directory} is no directory that effjax.save wrote: it lacks {CONFIG} or {RECIPE}. "
@@ -202,6 +236,10 @@ def describe(path: str | os.PathLike) -> Pair:
             f"{model.Config.__name__} knows {sorted(known)}"
         )
     fields = {name: tuples(value) for name, value in config.items()}
+    if dtype is not None:
+        fields["param_dtype"] = str(float_dtype(dtype))
+    if (computed := compute_dtype or dtype) is not None:
+        fields["dtype"] = str(float_dtype(computed))
     base, _ = abstract(model, model.Config(**fields))
     described = read_json(directory / RECIPE)
     recipe = tuple(

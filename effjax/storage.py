@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
 Shape = tuple[int, ...]
@@ -49,6 +51,8 @@ DTYPES = {
         "C64": np.complex64,
     }.items()
 }
+
+FLOATS = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16)))  # of weights
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_AXES = 64
@@ -257,6 +261,53 @@ def index_files(path: Path) -> dict[str, str]:
 def _is_shard(file: Any) -> bool:
     """Whether this may be the name of a weight file in the folder of its index."""
     return isinstance(file, str) and Path(file).name == file and not file.endswith(".json")
+
+
+def float_dtype(dtype: DTypeLike) -> np.dtype:
+    """One of the dtypes that weights may have."""
+    with contextlib.suppress(TypeError):
+        if (found := np.dtype(dtype)) in FLOATS:
+            return found
+    raise ValueError(f"dtype must be one of {[str(d) for d in FLOATS]}, got {dtype!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Casts tensors while they are read, and collects the bad values that it meets.
+
+    Attributes:
+        check_finite: whether NaN and infinite values are bad.
+        faults: what is wrong, by tensor name.
+    """
+
+    check_finite: bool = False
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def look(self, name: str, values: np.ndarray) -> None:
+        """Note values that are not finite, if that is asked for; codes are."""
+        if self.check_finite and values.dtype.kind not in "biu":
+            finite = np.isfinite(values)
+            if count := finite.size - np.count_nonzero(finite):
+                self.faults[name] = f"{count} of {finite.size} values are NaN or infinite"
+
+    def cast(self, name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Values in an array of its own, of a dtype; note those that are beyond it."""
+        self.look(name, values)
+        with np.errstate(over="ignore", invalid="ignore"):
+            converted = values.astype(dtype)  # in the order of the file, which is fast
+        if converted.dtype != values.dtype:
+            beyond = np.count_nonzero(np.isinf(converted)) - np.count_nonzero(np.isinf(values))
+            if beyond:
+                self.faults[name] = f"{beyond} values are beyond {converted.dtype}"
+        return converted
+
+    def raise_faults(self) -> None:
+        """Report the tensors with bad values, once all have been read."""
+        if self.faults:
+            listed = "\n  ".join(f"{name}: {fault}" for name, fault in sorted(self.faults.items()))
+            raise ValueError(
+                f"the weights have bad values ({len(self.faults)} problems):\n  {listed}"
+            )
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -196,7 +196,7 @@ LENGTHS = (128, 256, 512, 1024)
 
 def evaluate(path: Path, *, retrievals: int, seed: int) -> dict[str, Any]:
     """What the exported model can do, by length, on documents of another seed and held-out text."""
-    pipe = effjax.pipeline(path, progress=False)
+    pipe = effjax.pipeline(path, compute_dtype="float32", progress=False)
     world = texts.World.of(pipe.tokenizer, held_out=True)
     figures: dict[str, Any] = {"retrievals": retrievals, "seed": seed}
     questions = 8

@@ -14,7 +14,7 @@ import converters
 import effjax
 from effjax import pipelines, testing
 from effjax.forward import abstract
-from effjax.methods import dit_fast_attn
+from effjax.methods import dit_fast_attn, round_to_nearest
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import diffusion, to_pil
@@ -22,10 +22,10 @@ from effjax.samplers import DDIM, DPMSolver, FlowMatchEuler
 from experiments import train_pixart
 
 
-def write_pipeline(path, *, vae=False, channels=1):
+def write_pipeline(path, *, vae=False, channels=1, params=None):
     """A tiny random pipeline with classes named a ... e."""
     subject = testing.tiny_dit(in_channels=channels, out_channels=channels)
-    converters.save_pretrained(subject.forward, subject.params, path / "transformer")
+    converters.save_pretrained(subject.forward, params or subject.params, path / "transformer")
     index = {
         "_class_name": "DiTPipeline",
         "id2label": {str(i): name for i, name in enumerate("abcde")},
@@ -101,10 +101,68 @@ def test_latents_are_decoded(tmp_path):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(same))
 
 
-def test_dtype_of_parameters_and_computation(folder):
-    pipe = effjax.pipeline(folder, dtype="bfloat16", progress=False)
-    assert {leaf.dtype for leaf in jax.tree.leaves(pipe.params)} == {jnp.dtype("bfloat16")}
-    assert pipe.forward.config.dtype == "bfloat16"
+def test_dtype_of_parameters_and_computation(folder, tmp_path):
+    """They are loaded as stored, and computed in what they are stored in, unless told otherwise."""
+    for stored in ("float32", "bfloat16"):
+        converters.convert(folder / "transformer", tmp_path / stored / "transformer", dtype=stored)
+        for part in ("model_index.json", diffusion.SCHEDULER):
+            (tmp_path / stored / part).parent.mkdir(exist_ok=True)
+            shutil.copy(folder / part, tmp_path / stored / part)
+        for asked in (None, "float32", "bfloat16"):
+            for computed in (None, "float32", "bfloat16"):
+                options = {"dtype": asked, "compute_dtype": computed, "progress": False}
+                pipe = effjax.pipeline(tmp_path / stored, **options)
+                held = {leaf.dtype for leaf in jax.tree.leaves(pipe.params)}
+                assert held == {jnp.dtype(asked or stored)}
+                config = pipe.forward.config
+                assert config.param_dtype == (asked or stored)
+                assert config.dtype == (computed or asked or stored)
+
+
+def test_dtypes_of_saved_pipelines(pipe, tmp_path):
+    """As saved, or as asked for; quantised leaves keep their codes and scales."""
+    transform = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
+    half = dataclasses.replace(
+        pipe, params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), pipe.params)
+    )
+    small = half.transform(transform)
+    small.save(tmp_path / "small")
+    kept = effjax.pipeline(tmp_path / "small", progress=False)
+    chex.assert_trees_all_equal_dtypes(kept.params, small.params)
+    assert kept.forward == small.forward
+    wide = effjax.pipeline(tmp_path / "small", dtype="float32", progress=False)
+    chex.assert_trees_all_equal(wide.params, jax.tree.map(_widened, small.params))
+    assert (wide.forward.config.param_dtype, wide.forward.config.dtype) == ("float32", "float32")
+    computed = effjax.pipeline(tmp_path / "small", compute_dtype="bfloat16", progress=False)
+    chex.assert_trees_all_equal(computed.params, small.params)
+    assert computed.forward.config.dtype == "bfloat16"
+    inputs = jnp.ones((1, 16, 16, 1)), jnp.array([500.0]), jnp.array([1])
+    exact, rounded = (each.forward(each.params, {}, *inputs)[0] for each in (wide, computed))
+    assert (exact.dtype, rounded.dtype) == (jnp.float32, jnp.bfloat16)
+    assert 0 < jnp.abs(exact - rounded.astype("float32")).max() < 0.03 * jnp.abs(exact).max()
+    with pytest.raises(ValueError, match=r"dtype must be one of .*'int8'"):
+        effjax.pipeline(tmp_path / "small", dtype="int8")
+
+
+def _widened(leaf):
+    return leaf.astype("float32") if leaf.dtype == jnp.bfloat16 else leaf
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_bad_values_are_named_when_asked_for(pipe, tmp_path, saved):
+    bias = pipe.params["patch"]["bias"].at[0].set(jnp.nan).at[1].set(1e9)
+    broken = dataclasses.replace(
+        pipe, params={**pipe.params, "patch": {**pipe.params["patch"], "bias": bias}}
+    )
+    if saved:
+        broken.save(tmp_path / "model")
+    else:
+        write_pipeline(tmp_path / "model", params=broken.params)
+    effjax.pipeline(tmp_path / "model", progress=False)
+    with pytest.raises(ValueError, match=r"bias: 1 of 16 values are NaN or infinite"):
+        effjax.pipeline(tmp_path / "model", check_finite=True, progress=False)
+    with pytest.raises(ValueError, match=r"bias: 1 values are beyond float16"):
+        effjax.pipeline(tmp_path / "model", dtype="float16", progress=False)
 
 
 def test_bad_pipelines_and_labels(pipe, folder, tmp_path):

@@ -24,7 +24,7 @@ LENGTH = 256  # tokens of a text with its questions
 
 def run(*, seed: int = 0, documents: int = 16, length: int = LENGTH) -> Rows:
     """Load the checkpoint, compress it in several ways, and ask each model the same questions."""
-    pipe = effjax.pipeline(MODEL, progress=False)
+    pipe = effjax.pipeline(MODEL, compute_dtype="float32", progress=False)
     world = texts.World.of(pipe.tokenizer, held_out=True, characters=200_000)
     rng = np.random.default_rng(seed)
     asked = [world.lookup(rng, length, questions=8) for _ in range(documents)]

@@ -56,11 +56,13 @@ def pipeline(
     *,
     revision: str | None = None,
     dtype: DTypeLike | None = None,
+    compute_dtype: DTypeLike | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     sharding: jax.sharding.Sharding | None = None,
     progress: bool = True,
+    check_finite: bool = False,
 ) -> Any:
     """Load a pipeline directory or hub repository with all its components.
 
@@ -68,9 +70,13 @@ def pipeline(
         source: directory (diffusers' layout; transformers', for language models; or written by a
             pipeline's `save`), or hub repository ("owner/name").
         revision, token, cache_dir, local_files_only: as in `converters.from_pretrained`.
-        dtype: of parameters; as stored if None.
+        dtype: float32, bfloat16 or float16 for the parameters of all components; as stored if
+            None. Quantised layers keep their codes.
+        compute_dtype: of the computation; that of `dtype` if None, else that in which most
+            parameters of a component are stored (as saved, for one that a pipeline's `save` wrote).
         sharding: where parameters go.
         progress: show bars for what takes longer than a second.
+        check_finite: reject NaN and infinite weights.
 
     Returns:
         A `ClassConditionalPipeline` or `TextToImagePipeline`, as model_index.json says; a
@@ -99,11 +105,18 @@ def pipeline(
             f"{', '.join(_KINDS)}"
         )
 
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "compute_dtype": compute_dtype,
+        "sharding": sharding,
+        "progress": progress,
+        "check_finite": check_finite,
+    }
+
     def component(name: str | None) -> Pair:
         if name and (Path(source) / name / recipe.RECIPE).is_file():
-            return recipe.load(Path(source) / name, sharding=sharding)
-        options = {"dtype": dtype, "sharding": sharding, "progress": progress, **remote}
-        return converters.from_pretrained(source, subfolder=name, **options)
+            return recipe.load(Path(source) / name, **options)
+        return converters.from_pretrained(source, subfolder=name, **options, **remote)
 
     if kind is TextPipeline:
         folder = "model" if (Path(source) / "model").is_dir() else None

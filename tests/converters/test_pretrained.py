@@ -65,6 +65,14 @@ def test_dtypes(dit, tmp_path, stored, dtype):
     expected = jax.tree.map(lambda leaf: leaf.astype(dtype or stored), params)
     assert_equal_params(loaded, expected)
     assert loaded_forward.config.param_dtype == str(jnp.dtype(dtype or stored))
+    assert loaded_forward.config.dtype == loaded_forward.config.param_dtype
+    forward, again = converters.from_pretrained(
+        tmp_path / "saved", dtype=dtype, compute_dtype="float32"
+    )
+    assert forward.config.dtype == "float32"
+    assert_equal_params(again, expected)
+    described = converters.describe(tmp_path / "saved")
+    assert (described["dtype"], described["compute_dtype"]) == (stored, stored)
 
 
 def test_mixed_dtypes_are_kept(dit, tmp_path):
@@ -76,13 +84,15 @@ def test_mixed_dtypes_are_kept(dit, tmp_path):
     converters.save_pretrained(forward, nest_params(flat), tmp_path / "saved")
     loaded_forward, loaded = converters.from_pretrained(tmp_path / "saved")
     assert_equal_params(loaded, nest_params(flat))
-    assert loaded_forward.config.param_dtype == "bfloat16"
+    # that of most numbers, though most tensors are biases
+    assert loaded_forward.config.param_dtype == loaded_forward.config.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "flaot32"])
 def test_other_dtypes_are_refused(saved, dtype):
-    with pytest.raises((ValueError, TypeError), match=dtype):
-        converters.from_pretrained(saved, dtype=dtype)
+    for name in ("dtype", "compute_dtype"):
+        with pytest.raises(ValueError, match=f"must be one of .*{dtype}"):
+            converters.from_pretrained(saved, **{name: dtype})
 
 
 @pytest.mark.parametrize("sharding", [None, SingleDeviceSharding])

@@ -15,7 +15,7 @@ from experiments import train_llm
 
 @pytest.fixture(scope="module")
 def pipe():
-    return effjax.pipeline(train_llm.WEIGHTS, progress=False)
+    return effjax.pipeline(train_llm.WEIGHTS, compute_dtype="float32", progress=False)
 
 
 @pytest.fixture(scope="module")
