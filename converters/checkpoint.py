@@ -37,6 +37,12 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
         return open_safetensors(path)
     if path.name.endswith(PICKLES):
         return _open_pickle(path)
+    if path.name.endswith(".gguf"):
+        raise ValueError(
+            f"{path} is GGUF, which is not read: load it with transformers' "
+            f"from_pretrained(folder, gguf_file={path.name!r}), save_pretrained it as floats, and "
+            f"give that directory"
+        )
     raise ValueError(f"{path} is no weight file; their names end in {', '.join(SUFFIXES)}")
 
 

@@ -208,7 +208,8 @@ def convert(
 ) -> dict[str, Any]:
     """Rewrite a checkpoint in another layout or dtype, holding one tensor at a time.
 
-    Quantised layers keep their codes and are written as compressed-tensors.
+    Quantised layers keep their codes and are written as compressed-tensors; those with inputs in
+    an order of their own, which it does not have, become floats, and a warning says so.
 
     Arguments are those of `from_pretrained` and `save_pretrained`, which this equals.
     """
@@ -256,6 +257,8 @@ def _write(
     table = family.tables[layout]
     binding = table.bind(leaves)
     shapes = binding.source_shapes({name: tuple(leaf.shape) for name, leaf in leaves.items()})
+    coded = any(isinstance(leaf, QTensor) for leaf in leaves.values())
+    leaves, read = quantized.without_orders(leaves, read, config.param_dtype)
     schemes = quantized.schemes(binding, leaves)
     specs: dict[str, Spec] = {}
     readers: dict[str, Callable[[], np.ndarray]] = {}
@@ -278,7 +281,7 @@ def _write(
     described = family.write_config(config)
     if "architectures" not in described:  # how transformers says it
         described = {"_class_name": family.class_name, **described}
-    if schemes:
+    if coded:
         described[quantization_config.KEY] = quantization_config.write_config(binding, schemes)
     with new_directory(Path(dst)) as directory:
         files = write_shards(

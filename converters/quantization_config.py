@@ -22,6 +22,21 @@ from effjax.storage import Tensor
 
 KEY = "quantization_config"  # of config.json
 
+# What becomes of other formats, by quant_method, and of other formats of compressed-tensors.
+_SAVE = "and save_pretrained it as floats"
+_ELSEWHERE = {
+    "bitsandbytes": f"load it with transformers, call model.dequantize() {_SAVE}",
+    "mxfp4": f"load it with transformers' Mxfp4Config(dequantize=True) {_SAVE}",
+    "gguf": f"load it with transformers' from_pretrained(folder, gguf_file=...) {_SAVE}",
+}
+_MAKERS = "llm-compressor (scheme W4A16, W8A8 or FP8_DYNAMIC) or GPTQModel (gptq, awq)"
+_FLOAT_FORMATS = {
+    "nvfp4-pack-quantized": "NVFP4",
+    "mxfp4-pack-quantized": "MXFP4",
+    "mxfp6-pack-quantized": "MXFP6",
+    "mxfp8-quantized": "MXFP8",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
@@ -74,13 +89,15 @@ class Quantization:
         return layers
 
 
-def read_config(config: Json) -> Quantization:
+def read_config(config: Any) -> Quantization:
     """A `quantization_config` of config.json.
 
     Raises:
         ValueError: for methods and formats that are not supported, and options that are wrong, all
             listed at once.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"{KEY} must be an object, got {config!r}")
     method = config.get("quant_method")
     readers = {
         "gptq": _gptq,
@@ -88,8 +105,12 @@ def read_config(config: Json) -> Quantization:
         "compressed-tensors": _compressed_tensors,
         "torchao": _torchao,
     }
-    if method not in readers:
-        raise ValueError(f"{KEY} has quant_method={method!r}; {', '.join(readers)} can be read")
+    if not isinstance(method, str) or method not in readers:
+        way = _ELSEWHERE.get(str(method), "convert it to floats with the library that made it")
+        raise ValueError(
+            f"{KEY} has quant_method={method!r}, which is not read ({', '.join(readers)} are): "
+            f"{way}, or quantise the original model with {_MAKERS}"
+        )
     wrong: list[str] = []
     read = readers[method](config, wrong)
     if wrong:
@@ -97,21 +118,38 @@ def read_config(config: Json) -> Quantization:
     return Quantization(tuple(read))
 
 
-def _option(config: Json, wrong: list[str], key: str, allowed: Sequence[Any], default: Any) -> Any:
-    """A value of the configuration; one that is not allowed is noted."""
+def _option(
+    config: Json,
+    wrong: list[str],
+    key: str,
+    allowed: Sequence[Any],
+    default: Any,
+    path: str = "",
+) -> Any:
+    """A value of the configuration, which lies at a path; one that is not allowed is noted."""
     value = config.get(key, default)
     if not any(type(value) is type(each) and value == each for each in allowed):
-        wrong.append(f"{key}={value!r} (only {', '.join(map(repr, allowed))})")
+        wrong.append(f"{path}{key}={value!r} (only {', '.join(map(repr, allowed))})")
         return allowed[0]
     return value
 
 
-def _group_size(config: Json, wrong: list[str], default: int | None) -> int | None:
+def _object(config: Json, wrong: list[str], key: str, path: str = "") -> Json:
+    """An object within the configuration, empty if it is not there."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        wrong.append(f"{path}{key}={value!r} (only an object)")
+        return {}
+    return value or {}
+
+
+def _group_size(config: Json, wrong: list[str], default: int | None, path: str = "") -> int | None:
     value = config.get("group_size", default)
     if value is None or value == -1:
         return None
     if type(value) is not int or value < 1:
-        wrong.append(f"group_size={value!r} (only -1, for all inputs, and positive numbers)")
+        wrong.append(f"{path}group_size={value!r} (only -1, for all inputs, and positive numbers)")
+        return None
     return value
 
 
@@ -161,21 +199,16 @@ def _rules(config: Json, wrong: list[str], scheme: Callable[[Json, list[str]], S
     faults: list[str] = []
     others = scheme(config, faults)
     wrong.extend(faults)
-    rules = config.get("dynamic") or {}
-    if not isinstance(rules, dict):
-        wrong.append(f"dynamic={rules!r} (only options by expression)")
-        return []
+    rules = _object(config, wrong, "dynamic")
     groups: Groups = []
     for rule in sorted(rules, key=lambda rule: not rule.startswith("-")):
         expression = rule[2:] if rule.startswith(("-:", "+:")) else rule
-        chosen, changed = None, rules[rule]
         own: list[str] = []
-        if not isinstance(changed, dict):
-            own.append(f"{changed!r} (only options by name)")
-        elif not rule.startswith("-:"):
+        changed, chosen = _object(rules, wrong, rule, "dynamic: "), None
+        if not rule.startswith("-:"):
             chosen = scheme({**config, **changed}, own)
         _check_expression(expression, own)
-        wrong.extend(f"dynamic[{rule!r}]: {fault}" for fault in own if fault not in faults)
+        wrong.extend(f"dynamic: {rule}: {fault}" for fault in own if fault not in faults)
         groups.append(((f"re:{expression}",), chosen))
     return [*groups, (("Linear",), others)]
 
@@ -188,49 +221,87 @@ def _check_expression(expression: str, wrong: list[str]) -> None:
 
 
 def _compressed_tensors(config: Json, wrong: list[str]) -> Groups:
-    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = _object(config, wrong, "sparsity_config").get("format", "dense")
     for key in ("kv_cache_scheme", "transform_config"):
         if config.get(key):
             wrong.append(f"{key} (not supported)")
     if sparsity != "dense":
         wrong.append(f"sparsity_config of format {sparsity!r} (only 'dense')")
-    groups = []
-    for name, group in (config.get("config_groups") or {}).items():
+    groups: Groups = []
+    described = _object(config, wrong, "config_groups")
+    for name in described:
         faults: list[str] = []
-        kind = group.get("format") or config.get("format")
-        kinds = {"pack-quantized": (4, 8), "int-quantized": (8,)}
-        kind = _option({"format": kind}, faults, "format", tuple(kinds), "")
-        weights = group.get("weights") or {}
-        _option(weights, faults, "type", ("int",), "int")
-        _option(weights, faults, "dynamic", (False,), False)
-        size = _group_size(weights, faults, None)
-        by_group = "group" if size else "channel"
-        _option(weights, faults, "strategy", ("channel", "group"), by_group)
-        if weights.get("strategy") == "group" and size is None:
-            faults.append("strategy='group' without a group_size")
-        bits = _option(weights, faults, "num_bits", kinds[kind], None)
-        symmetric = _option(weights, faults, "symmetric", (True, False), True)
-        activations = None
-        if inputs := group.get("input_activations"):
-            for key, allowed in _TOKENS.items():
-                _option(inputs, faults, f"{key}", (allowed,), None)
-            activations = Activations(Quantizer(8))
-        if group.get("output_activations"):
-            faults.append("output_activations (not supported)")
-        scheme = Scheme(kind, bits, size, symmetric, activations)
-        targets = tuple(group.get("targets") or ("Linear",))
+        group = _object(described, wrong, name)
+        targets = group.get("targets") or ["Linear"]
+        if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
+            faults.append(f"targets={targets!r} (only a list of names and expressions)")
+            targets = []
         for target in targets:
             if target.startswith("re:"):
                 _check_expression(target.removeprefix("re:"), faults)
+        groups.append((tuple(targets), _group_scheme(group, config.get("format"), faults)))
         wrong.extend(f"{name}: {fault}" for fault in faults)
-        groups.append((targets, scheme))
-    if not groups:
+    if "config_groups" not in config:
         wrong.append("it has no config_groups")
     return groups
 
 
+def _group_scheme(group: Json, kind: Any, wrong: list[str]) -> Scheme:
+    """That of one group of compressed-tensors, with the format of all unless it has its own."""
+    kind = group.get("format") or kind
+    if str(kind) in _FLOAT_FORMATS:
+        wrong.append(
+            f"format={kind!r} ({_FLOAT_FORMATS[kind]} is not read: load it with transformers' "
+            f"CompressedTensorsConfig(dequantize=True) {_SAVE}, or quantise the original model "
+            f"with {_MAKERS})"
+        )
+        kind = "pack-quantized"
+    kinds = {"pack-quantized": (4, 8), "int-quantized": BITS}
+    kind = _option({"format": kind}, wrong, "format", tuple(kinds), "")
+    weights = _object(group, wrong, "weights")
+
+    def option(key: str, allowed: Sequence[Any], default: Any) -> Any:
+        return _option(weights, wrong, key, allowed, default, "weights.")
+
+    option("type", ("int",), "int")
+    option("dynamic", (False,), False)
+    size = _group_size(weights, wrong, None, "weights.")
+    option("strategy", ("channel", "group"), "group" if size else "channel")
+    if weights.get("strategy") == "group" and size is None:
+        wrong.append("weights.strategy='group' without a group_size")
+    order = option("actorder", _ORDERS, None)
+    if group.get("output_activations"):
+        wrong.append("output_activations (not supported)")
+    return Scheme(
+        kind,
+        option("num_bits", kinds[kind], None),
+        size,
+        option("symmetric", (True, False), True),
+        _inputs(_object(group, wrong, "input_activations"), wrong),
+        ordered=size is not None and order in _ORDERS[:3],
+    )
+
+
+# How GPTQ took inputs: the first three keep the group of each, as it was before 0.20.
+_ORDERS = ("group", "dynamic", True, "weight", "static", False, None)
+# Inputs by token. compressed-tensors divides their largest magnitude by 127.5, half the codes.
+_TOKENS = {"type": "int", "dynamic": True, "strategy": "token"}
+
+
+def _inputs(config: Json, wrong: list[str]) -> Activations | None:
+    if not config:
+        return None
+    path = "input_activations."
+    for key, allowed in _TOKENS.items():
+        _option(config, wrong, key, (allowed,), None, path)
+    bits = _option(config, wrong, "num_bits", BITS, None, path)
+    if _option(config, wrong, "symmetric", (True, False), True, path):
+        return Activations(Quantizer(bits, levels="n+1/2"))
+    return Activations(Quantizer(bits, symmetric=False))
+
+
 def _torchao(config: Json, wrong: list[str]) -> Groups:
-    kinds = config.get("quant_type")
+    kinds, path = config.get("quant_type"), "quant_type.default."
     if (
         not isinstance(kinds, dict)
         or not isinstance(kinds.get("default"), dict)
@@ -245,45 +316,38 @@ def _torchao(config: Json, wrong: list[str]) -> Groups:
         "IntxWeightOnlyConfig",
         "Int8DynamicActivationIntxWeightConfig",
     )
-    kind = _option(described, wrong, "_type", names, None)
-    _option(described, wrong, "_version", (2,), None)
-    data = described.get("_data") or {}
+    kind = _option(described, wrong, "_type", names, None, path)
+    _option(described, wrong, "_version", (2,), None, path)
+    data, path = _object(described, wrong, "_data", path), f"{path}_data."
 
-    def value(key: str, default: str) -> str:
-        held = data.get(key) or {}
-        return held.get("_data", default) if isinstance(held, dict) else str(held)
+    def value(key: str, allowed: Sequence[str], default: str) -> str:
+        """One of a few names, which may be of an enumeration."""
+        held = data.get(key, default)
+        held = held.get("_data", default) if isinstance(held, dict) else held
+        return _option({key: held}, wrong, key, allowed, None, path)
 
-    bits, symmetric, size, activations = 8, True, data.get("group_size"), None
+    bits, symmetric, activations = 8, True, None
     prefix = "weight_" if kind == names[3] else ""
     for key in ("reduce_range", "weight_only_decode"):
-        _option(data, wrong, key, (False,), False)
-    spread: Json = data.get(f"{prefix}granularity") or {"_type": "PerRow"}
-    if not isinstance(spread, dict):
-        wrong.append(f"granularity={spread!r} (only one for weights and inputs)")
-        return []
-    _option(spread, wrong, "_type", ("PerRow", "PerAxis", "PerGroup"), "PerRow")
-    size = (spread.get("_data") or {}).get("group_size", size)
+        _option(data, wrong, key, (False,), False, path)
+    spread = _object(data, wrong, f"{prefix}granularity", path)
+    where = f"{path}{prefix}granularity."
+    _option(spread, wrong, "_type", ("PerRow", "PerAxis", "PerGroup"), "PerRow", where)
+    size = _group_size({**data, **_object(spread, wrong, "_data", where)}, wrong, None, path)
     if kind in names[2:]:
-        kinds = {f"int{bits}": bits for bits in range(2, 9)}
-        bits = kinds[
-            _option({"dtype": value("weight_dtype", "int8")}, wrong, "dtype", [*kinds], "")
-        ]
-        symmetric = value(f"{prefix}mapping_type", "SYMMETRIC") != "ASYMMETRIC"
-        layout = {"format": value("intx_packing_format", "UNPACKED_TO_INT8")}
-        _option(layout, wrong, "format", ("UNPACKED_TO_INT8",), "")
+        widths = {f"int{bits}": bits for bits in BITS}
+        bits = widths[value("weight_dtype", tuple(widths), "int8")]
+        mappings = ("SYMMETRIC", "SYMMETRIC_NO_CLIPPING_ERR", "ASYMMETRIC")
+        symmetric = value(f"{prefix}mapping_type", mappings, "SYMMETRIC") != "ASYMMETRIC"
+        value("intx_packing_format", ("UNPACKED_TO_INT8",), "UNPACKED_TO_INT8")
     if kind in (names[1], names[3]):
-        inputs = {
-            "SYMMETRIC": Quantizer(8, levels="n+1/2"),
-            "ASYMMETRIC": Quantizer(8, symmetric=False),
-        }
         only = "SYMMETRIC" if kind == names[1] else "ASYMMETRIC"
-        _option({"inputs": value("act_mapping_type", only)}, wrong, "inputs", (only,), "")
-        activations = Activations(inputs[only])  # by token
+        value("act_mapping_type", (only,), only)
+        even = only == "SYMMETRIC"
+        activations = Activations(
+            Quantizer(8, levels="n+1/2") if even else Quantizer(8, symmetric=False)
+        )
     return [(("Linear",), Scheme("torchao", bits, size, symmetric, activations))]
-
-
-# Inputs by token. The format does not say what divides their largest magnitude; vLLM takes 127.
-_TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
 
 
 def write_config(binding: Binding, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
@@ -317,13 +381,19 @@ def _group(scheme: Scheme, layers: list[str]) -> dict[str, Any]:
         "symmetric": scheme.symmetric,
         "strategy": "group" if scheme.group_size else "channel",
         "group_size": scheme.group_size,
-        "actorder": "group" if scheme.ordered else None,
+        "actorder": None,
         "dynamic": False,
     }
+    inputs = scheme.activations
     return {
         "format": scheme.format,
         "targets": layers,
         "weights": weights,
-        "input_activations": None if scheme.activations is None else dict(_TOKENS),
+        "input_activations": inputs
+        and {
+            "num_bits": inputs.quantizer.bits,
+            "symmetric": inputs.quantizer.symmetric,
+            **_TOKENS,
+        },
         "output_activations": None,
     }

@@ -36,11 +36,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from converters.names import LAYOUTS, Binding, Piece
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
@@ -109,7 +112,7 @@ class Scheme:
         symmetric: whether all zero points are zero.
         activations: how inputs become codes; None leaves them floats.
         minus_one: whether zero points are stored minus one, as in version 1 of GPTQ.
-        ordered: whether groups are written that are not of consecutive inputs.
+        ordered: whether the group of each input must be there.
     """
 
     format: str
@@ -238,26 +241,15 @@ class Scheme:
     ) -> np.ndarray:
         """One tensor of a layer, from leaves that `read` gives by path, parts of its outputs."""
         leaves = [read(piece.target) for piece in pieces]
-        places = np.arange(leaves[0].rows)
-        if self.ordered:
-            order = np.asarray(leaves[0].order)
-            if any((order != leaf.order).any() for leaf in leaves):
-                raise ValueError(
-                    f"{[piece.target for piece in pieces]} are written as one layer, which has one "
-                    f"order of inputs, and theirs differ; write a layout that keeps them apart"
-                )
-            places = np.argsort(order)
         if name == self.layout.shape:
             return np.array([sum(leaf.shape[1] for leaf in leaves), leaves[0].shape[0]], np.int64)
-        if name == self.layout.groups:
-            return (places // leaves[0].group_size).astype(np.int32)
         if name == self.layout.scale:
             return np.concatenate([leaf.scale for leaf in leaves], axis=1).T
         if name == self.layout.zeros:
             zeros = np.concatenate([leaf.zero_point for leaf in leaves], axis=1).astype(np.int8)
             return (zeros if self.layout.packed is None else self._words(zeros)).T
         codes = [Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).unpacked() for leaf in leaves]
-        whole = np.concatenate(codes, axis=1)[places].T
+        whole = np.concatenate(codes, axis=1).T
         return whole if self.layout.packed is None else self._words(whole)
 
     def _words(self, codes: np.ndarray) -> np.ndarray:
@@ -363,7 +355,15 @@ class Layer:
         inputs = np.arange(shape[0]) if order is None else order
 
         def rows(begin: int, end: int) -> np.ndarray:
-            return scheme.codes(held, parts * shape[1], inputs[begin:end])[:, outputs]
+            codes = scheme.codes(held, parts * shape[1], inputs[begin:end])[:, outputs]
+            half = 2 ** (scheme.bits - 1)
+            if scheme.bits < 8 and not (-half <= codes.min() and codes.max() < half):
+                raise ValueError(
+                    f"{self.name}.{scheme.layout.codes} holds {codes.min()} ... {codes.max()}, "
+                    f"but codes of {scheme.bits} bits are {-half} ... {half - 1}; is the number "
+                    f"of bits in its configuration wrong?"
+                )
+            return codes
 
         zeros = None
         if not scheme.symmetric:
@@ -389,6 +389,36 @@ def _texts(specs: Iterable[Spec]) -> str:
     return " or ".join(f"{spec.dtype}{list(spec.shape)}" for spec in specs)
 
 
+def without_orders(
+    leaves: Mapping[str, Any], read: Callable[[str], Any], dtype: DTypeLike
+) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
+    """Leaves and their reader, with floats where inputs stand in another order (`desc_act`).
+
+    compressed-tensors has had no place for such an order since 0.20; a warning names them.
+    """
+    ordered = [
+        name
+        for name, leaf in leaves.items()
+        if isinstance(leaf, QTensor) and leaf.order is not None
+    ]
+    if not ordered:
+        return leaves, read
+    warnings.warn(
+        f"{len(ordered)} layers are written as {dtype}, not as codes, for their inputs stand in "
+        f"an order of their own (desc_act), which compressed-tensors no longer has; effjax.save "
+        f"keeps their codes: {', '.join(ordered[:3])}{' ...' if ordered[3:] else ''}",
+        stacklevel=4,
+    )
+    floats = {name: jax.ShapeDtypeStruct(leaves[name].shape, dtype) for name in ordered}
+
+    def values(name: str) -> Any:
+        if name not in floats:
+            return read(name)
+        return np.asarray(jax.tree.map(jnp.asarray, read(name)).restore().astype(dtype))
+
+    return {**leaves, **floats}, values
+
+
 def schemes(binding: Binding, leaves: Mapping[str, Any]) -> dict[str, Scheme]:
     """How the quantised leaves among parameters are written, by the source they are written as.
 
@@ -408,7 +438,7 @@ def schemes(binding: Binding, leaves: Mapping[str, Any]) -> dict[str, Scheme]:
             continue
         if pieces[0].layout is not LAYOUTS["linear"]:
             problems[pieces[0].target] = "quantised, which only linear layers can be"
-        kinds = {_kind(leaf) if isinstance(leaf, QTensor) else None for leaf in held}
+        kinds = {_scheme(leaf) if isinstance(leaf, QTensor) else None for leaf in held}
         if len(kinds) > 1:
             for piece in pieces:
                 problems.setdefault(
@@ -435,14 +465,7 @@ def _scheme(leaf: QTensor) -> Scheme:
         None if by_channel else leaf.group_size,
         leaf.zero_point is None,
         leaf.activations,
-        ordered=leaf.order is not None,
     )
-
-
-def _kind(leaf: QTensor) -> tuple[Scheme, bytes]:
-    """What parts of one layer must have in common; of a leaf of shapes all that is known."""
-    known = isinstance(leaf.order, jax.Array | np.ndarray)
-    return _scheme(leaf), np.asarray(leaf.order).tobytes() if known else b""
 
 
 def _fault(leaf: QTensor) -> str | None:
@@ -451,10 +474,11 @@ def _fault(leaf: QTensor) -> str | None:
         return f"has codes of {leaf.bits} bits, must be 4 or 8"
     if leaf.mask is not None or leaf.rotation is not None:
         return "has inputs that are masked or rotated"
-    if leaf.order is not None and leaf.group_size == leaf.rows:
-        return "has inputs in another order, which only groups can have"
-    if leaf.activations not in (None, Activations(Quantizer(8))):
-        return f"has inputs with {leaf.activations}, must be floats or {Activations(Quantizer(8))}"
+    if (inputs := leaf.activations) is not None:
+        # What divides the ranges of tokens the format does not say: n + 1/2 here, n in vLLM.
+        tokens = inputs.dynamic and inputs.group_size is None and inputs.quantizer.keeps_zero
+        if not tokens or inputs.quantizer.bits not in (4, 8):
+            return f"has inputs with {inputs}, must be floats or 4 or 8 bits of each token's range"
     if isinstance(leaf.zero_point, jax.Array | np.ndarray):
         half, zeros = 2 ** (leaf.bits - 1), np.asarray(leaf.zero_point)
         if zeros.min() < -half or zeros.max() >= half:

@@ -103,9 +103,10 @@ class Matrix:
         )
 
     def int8(self):
-        tensors = {"weight": (self.codes - 128).astype(np.int8), "weight_scale": self.scales}
+        half = 2 ** (self.bits - 1)
+        tensors = {"weight": (self.codes - half).astype(np.int8), "weight_scale": self.scales}
         if not self.symmetric:
-            tensors["weight_zero_point"] = (self.zeros - 128).astype(np.int8)
+            tensors["weight_zero_point"] = (self.zeros - half).astype(np.int8)
         return tensors
 
 
@@ -176,6 +177,16 @@ CASES = {
         (4, 32, False),
     ),
     "int8": (compressed("int-quantized", 8), Matrix.int8, (8, -1, True)),
+    "int4 tokens": (
+        compressed("int-quantized", 4, 32, inputs=TOKENS),
+        Matrix.int8,
+        (4, 32, True),
+    ),
+    "int4 asymmetric tokens": (
+        compressed("int-quantized", 4, sym=False, inputs=TOKENS | {"symmetric": False}),
+        Matrix.int8,
+        (4, -1, False),
+    ),
     "int8 tokens": (
         compressed("int-quantized", 8, sym=False, inputs=TOKENS),
         Matrix.int8,

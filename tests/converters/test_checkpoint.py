@@ -290,3 +290,9 @@ def test_tensor_that_is_not_as_announced(tmp_path):
         write_safetensors(
             tmp_path / "x", {"a": Spec((3,), np.dtype(np.float32))}, lambda name: np.zeros(2)
         )
+
+
+def test_gguf_is_refused_by_its_name(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"is GGUF, which is not read: .*gguf_file='model\.gguf'"):
+        open_checkpoint(tmp_path / "model.gguf")
