@@ -12,12 +12,15 @@ Every operation of this package exists several times, with equal results:
 ===================  ============================================================
 
 The platform is that of the *lowering*, not of the machine that traces: a program compiled ahead of
-time for a TPU on a computer without one has the TPU's kernel in it.
+time for a TPU on a computer without one has the TPU's kernel in it. Which chip it is, the lowering
+does not say. `use_implementation("xla")` keeps a whole program free of kernels: for chips that they
+do not compile for, and for one export that several platforms share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -25,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "pallas_mosaic_gpu"]
 
@@ -35,6 +38,30 @@ _PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "pallas_mosaic_gpu": "c
 _CHOSEN = ("pallas_tpu", "pallas_gpu")
 
 PyTree = Any
+
+_unnamed = jax.make_user_context(None)  # what None stands for; a part of what JAX caches by
+
+
+@contextlib.contextmanager
+def use_implementation(name: Implementation | None) -> Iterator[None]:
+    """Within this context, operations that name no implementation run this one.
+
+    A function that was jitted before is traced again.
+
+    Args:
+        name: "xla" or "reference", which every operation has on every platform; None for the kernel
+            of the platform, as without the context.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in ("reference", "xla", None):
+        raise ValueError(
+            f'use_implementation takes "xla", "reference" or None, which every operation has on '
+            f"every platform; got {name!r}. Name a kernel in the call of the operation that has it"
+        )
+    with _unnamed(name):
+        yield
 
 
 def dispatch(
@@ -49,8 +76,9 @@ def dispatch(
 
     Args:
         operation: name of the operation, for messages.
-        implementation: which program; None takes the platform's kernel where it can run these
-            operands and "xla" elsewhere. A named one that cannot run them is an error.
+        implementation: which program; None takes what `use_implementation` says, without it the
+            platform's kernel where it can run these operands and "xla" elsewhere. A named one that
+            cannot run them is an error.
         programs: implementation -> function of the operands; all return equal shapes and dtypes.
         operands: trees of arrays.
         refusal: why a kernel (its name) cannot run these operands; None if it can.
@@ -59,7 +87,8 @@ def dispatch(
     Raises:
         ValueError: for an unknown name, or `interpret` without a named kernel.
         NotImplementedError: if the named program cannot run these operands; while lowering, if it
-            is a kernel of another platform.
+            is a kernel of another platform, or if there are kernels in a program that is lowered
+            for several platforms at once.
     """
     if interpret and implementation not in _PLATFORMS:
         raise ValueError(
@@ -67,10 +96,12 @@ def dispatch(
             f"got implementation={implementation!r}"
         )
     if implementation is None:
+        implementation = _unnamed.value
+    if implementation is None:
         kernels = {
-            _PLATFORMS[name]: programs[name]
+            _PLATFORMS[name]: _for_one_platform(operation, programs[name])
             for name in _CHOSEN
-            if name in programs and not refusal(name)
+            if name in programs and has_sizes(operands) and not refusal(name)
         }
         if not kernels:
             return programs["xla"](*operands)
@@ -108,7 +139,27 @@ def dispatch(
         return jax.tree.map(_as_gradient, gradients)
 
     instead.defvjp(lambda *operands: (instead(*operands), operands), backward)
+    program = _for_one_platform(operation, program)
     return jax.lax.platform_dependent(*operands, default=instead, **{platform: program})
+
+
+def _for_one_platform(operation: str, program: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """A kernel's program, with an error of ours where it is lowered for several platforms.
+
+    JAX lowers all branches of such a program for all of its platforms, and Pallas then complains of
+    a kernel on a platform that was never meant to run it.
+    """
+
+    def checked(*operands: PyTree) -> PyTree:
+        (first, *rest), tree = jax.tree.flatten(operands)
+        return program(*tree.unflatten([_one_platform.bind(first, operation=operation), *rest]))
+
+    return checked
+
+
+def has_sizes(operands: PyTree) -> bool:
+    """Whether shapes are numbers, as kernels need them; an export may have symbols there."""
+    return all(isinstance(n, int) for leaf in jax.tree.leaves(operands) for n in leaf.shape)
 
 
 def _as_gradient(x: jax.Array) -> jax.Array | np.ndarray:
@@ -144,3 +195,25 @@ def _evaluate(*_: Any, outs: tuple, message: str) -> Any:
 _refusal.def_impl(_evaluate)
 batching.primitive_batchers[_refusal] = _batch
 mlir.register_lowering(_refusal, _lower)
+
+# The identity, which is lowered for one platform alone.
+_one_platform = Primitive("one_platform")
+
+
+def _lower_once(context: Any, x: Any, *, operation: str) -> list[Any]:
+    platforms = tuple(context.module_context.platforms)
+    if len(platforms) > 1:
+        raise NotImplementedError(
+            f"{operation} runs another kernel on each platform, and JAX cannot lower Pallas "
+            f"kernels for several platforms {platforms} at once. Export one program for each, or "
+            f'trace and export within pallas_kernels.use_implementation("xla"): a program without '
+            f"kernels, which all of them share."
+        )
+    return [x]
+
+
+_one_platform.def_impl(lambda x, *, operation: x)
+_one_platform.def_abstract_eval(lambda x, *, operation: x)
+ad.deflinear2(_one_platform, lambda gradient, x, *, operation: [gradient])
+batching.defvectorized(_one_platform)
+mlir.register_lowering(_one_platform, _lower_once)

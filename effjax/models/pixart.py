@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax.export
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -32,6 +33,9 @@ class Caption(NamedTuple):
 
     states: Float[Array, "B T E"]
     mask: Bool[Array, "B T"]
+
+
+jax.export.register_namedtuple_serialization(Caption, serialized_name="effjax.Caption")
 
 
 @dataclasses.dataclass(frozen=True)

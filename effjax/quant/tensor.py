@@ -10,12 +10,14 @@ those of `qwix.QArray`, into which `to_qwix` turns a leaf.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import Array
 
@@ -159,8 +161,6 @@ class QTensor:
             if rest or bits not in BITS or type(bits) is not int:
                 raise ValueError(f"{bits} bits, {rows} inputs in groups of {values['group_size']}")
             dims = {"G": groups, "I": rows, "O": outputs}
-            if coded is not None:
-                coded = Activations(**{**coded, "quantizer": Quantizer(**coded["quantizer"])})
             parts: dict[str, Any] = dict.fromkeys(_PARTS)
             for name in values["parts"]:
                 axes, dtype = _PARTS[name]
@@ -174,7 +174,7 @@ class QTensor:
                 **parts,
                 shape=shape,
                 bits=bits,
-                activations=coded,
+                activations=coded and _activations(coded),
                 rotation=values["rotation"] and Rotation(**values["rotation"]),
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -228,6 +228,29 @@ class QTensor:
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.int8)
         return QArray(self.codes(), self.scale, zero, f"int{self.bits}")
 
+
+def _activations(values: Mapping[str, Any]) -> Activations:
+    return Activations(**{**values, "quantizer": Quantizer(**values["quantizer"])})
+
+
+def _static_to_json(static: tuple[Any, ...]) -> bytes:
+    shape, bits, *described = static
+    return json.dumps([shape, bits, *(x and dataclasses.asdict(x) for x in described)]).encode()
+
+
+def _static_from_json(text: bytes | bytearray) -> tuple[Any, ...]:
+    shape, bits, activations, rotation = json.loads(text)
+    coded = activations and _activations(activations)
+    return tuple(shape), bits, coded, rotation and Rotation(**rotation)
+
+
+# So that an exported program may take leaves as arguments.
+jax.export.register_pytree_node_serialization(
+    QTensor,
+    serialized_name="effjax.QTensor",
+    serialize_auxdata=_static_to_json,
+    deserialize_auxdata=_static_from_json,
+)
 
 # Axes and dtypes of what a leaf may hold beside its codes and scales.
 _PARTS: dict[str, tuple[str, Any]] = {

@@ -21,7 +21,7 @@ from jax import Array
 from pallas_kernels.block_mask import BlockMask, Rule, block_mask, visible_pairs, with_rest
 from pallas_kernels.block_sparse_attention import gpu, mosaic_gpu, reference, tpu, xla
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
-from pallas_kernels.implementation import Implementation, dispatch
+from pallas_kernels.implementation import Implementation, dispatch, has_sizes
 from pallas_kernels.marks import useful
 
 Segments = tuple[Array, Array]
@@ -207,9 +207,14 @@ def split_mask(
     Those go into a program as an operand, so that no tracer is closed over.
 
     Raises:
-        ValueError: if the mask does not fit operands [B, S, H, D].
+        ValueError: if the mask does not fit operands [B, S, H, D], or if their sizes are symbols.
     """
     batch, queries, heads, _ = q.shape
+    if not has_sizes((q, k)):
+        raise ValueError(
+            f"lists of blocks are made for sizes that are numbers, got q {q.shape}, k {k.shape}; "
+            f"export one program for each of them"
+        )
     mask.check(batch, queries, heads, k.shape[1])
     if isinstance(mask, Rule) or mask.static:
         return mask, None

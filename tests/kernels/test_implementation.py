@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from effjax.cost import cost
+from pallas_kernels import use_implementation
 from pallas_kernels.implementation import dispatch
 
 X = jnp.arange(6.0).reshape(2, 3)
@@ -61,6 +62,28 @@ def test_the_platform_is_that_of_the_lowering():
     assert "tpu_custom_call" not in refused.lower(lowering_platforms=("tpu",)).as_text()
 
 
+def test_operations_without_a_name_follow_the_context():
+    jitted = jax.jit(double)
+    for name, kernels in ((None, True), ("xla", False), ("reference", False)):
+        with use_implementation(name):
+            text = jitted.trace(X).lower(lowering_platforms=("tpu",)).as_text()
+        assert ("tpu_custom_call" in text) == kernels
+    assert "tpu_custom_call" in jitted.trace(X).lower(lowering_platforms=("tpu",)).as_text()
+    with use_implementation("xla"), use_implementation(None):
+        assert "tpu_custom_call" in jitted.trace(X).lower(lowering_platforms=("tpu",)).as_text()
+    # A name in the call stands.
+    with use_implementation("xla"), pytest.raises(NotImplementedError, match="runs on tpu alone"):
+        double(X, "pallas_tpu")
+
+
+def test_several_platforms_at_once():
+    for function in (double, jax.vmap(double)):
+        with pytest.raises(NotImplementedError, match=r"double runs another kernel .*'cpu', 'tpu'"):
+            jax.jit(function).trace(X).lower(lowering_platforms=("cpu", "tpu"))
+    with use_implementation("xla"):
+        jax.jit(double).trace(X).lower(lowering_platforms=("cpu", "tpu"))
+
+
 def test_a_named_kernel_of_another_platform():
     named = partial(double, implementation="pallas_tpu")
     for function in (named, jax.jit(named), jax.vmap(named), jax.jit(jax.vmap(named))):
@@ -100,3 +123,11 @@ def test_cost_knows_the_platform():
 def test_errors(options, error, message):
     with pytest.raises(error, match=message):
         double(X, **options)
+
+
+def test_the_context_takes_what_every_operation_has():
+    with (
+        pytest.raises(ValueError, match=r'takes "xla", "reference" or None.*got \'pallas_tpu\''),
+        use_implementation("pallas_tpu"),
+    ):
+        pass
