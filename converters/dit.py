@@ -77,6 +77,11 @@ def positions(config: DiTConfig) -> np.ndarray:
     return sincos_2d(config.width, config.grid, config.grid)[None]
 
 
+def positions_shape(config: DiTConfig) -> Shape:
+    """Of `positions`."""
+    return (1, config.grid**2, config.width)
+
+
 _BLOCK = "transformer_blocks.{i}"
 _EMBEDDER = f"{_BLOCK}.norm1.emb"  # one copy in every block
 
@@ -96,7 +101,7 @@ DIFFUSERS = Table(
         *affine("proj_out_1", "final.modulation"),
         *affine("proj_out_2", "final.proj"),
     ),
-    buffers=(Buffer("pos_embed.pos_embed", positions, written=False),),
+    buffers=(Buffer("pos_embed.pos_embed", positions, positions_shape, written=False),),
 )
 
 
@@ -139,7 +144,7 @@ ORIGINAL = Table(
         *affine("final_layer.adaLN_modulation.1", "final.modulation"),
         *affine("final_layer.linear", "final.proj"),
     ),
-    buffers=(Buffer("pos_embed", positions),),
+    buffers=(Buffer("pos_embed", positions, positions_shape),),
     infer=_infer,
     stem="model",
 )

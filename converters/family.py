@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from converters.names import Table
+from effjax.context import Model, check_counts
 
 Json = Mapping[str, Any]
 
@@ -26,20 +27,31 @@ class Family:
         write_config: the inverse, without `_class_name`.
         tables: layouts of its checkpoints by name.
         claims: whether a config.json with another `_class_name` belongs here (legacy classes).
+        keys: names in config.json of the fields that `model.counts` lists, where they differ.
     """
 
     class_name: str
-    model: type
+    model: type[Model]
     config: type
     read_config: Callable[[Json], Any]
     write_config: Callable[[Any], dict[str, Any]]
     tables: Mapping[str, Table]
     claims: Callable[[Json], bool] = lambda config: False
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def layout(self, names: Iterable[str]) -> str:
         """The layout whose table knows most of these tensor names."""
         names = list(names)
         return max(self.tables, key=lambda layout: self.tables[layout].recognised(names))
+
+    def check_counts(self, config: Json, layout: str, names: Iterable[str]) -> None:
+        """Refuse a config.json that counts more layers than the tensors of these names make.
+
+        Raises:
+            ValueError: naming its key, before anything of that size is made.
+        """
+        counts = {self.keys.get(field, field): path for field, path in self.model.counts.items()}
+        check_counts(config, counts, self.tables[layout].paths(names))
 
 
 @functools.cache

@@ -76,6 +76,9 @@ def _read_rope(config: Json) -> tuple[float, tuple[tuple[str, Any], ...]]:
     if rope["rope_type"] in ("llama3", "yarn"):
         own = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
         rope.setdefault("original_max_position_embeddings", own)
+        if rope.get("factor") is None and rope["rope_type"] == "yarn":
+            longest = config.get("max_position_embeddings")
+            rope["factor"] = longest / rope["original_max_position_embeddings"]
     return float(theta), tuple(sorted(rope.items()))
 
 
@@ -194,4 +197,5 @@ FAMILY = Family(
     write_config=write_config,
     tables={"transformers": TRANSFORMERS},
     claims=lambda config: config.get("model_type") in _CLASSES,
+    keys={"num_layers": "num_hidden_layers"},
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,10 +62,14 @@ def affine(source: str, target: str, layout: str = "linear", part: str = "") -> 
 
 
 class Buffer(NamedTuple):
-    """A tensor that checkpoints may hold and that the model computes from its configuration."""
+    """A tensor that checkpoints may hold and that the model computes from its configuration.
+
+    Its shape is a function of its own, so that nothing is computed for one of another shape.
+    """
 
     source: str
     value: Callable[[Any], np.ndarray]
+    shape: Callable[[Any], Shape]
     written: bool = True
 
 
@@ -98,10 +102,12 @@ class Binding:
     Attributes:
         sources: the parts of each source tensor, in order.
         targets: the source tensors that hold each parameter, or a part each: equal copies.
+        aliases: the source tensor of which each of these names, if there is one, is a copy.
     """
 
     sources: Mapping[str, tuple[Piece, ...]]
     targets: Mapping[str, tuple[Piece, ...]]
+    aliases: Mapping[str, str]
 
     def source_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """Shapes of the source tensors, from the parameters'."""
@@ -123,8 +129,8 @@ class Table:
     Attributes:
         rules: see `Rule`; the first rule that fits a parameter's path holds.
         buffers: tensors that are computed, not loaded.
-        aliases: tensors that some files hold a second time, under another name; never written, and
-            no aliases in a model that has both as parameters.
+        aliases: other names of tensors, under which files hold them a second time or alone; never
+            written, and no aliases in a model that has both as parameters.
         ignored: tensors that some files hold and that nothing needs; `{i}` as in rules.
         infer: configuration from the tensors' shapes by name, for files without a config.json.
         stem: name of the weight files that are written, without suffix.
@@ -143,11 +149,24 @@ class Table:
 
     def recognised(self, names: Iterable[str]) -> int:
         """How many of these tensor names the table knows."""
-        known = [_pattern(entry.source) for entry in (*self.rules, *self.buffers)]
+        sources = [entry.source for entry in (*self.rules, *self.buffers)]
+        known = [_pattern(source) for source in (*sources, *self.aliases)]
         return sum(any(pattern.fullmatch(name) for pattern in known) for name in names)
 
-    def bind(self, targets: Iterable[str]) -> Binding:
+    def paths(self, names: Iterable[str]) -> Iterator[str]:
+        """Paths of the parameters that tensors of these names hold, whatever the model's size."""
+        rules = [(_pattern(rule.source), rule.target) for rule in self.rules]
+        for name in names:
+            for pattern, target in rules:
+                if match := pattern.fullmatch(name):
+                    yield _INDEX.sub(lambda index, found=match: found[index[1]], target)
+
+    def bind(self, targets: Iterable[str], held: Container[str] = ()) -> Binding:
         """Write out the rules for the parameters of one model.
+
+        Args:
+            targets: paths of the parameters.
+            held: names of the tensors in a file; an alias that stands alone there is the source.
 
         Raises:
             ValueError: for parameters that no rule gives, or tensors of which a part is missing.
@@ -176,7 +195,23 @@ class Table:
                 problems.append(f"{source}: parts {pieces}")
         if problems:
             raise ValueError("the name table does not cover the model:\n  " + "\n  ".join(problems))
-        return Binding({name: tuple(pieces) for name, pieces in by_source.items()}, by_target)
+        others = {alias: name for alias, name in self.aliases.items() if alias not in by_source}
+        alone = {
+            name: alias
+            for alias, name in others.items()
+            if alias in held and name in by_source and name not in held
+        }
+
+        def as_held(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+            return tuple(
+                piece._replace(source=alone.get(piece.source, piece.source)) for piece in pieces
+            )
+
+        return Binding(
+            {alone.get(name, name): as_held(pieces) for name, pieces in by_source.items()},
+            {target: as_held(pieces) for target, pieces in by_target.items()},
+            {alias: alone.get(name, name) for alias, name in others.items()},
+        )
 
 
 def _pieces(

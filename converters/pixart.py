@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from converters.family import Family, Json, read_fields, require
-from converters.names import Buffer, Rule, Table, affine
+from converters.names import Buffer, Rule, Shape, Table, affine
 from effjax.layers.embeddings import sincos_2d
 from effjax.models.pixart import PixArt, PixArtConfig
 
@@ -92,6 +92,11 @@ def positions(config: PixArtConfig) -> np.ndarray:
     return table[None]
 
 
+def positions_shape(config: PixArtConfig) -> Shape:
+    """Of `positions`."""
+    return (1, (config.sample_size // config.patch_size) ** 2, config.width)
+
+
 _BLOCK = "transformer_blocks.{i}"
 
 DIFFUSERS = Table(
@@ -116,7 +121,7 @@ DIFFUSERS = Table(
         Rule("scale_shift_table", "final.table"),
         *affine("proj_out", "final.proj"),
     ),
-    buffers=(Buffer("pos_embed.pos_embed", positions, written=False),),
+    buffers=(Buffer("pos_embed.pos_embed", positions, positions_shape, written=False),),
 )
 
 FAMILY = Family(

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from converters import quantization_config
 from converters.checkpoint import open_checkpoint
 from converters.family import Family, family_of_json, family_of_names
-from converters.names import LAYOUTS, Binding, Piece, Shape, Table
+from converters.names import LAYOUTS, Binding, Buffer, Piece, Shape, Table
 from converters.quantization_config import Quantization
 from converters.quantized import Layer
 from effjax.forward import Forward, abstract, flatten_params
@@ -97,7 +97,7 @@ def open_weights(
     forward, params = abstract(family.model, dataclasses.replace(config, **numerics))
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten_params(params).items()}
     table = family.tables[layout]
-    binding = table.bind(shapes)
+    binding = table.bind(shapes, held={*dense, *layers})
     _raise(
         _problems(table, binding, shapes, config, dense, layers),
         f"{path} does not fit {family.class_name} as its configuration describes it",
@@ -134,8 +134,10 @@ def _identify(
     if config_path.is_file():
         config = read_json(config_path)
         family = family_of_json(config)
+        layout = family.layout(names)
         try:
-            return family, family.layout(names), family.read_config(config)
+            family.check_counts(config, layout, names)
+            return family, layout, family.read_config(config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{config_path}: {error}") from error
     family = family_of_names(names)
@@ -164,7 +166,6 @@ def _problems(
     """What keeps these tensors and quantised layers from being the model's: (name, fault)."""
     expected = binding.source_shapes(shapes)
     buffers = {buffer.source: buffer for buffer in table.buffers}
-    aliases = {alias: name for alias, name in table.aliases.items() if alias not in expected}
     problems = []
     for name, shape in expected.items():
         if name in layers:
@@ -184,9 +185,10 @@ def _problems(
         if dtype not in FLOATS:
             problems.append((name, f"of dtype {dtype}, must be float32, bfloat16 or float16"))
     for name, tensor in tensors.items():
-        if name in buffers and not _close(tensor.read(), buffers[name].value(config)):
-            problems.append((name, "differs from what the model computes in its place"))
-        elif not (name in buffers or name in expected or name in aliases or table.ignores(name)):
+        if name in buffers:
+            if not _computed(tensor, buffers[name], config):
+                problems.append((name, "differs from what the model computes in its place"))
+        elif not (name in expected or name in binding.aliases or table.ignores(name)):
             layer = layers.get(f"{name.removesuffix('.bias')}.weight")
             if layer is None or not name.endswith(".bias"):
                 problems.append((name, "unexpected"))
@@ -219,16 +221,18 @@ def _problems(
         ]
     problems += [
         (alias, f"differs from its copy {name}")
-        for alias, name in aliases.items()
+        for alias, name in binding.aliases.items()
         if alias in tensors and not _same_bits(tensors[alias].read(), tensors[name].read())
     ]
     return problems
 
 
-def _close(held: np.ndarray, computed: np.ndarray) -> bool:
+def _computed(tensor: Tensor, buffer: Buffer, config: Any) -> bool:
+    """Whether a tensor is what the model computes in its place."""
+    if tensor.shape != buffer.shape(config) or tensor.dtype not in FLOATS:
+        return False
     # tolerance: the buffer may have been rounded to bfloat16
-    same = held.shape == computed.shape
-    return same and bool(np.allclose(held.astype(computed.dtype), computed, atol=5e-3))
+    return bool(np.allclose(tensor.read().astype(np.float32), buffer.value(config), atol=5e-3))
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ allowed around a module, because they carry its state in and out of the branch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -171,10 +171,13 @@ class Model(nnx.Module):
     Attributes:
         Config: type of the configuration, a frozen dataclass of scalars and tuples with `dtype` and
             `param_dtype`.
+        counts: fields of the configuration that say how many parts a model has, with the path
+            of their list: a file without these parts must not make a model of that size.
         config: the configuration.
     """
 
     Config: ClassVar[type]
+    counts: ClassVar[Mapping[str, str]] = {"num_layers": "blocks"}
     config: Any
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
@@ -183,6 +186,30 @@ class Model(nnx.Module):
     def layout(self, *inputs: Any) -> Layout | None:
         """Static token layout for inputs of these shapes; None for a model without tokens."""
         return None
+
+
+def check_counts(said: Mapping[str, Any], counts: Mapping[str, str], paths: Iterable[str]) -> None:
+    """Compare the numbers of parts that a configuration asks for with the parameters in a file.
+
+    Args:
+        said: the configuration, unchecked.
+        counts: as `Model.counts`, by the names in `said`; lists are counted.
+        paths: of the parameters in the file.
+
+    Raises:
+        ValueError: if a field asks for more parts than the file has.
+    """
+    split = [path.split(".") for path in paths]
+    for field, listed in counts.items():
+        asked, stem = said.get(field), listed.split(".")
+        asked = len(asked) if isinstance(asked, list | tuple) else asked
+        depth = len(stem)
+        found = {path[depth] for path in split if path[:depth] == stem and len(path) > depth}
+        if isinstance(asked, int) and asked > len(found):
+            raise ValueError(
+                f"{field} asks for {asked} parts of the model ({listed}), and the file holds "
+                f"tensors of {len(found)}"
+            )
 
 
 class State(nnx.Variable):

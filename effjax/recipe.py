@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
 from effjax import registry
+from effjax.context import check_counts
 from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
 from effjax.quant import QTensor
 from effjax.quant.disk import Codes
 from effjax.storage import (
     Inspection,
     Spec,
+    Tensor,
     float_dtype,
     new_directory,
     open_safetensors,
@@ -96,7 +99,7 @@ def save(
     }
     if imported:
         described["leaves"] = imported
-    with new_directory(Path(path)) as directory:
+    with new_directory(Path(path).expanduser()) as directory:
         config = {"model": forward.model.__name__, **dataclasses.asdict(forward.config)}
         write_json(directory / CONFIG, config)
         write_json(directory / RECIPE, described)
@@ -141,12 +144,7 @@ def load(
     """
     directory = Path(path).expanduser()
     dtype = None if dtype is None else float_dtype(dtype)
-    forward, template = describe(directory, dtype=dtype, compute_dtype=compute_dtype)
-    index = directory / f"{STEM}.safetensors.index.json"
-    single = directory / f"{STEM}.safetensors"
-    if not index.is_file() and not single.is_file():
-        raise ValueError(f"{directory} lacks {single.name}; copy the whole directory again")
-    tensors = open_shards(index) if index.is_file() else open_safetensors(single)
+    forward, template, tensors = _read(directory, dtype, compute_dtype)
     expected = named_arrays(template)
     given = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     _check(f"{directory} does not fit its configuration", expected, given)
@@ -219,9 +217,16 @@ def describe(
         path, dtype, compute_dtype: as in `load`.
 
     Raises:
-        ValueError: as `load`, for what does not need the tensors.
+        ValueError: as `load`, for what does not need the tensors' values.
     """
-    directory = Path(path).expanduser()
+    forward, template, _ = _read(Path(path).expanduser(), dtype, compute_dtype)
+    return forward, template
+
+
+def _read(
+    directory: Path, dtype: DTypeLike | None, compute_dtype: DTypeLike | None
+) -> tuple[Forward, Params, dict[str, Tensor]]:
+    """As `describe`, and the tensors of the files, whose headers are checked first."""
     if not (directory / RECIPE).is_file() or not (directory / CONFIG).is_file():
         raise ValueError(
             f"{directory} is no directory that effjax.save wrote: it lacks {CONFIG} or {RECIPE}. "
@@ -235,6 +240,11 @@ def describe(
             f"{directory / CONFIG} has unknown fields {sorted(set(config) - known)}; "
             f"{model.Config.__name__} knows {sorted(known)}"
         )
+    tensors = _open(directory)
+    try:
+        check_counts(config, model.counts, tensors)
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from None
     fields = {name: tuples(value) for name, value in config.items()}
     if dtype is not None:
         fields["param_dtype"] = str(float_dtype(dtype))
@@ -246,7 +256,15 @@ def describe(
         (step["method"], registry.method(step["method"]).plan.from_dict(step["plan"]))
         for step in described.get("steps", [])
     )
-    return _replay(base, recipe, described.get("leaves", {}))
+    return *_replay(base, recipe, described.get("leaves", {})), tensors
+
+
+def _open(directory: Path) -> dict[str, Tensor]:
+    index = directory / f"{STEM}.safetensors.index.json"
+    single = directory / f"{STEM}.safetensors"
+    if not index.is_file() and not single.is_file():
+        raise ValueError(f"{directory} lacks {single.name}; copy the whole directory again")
+    return open_shards(index) if index.is_file() else open_safetensors(single)
 
 
 def _replay(
@@ -286,7 +304,10 @@ def _imported(template: Params, params: Params) -> dict[str, dict[str, Any]]:
 
 
 def _check(what: str, expected: dict[str, Any], given: dict[str, Spec]) -> None:
-    """Report missing, unexpected and misshapen tensors at once; floats may have any dtype."""
+    """Report tensors that are missing or unexpected, or of another shape or kind, all at once.
+
+    Floats may be floats of any width, but for what is stored of codes.
+    """
     problems = [f"missing: {name}" for name in expected if name not in given]
     for name, spec in given.items():
         if name not in expected:
@@ -297,7 +318,9 @@ def _check(what: str, expected: dict[str, Any], given: dict[str, Spec]) -> None:
             problems.append(
                 f"misshapen: {name} is {list(spec.shape)}, must be {list(wanted.shape)}"
             )
-        elif isinstance(expected[name], Codes) and spec.dtype != wanted.dtype:
+        elif spec.dtype != wanted.dtype and not (
+            jnp.issubdtype(spec.dtype, jnp.floating) and jnp.issubdtype(wanted.dtype, jnp.floating)
+        ):
             problems.append(f"mistyped: {name} is {spec.dtype}, must be {wanted.dtype}")
     if problems:
         listed = "\n  ".join(problems)

@@ -4,6 +4,7 @@ import json
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -113,8 +114,23 @@ def test_damaged_models_are_explained(saved, tmp_path):
     save_file(changed, saved / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit") as error:
         effjax.load(saved)
+    save_file(
+        {
+            **tensors,
+            "patch.bias": tensors["patch.bias"].astype(np.int32),
+            "final.proj.bias": tensors["final.proj.bias"].astype(bool),
+            "final.proj.kernel": tensors["final.proj.kernel"].astype(np.float16),
+        },
+        saved / "kinds.safetensors",
+    )
     for part in ("missing: patch.bias", "misshapen: label.table", "unexpected: extra"):
         assert part in str(error.value)
+
+    (saved / "kinds.safetensors").replace(saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"2 problems") as error:
+        effjax.load(saved)
+    for part in ("patch.bias is int32, must be float32", "final.proj.bias is bool, must"):
+        assert f"mistyped: {part}" in str(error.value)
 
     content = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(content[: len(content) // 2])

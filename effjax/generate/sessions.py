@@ -77,7 +77,7 @@ def prefill(
     tokens, lengths = padded(prompts)
     check_tokens(forward, tokens)
     check_count("new", new, least=0)
-    limit = forward.config.max_positions
+    limit = forward.config.max_length
     if lengths.max() + new > limit:
         raise ValueError(
             f"{lengths.max()} tokens and {new} new ones are beyond the {limit} that the model was "

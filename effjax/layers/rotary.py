@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+_MAX_HEAD_DIM = 65536  # of what models have, hundreds of times as much
+
 Scaling = tuple[tuple[str, Any], ...]  # pairs of transformers' names, `rope_type` among them
 
 
@@ -53,8 +55,10 @@ def frequencies(head_dim: int, theta: float, scaling: Scaling = ()) -> tuple[np.
         yarn      the same on a ramp over channels, and a temperature (arXiv 2309.00071)
 
     Raises:
-        ValueError: for another kind, or one that lacks its numbers.
+        ValueError: for another kind, or one that lacks its numbers, and for absurdly wide heads.
     """
+    if head_dim > _MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be at most {_MAX_HEAD_DIM}, got {head_dim}")
     options = dict(scaling)
     kind = options.pop("rope_type", "default")
     if kind not in _KINDS:

@@ -275,6 +275,10 @@ class AutoencoderKL(Model):
     """Images to latent moments (`encode`) and latents to images (`decode`)."""
 
     Config = AutoencoderKLConfig
+    counts = {  # noqa: RUF012
+        "block_out_channels": "encoder.levels",
+        "layers_per_block": "encoder.levels.0.blocks",
+    }
 
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         def pointwise(channels: int) -> Conv2d:

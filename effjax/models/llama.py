@@ -40,7 +40,8 @@ class LlamaConfig:
         hidden: channels inside an MLP.
         num_layers, num_heads, head_dim: num_heads * head_dim may differ from width.
         num_kv_heads: heads of keys and values, a divisor of num_heads.
-        max_positions: the longest text the model was made for, in tokens.
+        max_positions: the longest text the model was made for, in tokens; `max_length` counts in
+            that its rotation may be stretched.
         rope_theta: base of the rotary frequencies.
         rope_scaling: how they are stretched, see `effjax.layers.rotary.frequencies`.
         window: how many of the last tokens a token sees, None for all.
@@ -94,6 +95,19 @@ class LlamaConfig:
                 f"{len(self.window_layers)}"
             )
         frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens: beyond `max_positions` where the rotation is stretched.
+
+        Linear scaling and YaRN stretch the original length by their factor. Models that were made
+        with a stretched rotation (Llama 3.1's) say the long one as `max_positions`.
+        """
+        options = dict(self.rope_scaling)
+        if options.get("rope_type") not in ("linear", "yarn"):
+            return self.max_positions
+        original = options.get("original_max_position_embeddings") or self.max_positions
+        return max(self.max_positions, int(original * options["factor"]))
 
     def layer_window(self, layer: int) -> int | None:
         """The window of a layer."""

@@ -190,14 +190,17 @@ def test_other_t5s_are_refused():
         t5.read_config(config)
 
 
-def test_tied_tables_of_older_files_are_read(models, tmp_path):
-    """Pickles of transformers hold the token table twice."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_tied_tables_of_older_files_are_read(alone, models, tmp_path):
+    """Pickles of transformers hold the token table twice; other files under either name."""
     from safetensors.numpy import save_file
 
     converters.save_pretrained(*models["text_encoder"], tmp_path / "t5", layout="transformers")
     file = tmp_path / "t5" / "model.safetensors"
     tensors = load_file(file)
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].copy()
+    if alone:
+        del tensors["shared.weight"]
     save_file(tensors, file)
     _, params = converters.from_pretrained(tmp_path / "t5")
     assert_equal_params(params, models["text_encoder"][1])

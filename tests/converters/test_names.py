@@ -12,7 +12,7 @@ TABLE = Table(
         *affine("h.{i}.attn.{j}.qkv", "blocks.{i}.attn.{j}.k", part="1/2"),
         Rule("h.{i}.embed", "label.table"),
     ),
-    buffers=(Buffer("positions", lambda config: np.zeros(3)),),
+    buffers=(Buffer("positions", lambda config: np.zeros(3), lambda config: (3,)),),
 )
 SHAPES = {
     "patch.kernel": (2, 3, 4, 5),

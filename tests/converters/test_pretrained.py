@@ -14,10 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from safetensors.numpy import load_file, save_file
 
 import converters
+import effjax
 from converters.__main__ import main
-from effjax.forward import flatten_params, nest_params
+from effjax import testing
+from effjax.forward import abstract, flatten_params, nest_params
+from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from effjax.models.t5 import T5Encoder
 from tests.converters.conftest import CONFIG, assert_equal_params, random_params
+from tests.converters.formats import T5
 
+VAE = AutoencoderKLConfig(block_out_channels=(8, 8), layers_per_block=1, norm_groups=2)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -273,7 +279,7 @@ def test_nan_is_kept_unless_asked_for(saved):
         ({"norm_type": "layer_norm", "attention_bias": False}, r"norm_type.*ada_norm_zero"),
         ({"num_layers": "2", "patch_size": 2.0}, r"patch_size must be of type int.*num_layers"),
         ({"out_channels": 5}, r"config\.json: out_channels must be in_channels"),
-        ({"num_layers": 3}, r"(?s)transformer_blocks\.2\.norm1.*missing"),
+        ({"num_layers": 3}, r"config\.json: num_layers asks for 3 .* holds tensors of 2"),
         ({"num_attention_heads": 0}, "num_heads must be at least 1"),
         ({"attention_head_dim": 12}, r"(?s)problems.*misshapen, is .* must be"),
         (
@@ -285,6 +291,61 @@ def test_nan_is_kept_unless_asked_for(saved):
 def test_wrong_config_values(saved, values, message):
     change_config(saved, **values)
     with pytest.raises(ValueError, match=message):
+        converters.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("forward", "key", "found"),
+    [
+        (testing.tiny_llama().forward, "num_hidden_layers", 2),
+        (testing.tiny_dit().forward, "num_layers", 2),
+        (testing.tiny_pixart().forward, "num_layers", 2),
+        (abstract(T5Encoder, T5)[0], "num_layers", 2),
+        (abstract(AutoencoderKL, VAE)[0], "layers_per_block", 1),
+        (abstract(AutoencoderKL, VAE)[0], "block_out_channels", 2),
+    ],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_counts_are_compared_with_the_tensors_before_a_model_is_built(
+    forward, key, found, sharded, tmp_path, monkeypatch
+):
+    """Whatever a configuration says, its answer takes a moment; ten million layers take minutes."""
+    params = testing.random_params(forward.abstract_params())
+    options = {"max_shard_bytes": 5000} if sharded else {}
+    converters.save_pretrained(forward, params, tmp_path / "model", **options)
+    effjax.save(tmp_path / "saved", forward, params, **options)
+    monkeypatch.setattr("converters.weights.abstract", None)
+    monkeypatch.setattr("effjax.recipe.abstract", None)
+    own = key.replace("hidden_layers", "layers")
+    for count in (found + 1, 10**7, 10**20):
+        if key == "block_out_channels":
+            count = min(count, 100)
+        for folder, name in (("model", key), ("saved", own)):
+            asked = [32] * count if key == "block_out_channels" else count
+            change_config(tmp_path / folder, **{name: asked})
+        message = rf"config\.json: {{}} asks for {count} .* {found}$"
+        with pytest.raises(ValueError, match=message.format(key)):
+            converters.from_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match=message.format(key)):
+            converters.convert(tmp_path / "model", tmp_path / "copy")
+        with pytest.raises(ValueError, match=message.format(own)):
+            effjax.load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("value", [10**9, 10**19])
+def test_absurd_sizes_are_answered_without_memory(value, saved):
+    for key in ("attention_head_dim", "num_embeds_ada_norm", "num_attention_heads"):
+        config = (saved / "config.json").read_text()
+        change_config(saved, **{key: value})
+        with pytest.raises(ValueError, match="misshapen"):
+            converters.from_pretrained(saved)
+        (saved / "config.json").write_text(config)
+
+
+def test_a_stored_table_of_another_size_is_not_computed(saved):
+    change(saved, lambda held: held.update({"pos_embed.pos_embed": np.zeros((1, 16, 16), "f4")}))
+    change_config(saved, sample_size=2 * 10**9)
+    with pytest.raises(ValueError, match=r"pos_embed: differs from what the model computes"):
         converters.from_pretrained(saved)
 
 

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import converters
 from converters import llama
+from effjax import testing
 from effjax.forward import abstract, flatten_params, nest_params, parameter_count
+from effjax.generate import generate
 from effjax.layers.rotary import frequencies
 from effjax.models.llama import Llama, LlamaConfig
 
@@ -181,6 +183,7 @@ def test_megrez_has_its_published_size():
         ({"rope_scaling": (("rope_type", "llama3"),)}, "lacks 'low_freq_factor'"),
         ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
         ({"head_dim": 7}, "even head_dim"),
+        ({"head_dim": 10**12}, "head_dim must be at most 65536"),
         ({"window": 0}, "window must be at least 1"),
         ({"window": 4, "window_layers": (True,)}, "all 32 layers"),
         ({"width": 0}, "width must be at least 1"),
@@ -200,6 +203,76 @@ def test_what_transformers_has_no_class_for_is_named():
 def test_unknown_activations_are_named():
     with pytest.raises(ValueError, match="hidden_act='gelu'"):
         llama.read_config({**CONFIGS["llama2"], "hidden_act": "gelu"})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        (None, 32),
+        ({"rope_type": "default"}, 32),
+        ({"type": "linear", "factor": 4.0}, 128),
+        ({"type": "yarn", "factor": 4.0}, 128),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8}, 64),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}, 32),
+        ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 8}, 32),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8,
+            },
+            32,
+        ),
+    ],
+)
+def test_the_longest_text_of_a_stretched_rotation(scaling, length):
+    described = {**CONFIGS["llama2"], "max_position_embeddings": 32, "rope_scaling": scaling}
+    described.pop("rope_parameters", None)
+    config = llama.read_config(described)
+    assert (config.max_positions, config.max_length) == (32, length)
+    assert llama.read_config(llama.write_config(config)) == config
+
+
+def test_texts_of_the_stretched_length_are_written():
+    """Greedily, as the whole forward says; one more token is refused."""
+    scaling = (("factor", 2.0), ("rope_type", "linear"))
+    subject = testing.tiny_llama(batch=1, max_positions=16, rope_scaling=scaling)
+    forward, params, text = subject.forward, subject.params, subject.cond
+    run = jax.jit(forward)
+    for length in range(20, 24):
+        logits = run(params, {}, jnp.pad(text, ((0, 0), (0, 24 - length))))[0]
+        text = jnp.append(text, jnp.argmax(logits[:, length - 1], -1)[:, None], axis=1)
+    out = generate(forward, params, subject.cond.tolist(), max_new_tokens=4)
+    assert out.rows() == text[:, 20:].tolist()
+    with pytest.raises(ValueError, match="32"):
+        generate(forward, params, subject.cond.tolist(), max_new_tokens=13)
+
+
+def test_tied_models_may_hold_the_head_alone(tmp_path):
+    """As save_model of safetensors leaves them, which keeps the first name; in shards too."""
+    want = load("qwen2")[1]
+    tensors = {key: np.ascontiguousarray(value) for key, value in weights("qwen2").items()}
+    del tensors["model.embed_tokens.weight"]
+    files = {"a.safetensors": {}, "b.safetensors": {}}
+    for number, name in enumerate(tensors):
+        files["ab"[number % 2] + ".safetensors"][name] = tensors[name]
+    for name, held in files.items():
+        save_file(held, tmp_path / name)
+    listed = {name: file for file, held in files.items() for name in held}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": listed}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen2"]))
+    chex.assert_trees_all_equal(converters.from_pretrained(tmp_path)[1], want)
+    converters.convert(tmp_path, tmp_path / "copy")
+    written = load_file(tmp_path / "copy" / "model.safetensors")
+    assert written.keys() == {*tensors, "model.embed_tokens.weight"} - {"lm_head.weight"}
+    np.testing.assert_array_equal(written["model.embed_tokens.weight"], tensors["lm_head.weight"])
+    untied = {**CONFIGS["qwen2"], "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(untied))
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: missing"):
+        converters.from_pretrained(tmp_path)
 
 
 def test_linear_scaling_divides_positions():
