@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The versions that every test passed with, for this Python. `CONSTRAINTS=` installs without them.
+# The versions that the suite runs with, for this Python. `CONSTRAINTS=` installs without them.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := $(wildcard constraints/python$(VERSION).txt)
 INSTALL := -m pip install --quiet $(CONSTRAINTS:%=--constraint %)
@@ -39,7 +39,7 @@ docs: $(VENV)/.docs
 VERSIONS = $(1)/bin/python -m pip list --format freeze --exclude-editable --exclude pip | sed 's/+.*//'
 
 constraints: $(VENV)/.test
-	@echo "# Made by make constraints: every test passed with these." > constraints/python$(VERSION).txt
+	@echo "# Made by make constraints: the versions that the suite runs with." > constraints/python$(VERSION).txt
 	$(call VERSIONS,$(VENV)) >> constraints/python$(VERSION).txt
 
 # The suite with the newest versions inside the bounds of pyproject.toml, and outside of them for

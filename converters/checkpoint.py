@@ -51,8 +51,8 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         import torch
     except ImportError:
         raise ImportError(
-            f"{path} is a pickle, which only torch reads: install effjax[torch], or use a "
-            f"safetensors file"
+            f"{path} is a pickle, which only torch reads: install torch (a CPU build will do) or "
+            f"use a safetensors file"
         ) from None
     with path.open("rb") as file:
         start = file.read(64)

@@ -29,7 +29,7 @@ def chip(name: str) -> SingleDeviceSharding:
         name: a key of `TOPOLOGIES`.
 
     Raises:
-        RuntimeError: if libtpu is not installed (`pip install effjax[tpu]`).
+        RuntimeError: if libtpu is not installed (the `tpu` extra).
     """
     from jax.experimental import topologies
 

@@ -1,6 +1,6 @@
 """Compile one sampling step of the full-size DiT-XL/2-512 for TPUs, ahead of time, without a TPU.
 
-    python -m experiments.tpu_compile      (needs libtpu: pip install effjax[tpu])
+    python -m experiments.tpu_compile      (needs the `tpu` extra)
 
 Dense and compressed step (the synthetic plan of `experiments.plan_speed`, the step traced, so every
 layer branches over its strategies), bfloat16, guided batch of 2 x 4. It shows that the programs

@@ -1,6 +1,6 @@
 """Kernels on a GPU: first that they are right, then against peers and against the memory's speed.
 
-    python -m experiments.kernels.gpu      (a few minutes; needs `pip install effjax[gpu]`)
+    python -m experiments.kernels.gpu      (a few minutes; needs the `gpu` extra)
 
 Dense and block-sparse attention against cuDNN, torch and tokamax where these are
 installed; int8 against bfloat16 attention; decode attention and 4-bit products against a copy's

@@ -1,6 +1,6 @@
 """What every kernel takes of a TPU, from programs compiled ahead of time, without a TPU.
 
-    python -m experiments.kernels.tpu_table      (needs libtpu: pip install effjax[tpu])
+    python -m experiments.kernels.tpu_table      (needs the `tpu` extra)
 
 Fast memory (VMEM) as the compiler allots it, the work and the traffic that kernels declare, and the
 time these would take at the rates that the compiler itself reckons with. Nothing is timed, and the

@@ -1,6 +1,6 @@
 """Memory of decoding with each kind of cache on a TPU, compiled ahead of time without one.
 
-    python -m experiments.llm.tpu_memory      (needs libtpu: pip install effjax[tpu])
+    python -m experiments.llm.tpu_memory      (needs the `tpu` extra)
 
 One new token of one text under Llama 2 7B's architecture in bfloat16, all 32 layers; the cache is
 given back in the memory it came in. "Caches" is what they hold by their shapes; arguments and

@@ -1,6 +1,6 @@
 """Bytes of full-size models at 16, 8 and 4 bits: closed form, counted, and compiled for a TPU.
 
-    python -m experiments.quantization.sizes      (the last needs libtpu: pip install effjax[tpu])
+    python -m experiments.quantization.sizes      (the last needs the `tpu` extra)
 
 PixArt-Sigma-XL/2 at 1024 pixels and DiT-XL/2 at 512; all linear layers of the blocks but
 modulations are coded, inputs too. Weights are shapes: nothing is allocated, nothing runs. T5-XXL,
