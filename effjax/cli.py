@@ -6,6 +6,7 @@ Figures go to standard output (as JSON with --json), progress and messages to st
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import inspect
 import json
@@ -113,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     sample = add("sample", _sample, "generate images")
     _pipeline_arguments(sample)
     _condition_arguments(sample, "to generate")
+    sample.add_argument("--negative-prompt", help="what to lead away from, of text to image")
+    sample.add_argument("--images-per-prompt", type=int, default=1, help="or per label")
     sample.add_argument("-o", "--output", type=Path, default=Path("images"))
 
     generate = add("generate", _generate, "continue texts, or answer, with a language model")
@@ -160,7 +163,11 @@ def _loading_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _condition_arguments(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--labels", help=f"class names or indices with commas, {what}")
+    command.add_argument(
+        "--labels",
+        help=f"class names or indices with commas, {what}; a name that has commas itself stands in "
+        f"double quotes: '\"tench, Tinca tinca\",207'",
+    )
     command.add_argument("--prompt", action="append", help=f"may be repeated, {what}")
 
 
@@ -318,15 +325,24 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
 def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
 
+    from effjax.pipelines import TextToImagePipeline
+
     pipe = _load(arguments)
     if _is_text(pipe):
         raise ValueError(f"{arguments.source} is a language model; use `effjax generate`")
     asked = _asked(pipe, arguments)
-    images = pipe(asked, key=jax.random.key(arguments.seed), **_settings(pipe, arguments))
+    settings = _settings(pipe, arguments)
+    if arguments.negative_prompt is not None:
+        if not isinstance(pipe, TextToImagePipeline):
+            raise ValueError("this pipeline is conditioned on classes: leave out --negative-prompt")
+        settings["negative_prompt"] = arguments.negative_prompt
+    each = arguments.images_per_prompt
+    key = jax.random.key(arguments.seed)
+    images = pipe(asked, key=key, num_images_per_prompt=each, **settings)
     arguments.output.mkdir(parents=True, exist_ok=True)
     files = []
-    for number, (name, image) in enumerate(zip(asked, images)):
-        word = re.sub(r"\W+", "_", name)[:40]
+    for number, image in enumerate(images):
+        word = re.sub(r"\W+", "_", asked[number // each])[:40]
         files.append(str(arguments.output / f"{number:03d}_{word}.png"))
         image.save(files[-1])
     return {"files": files}, "\n".join(files)
@@ -488,7 +504,7 @@ def _asked(
     takes_prompts = isinstance(pipe, TextToImagePipeline)
     given, other = arguments.prompt, arguments.labels
     if not takes_prompts:
-        given, other = other and [name.strip() for name in other.split(",")], given
+        given, other = other and _comma_separated(other), given
     if other:
         raise ValueError(
             "this pipeline is conditioned on "
@@ -504,6 +520,12 @@ def _asked(
             f"nothing is asked for: give {'--prompt' if takes_prompts else '--labels'}"
         )
     return given
+
+
+def _comma_separated(values: str) -> list[str]:
+    """Values that commas part; those that have commas themselves stand in double quotes."""
+    rows = csv.reader(values.splitlines(), skipinitialspace=True)
+    return [value.strip() for row in rows for value in row]
 
 
 def _settings(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:

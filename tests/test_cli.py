@@ -49,9 +49,15 @@ def test_search_sample_bench(capsys, folder, tmp_path):
     assert status == 0
     assert len(figures["plan"]["codes"]) == 2
 
-    status, figures, _ = run(capsys, "sample", fast, "--labels", "c,1", "-o", tmp_path / "images")
+    asked = ("--labels", '"c", 1', "--images-per-prompt", 2)
+    status, figures, _ = run(capsys, "sample", fast, *asked, "-o", tmp_path / "images")
     assert status == 0
-    assert [file.endswith(".png") for file in figures["files"]] == [True, True]
+    assert [file.rpartition("/")[2] for file in figures["files"]] == [
+        "000_c.png",
+        "001_c.png",
+        "002_1.png",
+        "003_1.png",
+    ]
 
     status, figures, _ = run(capsys, "info", fast)
     assert figures["methods"] == ["dit_fast_attn"]
@@ -109,7 +115,17 @@ def test_bits_are_searched(capsys, folder, tmp_path):
 def test_text_to_image(capsys, tmp_path):
     write_text_pipeline(tmp_path / "text")
     asked = ("--prompt", "a red A", "--prompt", "a blue 7", "--steps", 2)
-    sample = ("sample", tmp_path / "text", *asked, "--width", 24, "-o", tmp_path / "images")
+    sample = (
+        "sample",
+        tmp_path / "text",
+        *asked,
+        "--width",
+        24,
+        "--negative-prompt",
+        "a 7",
+        "-o",
+        tmp_path / "images",
+    )
     status, figures, _ = run(capsys, *sample)
     assert status == 0
     for file in figures["files"]:
@@ -151,6 +167,9 @@ def test_methods(capsys):
         (("search", "FOLDER", "new", "--prompt", "a"), "conditioned on classes: give --labels"),
         (("sample", "FOLDER", "--labels", "a", "--width", "8"), "images of one size"),
         (("sample", "FOLDER"), "nothing is asked for: give --labels"),
+        (("sample", "FOLDER", "--labels", '"a, b",c'), "no class 'a, b'"),
+        (("sample", "FOLDER", "--labels", "a", "--negative-prompt", "b"), "conditioned on classes"),
+        (("sample", "FOLDER", "--labels", "a", "--images-per-prompt", "0"), "at least 1, got 0"),
         (("quantize", "FOLDER", "new", "--group-size", "8"), "leave out --group-size"),
         (("quantize", "FOLDER", "new", "--method", "dit_fast_attn"), "does not quantise"),
         (("demo", "--steps", "1"), "at least 2 steps"),

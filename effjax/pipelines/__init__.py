@@ -26,8 +26,9 @@ from effjax.pipelines.diffusion import (
     ClassConditionalPipeline,
     Pipeline,
     TextToImagePipeline,
-    to_pil,
 )
+from effjax.pipelines.images import to_pil
+from effjax.pipelines.labels import read_names
 from effjax.pipelines.text import GENERATION, TextPipeline
 from effjax.transform import Pair
 
@@ -128,8 +129,7 @@ def pipeline(
         )
     has_vae = (Path(source) / "vae").is_dir() or (index.get("vae") or [None])[0] is not None
     if kind is ClassConditionalPipeline:
-        names = index.get("id2label", {}).items()
-        own = {"names": {name: int(number) for number, name in names}}
+        own = {"names": read_names(index.get("id2label"))}
     else:
         own = {
             "text_encoder": component("text_encoder"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections import OrderedDict
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, SupportsIndex, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,15 @@ from PIL import Image
 
 from effjax import recipe
 from effjax.context import Guidance, PyTree
+from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
 from effjax.models import autoencoder_kl
 from effjax.models.pixart import Caption
-from effjax.samplers import Sampler, Schedule
+from effjax.pipelines import arguments
+from effjax.pipelines.images import draw, to_unit
+from effjax.pipelines.labels import check_names, index_of
+from effjax.pipelines.recent import Recent
+from effjax.samplers import Sampler, Schedule, sample_keys
 from effjax.storage import new_directory, write_json
 from effjax.transform import Pair
 
@@ -28,6 +33,9 @@ INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 
 AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
 OnStepEnd = Callable[[int, jax.Array], Any]
+Label = SupportsIndex | str
+OutputType = Literal["pil", "np", "latent"]
+Images = list[Image.Image] | np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +73,19 @@ class Pipeline:
                 that the model was made for if None.
 
         Raises:
-            ValueError: for a height or width that is not a whole number of patches.
+            ValueError: for a height or width that is not a whole number of patches, for steps that
+                are no whole number of at least 1, and a scale that is not finite or below 0.
         """
         steps = self._planned("calls", self.STEPS) if num_steps is None else num_steps
+        steps = arguments.count("num_steps", steps)
         scale = guidance_scale
         scale = self._planned("guidance", self.GUIDANCE) if scale is None else scale
+        scale = arguments.scale("guidance_scale", scale)
         config = self.forward.config
         shape = self._sample_shape(height, width)
         tokens = config.tokens * math.prod(shape) // math.prod(config.sample_shape)
         schedule = Schedule.from_config(self.scheduler, steps=steps, tokens=tokens)
-        return Sampler(schedule, float(scale), self.ARRANGEMENT, shape)
+        return Sampler(schedule, scale, self.ARRANGEMENT, shape)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Samples [B, H, W, C] to images float32 in -1 ... 1 (about)."""
@@ -108,31 +119,71 @@ class Pipeline:
     def _generate(
         self,
         sampler: Sampler,
-        conditions: tuple[PyTree, PyTree],
-        key: jax.Array,
+        asked: Sequence[Any],
+        conditions: Callable[[], tuple[PyTree, PyTree]],
         *,
+        key: jax.Array,
+        num_images_per_prompt: int,
+        latents: jax.Array | np.ndarray | None,
+        output_type: str,
         progress: bool,
         callback_on_step_end: OnStepEnd | None,
-    ) -> list[Image.Image]:
-        cond, uncond = conditions
+    ) -> Images:
+        """Images of what is asked for; `conditions` may be slow and comes after all checks."""
+        if output_type not in OutputType.__args__:
+            raise ValueError(
+                f"output_type must be one of {', '.join(OutputType.__args__)}; got {output_type!r}"
+            )
+        repeats = arguments.count("num_images_per_prompt", num_images_per_prompt)
+        keys = sample_keys(key, repeats * len(asked))
+        if latents is not None:
+            latents = sampler.given_noise(self.forward, len(keys), latents)
+        cond, uncond = jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=0), conditions())
+        uncond = uncond if sampler.guided else None
         x = sampler.stepwise(
             self.forward,
             self.params,
             cond,
-            key,
-            uncond=uncond if sampler.guided else None,
+            keys,
+            uncond=uncond,
+            noise=latents,
             progress=progress,
             callback=callback_on_step_end,
         )
-        return to_pil(self.decode(x))
+        images = x if output_type == "latent" else self.decode(x)
+        self._warn_unless_finite((cond, uncond), x, images)
+        if output_type == "latent":
+            return images
+        return to_unit(images) if output_type == "np" else draw(to_unit(images))
+
+    def _warn_unless_finite(
+        self, conditions: tuple[PyTree, PyTree], x: jax.Array, images: jax.Array
+    ) -> None:
+        """Name the first stage whose result is not finite; what follows it is not finite either."""
+        if _finite(images):
+            return
+        stages = [
+            ("text embeddings", leaf)
+            for leaf in jax.tree.leaves(conditions)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+        stages += [("latents after the last step", x), ("decoded images", images)]
+        what, values = next(stage for stage in stages if not _finite(stage[1]))
+        advice = (
+            'Load the pipeline with dtype="float32" or "bfloat16", whose range is larger than '
+            "float16's, or with check_finite=True, which finds damaged weights."
+        )
+        warn_unless_finite(what, values, advice)
 
     def _sample_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Shape of what is denoised for images of so many pixels, the model's own by default."""
         config = self.forward.config
         scale = 1 if self.vae is None else self.vae[0].config.downscale
         *own, channels = config.sample_shape
+        given = {"height": height, "width": width}
         sides = [
-            scale * side if given is None else given for given, side in zip((height, width), own)
+            scale * side if asked is None else arguments.count(name, asked)
+            for (name, asked), side in zip(given.items(), own)
         ]
         unit = scale * config.patch_size
         if any(side < unit or side % unit for side in sides):
@@ -153,73 +204,92 @@ class ClassConditionalPipeline(Pipeline):
     """A class-conditional diffusion model (diffusers' DiTPipeline).
 
     Attributes:
-        names: class index by name; may be empty.
+        names: of classes by their index, several for one class with commas between them; classes
+            may be without.
     """
 
-    names: Mapping[str, int] = dataclasses.field(default_factory=dict, kw_only=True)
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
 
     STEPS, GUIDANCE, ARRANGEMENT = 50, 4.0, Guidance()  # of diffusers' DiTPipeline
 
+    def __post_init__(self) -> None:
+        check_names(self.names, self.forward.config.num_classes)
+
     def __call__(
         self,
-        labels: Sequence[int | str],
+        labels: Label | Sequence[Label] | np.ndarray | jax.Array,
         *,
         key: jax.Array,
+        num_images_per_prompt: int = 1,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        latents: jax.Array | np.ndarray | None = None,
+        output_type: OutputType = "pil",
         progress: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
-    ) -> list[Image.Image]:
-        """Generate one image for each label.
+    ) -> Images:
+        """Generate images of classes.
 
         Args:
-            labels: class indices or names; the same key gives the same image for a label's place.
-            key: PRNG key, `jax.random.key(seed)`.
+            labels: one or more class indices or names.
+            key: PRNG key, `jax.random.key(seed)`; the same key gives the same image at its place.
+            num_images_per_prompt: images of each label: all of the first, then of the second, ...
             num_steps: denoising steps; those of the plan, else 50.
             guidance_scale: 1 is no guidance; that of the plan, else 4.0.
+            latents: unit noise [images, H, W, C] to start from, in place of the key's; the schedule
+                scales it as it would its own.
+            output_type: "pil"; "np" for float32[images, H, W, 1 or 3] in 0 ... 1; "latent" for the
+                samples float32[images, H, W, C] before they are decoded.
             progress: show a bar over the steps.
             callback_on_step_end: called as `callback_on_step_end(step, latents)`.
 
         Returns:
-            PIL images, "L" or "RGB".
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for latents or images that are NaN or infinite.
 
         Raises:
             ValueError: for unknown labels, or steps that the forward is not planned for.
+            TypeError: if `key` is no key.
         """
+        asked = arguments.listed("labels", labels)
         return self._generate(
             self.sampler(num_steps=num_steps, guidance_scale=guidance_scale),
-            self.conditions(labels),
-            key,
+            asked,
+            lambda: self.conditions(asked),
+            key=key,
+            num_images_per_prompt=num_images_per_prompt,
+            latents=latents,
+            output_type=output_type,
             progress=progress,
             callback_on_step_end=callback_on_step_end,
         )
 
-    def conditions(self, labels: Sequence[int | str]) -> tuple[jax.Array, None]:
+    def conditions(
+        self, labels: Label | Sequence[Label] | np.ndarray | jax.Array
+    ) -> tuple[jax.Array, None]:
         """What a sampler takes for these labels: `cond` and `uncond`."""
-        return jnp.asarray([self.index(label) for label in labels], jnp.int32), None
+        indices = [self.index(label) for label in arguments.listed("labels", labels)]
+        return jnp.asarray(indices, jnp.int32), None
 
-    def index(self, label: int | str) -> int:
-        """Class index of a label: an index, the name of a class, or an index as text.
+    def index(self, label: Any) -> int:
+        """Class index of a label: an index, also as text, one name of a class, or all its names.
 
         Raises:
-            ValueError: for an unknown label.
+            ValueError: for what is no label, and for a name of no class or of several.
         """
-        if isinstance(label, str) and label in self.names:
-            return self.names[label]
-        classes = self.forward.config.num_classes
-        index = int(label) if not isinstance(label, str) or label.isdigit() else -1
-        if not 0 <= index < classes:
-            known = f", or one of {', '.join(self.names)}" if self.names else ""
-            raise ValueError(f"no class {label!r}: a label is 0 ... {classes - 1}{known}")
-        return index
+        return index_of(label, self.names, self.forward.config.num_classes)
 
     def _index(self) -> dict[str, Any]:
-        return {"id2label": {str(index): name for name, index in self.names.items()}}
+        return {"id2label": {str(index): name for index, name in self.names.items()}}
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToImagePipeline(Pipeline):
     """A text-to-image diffusion model with one text encoder (diffusers' PixArtSigmaPipeline).
+
+    Threads may call it at once.
 
     Attributes:
         text_encoder: forward and parameters of the text encoder.
@@ -228,8 +298,8 @@ class TextToImagePipeline(Pipeline):
 
     text_encoder: Pair = dataclasses.field(kw_only=True)
     tokenizer: Any = dataclasses.field(kw_only=True)
-    _captions: OrderedDict[str, Caption] = dataclasses.field(
-        default_factory=OrderedDict, init=False, repr=False, compare=False
+    _captions: Recent[Caption] = dataclasses.field(
+        default_factory=lambda: Recent(_REMEMBERED), init=False, repr=False, compare=False
     )
 
     # Of diffusers' PixArtSigmaPipeline: [negative, positive].
@@ -240,50 +310,83 @@ class TextToImagePipeline(Pipeline):
         prompt: str | Sequence[str],
         *,
         key: jax.Array,
+        num_images_per_prompt: int = 1,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str | None] | None = None,
         height: int | None = None,
         width: int | None = None,
+        latents: jax.Array | np.ndarray | None = None,
+        output_type: OutputType = "pil",
         progress: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
-    ) -> list[Image.Image]:
-        """Generate one image for each prompt.
+    ) -> Images:
+        """Generate images of prompts.
 
         Args:
-            prompt: one or more; the same key gives the same image for a prompt's place.
-            key: PRNG key, `jax.random.key(seed)`.
+            prompt: one or more.
+            key: PRNG key, `jax.random.key(seed)`; the same key gives the same image at its place.
+            num_images_per_prompt: all of the first prompt, then of the second, ...
             num_steps: denoising steps; those of the plan, else 20.
             guidance_scale: 1 is no guidance; that of the plan, else 4.5.
-            negative_prompt: what the images are led away from, if they are guided.
+            negative_prompt: what the images are led away from, if they are guided: one for all, or
+                one for each prompt. None is as "".
             height, width: in pixels; the size that the model was made for. There are no bins: other
                 sizes are sampled as they are asked for (diffusers' `use_resolution_binning=False`).
+            latents, output_type: as for `ClassConditionalPipeline`.
             progress: show a bar over the steps.
             callback_on_step_end: called as `callback_on_step_end(step, latents)`.
 
         Returns:
-            PIL images, "L" or "RGB".
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for text embeddings, latents or images that are NaN or infinite.
 
         Raises:
             ValueError: for prompts of more tokens than the model was trained on, sizes that are not
                 whole patches, or steps that the forward is not planned for.
+            TypeError: if `key` is no key.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = arguments.texts("prompt", prompt)
         return self._generate(
             self.sampler(
                 num_steps=num_steps, guidance_scale=guidance_scale, height=height, width=width
             ),
-            self.conditions(prompts, negative_prompt=negative_prompt),
-            key,
+            prompts,
+            lambda: self.conditions(prompts, negative_prompt=negative_prompt),
+            key=key,
+            num_images_per_prompt=num_images_per_prompt,
+            latents=latents,
+            output_type=output_type,
             progress=progress,
             callback_on_step_end=callback_on_step_end,
         )
 
     def conditions(
-        self, prompts: Sequence[str], *, negative_prompt: str = ""
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str | None] | None = None,
     ) -> tuple[Caption, Caption]:
-        """What a sampler takes for these prompts: `cond` and `uncond`."""
-        return self.encode(prompts), self.encode([negative_prompt] * len(prompts))
+        """What a sampler takes for these prompts: `cond` and `uncond`.
+
+        Raises:
+            ValueError: for prompts that are too long, or another number of negative prompts.
+        """
+        prompts = arguments.texts("prompt", prompts)
+        negative = arguments.listed("negative_prompt", negative_prompt)
+        negative = arguments.texts(
+            "negative_prompt", ["" if each is None else each for each in negative]
+        )
+        if isinstance(negative_prompt, str | None):
+            negative *= len(prompts)
+        if len(negative) != len(prompts):
+            raise ValueError(
+                f"negative_prompt must be one for all prompts, or one for each of the "
+                f"{len(prompts)}; got {len(negative)}"
+            )
+        return self.encode(prompts), self.encode(negative)
 
     @property
     def max_tokens(self) -> int:
@@ -297,29 +400,24 @@ class TextToImagePipeline(Pipeline):
             ValueError: for prompts that are too long.
         """
         prompts = [prompt.lower().strip() for prompt in prompts]
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._captions]
-        if new:
-            for prompt, *caption in zip(new, *self._encode(new), strict=True):
-                self._captions[prompt] = Caption(*caption)
-        found = [self._captions[prompt] for prompt in prompts]
-        for prompt in dict.fromkeys(prompts):
-            self._captions.move_to_end(prompt)
-        while len(self._captions) > _REMEMBERED:
-            self._captions.popitem(last=False)
+        found = self._captions.get(
+            prompts, lambda new: [Caption(*each) for each in zip(*self._encode(new), strict=True)]
+        )
         return Caption(*(jnp.stack(parts) for parts in zip(*found, strict=True)))
 
     def _encode(self, prompts: Sequence[str]) -> Caption:
         length = self.max_tokens
-        read = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, return_tensors="np"
-        )
-        ids = read["input_ids"]
-        if ids.shape[1] > length:
-            longest = max(prompts, key=lambda prompt: len(self.tokenizer(prompt)["input_ids"]))
-            raise ValueError(
-                f"a prompt has {ids.shape[1]} tokens, this model reads {length}; shorten "
-                f"{longest[:60]!r}..."
+        with _TOKENIZING:
+            read = self.tokenizer(
+                list(prompts), padding="max_length", max_length=length, return_tensors="np"
             )
+            ids = read["input_ids"]
+            if ids.shape[1] > length:
+                longest = max(prompts, key=lambda prompt: len(self.tokenizer(prompt)["input_ids"]))
+                raise ValueError(
+                    f"a prompt has {ids.shape[1]} tokens, this model reads {length}; shorten "
+                    f"{longest[:60]!r}..."
+                )
         mask = jnp.asarray(read["attention_mask"]).astype(bool)
         return Caption(_states(*self.text_encoder, jnp.asarray(ids, jnp.int32), mask), mask)
 
@@ -330,17 +428,11 @@ class TextToImagePipeline(Pipeline):
 
 _MAX_TOKENS = 300  # of PixArt-Sigma; its tokenizer says 512, T5's
 _REMEMBERED = 64  # captions: 300 x 4096 values each
+_TOKENIZING = threading.Lock()  # tokenizers, which pipelines may share, are not for two threads
 
 
-def to_pil(images: jax.Array | np.ndarray) -> list[Image.Image]:
-    """Images float[B, H, W, 1 or 3] in -1 ... 1 as 8-bit PIL images."""
-    pixels = np.asarray(jax.device_get(images), np.float32)
-    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
-        raise ValueError(
-            f"images must be [B, H, W, 1 or 3], got {list(pixels.shape)}; latents need a decoder"
-        )
-    pixels = np.clip(np.rint(127.5 * (pixels + 1)), 0, 255).astype(np.uint8)
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+def _finite(values: jax.Array) -> bool:
+    return bool(jnp.isfinite(values).all())
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,10 +66,23 @@ class Sampler:
             raise TypeError(
                 f"schedule must be a noise schedule such as DDIM(steps=50), got {self.schedule!r}"
             )
-        if not 0 <= self.guidance < math.inf:
+        number = isinstance(self.guidance, numbers.Real) and not isinstance(self.guidance, bool)
+        if not number or not 0 <= self.guidance < math.inf:
             raise ValueError(
                 f"guidance must be a finite scale of at least 0 (1 is no guidance), got "
-                f"{self.guidance}"
+                f"{self.guidance!r}"
+            )
+        if not isinstance(self.arrangement, Guidance):
+            raise TypeError(f"arrangement must be a Guidance, got {self.arrangement!r}")
+        sides = self.shape or ()
+        if self.shape is not None and (
+            not isinstance(self.shape, tuple)
+            or not self.shape
+            or any(type(side) is not int or side < 1 for side in sides)
+        ):
+            raise ValueError(
+                f"shape must be a tuple of whole numbers of at least 1, such as (64, 64, 4), got "
+                f"{self.shape!r}"
             )
 
     @property
@@ -87,7 +101,14 @@ class Sampler:
         return self.arrangement if self.guided else None
 
     def __call__(
-        self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
+        self,
+        forward: Forward,
+        params: Params,
+        cond: PyTree,
+        key: Array,
+        *,
+        uncond: PyTree = None,
+        noise: Array | np.ndarray | None = None,
     ) -> Float[Array, "B ..."]:
         """Sample in one `lax.scan`.
 
@@ -98,9 +119,10 @@ class Sampler:
             key: one key (`jax.random.key`), or keys [B] from `sample_keys`. Sample i depends on the
                 key and on i, not on how many samples there are.
             uncond: unconditional counterpart of `cond`; the model's null condition if None.
+            noise: unit noise [B, ...] to start from, which the schedule scales; the key's if None.
         """
         uncond = self.unconditional(forward, cond, uncond)
-        carry = self.init(forward, params, cond, key, uncond=uncond)
+        carry = self.init(forward, params, cond, key, uncond=uncond, noise=noise)
         return self.run(forward, params, carry, cond, uncond).x
 
     def stepwise(
@@ -111,20 +133,22 @@ class Sampler:
         key: Array,
         *,
         uncond: PyTree = None,
+        noise: Array | np.ndarray | None = None,
         progress: bool = True,
         callback: Callable[[int, Array], Any] | None = None,
     ) -> Float[Array, "B ..."]:
         """Sample in a host loop over one compiled step; arguments as for `__call__`.
 
         Args:
-            forward, params, cond, key, uncond: as for `__call__`.
+            forward, params, cond, key, uncond, noise: as for `__call__`.
             progress: show a progress bar.
             callback: called as `callback(step, x)` after every step.
         """
         from tqdm.auto import tqdm
 
+        _check_key(key)
         uncond = self.unconditional(forward, cond, uncond)
-        carry = _compiled_init(self, forward, params, cond, key, uncond)
+        carry = _compiled_init(self, forward, params, cond, key, uncond, noise)
         segments = forward.segments(0, self.calls)
         for step in tqdm(range(self.calls), desc="sampling", disable=not progress):
             x, memory, state, keys = carry
@@ -140,17 +164,29 @@ class Sampler:
         return carry.x
 
     def init(
-        self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
+        self,
+        forward: Forward,
+        params: Params,
+        cond: PyTree,
+        key: Array,
+        *,
+        uncond: PyTree = None,
+        noise: Array | np.ndarray | None = None,
     ) -> Carry:
         """Initial noise, memory, state and keys for these conditions.
 
         Raises:
-            ValueError: if the forward is planned for another number of network calls.
+            ValueError: if the forward is planned for another number of network calls, or noise is
+                given that does not fit.
         """
         forward.check_calls(self.calls)
-        pairs = jax.vmap(jax.random.split)(sample_keys(key, _batch(cond)))
-        shape = self.sample_shape(forward)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(pairs[:, 0])
+        batch = _batch(cond)
+        pairs = jax.vmap(jax.random.split)(sample_keys(key, batch))
+        if noise is None:
+            shape = self.sample_shape(forward)
+            noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(pairs[:, 0])
+        else:
+            noise = self.given_noise(forward, batch, noise)
         x = self.schedule.initial_scale * noise
         uncond = self.unconditional(forward, cond, uncond)
         state = forward.init(params, *self.inputs(x, cond, uncond, 0), guidance=self.joined)
@@ -240,7 +276,7 @@ class Sampler:
         cond, uncond = self.arrangement.split(raw.astype(jnp.float32))
         rest = cond[..., channels:]
         cond, uncond = cond[..., :channels], uncond[..., :channels]
-        return jnp.concatenate([uncond + self.guidance * (cond - uncond), rest], axis=-1)
+        return jnp.concatenate([uncond + float(self.guidance) * (cond - uncond), rest], axis=-1)
 
     def update(self, carry: Carry, out: Float[Array, "B ..."], step: Step) -> Carry:
         """Move samples and memory by a guided output; `carry.state` is already the new one."""
@@ -250,6 +286,24 @@ class Sampler:
     def sample_shape(self, forward: Forward) -> tuple[int, ...]:
         """Shape of one sample of this network."""
         return forward.config.sample_shape if self.shape is None else self.shape
+
+    def given_noise(
+        self, forward: Forward, batch: int, noise: Array | np.ndarray
+    ) -> Float[Array, "B ..."]:
+        """Initial noise that a caller brings, as float32.
+
+        Raises:
+            ValueError: if it is no array of floats of the samples' shape.
+        """
+        shape = (batch, *self.sample_shape(forward))
+        given = jnp.asarray(noise) if hasattr(noise, "dtype") else None
+        if given is None or not jnp.issubdtype(given.dtype, jnp.floating) or given.shape != shape:
+            what = type(noise).__name__ if given is None else f"{given.dtype}{list(given.shape)}"
+            raise ValueError(
+                f"initial noise (latents) must be float{list(shape)}: batch, height, width, "
+                f"channels for images; got {what}"
+            )
+        return given.astype(jnp.float32)
 
     def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
         """`uncond`, or the model's null condition; None if the sampler does not guide."""
@@ -275,8 +329,7 @@ def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, " B"]:
         TypeError: if `key` is no key array.
         ValueError: if it has another batch.
     """
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key must come from jax.random.key(seed), got {type(key).__name__}")
+    _check_key(key)
     if key.shape == (batch,):
         return key
     if key.shape:
@@ -286,6 +339,18 @@ def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, " B"]:
         )
     indices = jnp.arange(first, first + batch, dtype=jnp.uint32)
     return jax.vmap(functools.partial(jax.random.fold_in, key))(indices)
+
+
+def _check_key(key: Any) -> None:
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return
+    if np.shape(key)[-1:] == (2,) and getattr(key, "dtype", None) == jnp.uint32:
+        got = "a legacy key of uint32; write jax.random.wrap_key_data(key)"
+    elif isinstance(key, int | np.integer):
+        got = f"{key}; write jax.random.key({key})"
+    else:
+        got = type(key).__name__
+    raise TypeError(f"key must come from jax.random.key(seed), got {got}")
 
 
 def _batch(cond: PyTree) -> int:
@@ -300,9 +365,15 @@ def _batch(cond: PyTree) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled_init(
-    sampler: Sampler, forward: Forward, params: Params, cond: PyTree, key: Array, uncond: PyTree
+    sampler: Sampler,
+    forward: Forward,
+    params: Params,
+    cond: PyTree,
+    key: Array,
+    uncond: PyTree,
+    noise: Array | np.ndarray | None,
 ) -> Carry:
-    return sampler.init(forward, params, cond, key, uncond=uncond)
+    return sampler.init(forward, params, cond, key, uncond=uncond, noise=noise)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")

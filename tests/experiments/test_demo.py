@@ -117,7 +117,7 @@ def test_training_resumes_where_it_stopped(tmp_path):
     train_dit.export(tmp_path / "model", forward, params)
     train_dit.export(tmp_path / "model", forward, params)  # replaces the older one
     pipe = effjax.pipeline(tmp_path / "model", progress=False)
-    assert pipe.names["A"] == 10
+    assert pipe.index("A") == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "model"]
 
 

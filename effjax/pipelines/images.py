@@ -1,0 +1,44 @@
+"""What a model of images draws, as arrays and as pictures."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from effjax.finite import warn_unless_finite
+
+
+def to_unit(images: jax.Array | np.ndarray) -> np.ndarray:
+    """Images float[B, H, W, 1 or 3] in -1 ... 1 as float32 in 0 ... 1, on the host.
+
+    Raises:
+        ValueError: for other shapes.
+    """
+    pixels = np.asarray(jax.device_get(images), np.float32)
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"images must be [B, H, W, 1 or 3], got {list(pixels.shape)}; latents need a decoder"
+        )
+    return np.clip((pixels + 1) / 2, 0, 1)
+
+
+def draw(unit: np.ndarray) -> list[Image.Image]:
+    """Images float32[B, H, W, 1 or 3] in 0 ... 1 as 8-bit PIL images, "L" or "RGB"."""
+    pixels = np.rint(255 * np.nan_to_num(unit, nan=0.0)).astype(np.uint8)
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def to_pil(images: jax.Array | np.ndarray) -> list[Image.Image]:
+    """Images float[B, H, W, 1 or 3] in -1 ... 1 as 8-bit PIL images; NaN is black.
+
+    Warns:
+        NotFiniteWarning: if any value is NaN or infinite.
+
+    Raises:
+        ValueError: for other shapes.
+    """
+    unit = to_unit(images)
+    warn_unless_finite("images", jnp.asarray(images), "NaN is drawn black.")
+    return draw(unit)
