@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--subfolder", help="of the model in SRC (default for a pipeline: transformer)"
     )
+    parser.add_argument("--variant", help="which weights, such as fp16, if there are several")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument(
         "--max-shard-bytes",

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from effjax.storage import Tensor, open_safetensors, open_shards, stand_in
+from effjax.storage import Tensor, is_index, open_safetensors, open_shards, stand_in
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin.index.json", *PICKLES)
@@ -31,7 +31,7 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
         ValueError: if a file is missing, truncated, corrupt, or not what its name says.
         ImportError: for a pickle, if torch is not installed.
     """
-    if path.name.endswith(".index.json"):
+    if is_index(path.name):
         return open_shards(path, open_checkpoint)
     if path.name.endswith(".safetensors"):
         return open_safetensors(path)

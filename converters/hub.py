@@ -5,33 +5,64 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from converters.checkpoint import SUFFIXES
-from effjax.storage import index_files, read_json
+from effjax.storage import index_files, is_index, read_json
 
-# In order of preference: safetensors before pickles.
-WEIGHT_FILES = tuple(
-    f"{stem}{suffix}"
-    for suffixes, stems in (
-        ((".safetensors", ".safetensors.index.json"), ("diffusion_pytorch_model", "model")),
-        ((".bin", ".bin.index.json"), ("diffusion_pytorch_model", "pytorch_model")),
-    )
-    for stem in stems
-    for suffix in suffixes
+_STEMS = (
+    (".safetensors", ("diffusion_pytorch_model", "model")),
+    (".bin", ("diffusion_pytorch_model", "pytorch_model")),
 )
-
+# What may stand between a stem and a suffix, as in "model.fp16.safetensors"; in an index's name,
+# diffusers wrote it at another place before.
+_PLAIN = ("{suffix}", "{suffix}.index.json")
+_OF_VARIANT = (
+    ".{variant}{suffix}",
+    "{suffix}.index.{variant}.json",
+    "{suffix}.{variant}.index.json",
+    ".{variant}{suffix}.index.json",
+)
+_VARIANT = r"[A-Za-z0-9_][\w.-]*"
 _REPO = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?")
 
 Fetch = Callable[[str], Path | None]
+Names = Callable[[str], Iterable[str]]
+
+
+def weight_files(variant: str | None = None) -> tuple[str, ...]:
+    """Names that the weights of a model may have, safetensors before pickles.
+
+    Args:
+        variant: which of several sets of weights, such as "fp16"; None for the one without a name.
+
+    Raises:
+        ValueError: for what is no name of a variant.
+    """
+    if variant is not None and not re.fullmatch(_VARIANT, variant):
+        raise ValueError(f"variant must be a word such as 'fp16', got {variant!r}")
+    return tuple(
+        stem + pattern.format(suffix=suffix, variant=variant)
+        for suffix, stems in _STEMS
+        for stem in stems
+        for pattern in (_PLAIN if variant is None else _OF_VARIANT)
+    )
+
+
+def _variants(names: Iterable[str]) -> list[str]:
+    """Variants of which there are weights among files of these names."""
+    held = {re.sub(r"-\d+-of-\d+", "", name) for name in names}
+    words = {word for name in held for word in name.split(".") if re.fullmatch(_VARIANT, word)}
+    return sorted(word for word in words if not held.isdisjoint(weight_files(word)))
 
 
 def resolve(
     source: str | os.PathLike,
     *,
     subfolder: str | None = None,
+    variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -48,29 +79,39 @@ def resolve(
     Raises:
         ValueError: if there is no such model, with what was looked for.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
+    names = weight_files(variant)
     if path.is_file():
-        if subfolder is not None:
-            raise ValueError(f"{path} is a file; subfolder={subfolder!r} is for directories")
+        for option, value in (("subfolder", subfolder), ("variant", variant)):
+            if value is not None:
+                raise ValueError(f"{path} is a file; {option}={value!r} is for directories")
         return path
     if path.is_dir():
         if (path / "recipe.json").is_file():
             raise ValueError(f"{path} was saved by effjax.save; load it with effjax.load")
-        return _find(
-            lambda name: path / name if (path / name).is_file() else None, str(path), subfolder
-        )
+
+        def fetch(name: str) -> Path | None:
+            return path / name if (path / name).is_file() else None
+
+        def listed(prefix: str) -> Iterable[str]:
+            return [file.name for file in (path / prefix).iterdir()]
+
+        return _find(fetch, listed, str(path), subfolder, names)
     match = _REPO.fullmatch(str(source))
-    if match is None or (match[2] is not None and not match[2].endswith(SUFFIXES)):
+    file = match and match[2]
+    if match is None or (file and not (is_index(file) or file.endswith(SUFFIXES))):
         raise ValueError(
             f"{source} is no file or directory here, and no hub repository either: those are "
             f'"owner/name", or "owner/name/file" with a file in {", ".join(SUFFIXES)}'
         )
-    repo, file = match.groups()
+    if file and variant is not None:
+        raise ValueError(f"{source} is a file; variant={variant!r} is for repositories")
+    repo = match[1]
     hub = _Hub(repo, revision, token, cache_dir, local_files_only)
     try:
         with _download_bars(progress):
             if file is None:
-                return _find(hub.fetch, repo, subfolder)
+                return _find(hub.fetch, hub.names, repo, subfolder, names)
             return _find_file(hub.fetch, repo, f"{subfolder}/{file}" if subfolder else file)
     except ValueError as error:
         if hub.unreached is None:
@@ -122,8 +163,21 @@ def read_json_of(
     return read_json(found)
 
 
-def _find(fetch: Fetch, source: str, subfolder: str | None) -> Path:
-    """Get the files of the model in a folder; `fetch` gives None for a file that does not exist."""
+def _find(
+    fetch: Fetch,
+    listed: Names,
+    source: str,
+    subfolder: str | None,
+    names: tuple[str, ...],
+) -> Path:
+    """Get the files of the model in a folder.
+
+    Args:
+        fetch: gives a file; None for one that does not exist.
+        listed: gives the names of a folder's files, as far as they can be known.
+        source, subfolder: as in `resolve`.
+        names: that its weights may have.
+    """
     pipeline = fetch("model_index.json") if subfolder is None else None
     folder = "transformer" if pipeline else subfolder
     prefix = f"{folder.strip('/')}/" if folder else ""
@@ -135,12 +189,17 @@ def _find(fetch: Fetch, source: str, subfolder: str | None) -> Path:
             f"{source} has no {prefix}config.json, so it is no model in diffusers' layout.{hint} "
             f"For a single weight file, give the file itself."
         )
-    for name in WEIGHT_FILES:
+    for name in names:
         if found := _fetch_weights(fetch, prefix + name):
             return found
+    held = listed(prefix)
+    hints = [f"variant={variant!r}" for variant in _variants(held)]
+    if not set(held).isdisjoint(weight_files()):
+        hints.append("no variant")
     raise ValueError(
-        f"{source} has no weights in {prefix or 'its top folder'}; looked for "
-        f"{', '.join(WEIGHT_FILES)}. For a file of another name, give the file itself."
+        f"{source} has no weights in {prefix or 'its top folder'}; looked for {', '.join(names)}. "
+        + (f"There are weights for {' and '.join(hints)}. " if hints else "")
+        + "For a file of another name, give the file itself."
     )
 
 
@@ -157,7 +216,7 @@ def _find_file(fetch: Fetch, source: str, file: str) -> Path:
 def _fetch_weights(fetch: Fetch, name: str) -> Path | None:
     """Get a weight file; for an index, all shards too (one that is missing is found on opening)."""
     found = fetch(name)
-    if found is not None and name.endswith(".index.json"):
+    if found is not None and is_index(name):
         folder, slash, _ = name.rpartition("/")
         for shard in sorted(set(index_files(found).values())):
             fetch(f"{folder}{slash}{shard}")
@@ -203,7 +262,9 @@ class _Hub:
                     name,
                     revision=self.revision,
                     token=self.token,
-                    cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+                    cache_dir=None
+                    if self.cache_dir is None
+                    else os.path.expanduser(self.cache_dir),
                     local_files_only=self.local_files_only,
                 )
             )
@@ -223,6 +284,20 @@ class _Hub:
         # Path of the cache: .../snapshots/COMMIT/NAME. Further files come from that commit too.
         self.revision = path.parents[name.count("/")].name
         return path
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the files in a folder of the repository; none where the server is not asked."""
+        from huggingface_hub import list_repo_files
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if self.local_files_only:
+            return []
+        try:
+            files = list_repo_files(self.repo, revision=self.revision, token=self.token)
+        except (HfHubHTTPError, OSError):  # a hint less
+            return []
+        heads = (file.rpartition("/") for file in files)
+        return [name for head, slash, name in heads if head + slash == prefix]
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ def from_pretrained(
     repo_or_dir: str | os.PathLike,
     *,
     subfolder: str | None = None,
+    variant: str | None = None,
     revision: str | None = None,
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
@@ -63,6 +64,8 @@ def from_pretrained(
         repo_or_dir: hub repository ("owner/name"), file in one ("owner/name/file.pt"), directory in
             diffusers' layout, or weight file.
         subfolder: of the model in the repository or directory; "transformer" for a pipeline.
+        variant: which of several sets of weights in a folder, such as "fp16" for
+            "model.fp16.safetensors".
         revision: branch, tag or commit of the repository.
         dtype: float32, bfloat16 or float16 for all parameters; as stored if None. Quantised layers
             keep their codes.
@@ -87,6 +90,7 @@ def from_pretrained(
     path = resolve(
         repo_or_dir,
         subfolder=subfolder,
+        variant=variant,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -113,19 +117,20 @@ def describe(
     repo_or_dir: str | os.PathLike,
     *,
     subfolder: str | None = None,
+    variant: str | None = None,
     **remote: Any,
 ) -> dict[str, Any]:
     """What a checkpoint is, from its configuration and its files' headers; nothing is loaded.
 
     Args:
-        repo_or_dir, subfolder: as in `from_pretrained`.
+        repo_or_dir, subfolder, variant: as in `from_pretrained`.
         remote: `revision`, `token`, `cache_dir`, `local_files_only`, as there.
 
     Returns:
         model, layout, config, parameters (of the model, without copies), dtype (of most of them),
         compute_dtype (that they would be computed in), and weight_bytes (of the tensors as stored).
     """
-    weights = open_weights(resolve(repo_or_dir, subfolder=subfolder, **remote))
+    weights = open_weights(resolve(repo_or_dir, subfolder=subfolder, variant=variant, **remote))
     stored = [Spec(tensor.shape, tensor.dtype).bytes_ for tensor in weights.tensors.values()]
     return {
         "model": weights.forward.model.__name__,
@@ -196,6 +201,7 @@ def convert(
     dst: str | os.PathLike,
     *,
     subfolder: str | None = None,
+    variant: str | None = None,
     revision: str | None = None,
     dtype: DTypeLike | None = None,
     token: str | bool | None = None,
@@ -216,6 +222,7 @@ def convert(
     path = resolve(
         src,
         subfolder=subfolder,
+        variant=variant,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -283,7 +290,7 @@ def _write(
         described = {"_class_name": family.class_name, **described}
     if coded:
         described[quantization_config.KEY] = quantization_config.write_config(binding, schemes)
-    with new_directory(Path(dst)) as directory:
+    with new_directory(Path(os.path.expanduser(dst))) as directory:
         files = write_shards(
             directory,
             table.stem,

@@ -99,7 +99,7 @@ def save(
     }
     if imported:
         described["leaves"] = imported
-    with new_directory(Path(path).expanduser()) as directory:
+    with new_directory(Path(os.path.expanduser(path))) as directory:
         config = {"model": forward.model.__name__, **dataclasses.asdict(forward.config)}
         write_json(directory / CONFIG, config)
         write_json(directory / RECIPE, described)
@@ -142,7 +142,7 @@ def load(
         ValueError: for a directory that is no saved model, an unknown model or method, damaged
             files, missing, unexpected or misshapen tensors, and bad values, all listed at once.
     """
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     dtype = None if dtype is None else float_dtype(dtype)
     forward, template, tensors = _read(directory, dtype, compute_dtype)
     expected = named_arrays(template)
@@ -219,7 +219,7 @@ def describe(
     Raises:
         ValueError: as `load`, for what does not need the tensors' values.
     """
-    forward, template, _ = _read(Path(path).expanduser(), dtype, compute_dtype)
+    forward, template, _ = _read(Path(os.path.expanduser(path)), dtype, compute_dtype)
     return forward, template
 
 

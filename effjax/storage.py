@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -241,6 +242,11 @@ def open_shards(
     if problems:
         raise ValueError(f"{index} does not agree with its shards:\n  " + "\n  ".join(problems))
     return tensors
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name is an index, such as "model.safetensors.index.fp16.json"."""
+    return re.search(r"\.index(\.[^./]+)*\.json$", name) is not None
 
 
 def index_files(path: Path) -> dict[str, str]:

@@ -58,8 +58,20 @@ class FakeHubHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
+    def list_files(self, owner, name):
+        files = self.server.repositories[f"{owner}/{name}"]["main"]
+        listed = [{"type": "file", "path": file, "size": 1, "oid": "0"} for file in files]
+        content = json.dumps(listed).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
     def answer(self):
         hub = self.server
+        if self.path.startswith("/api/models/"):
+            return self.list_files(*self.path.split("?")[0].split("/")[3:5])
         owner, name, _, revision, file = self.path.strip("/").split("/", 4)
         repository = hub.repositories.get(f"{owner}/{name}")
         hub.requests.append((self.command, file, self.headers.get("Range")))
@@ -238,3 +250,18 @@ def test_missing_shard(dit, tmp_path):
     (tmp_path / "saved" / lost).unlink()
     with pytest.raises(ValueError, match=f"lacks 1 of its {len(report['files'])} shards: {lost}"):
         converters.from_pretrained(tmp_path / "saved")
+
+
+def test_variants_of_a_repository(hub, tmp_path):
+    files = hub.repositories["org/dit"]["main"]
+    (index,) = (name for name in files if name.endswith("safetensors.index.json"))
+    renamed = index.replace("index.json", "index.fp16.json")
+    files[renamed] = files.pop(index)
+    shards = {name for name in files if name.endswith(".safetensors")}
+    for name in [name for name in files if name.endswith(".bin")]:
+        del files[name]
+    path = ask(hub, tmp_path / "cache", "org/dit", variant="fp16")["path"]
+    assert path.endswith(renamed)
+    assert shards <= set(hub.downloads())
+    error = ask(hub, tmp_path / "cache", "org/dit")["error"]
+    assert "There are weights for variant='fp16'." in error

@@ -61,6 +61,65 @@ def test_pipeline_directory_subfolder_and_file(dit, saved, tmp_path):
         converters.from_pretrained(pipeline)
 
 
+@pytest.mark.parametrize(
+    ("index", "shard"),
+    [
+        (None, "diffusion_pytorch_model.fp16.safetensors"),
+        (None, "model.fp16.safetensors"),
+        ("model.safetensors.index.fp16.json", "model.fp16-0000{}-of-00002.safetensors"),
+        (
+            "diffusion_pytorch_model.safetensors.fp16.index.json",
+            "diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors",
+        ),
+        (
+            "diffusion_pytorch_model.fp16.safetensors.index.json",
+            "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors",
+        ),
+    ],
+)
+def test_variants(index, shard, dit, saved, tmp_path):
+    """Named as diffusers and transformers name them, today and before."""
+    tensors = {name: x.astype(np.float16) for name, x in load_file(saved / WEIGHTS).items()}
+    files = {name: shard.format(1 + number % 2) for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({n: x for n, x in tensors.items() if files[n] == file}, saved / file)
+    if index:
+        (saved / index).write_text(json.dumps({"weight_map": files}))
+    half = jax.tree.map(lambda leaf: leaf.astype("float16"), dit[1])
+    assert_equal_params(converters.from_pretrained(saved, variant="fp16")[1], half)
+    assert_equal_params(converters.from_pretrained(saved)[1], dit[1])
+    assert converters.describe(saved, variant="fp16")["dtype"] == "float16"
+    converters.convert(saved, tmp_path / "copy", variant="fp16")
+    assert_equal_params(converters.from_pretrained(tmp_path / "copy")[1], half)
+    (saved / WEIGHTS).rename(saved / "diffusion_pytorch_model.ema.bin")
+    with pytest.raises(ValueError, match=r"There are weights for variant='ema' and variant='fp16'"):
+        converters.from_pretrained(saved)
+
+
+def test_variants_that_are_not_there(saved):
+    with pytest.raises(
+        ValueError, match=r"looked for .*model\.fp16\.safetensors.* for no variant\."
+    ):
+        converters.from_pretrained(saved, variant="fp16")
+    with pytest.raises(ValueError, match=r"variant must be a word such as 'fp16', got '\.\./x'"):
+        converters.from_pretrained(saved, variant="../x")
+    for source in (saved / WEIGHTS, f"owner/name/{WEIGHTS}"):
+        with pytest.raises(ValueError, match="variant='fp16' is for"):
+            converters.from_pretrained(source, variant="fp16")
+
+
+def test_home_is_written_as_a_tilde(dit, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    converters.save_pretrained(*dit, "~/saved")
+    converters.convert("~/saved", "~/copy")
+    assert_equal_params(converters.from_pretrained(f"~/copy/{WEIGHTS}")[1], dit[1])
+    effjax.save("~/own", *dit)
+    assert_equal_params(effjax.load("~/own")[1], dit[1])
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "copy", "own"}
+    with pytest.raises(ValueError, match="~nobody/saved is no file or directory here"):
+        converters.from_pretrained("~nobody/saved")
+
+
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", [None, "float32", jnp.bfloat16, np.float16])
 def test_dtypes(dit, tmp_path, stored, dtype):
