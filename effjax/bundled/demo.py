@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from effjax.samplers import Sampler, sample_keys
 MODEL = WEIGHTS / "dit_glyphs"
 THRESHOLD = 0.15
 GUIDANCE = 3.0  # of the bundled model; its gate was passed with it
+ROWS = ("dense", "compressed", "and W8A8")  # how the report's programs are titled
 CHUNK = 32  # images that one program samples at a time
 
 
@@ -170,7 +171,8 @@ def run(
     say("5/5 drawing")
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (output / "plan.json").write_text(plan.to_json() + "\n")
-    draw_samples(list(pictures.values()), output / "samples.png")
+    names = [glyphs.CLASSES[label] for label in labels]
+    draw_samples(dict(zip(ROWS, pictures.values(), strict=True)), names, output / "samples.png")
     draw_plan(plan, output / "plan.png")
     return report
 
@@ -189,7 +191,7 @@ def table(report: dict[str, Any]) -> str:
         ("Frechet distance to real", "frechet", 1, ".2f"),
     ]
     dense, *others = (report[name] for name in ("dense", "compressed", "quantised"))
-    lines = [f"{'':30}{'dense':>10}{'compressed':>12}{'ratio':>7}{'and W8A8':>12}{'ratio':>7}"]
+    lines = [f"{'':30}{ROWS[0]:>10}{ROWS[1]:>12}{'ratio':>7}{ROWS[2]:>12}{'ratio':>7}"]
     for title, field, unit, form in rows:
         line = f"{title:30}{dense[field] / unit:>10{form}}"
         for other in others:
@@ -203,45 +205,79 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw_samples(programs: Sequence[np.ndarray], path: Path, *, columns: int = 16) -> None:
-    """Images of the same noise and label one below the other, a row for each program."""
-    from PIL import Image
+def draw_samples(
+    programs: Mapping[str, np.ndarray], names: Sequence[str], path: Path, *, columns: int = 16
+) -> None:
+    """Images of one noise and class one below the other.
 
-    total = len(programs[0])
-    count = min(total // columns, 4) * columns or total
+    Args:
+        programs: images [N, H, W, 1] in -1 ... 1 of each program, by the title of its row.
+        names: class of each image.
+        path: of the picture; it holds up to four bands of columns.
+        columns: images side by side.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    first, *_ = programs.values()
+    count = min(len(first) // columns, 4) * columns or len(first)
     columns = min(columns, count)
-    bands = []
-    for first in range(0, count, columns):
-        for images in programs:
-            bands.append(np.concatenate(images[first : first + columns, ..., 0], axis=1))
-        bands.append(np.zeros((4, bands[-1].shape[1])))
-    pixels = np.clip(np.rint(127.5 * (np.concatenate(bands[:-1]) + 1)), 0, 255).astype(np.uint8)
-    image = Image.fromarray(pixels)
-    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(path)
+    side, gap, line = 2 * first.shape[1], 2, 24
+    font = ImageFont.truetype(glyphs.font_file("DejaVuSans"), 15)
+    left = math.ceil(max(font.getlength(title) for title in programs)) + 20
+    band = line + len(programs) * (side + gap) + 8
+    size = (left + columns * (side + gap) + 8, line + count // columns * band)
+    canvas = Image.new("L", size, 255)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((10, 6), "Columns: one noise and class each. Rows: programs.", 0, font)
+    for index in range(count):
+        row, column = divmod(index, columns)
+        x, y = left + column * (side + gap), line + row * band
+        pen.text((x + side / 2, y + line / 2 + 2), names[index], 0, font, anchor="mm")
+        for title, images in programs.items():
+            if not column:
+                pen.text((10, y + line + side / 2), title, 0, font, anchor="lm")
+            pixels = np.clip(np.rint(127.5 * (images[index, ..., 0] + 1)), 0, 255).astype(np.uint8)
+            drawn = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(drawn, (x, y + line))
+            y += side + gap
+    canvas.save(path, optimize=True)
+
+
+STRATEGIES = {
+    Strategy.FULL: ("#33415c", "dense attention"),
+    Strategy.FULL_ASC: ("#81b29a", "dense on the conditional half, used for both halves"),
+    Strategy.WARS: ("#f2b880", "a window, and the residual of the last FULL call"),
+    Strategy.WARS_ASC: ("#e07a5f", "the same on the conditional half, used for both halves"),
+    Strategy.AST: ("#f2e9de", "the last output again"),
+}
+"""Colour and meaning of a plan's strategies."""
 
 
 def draw_plan(plan: DiTFastAttnPlan, path: Path) -> None:
-    """Strategies over layers and network calls."""
+    """Strategies over layers and network calls, with a legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = ["#33415c", "#f2e9de", "#e07a5f", "#f2b880", "#81b29a"]
-    figure = Figure(figsize=(1.5 + 0.32 * plan.calls, 1.6 + 0.32 * plan.layers))
+    colours = [STRATEGIES[strategy][0] for strategy in Strategy]
+    size = (max(6.0, 1.5 + 0.32 * plan.calls), 2.3 + 0.32 * plan.layers)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     norm = BoundaryNorm(np.arange(len(Strategy) + 1) - 0.5, len(Strategy))
     axes.imshow(np.array(plan.codes), cmap=ListedColormap(colours), norm=norm, aspect="auto")
+    axes.set_title("What attention does, by layer and network call", fontsize="medium")
     axes.set_xlabel("network call")
     axes.set_ylabel("layer")
     axes.set_xticks(range(0, plan.calls, max(1, plan.calls // 10)))
     axes.set_yticks(range(plan.layers))
+    for edges, mark in ((plan.calls, axes.axvline), (plan.layers, axes.axhline)):
+        for edge in range(1, edges):
+            mark(edge - 0.5, color="white", linewidth=0.8)
     handles = [
-        Patch(facecolor=colour, edgecolor="#33415c", label=strategy.name)
-        for colour, strategy in zip(colours, Strategy)
+        Patch(facecolor=colour, edgecolor="#33415c", label=f"{strategy.name}: {meaning}")
+        for strategy, (colour, meaning) in STRATEGIES.items()
     ]
-    axes.legend(
-        handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False
-    )
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.legend(handles=handles, loc="outside lower left", frameon=False)
+    figure.savefig(path, dpi=100)

@@ -53,7 +53,8 @@ _SUPERSAMPLING = 8
 
 
 @lru_cache
-def _font_file(font: str) -> Path:
+def font_file(font: str) -> Path:
+    """The TrueType file of one of these fonts."""
     if font not in FONTS + JUDGE_FONTS + HELD_OUT_FONTS:
         allowed = ", ".join(FONTS + JUDGE_FONTS + HELD_OUT_FONTS)
         raise ValueError(f"unknown font {font!r}; use names from: {allowed}")
@@ -78,7 +79,7 @@ def _atlas(fonts: tuple[str, ...], cap_height: int, box: int, jitter: int) -> np
     room, side = box - 2 * jitter, box + 2 * jitter
     atlas = np.zeros((len(fonts), len(CLASSES), side, side), np.float32)
     for font_index, font in enumerate(fonts):
-        file = str(_font_file(font))
+        file = str(font_file(font))
         # a font's size is its em: find the em that gives capitals the height we want
         _, top, _, bottom = ImageFont.truetype(file, 1000).getbbox("H")
         em = round(1000 * cap_height * _SUPERSAMPLING / (bottom - top))

@@ -14,6 +14,7 @@ import effjax
 from effjax import testing
 from effjax.bundled import demo, judge
 from effjax.forward import abstract
+from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan
 from effjax.models.dit import DiT
 from experiments import train_dit, train_pixart
@@ -60,6 +61,31 @@ def test_the_demo_writes_its_report(tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 30
     assert "executed attention FLOPs saved" in demo.table(report)
+
+
+def test_the_pictures_have_titles_and_a_legend(tmp_path):
+    rng = np.random.default_rng(0)
+    programs = {title: rng.uniform(-1, 1, (5, 8, 8, 1)) for title in ("dense", "small")}
+    demo.draw_samples(programs, list("ABCDE"), tmp_path / "samples.png", columns=2)
+    with Image.open(tmp_path / "samples.png") as picture:
+        drawn = np.asarray(picture)
+    side, ink = 16, drawn < 128
+    left = drawn.shape[1] - 2 * (side + 2) - 8
+    for row, line in enumerate((24, 24 + 24 + 2 * (side + 2) + 8)):  # two bands of two columns
+        assert ink[line : line + 24, left:].any()  # the classes
+        for number, images in enumerate(programs.values()):
+            top = line + 24 + number * (side + 2)
+            assert ink[top : top + side, :left].any()  # the program's title
+            pixels = np.rint(127.5 * (images[2 * row, ..., 0] + 1)).astype(np.uint8)
+            cell = drawn[top : top + side, left : left + side]
+            np.testing.assert_array_equal(cell, pixels.repeat(2, axis=0).repeat(2, axis=1))
+    assert set(demo.STRATEGIES) == set(dit_fast_attn.Strategy)
+    plan = dit_fast_attn.uniform((3, 1), layers=2, calls=2, tokens=64)
+    demo.draw_plan(plan, tmp_path / "plan.png")
+    with Image.open(tmp_path / "plan.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 16)}
+    for colour, _ in demo.STRATEGIES.values():  # those that the plan does not use: in the legend
+        assert tuple(bytes.fromhex(colour[1:])) in colours
 
 
 def test_samples_in_chunks_are_the_samples(monkeypatch):
