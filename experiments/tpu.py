@@ -18,7 +18,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 from jax.sharding import SingleDeviceSharding
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",  # a device is one of a chip's two
+}
+CHIPS = ("v5e", "v5p", "v6e", "tpu7x")  # those that every kernel compiles for
 
 
 @cache

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--batch", type=int, default=4, help="images; the network sees twice that")
-    parser.add_argument("--chips", default=",".join(tpu.TOPOLOGIES))
+    parser.add_argument("--chips", default=",".join(tpu.CHIPS))
     arguments = parser.parse_args(argv)
     rows = []
     for chip in arguments.chips.split(","):

@@ -51,7 +51,7 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture(params=list(tpu.TOPOLOGIES))
+@pytest.fixture(params=tpu.CHIPS)
 def compile_for_tpu(request):
     """Compile a jitted function for a TPU ahead of time, at shapes or arrays; once per chip."""
     pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")

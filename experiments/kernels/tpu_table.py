@@ -21,7 +21,12 @@ from experiments.kernels.cases import CASES
 
 # FLOP/s of bfloat16 products and bytes/s of memory, which `cost_analysis` of a lone 4096^3 product
 # and of a copy of 512 MiB imply.
-RATES = {"v5e": (1.56e14, 7.4e11), "v5p": (3.4e14, 2.35e12), "v6e": (5.9e14, 1.64e12)}
+RATES = {
+    "v5e": (1.56e14, 7.4e11),
+    "v5p": (3.4e14, 2.35e12),
+    "v6e": (5.9e14, 1.64e12),
+    "tpu7x": (7.9e14, 3.7e12),
+}
 
 _CONFIG = re.compile(r'custom_call_target="tpu_custom_call".*backend_config=(\{.*\})')
 
@@ -68,7 +73,7 @@ def row(chip: str, name: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", default=",".join(tpu.TOPOLOGIES))
+    parser.add_argument("--chips", default=",".join(tpu.CHIPS))
     arguments = parser.parse_args(argv)
     rows = []
     for name in CASES:

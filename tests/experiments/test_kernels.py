@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import report
+from experiments import report, tpu
 from experiments.kernels import attention_cpu, cases, gpu, tpu_table
 from experiments.kernels.timing import best_seconds
+from pallas_kernels import use_implementation
+from pallas_kernels.quantized_attention import quantized_attention
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +67,18 @@ def test_the_table_reads_what_the_compiler_says(results, monkeypatch):
     assert row["GFLOP"] == pytest.approx(2 * 4096 * 1152 * 4608 / 1e9, rel=0.01)
     assert 0 < row["VMEM_KiB"] < 128 * 1024
     assert row["memory_MB"] > (4096 * 1152 + 1152 * 4608) / 1e6
+
+
+@pytest.mark.aot_tpu
+@pytest.mark.parametrize("name", ["W8A8, uneven", "W4A8, uneven", "attention"])
+def test_a_v4_multiplies_int8_without_kernels(name):
+    """As docs/kernels.md says: a chip that Mosaic refuses int8 for, and XLA does not."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    tokens = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    own = {"attention": (quantized_attention, (tokens,) * 3)}
+    function, operands = {**cases.CASES, **own}[name]
+    program, shapes = jax.jit(function), tpu.on_chip("v4", operands)
+    with pytest.raises(Exception, match="Unsupported matmul RHS type"):
+        program.lower(*shapes).compile()
+    with use_implementation("xla"):
+        assert "tpu_custom_call" not in program.lower(*shapes).compile().as_text()
