@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -122,45 +123,91 @@ def resolve(
         ) from error
 
 
-def has_file(source: str | os.PathLike, name: str, **remote: Any) -> bool:
-    """Whether a directory or hub repository has a JSON file; options as in `read_json_of`."""
-    try:
-        read_json_of(source, name, **remote)
-    except ValueError:
-        return False
-    return True
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A directory here, or one commit of a hub repository; its files are fetched when asked for.
+
+    Attributes:
+        source: as it was given, for messages.
+        fetch: the file of this name, on this machine; None if there is none.
+        hub: where the files come from; None for a directory.
+    """
+
+    source: str
+    fetch: Fetch
+    hub: _Hub | None = None
+
+    @property
+    def remote(self) -> dict[str, Any]:
+        """Options with which others find the same commit."""
+        if self.hub is None:
+            return {}
+        names = ("revision", "token", "cache_dir", "local_files_only")
+        return {name: getattr(self.hub, name) for name in names}
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return self.fetch(name) is not None
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file, such as "model_index.json".
+
+        Raises:
+            ValueError: if there is none, or it cannot be had.
+        """
+        found = self.fetch(name)
+        if found is not None:
+            return read_json(found)
+        if self.hub is not None and self.hub.unreached is not None:
+            raise ValueError(
+                f"{name} of {self.source} is not in the hub's cache, and the hub was not asked or "
+                f"did not answer: {self.hub.unreached}"
+            )
+        raise ValueError(f"{self.source} has no {name}")
+
+    def saved_model(
+        self, subfolder: str, *, weights: bool = True, progress: bool = True
+    ) -> Path | None:
+        """The folder of a model that `effjax.save` wrote; None if this is another.
+
+        Args:
+            subfolder: where to look.
+            weights: fetch them too, not only what describes them.
+            progress: show bars of downloads.
+        """
+        recipe = self.fetch(f"{subfolder}/recipe.json")
+        if recipe is None:
+            return None
+        self.fetch(f"{subfolder}/config.json")
+        names = ("model.safetensors.index.json", "model.safetensors") if weights else ()
+        with _download_bars(progress):
+            any(_fetch_weights(self.fetch, f"{subfolder}/{name}") for name in names)
+        return recipe.parent
 
 
-def read_json_of(
+def open_folder(
     source: str | os.PathLike,
-    name: str,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
-) -> dict[str, Any]:
-    """A JSON file of a directory or hub repository, such as "model_index.json".
+) -> Folder:
+    """A directory here, or a hub repository; what is fetched from one is of one commit.
+
+    Args: see `converters.from_pretrained`.
 
     Raises:
-        ValueError: if there is no such directory or repository, or it has no such file.
+        ValueError: if it can be neither.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = path / name if (path / name).is_file() else None
-    elif _REPO.fullmatch(str(source)) and not path.exists():
-        hub = _Hub(str(source), revision, token, cache_dir, local_files_only)
-        found = hub.fetch(name)
-        if found is None and hub.unreached is not None:
-            raise ValueError(
-                f"{name} of {source} is not in the hub's cache, and the hub was not asked or did "
-                f"not answer: {hub.unreached}"
-            )
-    else:
+        return Folder(str(source), lambda name: path / name if (path / name).is_file() else None)
+    match = _REPO.fullmatch(str(source))
+    if match is None or match[2] is not None or path.exists():
         raise ValueError(f"{source} is no directory here and no hub repository (owner/name)")
-    if found is None:
-        raise ValueError(f"{source} has no {name}, so it is no pipeline in diffusers' layout")
-    return read_json(found)
+    hub = _Hub(str(source), revision, token, cache_dir, local_files_only)
+    return Folder(str(source), hub.fetch, hub)
 
 
 def _find(

@@ -9,19 +9,16 @@ answer = pipe([{"role": "user", "content": "Hello"}], max_new_tokens=64)
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 
-import converters
 from converters import hub
-from effjax import recipe
+from effjax.pipelines.base import INDEX
 from effjax.pipelines.diffusion import (
-    INDEX,
     SCHEDULER,
     ClassConditionalPipeline,
     Pipeline,
@@ -29,8 +26,9 @@ from effjax.pipelines.diffusion import (
 )
 from effjax.pipelines.images import to_pil
 from effjax.pipelines.labels import read_names
+from effjax.pipelines.loading import Components, refuse_file
 from effjax.pipelines.text import GENERATION, TextPipeline
-from effjax.transform import Pair
+from effjax.recipe import RECIPE
 
 __all__ = [
     "ClassConditionalPipeline",
@@ -40,16 +38,6 @@ __all__ = [
     "pipeline",
     "to_pil",
 ]
-
-# diffusers' classes, and those that `save` writes.
-_KINDS: Mapping[str, Any] = {
-    "DiTPipeline": ClassConditionalPipeline,
-    "PixArtSigmaPipeline": TextToImagePipeline,
-    "PixArtAlphaPipeline": TextToImagePipeline,
-    "ClassConditionalPipeline": ClassConditionalPipeline,
-    "TextToImagePipeline": TextToImagePipeline,
-    "TextPipeline": TextPipeline,
-}
 
 
 def pipeline(
@@ -64,6 +52,9 @@ def pipeline(
     sharding: jax.sharding.Sharding | None = None,
     progress: bool = True,
     check_finite: bool = False,
+    text_encoder: Any = None,
+    tokenizer: Any = None,
+    vae: Any = None,
 ) -> Any:
     """Load a pipeline directory or hub repository with all its components.
 
@@ -78,82 +69,112 @@ def pipeline(
         sharding: where parameters go.
         progress: show bars for what takes longer than a second.
         check_finite: reject NaN and infinite weights.
+        text_encoder, vae: forward and parameters in the place of the directory's, which may be
+            without.
+        tokenizer: of transformers, in the place of the directory's.
 
     Returns:
         A `ClassConditionalPipeline` or `TextToImagePipeline`, as model_index.json says; a
         `TextPipeline` if there is only a config.json.
 
     Raises:
-        ValueError: for another kind of pipeline, or if a component is missing or damaged.
+        ValueError: for another kind of pipeline, a single file, a component that is missing or
+            damaged, and components that belong to different models.
     """
-    remote = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
-    index: dict[str, Any]
-    try:
-        index = hub.read_json_of(source, INDEX, **remote)
-    except ValueError:
-        if not hub.has_file(source, "config.json", **remote):
-            raise
-        index = {"_class_name": "TextPipeline"}
-    kind = _KINDS.get(index.get("_class_name", ""))
-    if kind is None:
+    path = Path(source).expanduser()
+    if path.is_file():
+        refuse_file(path)
+    folder = hub.open_folder(
+        source,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    index = folder.read(INDEX) if folder.has(INDEX) else None
+    if index is None and not folder.has("config.json"):
+        folder.read(INDEX)  # says why there is none
+    name = str((index or {"_class_name": "TextPipeline"}).get("_class_name"))
+    if name not in _KINDS:
         raise ValueError(
-            f"{source} is a {index.get('_class_name')}; pipelines that can be loaded are "
-            f"{', '.join(_KINDS)}"
+            f"{source} is a {name}; pipelines that can be loaded are {', '.join(_KINDS)}"
         )
-
-    options: dict[str, Any] = {
+    options = {
         "dtype": dtype,
         "compute_dtype": compute_dtype,
         "sharding": sharding,
         "progress": progress,
         "check_finite": check_finite,
     }
+    given = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
+    return _KINDS[name](Components(folder, index, given, options))
 
-    def component(name: str | None) -> Pair:
-        if name and (Path(source) / name / recipe.RECIPE).is_file():
-            return recipe.load(Path(source) / name, **options)
-        return converters.from_pretrained(source, subfolder=name, **options, **remote)
 
-    if kind is TextPipeline:
-        folder = "model" if (Path(source) / "model").is_dir() else None
-        settings = GENERATION if hub.has_file(source, GENERATION, **remote) else None
-        return TextPipeline(
-            *component(folder),
-            tokenizer=_tokenizer(source, "tokenizer" if folder else None, **remote),
-            settings=hub.read_json_of(source, settings, **remote) if settings else {},
-        )
-    has_vae = (Path(source) / "vae").is_dir() or (index.get("vae") or [None])[0] is not None
-    if kind is ClassConditionalPipeline:
-        own = {"names": read_names(index.get("id2label"))}
-    else:
-        own = {
-            "text_encoder": component("text_encoder"),
-            "tokenizer": _tokenizer(source, "tokenizer", **remote),
-        }
-    return kind(
-        *component("transformer"),
-        scheduler=hub.read_json_of(source, SCHEDULER, **remote),
-        vae=component("vae") if has_vae else None,
-        **own,
+def _text(found: Components) -> TextPipeline:
+    found.allow("tokenizer")
+    saved = found.index is not None
+    settings = found.folder.read(GENERATION) if found.folder.has(GENERATION) else {}
+    return TextPipeline(
+        *found.model("model" if saved else None),
+        tokenizer=found.tokenizer("tokenizer" if saved else None),
+        settings=settings,
+        origin=found.origin,
     )
 
 
-def _tokenizer(source: str | os.PathLike, subfolder: str | None, **remote: Any) -> Any:
-    from transformers import AutoTokenizer  # slow to import
+def _class_conditional(found: Components) -> ClassConditionalPipeline:
+    found.allow("vae")
+    names = read_names((found.index or {}).get("id2label"))
+    return ClassConditionalPipeline(**_denoiser(found), names=names)
 
-    folder = Path(source) / (subfolder or "")
-    try:
-        if Path(source).is_dir():
-            return AutoTokenizer.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(str(source), subfolder=subfolder or "", **remote)
-    except (OSError, ValueError, ImportError) as error:
-        message = f"{source} has no tokenizer that can be read: {error}"
-        name = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
-        if find_spec("sentencepiece") is None and not hub.has_file(source, name, **remote):
-            message += f"\nIt has no {name}; for a sentencepiece model: pip install sentencepiece"
-        raise ValueError(message) from error
+
+def _text_to_image(found: Components) -> TextToImagePipeline:
+    found.allow("text_encoder", "tokenizer", "vae")
+    found.require("text_encoder", "tokenizer")
+    shared = _denoiser(found)
+    encoder = found.model("text_encoder")
+    width, read = encoder[0].config.width, shared["forward"].config.caption_channels
+    if width != read:
+        raise ValueError(
+            f"the text encoder gives {width} channels and the transformer reads {read}: they "
+            f"belong to different models"
+        )
+    tokenizer = found.tokenizer("tokenizer")
+    return TextToImagePipeline(**shared, text_encoder=encoder, tokenizer=tokenizer)
+
+
+def _denoiser(found: Components) -> dict[str, Any]:
+    """What pipelines of images share."""
+    found.require("transformer")
+    own = found.folder.has(f"transformer/{RECIPE}")  # it may have been saved without a VAE
+    channels = found.folder.read("transformer/config.json").get("in_channels", 4)
+    if not own and channels not in _PIXELS:
+        found.require("vae")
+    forward, params = found.model("transformer")
+    vae = found.model("vae") if found.has("vae") else None
+    if vae is not None and vae[0].config.latent_channels != forward.config.in_channels:
+        raise ValueError(
+            f"the VAE decodes {vae[0].config.latent_channels} channels and the transformer makes "
+            f"{forward.config.in_channels}: they belong to different models"
+        )
+    scheduler = found.folder.read(SCHEDULER)
+    return {
+        "forward": forward,
+        "params": params,
+        "scheduler": scheduler,
+        "vae": vae,
+        "origin": found.origin,
+    }
+
+
+_PIXELS = (1, 3)  # channels of a model that needs no VAE
+
+# diffusers' classes, and those that `save` writes.
+_KINDS: Mapping[str, Callable[[Components], Any]] = {
+    "DiTPipeline": _class_conditional,
+    "PixArtSigmaPipeline": _text_to_image,
+    "PixArtAlphaPipeline": _text_to_image,
+    "ClassConditionalPipeline": _class_conditional,
+    "TextToImagePipeline": _text_to_image,
+    "TextPipeline": _text,
+}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, SupportsIndex, TypeVar
+from typing import Any, ClassVar, Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +21,25 @@ from effjax.forward import Forward, Params
 from effjax.models import autoencoder_kl
 from effjax.models.pixart import Caption
 from effjax.pipelines import arguments
+from effjax.pipelines.base import BasePipeline, entry
 from effjax.pipelines.images import draw, to_unit
 from effjax.pipelines.labels import check_names, index_of
 from effjax.pipelines.recent import Recent
 from effjax.samplers import Sampler, Schedule, sample_keys
-from effjax.storage import new_directory, write_json
+from effjax.storage import write_json
 from effjax.transform import Pair
 
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 
-AnyPipeline = TypeVar("AnyPipeline", bound="Pipeline")
 OnStepEnd = Callable[[int, jax.Array], Any]
 Label = SupportsIndex | str
 OutputType = Literal["pil", "np", "latent"]
 Images = list[Image.Image] | np.ndarray | jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """A diffusion model, ready to sample: what all pipelines share.
+@dataclasses.dataclass(frozen=True, repr=False)
+class Pipeline(BasePipeline):
+    """A diffusion model, ready to sample: what pipelines of images share.
 
     Attributes:
         forward, params: the denoiser, possibly transformed.
@@ -48,11 +47,10 @@ class Pipeline:
         vae: forward and parameters of the latent decoder, None for models of pixels.
     """
 
-    forward: Forward
-    params: Params
     scheduler: Mapping[str, Any]
     vae: Pair | None = None
 
+    TASK = "text-to-image"
     STEPS: ClassVar[int]
     GUIDANCE: ClassVar[float]
     ARRANGEMENT: ClassVar[Guidance]
@@ -91,30 +89,14 @@ class Pipeline:
         """Samples [B, H, W, C] to images float32 in -1 ... 1 (about)."""
         return x if self.vae is None else _decode(*self.vae, x)
 
-    def transform(self: AnyPipeline, *transforms: Callable[[Forward, Params], Pair]) -> AnyPipeline:
-        """This pipeline with a transformed denoiser."""
-        forward, params = self.forward, self.params
-        for each in transforms:
-            forward, params = each(forward, params)
-        return dataclasses.replace(self, forward=forward, params=params)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Save all components as one directory that `effjax.pipeline` reads, atomically."""
-        with new_directory(Path(path)) as directory:
-            write_json(directory / INDEX, {"_class_name": type(self).__name__, **self._index()})
-            (directory / SCHEDULER).parent.mkdir()
-            write_json(directory / SCHEDULER, self.scheduler)
-            recipe.save(directory / "transformer", self.forward, self.params)
-            if self.vae is not None:
-                recipe.save(directory / "vae", *self.vae)
-            self._save_more(directory)
-
-    def _index(self) -> dict[str, Any]:
-        """What model_index.json holds besides the class."""
-        return {}
-
-    def _save_more(self, directory: Path) -> None:
-        """Save the components that only this kind of pipeline has."""
+    def _components(self, directory: Path) -> dict[str, Any]:
+        (directory / SCHEDULER).parent.mkdir()
+        write_json(directory / SCHEDULER, self.scheduler)
+        pair = self.forward, self.params
+        recipe.save(directory / "transformer", *pair)
+        if self.vae is not None:
+            recipe.save(directory / "vae", *self.vae)
+        return {"transformer": entry(pair), "vae": entry(self.vae)}
 
     def _generate(
         self,
@@ -199,7 +181,7 @@ class Pipeline:
         return next((value for value in values if value is not None), default)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ClassConditionalPipeline(Pipeline):
     """A class-conditional diffusion model (diffusers' DiTPipeline).
 
@@ -210,6 +192,7 @@ class ClassConditionalPipeline(Pipeline):
 
     names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
 
+    TASK = "unconditional-image-generation"  # hubs know no classes
     STEPS, GUIDANCE, ARRANGEMENT = 50, 4.0, Guidance()  # of diffusers' DiTPipeline
 
     def __post_init__(self) -> None:
@@ -281,11 +264,12 @@ class ClassConditionalPipeline(Pipeline):
         """
         return index_of(label, self.names, self.forward.config.num_classes)
 
-    def _index(self) -> dict[str, Any]:
-        return {"id2label": {str(index): name for index, name in self.names.items()}}
+    def _components(self, directory: Path) -> dict[str, Any]:
+        own = {"id2label": {str(index): name for name, index in self.names.items()}}
+        return {**super()._components(directory), **own}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TextToImagePipeline(Pipeline):
     """A text-to-image diffusion model with one text encoder (diffusers' PixArtSigmaPipeline).
 
@@ -421,9 +405,14 @@ class TextToImagePipeline(Pipeline):
         mask = jnp.asarray(read["attention_mask"]).astype(bool)
         return Caption(_states(*self.text_encoder, jnp.asarray(ids, jnp.int32), mask), mask)
 
-    def _save_more(self, directory: Path) -> None:
+    def _components(self, directory: Path) -> dict[str, Any]:
         recipe.save(directory / "text_encoder", *self.text_encoder)
         self.tokenizer.save_pretrained(directory / "tokenizer")
+        own = {
+            "text_encoder": entry(self.text_encoder),
+            "tokenizer": ["transformers", type(self.tokenizer).__name__],
+        }
+        return {**super()._components(directory), **own}
 
 
 _MAX_TOKENS = 300  # of PixArt-Sigma; its tokenizer says 512, T5's

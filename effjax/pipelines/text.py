@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import numpy as np
 
 from effjax import generate as generation
 from effjax import recipe
-from effjax.forward import Forward, Params
 from effjax.generate import Session, Streamer
-from effjax.pipelines.diffusion import INDEX
-from effjax.storage import new_directory, write_json
-from effjax.transform import Pair
+from effjax.pipelines.base import BasePipeline, entry
+from effjax.storage import write_json
 
 GENERATION = "generation_config.json"
 
@@ -25,8 +22,8 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 
 
-@dataclasses.dataclass(frozen=True)
-class TextPipeline:
+@dataclasses.dataclass(frozen=True, repr=False)
+class TextPipeline(BasePipeline):
     """A language model, ready to continue texts and to answer in chats.
 
     Attributes:
@@ -39,10 +36,10 @@ class TextPipeline:
         ValueError: for a tokenizer with more tokens than the model knows.
     """
 
-    forward: Forward
-    params: Params
     tokenizer: Any
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    TASK = "text-generation"
 
     def __post_init__(self) -> None:
         known = self.forward.config.vocab_size
@@ -156,20 +153,13 @@ class TextPipeline:
         ends = self.settings.get("eos_token_id", self.tokenizer.eos_token_id)
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
-    def transform(self, *transforms: Callable[[Forward, Params], Pair]) -> TextPipeline:
-        """This pipeline with a transformed model."""
-        forward, params = self.forward, self.params
-        for each in transforms:
-            forward, params = each(forward, params)
-        return dataclasses.replace(self, forward=forward, params=params)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Save everything as one directory that `effjax.pipeline` reads, atomically."""
-        with new_directory(Path(path)) as directory:
-            write_json(directory / INDEX, {"_class_name": type(self).__name__})
-            write_json(directory / GENERATION, dict(self.settings))
-            recipe.save(directory / "model", self.forward, self.params)
-            self.tokenizer.save_pretrained(directory / "tokenizer")
+    def _components(self, directory: Path) -> dict[str, Any]:
+        write_json(directory / GENERATION, dict(self.settings))
+        pair = self.forward, self.params
+        recipe.save(directory / "model", *pair)
+        self.tokenizer.save_pretrained(directory / "tokenizer")
+        own = ["transformers", type(self.tokenizer).__name__]
+        return {"model": entry(pair), "tokenizer": own}
 
     def _sampling(self, given: Mapping[str, Any], *, drawn: bool) -> dict[str, Any]:
         """What is given, else what the settings say; they draw only if there is a key."""

@@ -1,0 +1,145 @@
+"""What all pipelines share: transforms, saving, uploading, and a line that says what they are."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from effjax.forward import Forward, Params, parameter_count
+from effjax.pipelines.card import CARD, model_card
+from effjax.storage import new_directory, write_json
+from effjax.transform import Pair
+
+INDEX = "model_index.json"
+
+AnyPipeline = TypeVar("AnyPipeline", bound="BasePipeline")
+
+
+class Origin(NamedTuple):
+    """What a pipeline was loaded from, before it was compressed; nothing needs it to load again.
+
+    Attributes:
+        model: directory as it was given, or hub repository.
+        revision: commit of the repository.
+        variant: of the weight files.
+    """
+
+    model: str
+    revision: str | None = None
+    variant: str | None = None
+
+    @property
+    def public(self) -> bool:
+        """Whether others can find it: on a hub, where it has a commit."""
+        return self.revision is not None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class BasePipeline(abc.ABC):
+    """A model with what it takes to use it.
+
+    Attributes:
+        forward, params: the model, possibly transformed.
+        origin: what it was loaded from, if it was.
+    """
+
+    forward: Forward
+    params: Params
+    origin: Origin | None = dataclasses.field(default=None, kw_only=True)
+
+    TASK: ClassVar[str]  # as hubs name it
+
+    def transform(self: AnyPipeline, *transforms: Callable[[Forward, Params], Pair]) -> AnyPipeline:
+        """This pipeline with a transformed model."""
+        forward, params = self.forward, self.params
+        for each in transforms:
+            forward, params = each(forward, params)
+        return dataclasses.replace(self, forward=forward, params=params)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save all components as one directory that `effjax.pipeline` reads, atomically.
+
+        Its README.md is a model card, so that the directory may be uploaded to a hub as it is.
+
+        Raises:
+            ValueError: if the path is taken, or for edits that no transform made.
+        """
+        path = Path(path)
+        with new_directory(path) as directory:
+            self._save(directory, path.name)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload what `save` writes to a hub repository, from which `effjax.pipeline` loads it.
+
+        Args:
+            repo_id: "owner/name"; it is made if there is none.
+            private: of a new repository; what the account says if None.
+            commit_message: of the one commit.
+            token: True or None for the one that was stored by logging in.
+
+        Returns:
+            The address of the repository.
+        """
+        from huggingface_hub import HfApi  # slow to import
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder)
+            self._save(directory, repo_id, public=True, token=token)
+            parts = [each.name for each in directory.iterdir() if each.is_dir()]
+            made = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=directory,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                delete_patterns=[f"{part}/*" for part in parts],  # what an earlier upload left
+            )
+        return str(made)
+
+    def _save(
+        self, directory: Path, name: str, *, public: bool = False, token: str | bool | None = None
+    ) -> None:
+        """Write everything into an empty directory.
+
+        Args:
+            directory: where to.
+            name: what the card calls it.
+            public: it goes to a hub: say nothing of this machine, and ask for the licence there.
+            token: of the hub.
+        """
+        index: dict[str, Any] = {"_class_name": type(self).__name__, **self._components(directory)}
+        if self.origin is not None and (self.origin.public or not public):
+            given = self.origin._asdict().items()
+            index["origin"] = {key: value for key, value in given if value is not None}
+        write_json(directory / INDEX, index)
+        (directory / CARD).write_text(model_card(self, name, ask_hub=public, token=token))
+
+    @abc.abstractmethod
+    def _components(self, directory: Path) -> dict[str, Any]:
+        """Save the components, each in its folder; return what model_index.json says of them."""
+
+    def __repr__(self) -> str:
+        config = self.forward.config
+        methods = ", ".join(name for name, _ in self.forward.recipe) or "none"
+        return (
+            f"{type(self).__name__}({self.forward.model.__name__}, "
+            f"{parameter_count(self.params):,} parameters in {config.param_dtype}, computed in "
+            f"{config.dtype}, methods: {methods})"
+        )
+
+
+def entry(pair: Pair | None) -> list[str | None]:
+    """How model_index.json names a model that `effjax.save` wrote, or one that is not there."""
+    return [None, None] if pair is None else ["effjax", pair[0].model.__name__]
