@@ -200,7 +200,7 @@ def open_folder(
     Raises:
         ValueError: if it can be neither.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return Folder(str(source), lambda name: path / name if (path / name).is_file() else None)
     match = _REPO.fullmatch(str(source))

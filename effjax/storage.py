@@ -341,7 +341,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: if something other than an empty directory has that name.
     """
-    path = path.expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty; remove it, or give another name")
     path.parent.mkdir(parents=True, exist_ok=True)

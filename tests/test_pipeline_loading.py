@@ -130,6 +130,32 @@ def test_latents_need_a_vae_and_pixels_none(images, texts, tmp_path):
         effjax.pipeline(texts, vae=decoder, **QUIET)
 
 
+def test_variants_of_weights(prompts, texts, tmp_path):
+    """As in diffusers: components that have the variant give it, others what they have."""
+    shutil.copytree(prompts, tmp_path / "both")
+    wide = effjax.pipeline(prompts, **QUIET)
+    half = tmp_path / "half"
+    converters.convert(prompts, half, subfolder="transformer", dtype="float16", **QUIET)
+    stem = "diffusion_pytorch_model"
+    shutil.copy(
+        half / f"{stem}.safetensors",
+        tmp_path / "both" / "transformer" / f"{stem}.fp16.safetensors",
+    )
+    pipe = effjax.pipeline(tmp_path / "both", variant="fp16", **QUIET)
+    assert pipe.forward.config.param_dtype == "float16"
+    chex.assert_trees_all_equal(
+        pipe.params, jax.tree.map(lambda leaf: leaf.astype("float16"), wide.params)
+    )
+    chex.assert_trees_all_equal(pipe.text_encoder[1], wide.text_encoder[1])
+    assert pipe.origin == Origin(str(tmp_path / "both"), variant="fp16")
+    plain = effjax.pipeline(tmp_path / "both", **QUIET)
+    chex.assert_trees_all_equal(plain.params, wide.params)
+    with pytest.raises(ValueError, match=r"no component of .* has a variant 'fp32'"):
+        effjax.pipeline(tmp_path / "both", variant="fp32", **QUIET)
+    with pytest.raises(ValueError, match="There are weights for no variant"):
+        effjax.pipeline(texts, variant="fp16", **QUIET)
+
+
 def test_a_language_model_without_its_tokenizer(texts, tmp_path):
     converters.convert(texts, tmp_path / "bare", **QUIET)
     for file in (tmp_path / "bare").glob("*token*"):

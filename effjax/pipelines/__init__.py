@@ -44,6 +44,7 @@ def pipeline(
     source: str | os.PathLike,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
     token: str | bool | None = None,
@@ -62,6 +63,8 @@ def pipeline(
         source: directory (diffusers' layout; transformers', for language models; or written by a
             pipeline's `save`), or hub repository ("owner/name").
         revision, token, cache_dir, local_files_only: as in `converters.from_pretrained`.
+        variant: which weights, such as "fp16", of the components that have several; the others give
+            those that they have.
         dtype: float32, bfloat16 or float16 for the parameters of all components; as stored if
             None. Quantised layers keep their codes.
         compute_dtype: of the computation; that of `dtype` if None, else that in which most
@@ -81,7 +84,7 @@ def pipeline(
         ValueError: for another kind of pipeline, a single file, a component that is missing or
             damaged, and components that belong to different models.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         refuse_file(path)
     folder = hub.open_folder(
@@ -107,7 +110,7 @@ def pipeline(
         "check_finite": check_finite,
     }
     given = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
-    return _KINDS[name](Components(folder, index, given, options))
+    return _KINDS[name](Components(folder, index, given, variant, options))
 
 
 def _text(found: Components) -> TextPipeline:
@@ -146,6 +149,9 @@ def _text_to_image(found: Components) -> TextToImagePipeline:
 def _denoiser(found: Components) -> dict[str, Any]:
     """What pipelines of images share."""
     found.require("transformer")
+    models = ("transformer", "text_encoder", "vae")
+    if found.variant is not None and not any(map(found.has_variant, models)):
+        raise ValueError(f"no component of {found.folder.source} has a variant {found.variant!r}")
     own = found.folder.has(f"transformer/{RECIPE}")  # it may have been saved without a VAE
     channels = found.folder.read("transformer/config.json").get("in_channels", 4)
     if not own and channels not in _PIXELS:

@@ -265,7 +265,7 @@ class ClassConditionalPipeline(Pipeline):
         return index_of(label, self.names, self.forward.config.num_classes)
 
     def _components(self, directory: Path) -> dict[str, Any]:
-        own = {"id2label": {str(index): name for name, index in self.names.items()}}
+        own = {"id2label": {str(index): name for index, name in self.names.items()}}
         return {**super()._components(directory), **own}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import converters
-from converters.hub import Folder
+from converters.hub import Folder, weight_files
 from effjax import recipe
 from effjax.forward import Forward
 from effjax.pipelines.base import INDEX, Origin
@@ -31,12 +32,14 @@ class Components:
         folder: the directory or repository.
         index: contents of its model_index.json; None for a directory of transformers.
         given: components by name; None for those that are to be loaded.
+        variant: of the weight files, where a component has it.
         options: of `effjax.load` and `converters.from_pretrained`.
     """
 
     folder: Folder
     index: Mapping[str, Any] | None
     given: Mapping[str, Any]
+    variant: str | None
     options: Mapping[str, Any]
 
     @property
@@ -45,7 +48,7 @@ class Components:
         known = (self.index or {}).get("origin")
         if isinstance(known, Mapping) and isinstance(known.get("model"), str):
             return Origin(known["model"], known.get("revision"), known.get("variant"))
-        return Origin(self.folder.source, self.folder.remote.get("revision"))
+        return Origin(self.folder.source, self.folder.remote.get("revision"), self.variant)
 
     def has(self, name: str) -> bool:
         """Whether a component is given or there: diffusers writes [null, null] where it is not."""
@@ -55,6 +58,11 @@ class Components:
         if isinstance(entry, list):
             return any(part is not None for part in entry)
         files = ("config.json", "tokenizer_config.json")
+        return any(self.folder.has(f"{name}/{file}") for file in files)
+
+    def has_variant(self, name: str) -> bool:
+        """Whether a component is there with weights of the variant that is asked for."""
+        files = () if self.variant is None else weight_files(self.variant)
         return any(self.folder.has(f"{name}/{file}") for file in files)
 
     def require(self, *names: str) -> None:
@@ -97,8 +105,13 @@ class Components:
             progress = self.options["progress"]
             if (saved := self.folder.saved_model(name, progress=progress)) is not None:
                 return recipe.load(saved, **self.options)
-        source, remote = self.folder.source, self.folder.remote
-        return converters.from_pretrained(source, subfolder=name, **self.options, **remote)
+        return converters.from_pretrained(
+            self.folder.source,
+            subfolder=name,
+            variant=self.variant if name is None or self.has_variant(name) else None,
+            **self.options,
+            **self.folder.remote,
+        )
 
     def tokenizer(self, subfolder: str | None) -> Any:
         """The tokenizer that is given, else that of a subfolder, or of the directory itself.
@@ -113,7 +126,7 @@ class Components:
         source = self.folder.source
         try:
             if self.folder.hub is None:
-                directory = Path(source).expanduser() / (subfolder or "")
+                directory = Path(os.path.expanduser(source)) / (subfolder or "")
                 return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
             return AutoTokenizer.from_pretrained(
                 source, subfolder=subfolder or "", trust_remote_code=False, **self.folder.remote
