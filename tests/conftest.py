@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import jax
+import jaxtyping
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -49,6 +50,14 @@ def _no_network(monkeypatch):
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def untyped():
+    """Without the checks of annotations, which only tests have: what a user's mistake meets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(params=tpu.CHIPS)

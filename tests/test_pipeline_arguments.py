@@ -8,7 +8,6 @@ import threading
 import chex
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -45,14 +44,6 @@ def text_pipe():
         text_encoder=(forward, testing.random_params(shapes)),
         tokenizer=train_pixart.tokenizer(),
     )
-
-
-@pytest.fixture
-def untyped():
-    """Without the checks of annotations, which only tests have: what a user's mistake meets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ Most tests share one sampler and one forward, so that few programs are compiled.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -223,6 +224,56 @@ def test_four_devices_give_the_samples_of_one(model, key):
 def test_errors(model, key, call, error, message):
     with pytest.raises(error, match=message):
         call(*model, key)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"guidance": True}, ValueError, "guidance must be a finite scale.*got True"),
+        ({"guidance": "3"}, ValueError, "guidance must be.*got '3'"),
+        ({"guidance": math.inf}, ValueError, "guidance must be.*got inf"),
+        ({"arrangement": True}, TypeError, "arrangement must be a Guidance, got True"),
+        ({"shape": (8, 8.0, 4)}, ValueError, r"shape must be a tuple.*got \(8, 8\.0, 4\)"),
+        ({"shape": (8, 0, 4)}, ValueError, "whole numbers of at least 1"),
+        ({"shape": ()}, ValueError, r"got \(\)"),
+        ({"shape": [8, 8, 4]}, ValueError, "shape must be a tuple"),
+    ],
+)
+def test_samplers_that_cannot_be(options, error, message, untyped):
+    with pytest.raises(error, match=message):
+        Sampler(DDIM(steps=2), **options)
+
+
+def test_scales_of_numpy_guide_like_those_of_python(untyped):
+    raw = jnp.arange(8, dtype=jnp.float32).reshape(4, 2)
+    expected = Sampler(DDIM(steps=2), guidance=3.0).guide(raw, 2)
+    for scale in (np.float32(3), np.float64(3), 3):
+        np.testing.assert_array_equal(
+            Sampler(DDIM(steps=2), guidance=scale).guide(raw, 2), expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [(7, r"got 7; write jax\.random\.key\(7\)"), (np.zeros(2, np.uint32), "legacy key of uint32")],
+)
+def test_what_is_no_key(model, key, message, untyped):
+    for call in (PLAIN, functools.partial(PLAIN.stepwise, progress=False)):
+        with pytest.raises(TypeError, match=message):
+            call(*model, labels(), key)
+
+
+def test_noise_that_is_given(model, key):
+    shape = (3, 8, 8, 4)
+    noise = np.random.default_rng(0).standard_normal(shape)
+    carry = PLAIN.init(*model, labels(), key, noise=noise)
+    np.testing.assert_allclose(carry.x, PLAIN.schedule.initial_scale * noise, rtol=1e-6)
+    options = {"noise": noise, "progress": False}
+    other = PLAIN.stepwise(*model, labels(), jax.random.key(7), **options)  # DDIM draws no more
+    assert_close(PLAIN.stepwise(*model, labels(), key, **options), other)
+    for wrong in (noise[:2], noise.transpose(0, 3, 1, 2), np.zeros(shape, int)):
+        with pytest.raises(ValueError, match=r"must be float\[3, 8, 8, 4\].*; got "):
+            PLAIN(*model, labels(), key, noise=wrong)
 
 
 def test_a_model_without_a_null_condition(model):
