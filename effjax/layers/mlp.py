@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -13,13 +14,25 @@ from effjax.layers.linear import Linear
 
 gelu_tanh = partial(jax.nn.gelu, approximate=True)
 
-ACTIVATIONS = {"gelu_tanh": gelu_tanh, "silu": jax.nn.silu}
+
+def quick_gelu(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """x * sigmoid(1.702 x), CLIP's approximation of a GELU."""
+    return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": gelu_tanh,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": quick_gelu,
+    "silu": jax.nn.silu,
+}
 
 
 class MLP(nnx.Module):
-    """Linear -> tanh-approximated GELU -> linear, on the last axis: width -> hidden -> outputs.
+    """Linear -> activation -> linear, on the last axis: width -> hidden -> outputs.
 
     Args:
+        activation: a key of `ACTIVATIONS`.
         outputs: `width` if None.
     """
 
@@ -29,14 +42,16 @@ class MLP(nnx.Module):
         hidden: int,
         *,
         outputs: int | None = None,
+        activation: str = "gelu_tanh",
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        self.activation = activation
         self.fc1 = Linear(width, hidden, param_dtype=param_dtype, rngs=rngs)
         self.fc2 = Linear(hidden, outputs or width, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S O"]:
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class GatedMLP(nnx.Module):

@@ -31,6 +31,26 @@ class LayerNorm(nnx.Module):
         return _standardise(x.astype(jnp.float32), (-1,), self.eps).astype(x.dtype)
 
 
+class AffineLayerNorm(nnx.Module):
+    """Layer norm over the last axis with a learned scale and shift."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float = 1e-5,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+    ):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        y = _standardise(x.astype(jnp.float32), (-1,), self.eps)
+        scale, bias = (p.get_value().astype(jnp.float32) for p in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467)."""
 
