@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
-from converters import quantization_config, quantized
+from converters import quantization_config, quantized_export
 from converters.family import Family, family_of_config
 from converters.hub import resolve
 from converters.names import Shape
@@ -265,8 +265,8 @@ def _write(
     binding = table.bind(leaves)
     shapes = binding.source_shapes({name: tuple(leaf.shape) for name, leaf in leaves.items()})
     coded = any(isinstance(leaf, QTensor) for leaf in leaves.values())
-    leaves, read = quantized.without_orders(leaves, read, config.param_dtype)
-    schemes = quantized.schemes(binding, leaves)
+    leaves, read = quantized_export.without_orders(leaves, read, config.param_dtype)
+    schemes = quantized_export.schemes(binding, leaves)
     specs: dict[str, Spec] = {}
     readers: dict[str, Callable[[], np.ndarray]] = {}
     for source, pieces in binding.sources.items():

@@ -21,6 +21,7 @@ from effjax.quant.quantizer import BITS
 from effjax.storage import Tensor
 
 KEY = "quantization_config"  # of config.json
+_FLOAT8 = Quantizer(8, levels="e4m3")
 
 # What becomes of other formats, by quant_method, and of other formats of compressed-tensors.
 _SAVE = "and save_pretrained it as floats"
@@ -102,6 +103,7 @@ def read_config(config: Any) -> Quantization:
     readers = {
         "gptq": _gptq,
         "awq": _awq,
+        "fp8": _fp8,
         "compressed-tensors": _compressed_tensors,
         "torchao": _torchao,
     }
@@ -189,6 +191,50 @@ def _awq(config: Json, wrong: list[str]) -> Groups:
     return _rules(config, wrong, scheme)
 
 
+def _fp8(config: Json, wrong: list[str]) -> Groups:
+    """transformers' fine-grained FP8, as of DeepSeek-V3, and GPTQModel's, whose scales divide."""
+    divides = "weight_scale_semantics" in config
+
+    def scheme(config: Json, wrong: list[str]) -> Scheme:
+        names = ("float8_e4m3fn", "e4m3", "e4m3fn", None)
+        for key in ("format", "fmt"):
+            _option(config, wrong, key, names, None)
+        size = _pair(config, wrong, "weight_block_size", None if divides else [128, 128])
+        block = (size[1], size[0]) if size else (None, None)
+        if not divides:
+            _option(config, wrong, "activation_scheme", ("dynamic",), "dynamic")
+            _option(config, wrong, "scale_fmt", ("float", None), None)
+            inputs = Activations(_FLOAT8, group_size=block[0])
+            return Scheme("fp8", 8, None, True, inputs, block=block)
+        _option(config, wrong, "weight_scale_semantics", ("inverse",), None)
+        kinds = ("block",) if size else ("row", "tensor")
+        if _option(config, wrong, "weight_scale_method", kinds, kinds[0]) == "row":
+            block = (None, 1)
+        return Scheme("fp8", 8, None, True, block=block, divides=True)
+
+    return _rules(config, wrong, scheme)
+
+
+def _pair(
+    config: Json, wrong: list[str], key: str, default: Any, path: str = ""
+) -> tuple[int, int] | None:
+    """Outputs and inputs of a block, [128, 128] or "128x128", if it is not null."""
+    given = config.get(key, default)
+    value: Any = given
+    if isinstance(value, str):
+        value = [int(each) if each.isdecimal() else None for each in value.split("x")]
+    if value is None:
+        return None
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 2
+        or not all(type(each) is int and each > 0 for each in value)
+    ):
+        wrong.append(f"{path}{key}={given!r} (only outputs and inputs of a block, as [128, 128])")
+        return None
+    return value[0], value[1]
+
+
 def _rules(config: Json, wrong: list[str], scheme: Callable[[Json, list[str]], Scheme]) -> Groups:
     """The groups that GPTQModel's `dynamic` makes, and the one of all other layers.
 
@@ -256,48 +302,63 @@ def _group_scheme(group: Json, kind: Any, wrong: list[str]) -> Scheme:
             f"with {_MAKERS})"
         )
         kind = "pack-quantized"
-    kinds = {"pack-quantized": (4, 8), "int-quantized": BITS}
-    kind = _option({"format": kind}, wrong, "format", tuple(kinds), "")
     weights = _object(group, wrong, "weights")
+    if kind == "naive-quantized":  # of either kind
+        kind = "float-quantized" if weights.get("type") == "float" else "int-quantized"
+    kinds = {"pack-quantized": (4, 8), "int-quantized": BITS, "float-quantized": (8,)}
+    kind = _option({"format": kind}, wrong, "format", tuple(kinds), "")
+    floats = kind == "float-quantized"
 
     def option(key: str, allowed: Sequence[Any], default: Any) -> Any:
         return _option(weights, wrong, key, allowed, default, "weights.")
 
-    option("type", ("int",), "int")
+    option("type", ("float" if floats else "int",), "int")
     option("dynamic", (False,), False)
     size = _group_size(weights, wrong, None, "weights.")
-    option("strategy", ("channel", "group"), "group" if size else "channel")
-    if weights.get("strategy") == "group" and size is None:
+    strategies = ("channel", "group", "tensor", "block")[: 4 if floats else 2]
+    strategy = option("strategy", strategies, "group" if size else "channel")
+    if strategy == "group" and size is None:
         wrong.append("weights.strategy='group' without a group_size")
     order = option("actorder", _ORDERS, None)
     if group.get("output_activations"):
         wrong.append("output_activations (not supported)")
-    return Scheme(
-        kind,
-        option("num_bits", kinds[kind], None),
-        size,
-        option("symmetric", (True, False), True),
-        _inputs(_object(group, wrong, "input_activations"), wrong),
-        ordered=size is not None and order in _ORDERS[:3],
-    )
+    bits = option("num_bits", kinds[kind], None)
+    symmetric = option("symmetric", (True,) if floats else (True, False), True)
+    inputs = _inputs(_object(group, wrong, "input_activations"), wrong, floats)
+    if not floats:
+        ordered = size is not None and order in _ORDERS[:3]
+        return Scheme(kind, bits, size, symmetric, inputs, ordered=ordered)
+    block = {"channel": (None, 1), "group": (size, 1), "tensor": (None, None)}.get(strategy)
+    if block is None:
+        pair = _pair(weights, wrong, "block_structure", None, "weights.")
+        if "block_structure" not in weights:
+            wrong.append("weights.strategy='block' without a block_structure")
+        block = pair and (pair[1], pair[0])
+    return Scheme(kind, bits, None, True, inputs, block=block or (None, None))
 
 
 # How GPTQ took inputs: the first three keep the group of each, as it was before 0.20.
 _ORDERS = ("group", "dynamic", True, "weight", "static", False, None)
-# Inputs by token. compressed-tensors divides their largest magnitude by 127.5, half the codes.
-_TOKENS = {"type": "int", "dynamic": True, "strategy": "token"}
 
 
-def _inputs(config: Json, wrong: list[str]) -> Activations | None:
+def _inputs(config: Json, wrong: list[str], floats: bool) -> Activations | None:
+    """Inputs of compressed-tensors, which divides a token's range by 127.5, half its codes."""
     if not config:
         return None
-    path = "input_activations."
-    for key, allowed in _TOKENS.items():
-        _option(config, wrong, key, (allowed,), None, path)
-    bits = _option(config, wrong, "num_bits", BITS, None, path)
-    if _option(config, wrong, "symmetric", (True, False), True, path):
-        return Activations(Quantizer(bits, levels="n+1/2"))
-    return Activations(Quantizer(bits, symmetric=False))
+
+    def option(key: str, allowed: Sequence[Any], default: Any) -> Any:
+        return _option(config, wrong, key, allowed, default, "input_activations.")
+
+    option("type", ("float" if floats else "int",), None)
+    option("dynamic", (True,), None)
+    bits = option("num_bits", (8,) if floats else BITS, None)
+    symmetric = option("symmetric", (True,) if floats else (True, False), True)
+    strategy = option("strategy", ("token", "group") if floats else ("token",), None)
+    if not floats:
+        levels = "n+1/2" if symmetric else "n"
+        return Activations(Quantizer(bits, symmetric, levels))
+    size = _group_size(config, wrong, None, "input_activations.")
+    return Activations(_FLOAT8, group_size=size if strategy == "group" else None)
 
 
 def _torchao(config: Json, wrong: list[str]) -> Groups:
@@ -375,25 +436,36 @@ def write_config(binding: Binding, schemes: Mapping[str, Scheme]) -> dict[str, A
 
 
 def _group(scheme: Scheme, layers: list[str]) -> dict[str, Any]:
-    weights = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "group" if scheme.group_size else "channel",
-        "group_size": scheme.group_size,
-        "actorder": None,
-        "dynamic": False,
-    }
+    kind, block, size = "int", None, scheme.group_size
+    strategy = "group" if size else "channel"
+    if scheme.block is not None:
+        kind, (size, wide) = "float", scheme.block
+        whole = {1: "channel", None: "tensor"}
+        strategy = whole[wide] if size is None else "group"
+        if wide != 1 and scheme.block != (None, None):
+            strategy, block, size = "block", [wide, size], None
     inputs = scheme.activations
     return {
         "format": scheme.format,
         "targets": layers,
-        "weights": weights,
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": kind,
+            "symmetric": scheme.symmetric,
+            "strategy": strategy,
+            "group_size": size,
+            "block_structure": block,
+            "actorder": None,
+            "dynamic": False,
+        },
         "input_activations": inputs
         and {
             "num_bits": inputs.quantizer.bits,
+            "type": kind,
             "symmetric": inputs.quantizer.symmetric,
-            **_TOKENS,
+            "strategy": "group" if inputs.group_size else "token",
+            "group_size": inputs.group_size,
+            "dynamic": True,
         },
         "output_activations": None,
     }

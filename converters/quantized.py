@@ -10,6 +10,8 @@ A linear layer `b` holds several tensors `b.<name>` in the place of `b.weight` [
                                                                              scales s [O, G]
     pack-quantized  weight_packed [O, I n/32] weight_zero_point [O n/32, G]  weight_scale
     int-quantized   weight int8[O, I]         weight_zero_point int8[O, G]   weight_scale
+    float-quantized weight float8[O, I]                                      weight_scale
+    fp8             weight float8[O, I]                                      weight_scale_inv
     torchao         _weight_qdata int8[O, I]  _weight_zero_point int8[O, G]  _weight_scale
 
 Codes of n bits stand in int32 words, from the lowest bits on, along the axis that is divided; those
@@ -24,42 +26,45 @@ words, codes and zero points are unsigned: 2^(n-1) is subtracted from both. Furt
     pack-quantized  `weight_shape` is [O, I]. Older files have zero points as int8 [O, G].
     torchao  Of its tensor types those with plain int8 codes, of 2 to 8 bits: Int8Tensor and
           IntxUnpackedToInt8Tensor. Symmetric layers have zero points too, all zero.
+    float8  Numbers of float8_e4m3fn, W = q s with one s for each block of the matrix, [O / 128,
+          I / 128] say, the last ones cut; or one for each output, or for all. The name
+          `weight_scale_inv` is DeepSeek-V3's for a factor; GPTQModel's is a divisor.
     g_idx, weight_g_idx  The group of each input, where groups are not consecutive inputs (desc_act,
           or actorder=group). Codes stand in the order of inputs here, in that of groups in a leaf.
 
 Sources: AutoGPTQ and GPTQModel (`nn_modules/qlinear`), AutoAWQ (`utils/packing_utils.py`),
 compressed-tensors (`compressors/pack_quantized`, `naive_quantized`), torchao
-(`prototype/safetensors`, `quantization/quantize_/workflows`).
+(`prototype/safetensors`, `quantization/quantize_/workflows`), transformers
+(`integrations/finegrained_fp8.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from jax.typing import DTypeLike
 
-from converters.names import LAYOUTS, Binding, Piece
+from converters.names import Piece
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
 from effjax.quant.disk import Codes, pack_bits, signed, unpack_bits
 from effjax.storage import FLOATS, Shape, Spec, Tensor
 from pallas_kernels.packing import plane_widths
 
 INT8, INT32, INT64 = np.dtype(np.int8), np.dtype(np.int32), np.dtype(np.int64)
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 class Format(NamedTuple):
     """Which tensors a format keeps of a layer.
 
     Attributes:
-        codes, zeros, scale: their names.
-        packed: along which axis words hold codes; None if they are int8.
+        codes, zeros, scale: their names; None for zero points that there are not.
+        packed: along which axis words hold codes; None if they are int8 or float8.
         transposed: tensors are [O, ...], as torch's weights are; else [..., O].
         order: outputs within a word, by their places.
         planes: words hold bits of one plane each (`pallas_kernels.packing.plane_widths`), by
@@ -69,7 +74,7 @@ class Format(NamedTuple):
     """
 
     codes: str
-    zeros: str
+    zeros: str | None
     scale: str
     packed: Literal["inputs", "outputs"] | None
     transposed: bool
@@ -97,6 +102,8 @@ FORMATS = {
     "int-quantized": Format(
         *("weight", "weight_zero_point", "weight_scale", None, True), groups="weight_g_idx"
     ),
+    "float-quantized": Format("weight", None, "weight_scale", None, True),
+    "fp8": Format("weight", None, "weight_scale_inv", None, True),
     "torchao": Format("_weight_qdata", "_weight_zero_point", "_weight_scale", None, True),
 }
 
@@ -113,6 +120,9 @@ class Scheme:
         activations: how inputs become codes; None leaves them floats.
         minus_one: whether zero points are stored minus one, as in version 1 of GPTQ.
         ordered: whether the group of each input must be there.
+        block: (inputs, outputs) that share a scale, of float8 codes, None for all of them; None for
+            integer codes.
+        divides: whether codes are divided by scales.
     """
 
     format: str
@@ -122,6 +132,8 @@ class Scheme:
     activations: Activations | None = None
     minus_one: bool = False
     ordered: bool = False
+    block: tuple[int | None, int | None] | None = None
+    divides: bool = False
 
     @property
     def layout(self) -> Format:
@@ -134,10 +146,29 @@ class Scheme:
     def groups(self, inputs: int) -> int:
         return inputs // (self.group_size or inputs)
 
+    def blocks(self, shape: Shape) -> tuple[int, int]:
+        """(inputs, outputs) that share a scale of a matrix [I, O] of float8 codes."""
+        inputs, outputs = self.block or (None, None)
+        return min(inputs or shape[0], shape[0]), min(outputs or shape[1], shape[1])
+
+    def grid(self, shape: Shape) -> Shape:
+        """How many scales there are along the inputs and the outputs of a matrix [I, O]."""
+        if self.block is None:
+            return self.groups(shape[0]), shape[1]
+        rows, columns = self.blocks(shape)
+        return -(-shape[0] // rows), -(-shape[1] // columns)
+
     def specs(self, shape: Shape) -> dict[str, tuple[tuple[Spec, ...], bool]]:
         """What each tensor of a layer [O, I] may be, first what is written, and if it must be."""
         outputs, inputs = shape
         layout, groups = self.layout, self.groups(shape[1])
+        if self.block is not None:
+            rows, columns = self.grid((inputs, outputs))
+            shapes = {1: [(1,), (), (1, 1)]}.get(rows * columns, [(columns, rows)])
+            shapes += [(columns,)] if rows == 1 < columns else []
+            scales = tuple(Spec(each, dtype) for each in shapes for dtype in FLOATS)
+            codes = Spec((outputs, inputs), FLOAT8)
+            return {layout.codes: ((codes,), True), layout.scale: (scales, True)}
 
         def oriented(rows: int, columns: int) -> Shape:
             return (columns, rows) if layout.transposed else (rows, columns)
@@ -154,7 +185,7 @@ class Scheme:
             zeros += [whole] if self.format == "pack-quantized" else []
         found = {
             layout.codes: (codes, True),
-            layout.zeros: (zeros, not self.symmetric or self.layout.zeros == "qzeros"),
+            str(layout.zeros): (zeros, not self.symmetric or self.layout.zeros == "qzeros"),
             layout.scale: ([Spec(oriented(groups, outputs), dtype) for dtype in FLOATS], True),
         }
         if layout.shape:
@@ -166,7 +197,7 @@ class Scheme:
     # Reading: tensors by name to arrays [inputs or groups, O].
 
     def codes(self, held: Mapping[str, np.ndarray], outputs: int, inputs: np.ndarray) -> np.ndarray:
-        """Signed codes int8[inputs, O] of the inputs that are named."""
+        """Signed codes int8[inputs, O], or float8, of the inputs that are named."""
         codes = self._oriented(held[self.layout.codes])
         if self.layout.packed is None:
             return codes[inputs]
@@ -184,7 +215,7 @@ class Scheme:
 
     def zeros(self, held: Mapping[str, np.ndarray], outputs: int) -> np.ndarray:
         """Signed zero points int32[G, O]."""
-        zeros = self._oriented(held[self.layout.zeros])
+        zeros = self._oriented(held[str(self.layout.zeros)])
         if zeros.dtype == INT8:
             return zeros.astype(np.int32)
         if self.layout.planes:
@@ -199,9 +230,13 @@ class Scheme:
             fields = fields + np.uint8(1) & np.uint8(2**self.bits - 1)
         return self._signed(fields).astype(np.int32)
 
-    def scale(self, held: Mapping[str, np.ndarray]) -> np.ndarray:
-        """float32[G, O]."""
-        return np.ascontiguousarray(self._oriented(held[self.layout.scale]), np.float32)
+    def scale(self, held: Mapping[str, np.ndarray], shape: Shape) -> np.ndarray:
+        """float32[G, O] of a matrix [I, O], or one for each of its blocks."""
+        scale = held[self.layout.scale]
+        if self.block is not None:
+            scale = scale.reshape(self.grid(shape)[::-1])
+        scale = np.ascontiguousarray(self._oriented(scale), np.float32)
+        return 1 / scale if self.divides else scale
 
     def _oriented(self, array: np.ndarray) -> np.ndarray:
         return array.T if self.layout.transposed else array
@@ -244,7 +279,8 @@ class Scheme:
         if name == self.layout.shape:
             return np.array([sum(leaf.shape[1] for leaf in leaves), leaves[0].shape[0]], np.int64)
         if name == self.layout.scale:
-            return np.concatenate([leaf.scale for leaf in leaves], axis=1).T
+            scale = np.concatenate([leaf.scale for leaf in leaves], axis=1).T
+            return scale.reshape(1) if self.block == (None, None) else scale
         if name == self.layout.zeros:
             zeros = np.concatenate([leaf.zero_point for leaf in leaves], axis=1).astype(np.int8)
             return (zeros if self.layout.packed is None else self._words(zeros)).T
@@ -263,6 +299,11 @@ class Scheme:
 
 @functools.cache
 def _leaf(shape: Shape, scheme: Scheme, ordered: bool) -> QTensor:
+    if scheme.block is not None:
+        described = {"shape": shape, "bits": 8, "packed": False, "block": scheme.blocks(shape)}
+        inputs = scheme.activations and dataclasses.asdict(scheme.activations)
+        rest = {"parts": [], "activations": inputs, "rotation": None}
+        return QTensor.from_dict({**described, **rest})
     return jax.eval_shape(
         lambda w, order: quantize_matrix(
             w,
@@ -368,7 +409,7 @@ class Layer:
         zeros = None
         if not scheme.symmetric:
             zeros = scheme.zeros(held, parts * shape[1])[:, outputs].copy()
-        scale, column_sums = scheme.scale(held)[:, outputs].copy(), None
+        scale, column_sums = self._scale(held, shape, part, parts), None
         if leaf.column_sums is not None:
             codes = rows(0, shape[0]).reshape(len(scale), -1, shape[1])
             sums = codes.sum(axis=1, dtype=np.int64)
@@ -384,103 +425,22 @@ class Layer:
             column_sums=column_sums,
         )
 
+    def _scale(
+        self, held: Mapping[str, np.ndarray], shape: Shape, part: int, parts: int
+    ) -> np.ndarray:
+        """Of a part of the layer's outputs."""
+        inputs, outputs = shape
+        scale = self.scheme.scale(held, (inputs, parts * outputs))
+        _, every = self.scheme.block or (None, 1)
+        if every is None or parts == 1:
+            return scale.copy()
+        if outputs % every:
+            raise ValueError(
+                f"{self.name}.{self.scheme.layout.scale} is of blocks of {every} outputs, which do "
+                f"not divide the {outputs} of each of {parts} layers that are one there"
+            )
+        return scale[:, part * outputs // every : (part + 1) * outputs // every].copy()
+
 
 def _texts(specs: Iterable[Spec]) -> str:
     return " or ".join(f"{spec.dtype}{list(spec.shape)}" for spec in specs)
-
-
-def without_orders(
-    leaves: Mapping[str, Any], read: Callable[[str], Any], dtype: DTypeLike
-) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
-    """Leaves and their reader, with floats where inputs stand in another order (`desc_act`).
-
-    compressed-tensors has had no place for such an order since 0.20; a warning names them.
-    """
-    ordered = [
-        name
-        for name, leaf in leaves.items()
-        if isinstance(leaf, QTensor) and leaf.order is not None
-    ]
-    if not ordered:
-        return leaves, read
-    warnings.warn(
-        f"{len(ordered)} layers are written as {dtype}, not as codes, for their inputs stand in "
-        f"an order of their own (desc_act), which compressed-tensors no longer has; effjax.save "
-        f"keeps their codes: {', '.join(ordered[:3])}{' ...' if ordered[3:] else ''}",
-        stacklevel=4,
-    )
-    floats = {name: jax.ShapeDtypeStruct(leaves[name].shape, dtype) for name in ordered}
-
-    def values(name: str) -> Any:
-        if name not in floats:
-            return read(name)
-        return np.asarray(jax.tree.map(jnp.asarray, read(name)).restore().astype(dtype))
-
-    return {**leaves, **floats}, values
-
-
-def schemes(binding: Binding, leaves: Mapping[str, Any]) -> dict[str, Scheme]:
-    """How the quantised leaves among parameters are written, by the source they are written as.
-
-    Args:
-        binding: of the table that is written.
-        leaves: parameters by path; arrays or their shapes.
-
-    Raises:
-        ValueError: for leaves that compressed-tensors cannot say, all named at once.
-    """
-    found: dict[str, Scheme] = {}
-    problems = {name: _fault(leaf) for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
-    problems = {name: fault for name, fault in problems.items() if fault}
-    for source, pieces in binding.sources.items():
-        held = [leaves[piece.target] for piece in pieces]
-        if not any(isinstance(leaf, QTensor) for leaf in held):
-            continue
-        if pieces[0].layout is not LAYOUTS["linear"]:
-            problems[pieces[0].target] = "quantised, which only linear layers can be"
-        kinds = {_scheme(leaf) if isinstance(leaf, QTensor) else None for leaf in held}
-        if len(kinds) > 1:
-            for piece in pieces:
-                problems.setdefault(
-                    piece.target, f"is a part of {source}, and quantised in another way than others"
-                )
-        else:
-            found[source] = _scheme(held[0])
-    if problems:
-        listed = "\n  ".join(f"{name}: {fault}" for name, fault in sorted(problems.items()))
-        raise ValueError(
-            f"compressed-tensors cannot hold these leaves ({len(problems)} problems); use "
-            f"effjax.save, or quantise them otherwise:\n  {listed}"
-        )
-    return found
-
-
-def _scheme(leaf: QTensor) -> Scheme:
-    """As llm-compressor writes it: int8 for int8 products by channel, words for all else."""
-    by_channel = leaf.group_size == leaf.shape[0]
-    plain = leaf.bits == 8 and by_channel and leaf.activations is not None
-    return Scheme(
-        "int-quantized" if plain else "pack-quantized",
-        leaf.bits,
-        None if by_channel else leaf.group_size,
-        leaf.zero_point is None,
-        leaf.activations,
-    )
-
-
-def _fault(leaf: QTensor) -> str | None:
-    """Why a leaf cannot be written."""
-    if leaf.bits not in (4, 8):
-        return f"has codes of {leaf.bits} bits, must be 4 or 8"
-    if leaf.mask is not None or leaf.rotation is not None:
-        return "has inputs that are masked or rotated"
-    if (inputs := leaf.activations) is not None:
-        # What divides the ranges of tokens the format does not say: n + 1/2 here, n in vLLM.
-        tokens = inputs.dynamic and inputs.group_size is None and inputs.quantizer.keeps_zero
-        if not tokens or inputs.quantizer.bits not in (4, 8):
-            return f"has inputs with {inputs}, must be floats or 4 or 8 bits of each token's range"
-    if isinstance(leaf.zero_point, jax.Array | np.ndarray):
-        half, zeros = 2 ** (leaf.bits - 1), np.asarray(leaf.zero_point)
-        if zeros.min() < -half or zeros.max() >= half:
-            return f"has zero points beyond {-half} ... {half - 1}"
-    return None

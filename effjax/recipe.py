@@ -157,6 +157,7 @@ def load(
         for name, leaf in expected.items():
             stored = tensors[name].read()
             if isinstance(leaf, Codes):
+                inspection.look(name, stored)
                 host = leaf.from_disk(stored)
             else:
                 cast = dtype if name in plain else None

@@ -2,7 +2,8 @@
 
 A row of codes is one little-endian stream of bits, whatever the machine: code n of b bits, in two's
 complement, is bits b n ... b n + b - 1, and bit k of a row is bit k % 8 of its byte k // 8. A row
-begins with a byte of its own. So eight codes are b bytes, and codes of 8 bits are int8.
+begins with a byte of its own. So eight codes are b bytes, and codes of 8 bits are int8. Codes that
+are float8_e4m3fn stand as they are.
 
 Words of 32 bits in little-endian order are the same stream, which is why the formats of other
 libraries are read with these functions too (`converters.quantized`).
@@ -98,7 +99,7 @@ class Codes:
     """The codes of one leaf on their way to the disk and back; no pytree.
 
     Attributes:
-        value: `QTensor.qvalue`: codes int8[I, O] or planes; arrays or their shapes.
+        value: `QTensor.qvalue`: codes int8[I, O] (or float8) or planes; arrays or their shapes.
         shape: (I, O).
         bits: of a code.
     """
@@ -114,7 +115,12 @@ class Codes:
 
     @property
     def disk_dtype(self) -> np.dtype:
-        return np.dtype(np.int8 if self.bits == 8 else np.uint8)
+        return self._dtype if self.bits == 8 else np.dtype(np.uint8)
+
+    @property
+    def _dtype(self) -> np.dtype:
+        """Of codes that are not packed."""
+        return np.dtype(np.int8 if isinstance(self.value, tuple) else self.value.dtype)
 
     @property
     def rows(self) -> Rows:
@@ -132,8 +138,8 @@ class Codes:
         return stored
 
     def unpacked(self) -> np.ndarray:
-        """The value, which is on the host, as int8[I, O]."""
-        return _whole(self.rows, self.shape, self.bits)
+        """The value, which is on the host, as int8[I, O] (or float8)."""
+        return self._whole(self.rows)
 
     def from_disk(self, stored: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
         """What stands in the file as arrays of the value's form, on the host."""
@@ -149,14 +155,13 @@ class Codes:
         """Codes that `rows` gives as arrays of the value's form, on the host."""
         if isinstance(self.value, tuple):
             return planes_of(rows, self.shape, self.bits)
-        return _whole(rows, self.shape, self.bits)
+        return self._whole(rows)
 
-
-def _whole(rows: Rows, shape: tuple[int, int], bits: int) -> np.ndarray:
-    codes = np.empty(shape, np.int8)
-    for begin, end in _blocks(shape[0], bits):
-        codes[begin:end] = rows(begin, end)
-    return codes
+    def _whole(self, rows: Rows) -> np.ndarray:
+        codes = np.empty(self.shape, self._dtype)
+        for begin, end in _blocks(self.shape[0], self.bits):
+            codes[begin:end] = rows(begin, end)
+        return codes
 
 
 def _blocks(rows: int, bits: int) -> Iterator[tuple[int, int]]:

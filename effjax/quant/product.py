@@ -32,8 +32,8 @@ def qdot(
         x: float[..., I].
         w: [I, O].
         path: "integer" multiplies codes: int8 with int8 where inputs are coded, floats with packed
-            codes else. "reference" multiplies what the codes stand for, in float32: the
-            specification.
+            codes else; float8 codes are multiplied as floats. "reference" multiplies what the codes
+            stand for, in float32: the specification.
         implementation, interpret: of the kernels; see `pallas_kernels.implementation`.
 
     Returns:
@@ -55,6 +55,8 @@ def qdot(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> Array:
+    if w.block is not None:
+        return _float8(x, w)
     run: Any = {"implementation": how[0], "interpret": how[1]}
     # The kernels' zero points are added, a leaf's are subtracted.
     zero = None if w.zero_point is None else -w.zero_point
@@ -112,6 +114,19 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
         )
     if input_zero is not None:
         out = out - scale * input_zero.astype(jnp.float32) * w.column_sums
+    return out.astype(x.dtype)
+
+
+def _float8(x: Array, w: QTensor) -> Array:
+    """The product of what float8 codes stand for, in x's dtype and summed in float32."""
+    dtype = x.dtype if x.dtype != jnp.float16 else jnp.dtype(jnp.float32)
+    values = w.prepare(x) if w.activations is None else dequantize(*_input_codes(x, w))
+    out = jnp.matmul(
+        values.astype(dtype),
+        w.dequantize().astype(dtype),
+        precision="highest" if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
     return out.astype(x.dtype)
 
 
@@ -178,7 +193,7 @@ def _fused(w: QTensor) -> bool:
 
 
 def _input_codes(x: Array, w: QTensor) -> tuple[Array, Array, Array | None]:
-    """Codes int8[..., I] of prepared inputs, scales float32[..., 1 or I] and zero points."""
+    """Codes [..., I] of prepared inputs, scales float32[..., 1 or I] and zero points."""
     assert w.activations is not None
     quantizer, every = w.activations.quantizer, w.activations.group_size
     values = w.prepare(x.astype(jnp.float32))
@@ -188,7 +203,9 @@ def _input_codes(x: Array, w: QTensor) -> tuple[Array, Array, Array | None]:
     if every is None:
         scale, zero = quantizer.fit_axes(values, -1)
         return quantizer.quantize(values, scale, zero), scale, zero
-    groups = values.reshape(*values.shape[:-1], -1, every)
+    inputs = values.shape[-1]
+    padded = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -inputs % every)])
+    groups = padded.reshape(*values.shape[:-1], -1, every)
     scale, _ = quantizer.fit_axes(groups, -1)
-    scale = jnp.broadcast_to(scale, groups.shape).reshape(values.shape)
+    scale = jnp.broadcast_to(scale, groups.shape).reshape(padded.shape)[..., :inputs]
     return quantizer.quantize(values, scale), scale, None

@@ -6,6 +6,8 @@
 with n = 2^(b-1) - 1, or n + 1/2 in the divisor ("n+1/2", qwix's levels, where "n" is that of the
 papers). Codes are signed; an asymmetric range contains zero unless a quantiser says otherwise.
 Rounding is half to even. Where a range is empty, the scale is 1.
+
+Codes may also be numbers of float8_e4m3fn ("e4m3"), of which the largest is 448: s = max |x| / 448.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import jax.numpy as jnp
 from jax import Array
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
+FLOAT8 = jnp.float8_e4m3fn
+_E4M3 = 448  # its largest number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +31,31 @@ class Quantizer:
     Attributes:
         bits: of a code, 2 ... 8.
         symmetric: whether zero is in the middle of the codes.
-        levels: what the largest magnitude of a symmetric range is divided by: "n" or "n+1/2".
+        levels: what the largest magnitude of a symmetric range is divided by: "n" or "n+1/2"; or
+            "e4m3" for codes of float8_e4m3fn, symmetric and of 8 bits.
         keeps_zero: whether an asymmetric range is widened to contain zero.
     """
 
     bits: int = 8
     symmetric: bool = True
-    levels: Literal["n", "n+1/2"] = "n"
+    levels: Literal["n", "n+1/2", "e4m3"] = "n"
     keeps_zero: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"codes have 2 ... 8 bits, got bits={self.bits!r}")
-        if self.levels not in ("n", "n+1/2"):
-            raise ValueError(f'levels must be "n" or "n+1/2", got {self.levels!r}')
+        if self.levels not in ("n", "n+1/2", "e4m3"):
+            raise ValueError(f'levels must be "n", "n+1/2" or "e4m3", got {self.levels!r}')
+        if self.floats and (self.bits != 8 or not self.symmetric):
+            raise ValueError(
+                f'levels "e4m3" are symmetric and of 8 bits, got bits={self.bits}, '
+                f"symmetric={self.symmetric}"
+            )
+
+    @property
+    def floats(self) -> bool:
+        """Whether codes are numbers of float8_e4m3fn."""
+        return self.levels == "e4m3"
 
     def fit(self, low: Array, high: Array) -> tuple[Array, Array | None]:
         """Scale, and zero point (int32, None if symmetric), for values low ... high."""
@@ -52,7 +67,9 @@ class Quantizer:
         return self.fit(jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True))
 
     def quantize(self, x: Array, scale: Array, zero_point: Array | None = None) -> Array:
-        """Codes int8 of values."""
+        """Codes int8, or float8_e4m3fn, of values."""
+        if self.floats:
+            return jnp.clip(x.astype(jnp.float32) / scale, -_E4M3, _E4M3).astype(FLOAT8)
         half = 2 ** (self.bits - 1)
         codes = jnp.round(x.astype(jnp.float32) / scale)
         if zero_point is not None:
@@ -90,8 +107,10 @@ def fake_quantize(
         low, high: a range that was calibrated instead, broadcastable to x.
 
     Raises:
-        ValueError: unless either axes or a range is given.
+        ValueError: unless either axes or a range is given, or for levels of floats.
     """
+    if quantizer.floats:
+        raise ValueError('only integer codes are faked; levels are "n" or "n+1/2", not "e4m3"')
     if (axes is None) == (low is None) or (low is None) != (high is None):
         raise ValueError("give either axes, which share a range, or the range's low and high")
     width = jnp.asarray(quantizer.bits if bits is None else bits).astype(jnp.float32)
@@ -115,7 +134,8 @@ def fake_quantize(
 def _fit(quantizer: Quantizer, bits: Array, low: Array, high: Array) -> tuple[Array, Array | None]:
     low, high = low.astype(jnp.float32), high.astype(jnp.float32)
     if quantizer.symmetric:
-        most = jnp.exp2(bits - 1) - (1 if quantizer.levels == "n" else 0.5)
+        integers = jnp.exp2(bits - 1) - (1 if quantizer.levels == "n" else 0.5)
+        most = jnp.float32(_E4M3) if quantizer.floats else integers
         return _positive(jnp.maximum(jnp.abs(low), jnp.abs(high)) / most), None
     if quantizer.keeps_zero:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)

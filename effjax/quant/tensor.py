@@ -3,8 +3,9 @@
     y = x W   with   W = (q - z) s   by channel or by group of inputs
 
 and, where inputs are prepared for it, x -> rotate(x[order] m), whose inverse is in W already.
-Codes are int8, or packed planes of 2 to 8 bits (`pallas_kernels.packing`). Names and signs are
-those of `qwix.QArray`, into which `to_qwix` turns a leaf.
+Codes are int8, or packed planes of 2 to 8 bits (`pallas_kernels.packing`); or they are numbers of
+float8_e4m3fn, W = q s by blocks of inputs and outputs. Names and signs are those of `qwix.QArray`,
+into which `to_qwix` turns a leaf.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from effjax.quant.hadamard import Rotation
-from effjax.quant.quantizer import BITS, Quantizer, dequantize
+from effjax.quant.quantizer import BITS, FLOAT8, Quantizer, dequantize
 from pallas_kernels.packing import pack, unpack
 
 
@@ -64,7 +65,7 @@ class Activations:
         "input_zero_point",
         "column_sums",
     ),
-    meta_fields=("shape", "bits", "activations", "rotation"),
+    meta_fields=("shape", "bits", "activations", "rotation", "block"),
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
@@ -73,8 +74,10 @@ class QTensor:
     The kernel of a convolution [R, S, I, O] is held as the matrix [R S I, O].
 
     Attributes:
-        qvalue: codes int8[I, O], or the planes of `pallas_kernels.packing.pack`.
-        scale: float32[G, O], one for each output and I / G consecutive inputs.
+        qvalue: codes int8[I, O], or the planes of `pallas_kernels.packing.pack`; or
+            float8_e4m3fn[I, O].
+        scale: float32[G, O], one for each output and I / G consecutive inputs; of float8 codes one
+            for each block, those at the edges cut: float32[ceil(I / block[0]), ceil(O / block[1])].
         zero_point: int32[G, O]; None if symmetric.
         order: int32[I], a permutation: row i of the codes is of input order[i], as in GPTQ's
             desc_act, where inputs of a group stand apart; None if row i is of input i.
@@ -85,6 +88,7 @@ class QTensor:
         bits: of a weight's code.
         activations: how inputs become codes; None leaves them floats.
         rotation: of the inputs, after the mask; None for none.
+        block: (inputs, outputs) that share a scale, of float8 codes; None for integers.
     """
 
     qvalue: Any
@@ -99,6 +103,7 @@ class QTensor:
     bits: int
     activations: Activations | None
     rotation: Rotation | None
+    block: tuple[int, int] | None = None
 
     @property
     def packed(self) -> bool:
@@ -126,7 +131,7 @@ class QTensor:
     @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
-        return self.rows // self.scale.shape[0]
+        return self.block[0] if self.block else self.rows // self.scale.shape[0]
 
     @property
     def logical_bytes(self) -> int:
@@ -142,6 +147,7 @@ class QTensor:
             "bits": self.bits,
             "packed": self.packed,
             "group_size": self.group_size,
+            "block": self.block and list(self.block),
             "parts": [name for name in _PARTS if getattr(self, name) is not None],
             "activations": self.activations and dataclasses.asdict(self.activations),
             "rotation": self.rotation and dataclasses.asdict(self.rotation),
@@ -157,38 +163,47 @@ class QTensor:
         try:
             *leading, outputs = shape = tuple(values["shape"])
             rows, bits, coded = math.prod(leading), values["bits"], values["activations"]
-            groups, rest = divmod(rows, values["group_size"])
-            if rest or bits not in BITS or type(bits) is not int:
-                raise ValueError(f"{bits} bits, {rows} inputs in groups of {values['group_size']}")
-            dims = {"G": groups, "I": rows, "O": outputs}
+            if bits not in BITS or type(bits) is not int:
+                raise ValueError(f"{bits} bits")
+            block, scales = _scales(values, rows, outputs)
+            if block is not None and (bits != 8 or values["packed"] or len(leading) != 1):
+                raise ValueError(f"float8 codes of {list(shape)}, {bits} bits or packed")
+            dims = {"G": scales[0], "I": rows, "O": outputs}
             parts: dict[str, Any] = dict.fromkeys(_PARTS)
             for name in values["parts"]:
                 axes, dtype = _PARTS[name]
                 parts[name] = jax.ShapeDtypeStruct(tuple(dims[axis] for axis in axes), dtype)
-            codes = jax.ShapeDtypeStruct((rows, outputs), jnp.int8)
+            codes = jax.ShapeDtypeStruct((rows, outputs), FLOAT8 if block else jnp.int8)
             return cls(
                 qvalue=jax.eval_shape(partial(pack, bits=bits), codes)
                 if values["packed"]
                 else codes,
-                scale=jax.ShapeDtypeStruct((groups, outputs), jnp.float32),
+                scale=jax.ShapeDtypeStruct(scales, jnp.float32),
                 **parts,
                 shape=shape,
                 bits=bits,
                 activations=coded and _activations(coded),
                 rotation=values["rotation"] and Rotation(**values["rotation"]),
+                block=block,
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"this describes no quantised leaf: {values!r} ({error!r})") from error
 
     def codes(self) -> Array:
-        """int8[I, O]."""
+        """int8[I, O], or float8_e4m3fn."""
         return unpack(self.qvalue, self.bits, self.rows) if self.packed else self.qvalue
 
     def dequantize(self) -> Array:
         """The matrix float32[I, O] that the codes stand for, of prepared inputs."""
-        every = partial(jnp.repeat, repeats=self.group_size, axis=0)
-        zero = None if self.zero_point is None else every(self.zero_point)
-        return dequantize(self.codes(), every(self.scale), zero)
+        zero = None if self.zero_point is None else self._spread(self.zero_point)
+        return dequantize(self.codes(), self._spread(self.scale), zero)
+
+    def _spread(self, part: Array) -> Array:
+        """The value of its group or block for each element of the matrix, or of its rows."""
+        rows = jnp.repeat(part, self.group_size, axis=0)[: self.rows]
+        if self.block is None or self.block[1] == 1:
+            return rows
+        return jnp.repeat(rows, self.block[1], axis=1)[:, : self.shape[-1]]
 
     def restore(self) -> Array:
         """The array in float32, of unprepared inputs: what was quantised, with its rounding."""
@@ -214,8 +229,10 @@ class QTensor:
 
         Raises:
             ValueError: if inputs are prepared or coded, which a QArray does not know, or for the
-                kernel of a convolution.
+                kernel of a convolution or float8 codes.
         """
+        if self.block is not None:
+            raise ValueError("a qwix.QArray is made of integer codes here, not of float8")
         if self.ndim != 2:
             raise ValueError(f"a qwix.QArray is made of a matrix, not of a kernel {self.shape}")
         prepared = (self.order, self.mask, self.rotation, self.activations)
@@ -234,14 +251,15 @@ def _activations(values: Mapping[str, Any]) -> Activations:
 
 
 def _static_to_json(static: tuple[Any, ...]) -> bytes:
-    shape, bits, *described = static
-    return json.dumps([shape, bits, *(x and dataclasses.asdict(x) for x in described)]).encode()
+    shape, bits, activations, rotation, block = static
+    described = (x and dataclasses.asdict(x) for x in (activations, rotation))
+    return json.dumps([shape, bits, *described, block]).encode()
 
 
 def _static_from_json(text: bytes | bytearray) -> tuple[Any, ...]:
-    shape, bits, activations, rotation = json.loads(text)
-    coded = activations and _activations(activations)
-    return tuple(shape), bits, coded, rotation and Rotation(**rotation)
+    shape, bits, activations, rotation, block = json.loads(text)
+    coded, rotated = activations and _activations(activations), rotation and Rotation(**rotation)
+    return tuple(shape), bits, coded, rotated, block and tuple(block)
 
 
 # So that an exported program may take leaves as arguments.
@@ -251,6 +269,24 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=_static_to_json,
     deserialize_auxdata=_static_from_json,
 )
+
+
+def _scales(
+    values: Mapping[str, Any], rows: int, outputs: int
+) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """Of a description: the block of float8 codes that share a scale, and the scales' shape."""
+    if values.get("block") is None:
+        groups, rest = divmod(rows, values["group_size"])
+        if rest:
+            raise ValueError(f"{rows} inputs in groups of {values['group_size']}")
+        return None, (groups, outputs)
+    high, wide = values["block"]
+    if type(high) is not int or type(wide) is not int or min(high, wide) < 1:
+        raise ValueError(f"blocks of {high!r} x {wide!r}")
+    if "zero_point" in values["parts"]:
+        raise ValueError("zero points of float8 codes")
+    return (high, wide), (-(-rows // high), -(-outputs // wide))
+
 
 # Axes and dtypes of what a leaf may hold beside its codes and scales.
 _PARTS: dict[str, tuple[str, Any]] = {
@@ -302,7 +338,7 @@ def quantize_matrix(
     Args:
         w: float[I, O], or the kernel of a convolution [R, S, I, O], which has a scale for each
             output and takes no groups, order, mask or rotation.
-        quantizer: of the weights; symmetric 8 bits if None.
+        quantizer: of the weights; symmetric 8 bits if None. Levels "e4m3" give float8 codes.
         group_size: inputs that share a scale; all of a channel if None.
         activations: how inputs become codes; None leaves them floats.
         input_range: float[] low and high of (prepared) inputs, for activations that are not
@@ -312,10 +348,11 @@ def quantize_matrix(
         mask: float[I]: inputs, in their order, will be multiplied by it, and the matrix is divided
             by it.
         rotation: of inputs of width I, after the mask.
-        packed: pack the codes; None packs those that are not products of int8 codes by channel.
+        packed: pack the codes; None packs integers that are not products of int8 codes by channel.
 
     Raises:
-        ValueError: for a matrix, group, order, mask, rotation or range that does not fit.
+        ValueError: for a matrix, group, order, mask, rotation or range that does not fit, and for
+            float8 codes of a convolution, packed, or with inputs of integer codes.
     """
     quantizer = quantizer or Quantizer()
     shape = w.shape
@@ -327,6 +364,14 @@ def quantize_matrix(
         raise ValueError(
             f"the kernel of a convolution, {list(shape)}, has one scale for each output; leave out "
             f"group_size, order, mask and rotation"
+        )
+    floats = quantizer.floats
+    if floats and (len(shape) != 2 or packed):
+        raise ValueError("float8 codes are those of a matrix, and are not packed")
+    if activations is not None and activations.quantizer.floats != floats:
+        raise ValueError(
+            'inputs and weights are both float8 (levels="e4m3") or both integers; got '
+            f"{activations.quantizer} and {quantizer}"
         )
     w = w.reshape(-1, shape[-1])
     inputs, outputs = w.shape
@@ -372,7 +417,7 @@ def quantize_matrix(
     offset = activations is not None and not activations.quantizer.symmetric
     if packed is None:
         packed = quantizer.bits < 8
-        if len(shape) == 2:
+        if len(shape) == 2 and not floats:
             packed = packed or activations is None or group_size != inputs
     tensor = QTensor(
         qvalue=codes,
@@ -387,6 +432,7 @@ def quantize_matrix(
         bits=quantizer.bits,
         activations=activations,
         rotation=rotation,
+        block=(group_size, 1) if floats else None,
     )
     return dataclasses.replace(
         tensor,

@@ -449,7 +449,7 @@ def test_what_torchao_saved(name):
     np.testing.assert_allclose(logits, expected["logits"], atol=atol)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "float8", "float8_tensor", "float8_blocks"])
 def test_what_compressed_tensors_saved(name):
     """Codes and answers of its own files, see tests/golden/make_compressed_tensors.py."""
     folder = Path(__file__).parents[1] / "golden" / "compressed_tensors" / name
