@@ -1,11 +1,14 @@
 """What a pipeline is loaded from, and how: dtypes, components, variants, repositories."""
 
+import ast
 import dataclasses
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -27,6 +30,7 @@ from tests.test_pipelines import write_pipeline, write_text_pipeline
 from tests.test_text_pipeline import make_tokenizer, write_language_model
 
 QUIET = {"progress": False}
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +334,61 @@ def loads_local_tokenizers(monkeypatch, hub):
         return load(hub.root / source / "snapshots" / revision / subfolder, **options)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_folder)
+
+
+@pytest.mark.parametrize("named", ["tokenizer_config.json", "config.json"])
+def test_code_beside_a_tokenizer_is_neither_offered_nor_run(named, texts, tmp_path, monkeypatch):
+    """transformers would ask on the terminal, where a pipe may answer."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(texts, folder)
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    config = json.loads((folder / named).read_text())
+    config["auto_map"] = {"AutoTokenizer": ["own.Own", None], "AutoConfig": "own.Own"}
+    if named == "tokenizer_config.json":
+        config["tokenizer_class"] = "Own"
+    (folder / named).write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    if named == "tokenizer_config.json":
+        with pytest.raises(
+            ValueError, match=r"needs code that stands beside it.*tokenizer=\.\.\.\)"
+        ):
+            effjax.pipeline(folder, **QUIET)
+        pipe = effjax.pipeline(folder, tokenizer=make_tokenizer(), **QUIET)
+    else:  # the classes that are known suffice
+        pipe = effjax.pipeline(folder, **QUIET)
+    assert pipe.tokenizer("a b")
+    assert not asked
+    assert not ran.exists()
+
+
+def test_transformers_is_never_trusted_to_run_code():
+    """Every call of one of its Auto classes that loads something says so."""
+    calls = [
+        (path.name, node.lineno, node)
+        for folder in ("effjax", "converters", "experiments", "tests", "pallas_kernels")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "from_pretrained"
+        and ast.unparse(node.func.value).split(".")[-1].startswith("Auto")
+    ]
+    assert len(calls) >= 3
+    for file, line, call in calls:
+        said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert said.get("trust_remote_code") == "False", f"{file}:{line}"
+
+
+def test_a_damaged_tokenizer_is_named(texts, tmp_path):
+    shutil.copytree(texts, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"model": {"type": "Nope"}}')
+    with pytest.raises(ValueError, match=r"model has no tokenizer that can be read: .*"):
+        effjax.pipeline(tmp_path / "model", **QUIET)
 
 
 def test_two_writers_to_one_directory(tmp_path):

@@ -131,8 +131,14 @@ class Components:
             return AutoTokenizer.from_pretrained(
                 source, subfolder=subfolder or "", trust_remote_code=False, **self.folder.remote
             )
-        except (OSError, ValueError, ImportError) as error:
-            message = f"{source} has no tokenizer that can be read: {error}"
+        except Exception as error:  # transformers raises many kinds for bad files
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"the tokenizer of {source} needs code that stands beside it (auto_map in its "
+                    f"tokenizer_config.json), and effjax runs no such code. If you trust it, load "
+                    f"the tokenizer yourself and give it: effjax.pipeline(..., tokenizer=...)"
+                ) from None
+            message = f"{source} has no tokenizer that can be read: {error or repr(error)}"
             name = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
             if find_spec("sentencepiece") is None and not self.folder.has(name):
                 message += (

@@ -114,7 +114,9 @@ def test_transformers_reads_what_is_written(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     forward, params = load(name)
     converters.save_pretrained(forward, params, tmp_path / "copy", progress=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "copy", trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         logits = model(
             input_ids=torch.tensor(ARRAYS["tokens"]).long(),
