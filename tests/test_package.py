@@ -23,7 +23,7 @@ from effjax import cli_text
 from effjax.bundled import demo, judge, llm_demo
 
 judge.load()
-assert effjax.pipeline(demo.MODEL, progress=False).names["A"] == 10
+assert effjax.pipeline(demo.MODEL, progress=False).names[10] == "A"
 assert effjax.pipeline(llm_demo.MODEL, progress=False).tokenizer("put amber fox")
 assert "experiments" not in sys.modules
 import experiments

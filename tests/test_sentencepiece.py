@@ -6,14 +6,16 @@ import sys
 
 import pytest
 
-from effjax.pipelines import _tokenizer
+import converters
+import effjax
+from effjax import testing
 
 WORDS = ["a red fox jumps over the lazy dog", "amber fox cedar owl", "the quick brown fox"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder, and the model that lies in it."""
+    """A language model's folder, and the sentencepiece model that lies in it."""
     sentencepiece = pytest.importorskip("sentencepiece")
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -27,7 +29,9 @@ def trained(tmp_path_factory):
         bos_id=-1,
         minloglevel=2,
     )
-    folder = tmp_path_factory.mktemp("t5")
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    subject = testing.tiny_llama(vocab_size=64)
+    converters.save_pretrained(subject.forward, subject.params, folder, progress=False)
     (folder / "spiece.model").write_bytes(made.getvalue())
     config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -36,7 +40,7 @@ def trained(tmp_path_factory):
 
 def test_its_tokens_are_sentencepieces(trained):
     folder, model = trained
-    tokenizer = _tokenizer(folder, None)
+    tokenizer = effjax.pipeline(folder, progress=False).tokenizer
     for text in (*WORDS, "owl over fox"):
         assert tokenizer(text)["input_ids"] == [*model.encode(text), 1]
 
@@ -44,4 +48,4 @@ def test_its_tokens_are_sentencepieces(trained):
 def test_where_sentencepiece_is_missing_it_is_named(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match=r"no tokenizer\.json; .* pip install sentencepiece"):
-        _tokenizer(trained[0], None)
+        effjax.pipeline(trained[0], progress=False)
