@@ -114,8 +114,12 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling.check()
     # What is off is not part of the program.
-    sampling = dataclasses.replace(
-        sampling, temperature=temperature or None, top_k=top_k or None, min_p=min_p or None
+    sampling = Sampling(
+        temperature or None,
+        top_k or None,
+        None if top_p == 1 else top_p,
+        min_p or None,
+        None if repetition_penalty == 1 else repetition_penalty,
     )
     check_count("max_new_tokens", max_new_tokens)
     if sampling.temperature is not None and key is None:

@@ -27,7 +27,8 @@ from effjax.pipelines.diffusion import (
 from effjax.pipelines.images import to_pil
 from effjax.pipelines.labels import read_names
 from effjax.pipelines.loading import Components, refuse_file
-from effjax.pipelines.text import GENERATION, TextPipeline
+from effjax.pipelines.settings import read_settings
+from effjax.pipelines.text import TextPipeline
 from effjax.recipe import RECIPE
 
 __all__ = [
@@ -116,11 +117,10 @@ def pipeline(
 def _text(found: Components) -> TextPipeline:
     found.allow("tokenizer")
     saved = found.index is not None
-    settings = found.folder.read(GENERATION) if found.folder.has(GENERATION) else {}
     return TextPipeline(
         *found.model("model" if saved else None),
         tokenizer=found.tokenizer("tokenizer" if saved else None),
-        settings=settings,
+        settings=read_settings(found.folder),
         origin=found.origin,
     )
 
