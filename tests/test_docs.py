@@ -1,5 +1,7 @@
 """Generated pages are those that their sources make now, and the pages become a site."""
 
+import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -9,6 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import converters
+import effjax
+import effjax.parallel
+import effjax.quant
+import pallas_kernels
+from effjax import registry
 from effjax.cli import main
 from effjax.pipelines import ClassConditionalPipeline, TextToImagePipeline
 from experiments import report
@@ -59,8 +67,71 @@ def test_the_code_of_the_page_on_pipelines_runs(tmp_path, monkeypatch):
     assert names["again"].forward == names["small"].forward
 
 
-def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built pages; a link or a reference that leads nowhere is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     built = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    assert (tmp_path / "quantisation" / "index.html").is_file()
+    return folder
+
+
+def test_the_site_builds_and_its_links_lead_somewhere(site):
+    assert (site / "quantisation" / "index.html").is_file()
+
+
+def public_names():
+    """Names that are imported from a package, with where each of them is defined."""
+    for name in effjax._PUBLIC:
+        yield f"effjax.{name}", getattr(effjax, name)
+    packages = [
+        *(getattr(effjax, name) for name in effjax._MODULES),
+        *(effjax.pipelines, effjax.quant, effjax.parallel, converters, pallas_kernels),
+        *(
+            importlib.import_module(f"pallas_kernels.{path.stem}")
+            for path in Path(pallas_kernels.__file__).parent.iterdir()
+            if path.stem in OPERATIONS
+        ),
+    ]
+    for package in packages:
+        own = [name for name, value in vars(package).items() if is_defined_in(package, name, value)]
+        for name in getattr(package, "__all__", own):
+            yield f"{package.__name__}.{name}", getattr(package, name)
+
+
+OPERATIONS = {
+    "attention",
+    "block_mask",
+    "block_sparse_attention",
+    "decode_attention",
+    "input_codes",
+    "merge",
+    "quantized_attention",
+    "quantized_matmul",
+    "residual_attention",
+}
+
+
+def is_defined_in(module, name, value):
+    return not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+
+
+def test_every_public_name_is_in_the_reference(site):
+    pages = "".join(page.read_text() for page in site.glob("api/*/index.html"))
+    shown = set(re.findall(r'id="([\w.]+)"', pages))
+    missing = [
+        name
+        for name, value in public_names()  # constants and aliases of types aside
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and not {name, f"{value.__module__}.{value.__qualname__}"} & shown
+    ]
+    assert not missing
+
+
+def test_every_method_and_model_is_in_the_reference():
+    pages = {name: (DOCS / "api" / f"{name}.md").read_text() for name in ("methods", "models")}
+    for method in registry.methods().values():
+        assert f"::: {method.transform.__module__}\n" in pages["methods"]
+    for model in registry.models().values():
+        assert f"::: {model.__module__}\n" in pages["models"]

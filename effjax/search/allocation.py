@@ -27,7 +27,7 @@ class Budget:
     """Limits on the sum of the chosen candidates' costs.
 
     Attributes:
-        costs: [layers][candidates]; NaN nowhere, infinity for a candidate that is not allowed.
+        costs: by layer and candidate; NaN nowhere, infinity for a candidate that is not allowed.
         high: the most that the sum may be.
         low: the least.
         name: for messages.

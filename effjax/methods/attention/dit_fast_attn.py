@@ -86,7 +86,7 @@ class DiTFastAttnPlan(Plan):
     """A strategy for every layer and network call.
 
     Attributes:
-        codes: `Strategy` codes [layers][calls]; every layer starts with FULL.
+        codes: `Strategy` codes by layer and network call; every layer starts with FULL.
         tokens: sequence length N the plan was made for.
         window: tokens that the window reaches to each side.
         guidance: guidance scale of the search; another scale wants another plan.

@@ -91,8 +91,8 @@ class MoAPlan(Plan):
     """Spans of all key heads.
 
     Attributes:
-        alphas: [layer][key head] tokens.
-        betas: [layer][key head] shares of a text.
+        alphas: tokens, by layer and key head.
+        betas: shares of a text, by layer and key head.
         block: tokens of a block: what spans are rounded up to.
         sink: first tokens that every head keeps.
         floor: the least number of slots.
@@ -158,7 +158,7 @@ def uniform(layers: int, heads: int, *, alpha: float = 0.0, beta: float = 0.5) -
 
 
 def read_released(source: str | os.PathLike | Mapping[str, Any], **options: Any) -> MoAPlan:
-    """A plan from a published `moa_alpha_beta.json`: lists `alphas` and `betas` [layer][head].
+    """A plan from a published `moa_alpha_beta.json`: lists `alphas`, `betas` by layer and head.
 
     Args:
         source: the file, or what it holds.
