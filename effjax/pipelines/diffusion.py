@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, SupportsIndex
+from typing import Any, ClassVar, Literal, SupportsIndex, get_args
 
 import jax
 import jax.numpy as jnp
@@ -112,10 +112,9 @@ class Pipeline(BasePipeline):
         callback_on_step_end: OnStepEnd | None,
     ) -> Images:
         """Images of what is asked for; `conditions` may be slow and comes after all checks."""
-        if output_type not in OutputType.__args__:
-            raise ValueError(
-                f"output_type must be one of {', '.join(OutputType.__args__)}; got {output_type!r}"
-            )
+        types = get_args(OutputType)
+        if output_type not in types:
+            raise ValueError(f"output_type must be one of {', '.join(types)}; got {output_type!r}")
         repeats = arguments.count("num_images_per_prompt", num_images_per_prompt)
         keys = sample_keys(key, repeats * len(asked))
         if latents is not None:
