@@ -71,15 +71,22 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             held = held[key]
     if not isinstance(held, Mapping):
         raise ValueError(f"{path} holds a {type(held).__name__}, not tensors by name")
-    tensors = {name: tensor for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}
-    return {
-        name: Tensor(tuple(tensor.shape), _numpy_dtype(tensor), functools.partial(_array, tensor))
-        for name, tensor in tensors.items()
+    tensors = {
+        name: tensor
+        for name, tensor in held.items()
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
-
-
-def _numpy_dtype(tensor: Any) -> np.dtype:
-    return _array(tensor[:0] if tensor.ndim else tensor).dtype
+    found = {}
+    for name, tensor in tensors.items():
+        try:
+            dtype = _array(tensor[:0] if tensor.ndim else tensor).dtype
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: {name} is a tensor of {tensor.dtype}, {tensor.layout}, on "
+                f"{tensor.device}, which is no array; save it as dense floats"
+            ) from error
+        found[name] = Tensor(tuple(tensor.shape), dtype, functools.partial(_array, tensor))
+    return found
 
 
 def _array(tensor: Any) -> np.ndarray:

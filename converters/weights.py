@@ -152,8 +152,9 @@ def _identify(
         )
     try:
         config = infer({name: tensor.shape for name, tensor in tensors.items()})
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"cannot infer the configuration of {path}: lacks {error}") from None
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else "its shapes are not a model's"
+        raise ValueError(f"cannot infer the configuration of {path}: {reason}") from None
     return family, layout, config
 
 

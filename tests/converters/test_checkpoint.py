@@ -232,6 +232,20 @@ def test_pickles(tmp_path, zipped):
     assert tensors["scalar"].read() == 2.0
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["sparse", "float8", "empty"])
+def test_tensors_of_pickles_that_are_no_arrays_are_named(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    made = {
+        "sparse": lambda: torch.eye(3).to_sparse(),
+        "float8": lambda: torch.ones(3).to(torch.float8_e5m2),
+        "empty": lambda: torch.empty(3, device="meta"),
+    }
+    torch.save({"a": torch.ones(2), "odd": made[kind](), 3: torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt: odd is a tensor of torch\.float"):
+        open_checkpoint(tmp_path / "w.pt")
+
+
 class Code:
     def __reduce__(self):
         return (print, ("this must not run",))
@@ -255,7 +269,7 @@ def test_bad_pickles(tmp_path, capfd):
 def test_pickle_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     (tmp_path / "w.pt").write_bytes(b"")
-    with pytest.raises(ImportError, match=r"effjax\[torch\]"):
+    with pytest.raises(ImportError, match="install torch"):
         open_checkpoint(tmp_path / "w.pt")
 
 

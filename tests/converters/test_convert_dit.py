@@ -313,6 +313,7 @@ def test_original_pt_to_diffusers_and_back(tmp_path):
     [
         ({"width": 64}, r"number of heads from width 64.*config\.json"),
         ({"drop": "pos_embed"}, r"cannot infer.*pos_embed"),
+        ({"patch": 0}, r"cannot infer.* its shapes are not a model's"),
         ({"positions": 2.0}, r"pos_embed: differs from what the model computes"),
     ],
 )
@@ -322,6 +323,8 @@ def test_original_pt_that_cannot_be_read(change, message, tmp_path):
     state.pop(change.get("drop"), None)
     if "positions" in change:
         state["pos_embed"] *= change["positions"]
+    if "patch" in change:
+        state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"][:, :, :0, :0]
     torch.save(state, tmp_path / "DiT.pt")
     with pytest.raises(ValueError, match=message):
         converters.from_pretrained(tmp_path / "DiT.pt")
