@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,19 @@ def open_checkpoint(path: Path) -> dict[str, Tensor]:
         return open_safetensors(path)
     if path.name.endswith(PICKLES):
         return _open_pickle(path)
-    if path.name.endswith(".gguf"):
-        raise ValueError(
-            f"{path} is GGUF, which is not read: load it with transformers' "
-            f"from_pretrained(folder, gguf_file={path.name!r}), save_pretrained it as floats, and "
-            f"give that directory"
-        )
+    refuse_gguf(str(path.parent), [path.name])
     raise ValueError(f"{path} is no weight file; their names end in {', '.join(SUFFIXES)}")
+
+
+def refuse_gguf(folder: str, names: Iterable[str]) -> None:
+    """Raise a ValueError that says what to do if GGUF is among the files of a folder."""
+    for name in names:
+        if name.endswith(".gguf"):
+            raise ValueError(
+                f"{name} in {folder} is GGUF, which is not read: load it with transformers' "
+                f"from_pretrained(folder, gguf_file={name!r}), save_pretrained it as floats, and "
+                f"give that directory"
+            )
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.checkpoint import SUFFIXES
+from converters.checkpoint import SUFFIXES, refuse_gguf
 from effjax.storage import index_files, is_index, read_json
 
 _STEMS = (
@@ -101,6 +101,7 @@ def resolve(
     match = _REPO.fullmatch(str(source))
     file = match and match[2]
     if match is None or (file and not (is_index(file) or file.endswith(SUFFIXES))):
+        refuse_gguf(str(path.parent), [path.name])
         raise ValueError(
             f"{source} is no file or directory here, and no hub repository either: those are "
             f'"owner/name", or "owner/name/file" with a file in {", ".join(SUFFIXES)}'
@@ -229,6 +230,8 @@ def _find(
     folder = "transformer" if pipeline else subfolder
     prefix = f"{folder.strip('/')}/" if folder else ""
     if fetch(f"{prefix}config.json") is None:
+        if not prefix:
+            refuse_gguf(source, listed(prefix))
         parts = read_json(pipeline) if pipeline else {}
         models = sorted(name for name, value in parts.items() if isinstance(value, list))
         hint = f" It is a pipeline: give subfolder=, one of {models}." if models else ""
@@ -240,6 +243,7 @@ def _find(
         if found := _fetch_weights(fetch, prefix + name):
             return found
     held = listed(prefix)
+    refuse_gguf(source, held)
     hints = [f"variant={variant!r}" for variant in _variants(held)]
     if not set(held).isdisjoint(weight_files()):
         hints.append("no variant")

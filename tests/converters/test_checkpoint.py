@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from converters import from_pretrained
 from converters.checkpoint import open_checkpoint
 from effjax.storage import Spec, new_directory, read_json, write_safetensors, write_shards
 
@@ -308,5 +309,11 @@ def test_tensor_that_is_not_as_announced(tmp_path):
 
 def test_gguf_is_refused_by_its_name(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"is GGUF, which is not read: .*gguf_file='model\.gguf'"):
-        open_checkpoint(tmp_path / "model.gguf")
+    named = r"model\.gguf in .* is GGUF, which is not read: .*gguf_file='model\.gguf'"
+    sources = (tmp_path / "model.gguf", tmp_path, "owner/name/model.gguf")
+    for source in sources:
+        with pytest.raises(ValueError, match=named):
+            from_pretrained(source)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=named):
+        from_pretrained(tmp_path)
