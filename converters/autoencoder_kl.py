@@ -7,39 +7,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.family import Family, Json, read_fields, require
+from converters.family import Family, Json, Keys, read_keys, require, write_keys
 from converters.names import Rule, Table, affine
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 _FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 
+_KEYS: Keys = {
+    "in_channels": ("in_channels", 3),
+    "out_channels": ("out_channels", 3),
+    "latent_channels": ("latent_channels", 4),
+    "block_out_channels": ("block_out_channels", [64]),
+    "layers_per_block": ("layers_per_block", 1),
+    "norm_num_groups": ("norm_groups", 32),
+    "sample_size": ("sample_size", 32),
+    "scaling_factor": ("scaling_factor", 0.18215),
+    "shift_factor": ("shift_factor", 0.0),
+    "use_quant_conv": ("use_quant_conv", True),
+    "use_post_quant_conv": ("use_post_quant_conv", True),
+    "mid_block_add_attention": ("mid_block_add_attention", True),
+    "force_upcast": ("force_upcast", True),
+}
+
 
 def read_config(config: Json) -> AutoencoderKLConfig:
     """config.json of an `AutoencoderKL` to the configuration; absent keys have their defaults."""
-    fields = read_fields(
-        # None stands for: no shift
-        {key: value for key, value in config.items() if (key, value) != ("shift_factor", None)},
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=[64],
-        layers_per_block=1,
-        norm_num_groups=32,
-        sample_size=32,
-        scaling_factor=0.18215,
-        shift_factor=0.0,
-        use_quant_conv=True,
-        use_post_quant_conv=True,
-        mid_block_add_attention=True,
-        force_upcast=True,
-    )
-    widths = fields.pop("block_out_channels")
-    if any(type(width) is not int for width in widths):
-        raise ValueError(f"config.json: block_out_channels must be integers, got {widths!r}")
-    require(config, **_FIXED, **_block_types(len(widths)))
-    return AutoencoderKLConfig(
-        block_out_channels=tuple(widths), norm_groups=fields.pop("norm_num_groups"), **fields
-    )
+    found = read_keys(config, AutoencoderKLConfig, _KEYS, null=["shift_factor"])
+    require(config, **_FIXED, **_block_types(len(found["block_out_channels"])))
+    return AutoencoderKLConfig(**found)
 
 
 def write_config(config: AutoencoderKLConfig) -> dict[str, Any]:
@@ -47,19 +42,8 @@ def write_config(config: AutoencoderKLConfig) -> dict[str, Any]:
     return {
         **_FIXED,
         **_block_types(len(config.block_out_channels)),
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "latent_channels": config.latent_channels,
-        "block_out_channels": list(config.block_out_channels),
-        "layers_per_block": config.layers_per_block,
-        "norm_num_groups": config.norm_groups,
-        "sample_size": config.sample_size,
-        "scaling_factor": config.scaling_factor,
+        **write_keys(config, _KEYS),
         "shift_factor": config.shift_factor or None,
-        "use_quant_conv": config.use_quant_conv,
-        "use_post_quant_conv": config.use_post_quant_conv,
-        "mid_block_add_attention": config.mid_block_add_attention,
-        "force_upcast": config.force_upcast,
     }
 
 

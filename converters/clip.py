@@ -9,44 +9,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.family import Family, Json, read_fields
+from converters.family import Family, Json, Keys, read_keys, read_value, write_keys
 from converters.names import Rule, Table, affine
+from effjax.fields import Count
 from effjax.models.clip import CLIPText, CLIPTextConfig
 
 _PROJECTED = "CLIPTextModelWithProjection"
 
 
+_KEYS: Keys = {
+    "vocab_size": ("vocab_size", 49408),
+    "hidden_size": ("width", 512),
+    "intermediate_size": ("hidden", 2048),
+    "num_hidden_layers": ("num_layers", 12),
+    "num_attention_heads": ("num_heads", 8),
+    "max_position_embeddings": ("max_positions", 77),
+    "hidden_act": ("activation", "quick_gelu"),
+    "layer_norm_eps": ("norm_eps", 1e-5),
+    "eos_token_id": ("end_token", 49407),
+}
+
+
 def read_config(config: Json) -> CLIPTextConfig:
     """config.json of one of these classes to the configuration; absent keys have their defaults."""
-    fields = read_fields(
-        config,
-        vocab_size=49408,
-        hidden_size=512,
-        intermediate_size=2048,
-        projection_dim=512,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        max_position_embeddings=77,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-        eos_token_id=49407,
-    )
+    classes = read_value(config, "architectures", tuple[str, ...] | None) or ()
+    projection = read_value(config, "projection_dim", Count, 512)
     return CLIPTextConfig(
-        vocab_size=fields["vocab_size"],
-        width=fields["hidden_size"],
-        hidden=fields["intermediate_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=fields["num_attention_heads"],
-        max_positions=fields["max_position_embeddings"],
-        activation=fields["hidden_act"],
-        end_token=fields["eos_token_id"],
-        projection=fields["projection_dim"] if _is_projected(config) else None,
-        norm_eps=fields["layer_norm_eps"],
+        **read_keys(config, CLIPTextConfig, _KEYS),
+        projection=projection if _PROJECTED in classes else None,
     )
-
-
-def _is_projected(config: Json) -> bool:
-    return _PROJECTED in (config.get("architectures") or [])
 
 
 def write_config(config: CLIPTextConfig) -> dict[str, Any]:
@@ -55,16 +46,8 @@ def write_config(config: CLIPTextConfig) -> dict[str, Any]:
     return {
         "architectures": [_PROJECTED if projected else "CLIPTextModel"],
         "model_type": "clip_text_model",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden,
+        **write_keys(config, _KEYS),
         "projection_dim": config.projection if projected else config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": config.max_positions,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
-        "eos_token_id": config.end_token,
         "attention_dropout": 0.0,
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.family import Family, Json, read_fields, require
+from converters.family import Family, Json, Keys, read_keys, require, write_keys
 from converters.names import Buffer, Rule, Shape, Table, affine
 from effjax.layers.embeddings import sincos_2d
 from effjax.models.dit import DiT, DiTConfig
@@ -26,29 +26,26 @@ _FIXED = {
 }
 
 
+_KEYS: Keys = {
+    "sample_size": ("sample_size", 32),
+    "patch_size": ("patch_size", 2),
+    "in_channels": ("in_channels", 4),
+    "num_layers": ("num_layers", 28),
+    "num_attention_heads": ("num_heads", 16),
+    "attention_head_dim": ("head_dim", 72),
+    "num_embeds_ada_norm": ("num_classes", 1000),
+    "norm_eps": ("norm_eps", 1e-5),
+}
+
+
 def read_config(config: Json) -> DiTConfig:
     """config.json of a `DiTTransformer2DModel` (or of its legacy class) to the configuration."""
     require(config, **_FIXED)
-    fields = read_fields(
-        # None stands for: as many as in_channels
-        {key: value for key, value in config.items() if (key, value) != ("out_channels", None)},
-        sample_size=32,
-        patch_size=2,
-        in_channels=4,
-        out_channels=config.get("in_channels", 4),
-        num_layers=28,
-        num_attention_heads=16,
-        attention_head_dim=72,
-        num_embeds_ada_norm=1000,
-        norm_eps=1e-5,
-        time_shift=1.0,
-    )
-    return DiTConfig(
-        num_heads=fields.pop("num_attention_heads"),
-        head_dim=fields.pop("attention_head_dim"),
-        num_classes=fields.pop("num_embeds_ada_norm"),
-        **fields,
-    )
+    more: Keys = {
+        "out_channels": ("out_channels", config.get("in_channels", 4)),  # and where it is null
+        "time_shift": ("time_shift", 1.0),
+    }
+    return DiTConfig(**read_keys(config, DiTConfig, {**_KEYS, **more}, null=["out_channels"]))
 
 
 def write_config(config: DiTConfig) -> dict[str, Any]:
@@ -57,15 +54,8 @@ def write_config(config: DiTConfig) -> dict[str, Any]:
     return {
         **_FIXED,
         **shift,
-        "sample_size": config.sample_size,
-        "patch_size": config.patch_size,
-        "in_channels": config.in_channels,
+        **write_keys(config, _KEYS),
         "out_channels": config.out_channels,
-        "num_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_dim,
-        "num_embeds_ada_norm": config.num_classes,
-        "norm_eps": config.norm_eps,
         "norm_num_groups": 32,
         "dropout": 0.0,
         "upcast_attention": False,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from converters.names import Table
+from effjax import fields
 from effjax.context import Model, check_counts
 
 Json = Mapping[str, Any]
@@ -73,7 +74,8 @@ def _known() -> str:
 
 def family_of_json(config: Json) -> Family:
     """The family that a config.json belongs to."""
-    name = config.get("_class_name")
+    name = read_value(config, "_class_name", str | None)
+    read_value(config, "model_type", str | None)  # what `claims` looks at
     for family in families():
         if name == family.class_name or family.claims(config):
             return family
@@ -104,18 +106,49 @@ def family_of_names(names: Iterable[str]) -> Family:
     return best
 
 
-def read_fields(config: Json, **defaults: Any) -> dict[str, Any]:
-    """Values of the defaults' types from a config.json; all wrong ones are reported at once."""
-    values = {name: config.get(name, default) for name, default in defaults.items()}
-    wrong = [
-        f"{name} must be of type {type(default).__name__}, got {values[name]!r}"
-        for name, default in defaults.items()
-        if type(values[name]) is not type(default)
-        and (type(default), type(values[name])) != (float, int)
-    ]
+# Attribute of a configuration and value of files that lack the key, by key of config.json.
+Keys = Mapping[str, tuple[str, Any]]
+
+
+def read_keys(config: Json, kind: type, keys: Keys, *, null: Iterable[str] = ()) -> dict[str, Any]:
+    """Attributes of a configuration from a config.json, of the types that it says.
+
+    Args:
+        config: what the file holds.
+        kind: class of the configuration.
+        keys: which key is which attribute.
+        null: keys whose null stands for the value of files that lack them.
+
+    Raises:
+        ValueError: for values that do not fit, all named by their keys.
+    """
+    kinds, found, wrong = fields.annotated(kind), {}, []
+    for key, (attribute, default) in keys.items():
+        value = config.get(key, default)
+        value = default if value is None and key in null else value
+        found[attribute] = fields.from_json(kinds[attribute], value, key)
+        wrong += fields.problems(kinds[attribute], found[attribute], key)
     if wrong:
-        raise ValueError("config.json: " + "; ".join(wrong))
-    return values
+        raise ValueError("; ".join(wrong))
+    return found
+
+
+def read_value(config: Json, key: str, kind: Any, default: Any = None) -> Any:
+    """One value of a config.json, of the type that an annotation says.
+
+    Raises:
+        ValueError: for another value.
+    """
+    value = fields.from_json(kind, config.get(key, default), key)
+    if wrong := fields.problems(kind, value, key):
+        raise ValueError("; ".join(wrong))
+    return value
+
+
+def write_keys(config: Any, keys: Keys) -> dict[str, Any]:
+    """The inverse of `read_keys`."""
+    values = {key: getattr(config, attribute) for key, (attribute, _) in keys.items()}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def require(config: Json, **fixed: Any) -> None:

@@ -5,14 +5,15 @@ One model serves them all; which class a configuration is written as follows fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from converters.family import Family, Json, read_fields, require
+from converters.family import Family, Json, Keys, read_keys, read_value, require, write_keys
 from converters.names import Rule, Table, affine
+from effjax.fields import Count, Natural, tuples
+from effjax.layers.rotary import Scaling
 from effjax.models.llama import Llama, LlamaConfig
 
-# Defaults of transformers' configurations, where a config.json leaves something out.
-_EPS = {"llama": 1e-6, "mistral": 1e-6, "qwen2": 1e-6, "qwen3": 1e-6}
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -21,78 +22,78 @@ _CLASSES = {
 }
 
 
+# With transformers' defaults, where a config.json leaves something out.
+_KEYS: Keys = {
+    "vocab_size": ("vocab_size", 32000),
+    "hidden_size": ("width", 4096),
+    "intermediate_size": ("hidden", 11008),
+    "num_hidden_layers": ("num_layers", 32),
+    "num_attention_heads": ("num_heads", 32),
+    "max_position_embeddings": ("max_positions", 2048),
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "tie_word_embeddings": ("tied", False),
+}
+
+
 def read_config(config: Json) -> LlamaConfig:
     """config.json of one of these models to the configuration."""
     kind = config["model_type"]
     require(config, hidden_act="silu", partial_rotary_factor=1.0)
-    fields = read_fields(
-        config,
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=2048,
-        rms_norm_eps=_EPS[kind],
-        tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
-        use_sliding_window=False,
-    )
-    heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+    found = read_keys(config, LlamaConfig, _KEYS)
+    width, heads, layers = found["width"], found["num_heads"], found["num_layers"]
+    more: Keys = {
+        "num_key_value_heads": ("num_kv_heads", heads),
+        "head_dim": ("head_dim", width // heads),
+    }
+    found |= read_keys(config, LlamaConfig, more, null=more)
     theta, scaling = _read_rope(config)
     window, window_layers = _read_window(kind, config, layers)
-    biased = fields["attention_bias"] and kind != "mistral"
+    biased = read_value(config, "attention_bias", bool, False) and kind != "mistral"
     return LlamaConfig(
-        vocab_size=fields["vocab_size"],
-        width=fields["hidden_size"],
-        hidden=fields["intermediate_size"],
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or fields["hidden_size"] // heads,
-        max_positions=fields["max_position_embeddings"],
+        **found,
         rope_theta=theta,
         rope_scaling=scaling,
         window=window,
         window_layers=window_layers,
         qkv_bias=kind == "qwen2" or biased,
         out_bias=biased,
-        mlp_bias=fields["mlp_bias"] and kind == "llama",
+        mlp_bias=read_value(config, "mlp_bias", bool, False) and kind == "llama",
         qk_norm=kind == "qwen3",
-        tied=fields["tie_word_embeddings"],
-        norm_eps=fields["rms_norm_eps"],
     )
 
 
-def _read_rope(config: Json) -> tuple[float, tuple[tuple[str, Any], ...]]:
+def _read_rope(config: Json) -> tuple[float, Scaling]:
     """Base and scaling, from `rope_theta` and `rope_scaling` or from `rope_parameters`."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    keys = ("rope_parameters", "rope_scaling")
+    found = [read_value(config, key, Mapping[str, Any] | None) for key in keys]
+    rope = dict(found[0] or found[1] or {})
+    base = {"rope_theta": rope.pop("rope_theta", config.get("rope_theta", 10_000.0))}
+    theta = read_keys(base, LlamaConfig, {"rope_theta": ("rope_theta", None)})["rope_theta"]
     kind = rope.pop("type", None)  # the name of `rope_type` in old files
     rope.setdefault("rope_type", kind or "default")
     if rope["rope_type"] == "default":
-        return float(theta), ()
+        return theta, ()
     if rope["rope_type"] in ("llama3", "yarn"):
         own = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
         rope.setdefault("original_max_position_embeddings", own)
         if rope.get("factor") is None and rope["rope_type"] == "yarn":
-            longest = config.get("max_position_embeddings")
-            rope["factor"] = longest / rope["original_max_position_embeddings"]
-    return float(theta), tuple(sorted(rope.items()))
+            longest = read_value(config, "max_position_embeddings", Count)
+            original = read_value(rope, "original_max_position_embeddings", Count)
+            rope["factor"] = longest / original
+    return theta, tuple(sorted((name, tuples(value)) for name, value in rope.items()))
 
 
 def _read_window(kind: str, config: Json, layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The window, and which layers have it."""
-    window = config.get("sliding_window")
+    window = read_value(config, "sliding_window", Count | None)
     if kind == "llama" or window is None:
         return None, ()
     if kind == "mistral":
         return window, ()
-    if not config.get("use_sliding_window", False):
+    if not read_value(config, "use_sliding_window", bool, False):
         return None, ()
-    kinds = config.get("layer_types")
-    first = config.get("max_window_layers", 28)
+    kinds = read_value(config, "layer_types", tuple[str, ...] | None)
+    first = read_value(config, "max_window_layers", Natural, 28)
     sliding = (
         tuple(each == "sliding_attention" for each in kinds)
         if kinds
@@ -135,18 +136,11 @@ def write_config(config: LlamaConfig) -> dict[str, Any]:
         "architectures": [_CLASSES[kind]],
         "model_type": kind,
         "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+        **write_keys(config, _KEYS),
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": dict(config.rope_scaling) or None,
-        "tie_word_embeddings": config.tied,
     }
     if kind in ("llama", "qwen3"):
         written["attention_bias"] = config.out_bias

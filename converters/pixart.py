@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.family import Family, Json, read_fields, require
+from converters.family import Family, Json, Keys, read_keys, read_value, require, write_keys
 from converters.names import Buffer, Rule, Shape, Table, affine
+from effjax.fields import Count
 from effjax.layers.embeddings import sincos_2d
 from effjax.models.pixart import PixArt, PixArtConfig
 
@@ -19,46 +20,43 @@ _FIXED = {
     "norm_type": "ada_norm_single",
 }
 
+_KEYS: Keys = {
+    "sample_size": ("sample_size", 128),
+    "patch_size": ("patch_size", 2),
+    "in_channels": ("in_channels", 4),
+    "num_layers": ("num_layers", 28),
+    "num_attention_heads": ("num_heads", 16),
+    "attention_head_dim": ("head_dim", 72),
+    "caption_channels": ("caption_channels", None),
+    "norm_eps": ("norm_eps", 1e-6),
+}
+
 
 def read_config(config: Json) -> PixArtConfig:
     """config.json of a `PixArtTransformer2DModel` to the configuration."""
     require(config, **_FIXED)
-    # None stands for diffusers' own choice
-    fields = read_fields(
-        {key: value for key, value in config.items() if value is not None},
-        sample_size=128,
-        patch_size=2,
-        in_channels=4,
-        out_channels=config.get("in_channels", 4) if config.get("out_channels", 8) is None else 8,
-        num_layers=28,
-        num_attention_heads=16,
-        attention_head_dim=72,
-        caption_channels=0,
-        cross_attention_dim=1152,
-        interpolation_scale=float(max(config.get("sample_size", 128) // 64, 1)),
-        norm_eps=1e-6,
-        use_additional_conditions=config.get("sample_size", 128) == 128,
-    )
-    width = fields["num_attention_heads"] * fields["attention_head_dim"]
-    if fields.pop("use_additional_conditions"):
+    # null stands for diffusers' own choice
+    given = {key: value for key, value in config.items() if value is not None}
+    found = read_keys(given, PixArtConfig, _KEYS)
+    size, channels = found["sample_size"], found["in_channels"]
+    more: Keys = {
+        "out_channels": ("out_channels", channels if "out_channels" in config else 8),
+        "interpolation_scale": ("interpolation", max(size // 64, 1)),
+    }
+    found |= read_keys(given, PixArtConfig, more)
+    if read_value(given, "use_additional_conditions", bool, size == 128):
         raise ValueError(
             "config.json asks for use_additional_conditions, the size conditions of PixArt-alpha "
             "at 1024 pixels (diffusers' default at sample_size 128), which PixArt-Sigma does not "
             "have; only models without them can be loaded"
         )
-    if fields.pop("cross_attention_dim") != width or fields["caption_channels"] < 1:
+    width = found["num_heads"] * found["head_dim"]
+    if read_value(given, "cross_attention_dim", Count, 1152) != width:
         raise ValueError(
-            f"config.json must have caption_channels, and cross_attention_dim equal to "
-            f"num_attention_heads * attention_head_dim ({width}); got "
-            f"caption_channels={config.get('caption_channels')}, "
-            f"cross_attention_dim={config.get('cross_attention_dim', 1152)}"
+            f"cross_attention_dim must be num_attention_heads * attention_head_dim ({width}), got "
+            f"{given.get('cross_attention_dim', 1152)}"
         )
-    return PixArtConfig(
-        num_heads=fields.pop("num_attention_heads"),
-        head_dim=fields.pop("attention_head_dim"),
-        interpolation=float(fields.pop("interpolation_scale")),
-        **fields,
-    )
+    return PixArtConfig(**found)
 
 
 def write_config(config: PixArtConfig) -> dict[str, Any]:
@@ -66,17 +64,10 @@ def write_config(config: PixArtConfig) -> dict[str, Any]:
     scale = config.interpolation
     return {
         **_FIXED,
-        "sample_size": config.sample_size,
-        "patch_size": config.patch_size,
-        "in_channels": config.in_channels,
+        **write_keys(config, _KEYS),
         "out_channels": config.out_channels,
-        "num_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_dim,
-        "caption_channels": config.caption_channels,
         "cross_attention_dim": config.width,
         "interpolation_scale": int(scale) if scale == int(scale) else scale,
-        "norm_eps": config.norm_eps,
         "use_additional_conditions": False,
         "num_embeds_ada_norm": 1000,
         "norm_num_groups": 32,

@@ -7,9 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.family import Family, Json, read_fields, require
+from converters.family import Family, Json, Keys, read_keys, require, write_keys
 from converters.names import Rule, Table
 from effjax.models.t5 import T5Config, T5Encoder
+
+_KEYS: Keys = {
+    "vocab_size": ("vocab_size", 32128),
+    "d_model": ("width", 512),
+    "d_kv": ("head_dim", 64),
+    "d_ff": ("hidden", 2048),
+    "num_layers": ("num_layers", 6),
+    "num_heads": ("num_heads", 8),
+    "relative_attention_num_buckets": ("buckets", 32),
+    "relative_attention_max_distance": ("max_distance", 128),
+    "layer_norm_epsilon": ("norm_eps", 1e-6),
+}
 
 
 def read_config(config: Json) -> T5Config:
@@ -20,29 +32,7 @@ def read_config(config: Json) -> T5Config:
             "config.json lacks feed_forward_proj, so this is T5 1.0 with ReLU; only version 1.1 "
             "('gated-gelu') can be loaded"
         )
-    fields = read_fields(
-        config,
-        vocab_size=32128,
-        d_model=512,
-        d_kv=64,
-        d_ff=2048,
-        num_layers=6,
-        num_heads=8,
-        relative_attention_num_buckets=32,
-        relative_attention_max_distance=128,
-        layer_norm_epsilon=1e-6,
-    )
-    return T5Config(
-        vocab_size=fields["vocab_size"],
-        width=fields["d_model"],
-        hidden=fields["d_ff"],
-        num_layers=fields["num_layers"],
-        num_heads=fields["num_heads"],
-        head_dim=fields["d_kv"],
-        buckets=fields["relative_attention_num_buckets"],
-        max_distance=fields["relative_attention_max_distance"],
-        norm_eps=fields["layer_norm_epsilon"],
-    )
+    return T5Config(**read_keys(config, T5Config, _KEYS))
 
 
 def write_config(config: T5Config) -> dict[str, Any]:
@@ -53,15 +43,7 @@ def write_config(config: T5Config) -> dict[str, Any]:
         "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": False,
         "use_cache": False,
-        "vocab_size": config.vocab_size,
-        "d_model": config.width,
-        "d_kv": config.head_dim,
-        "d_ff": config.hidden,
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "relative_attention_num_buckets": config.buckets,
-        "relative_attention_max_distance": config.max_distance,
-        "layer_norm_epsilon": config.norm_eps,
+        **write_keys(config, _KEYS),
         "dropout_rate": 0.0,
     }
 

@@ -6,6 +6,7 @@ Figures go to standard output (as JSON with --json), progress and messages to st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import inspect
@@ -13,9 +14,15 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from effjax.fields import Count, Natural, NotNegative, Positive, Range, parse
+
+if TYPE_CHECKING:
+    from effjax.transform import Plan
 
 _EXAMPLES = """examples:
   effjax demo                                       the whole story on the bundled model
@@ -43,17 +50,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+COUNT, NATURAL = parse(Count), parse(Natural)
+Bits = Annotated[float, Range(2, 16)]
+Density = Annotated[float, Range(0, 1, above=True)]
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Examples as they are written, and defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, False, [], argparse.SUPPRESS)
+        return action.help if silent else super()._get_help_string(action)
+
+
+def _lengths(words: str) -> list[int]:
+    """Numbers of tokens with commas between them."""
+    return sorted(COUNT(word) for word in words.split(","))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="effjax",
         description="Efficient generative inference in JAX.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
+    parser.add_argument("--version", action="version", version=f"effjax {version('effjax')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable, about: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about, description=about)
+        command = commands.add_parser(name, help=about, description=about, formatter_class=_Help)
         command.add_argument("--json", action="store_true", help="print figures as JSON")
         command.set_defaults(run=run)
         return command
@@ -61,10 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", _demo, "convert, search, sample and compare on the bundled tiny DiT")
     demo.add_argument("--llm", action="store_true", help="on the bundled tiny language model")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder of results")
-    demo.add_argument("--steps", type=int, default=20)
-    demo.add_argument("--images", type=int, default=128, help="images of each program")
-    demo.add_argument("--threshold", type=float, default=None, help="of the search")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--steps", type=COUNT, default=20, help="denoising steps")
+    demo.add_argument("--images", type=COUNT, default=128, help="images of each program")
+    demo.add_argument("--threshold", type=parse(NotNegative), default=None, help="of the search")
+    demo.add_argument("--seed", type=NATURAL, default=0, help="of noise and search")
 
     info = add("info", _info, "say what a checkpoint, pipeline or saved model is")
     info.add_argument("source", help="directory, weight file or hub repository")
@@ -81,20 +107,29 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("destination", type=Path, help="directory of the compressed pipeline")
     search.add_argument("--method", default="dit_fast_attn", help="see `effjax methods`")
     search.add_argument(
-        "--threshold", type=float, default=0.1, help="of dit_fast_attn: larger saves more"
+        "--threshold",
+        type=parse(NotNegative),
+        default=0.1,
+        help="of dit_fast_attn: larger saves more",
     )
-    search.add_argument("--average-bits", type=float, default=6.0, help="of vidit_q: of a weight")
+    search.add_argument(
+        "--average-bits", type=parse(Bits), default=6.0, help="of vidit_q: of a weight"
+    )
     _condition_arguments(search, "to search on")
     _text_arguments(search, tokens=False)
-    search.add_argument("--density", type=float, default=0.5, help="of moa: kept of the cache")
-    search.add_argument("--lengths", default="256,512,704", help="of moa; the last one validates")
+    search.add_argument(
+        "--density", type=parse(Density), default=0.5, help="of moa: kept of the cache"
+    )
+    search.add_argument(
+        "--lengths", type=_lengths, default="256,512,704", help="of moa; the last one validates"
+    )
 
     quantize = add("quantize", _quantize, "quantise weights and inputs, save the pipeline")
     _pipeline_arguments(quantize)
     quantize.add_argument("destination", type=Path, help="directory of the compressed pipeline")
     quantize.add_argument("--method", default="vidit_q", help="see `effjax methods`")
     quantize.add_argument("--bits", default="w8a8", help="w8a8, w4a8, w4 ..., or a plan.json")
-    quantize.add_argument("--group-size", type=int, help="inputs that share a weight scale")
+    quantize.add_argument("--group-size", type=COUNT, help="inputs that share a weight scale")
     _condition_arguments(quantize, "to calibrate on")
     _text_arguments(quantize)
 
@@ -105,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the plan"
     )
-    compress.add_argument("--steps", type=int, default=400, help="of training, if there is any")
-    compress.add_argument("--learning-rate", type=float, default=5e-5)
+    compress.add_argument("--steps", type=NATURAL, default=400, help="of training, if there is any")
+    compress.add_argument("--learning-rate", type=parse(Positive), default=5e-5, help="of training")
     compress.add_argument("--checkpoints", type=Path, help="folder; a second run resumes")
     _loading_arguments(compress)
     _text_arguments(compress)
@@ -115,24 +150,26 @@ def _parser() -> argparse.ArgumentParser:
     _pipeline_arguments(sample)
     _condition_arguments(sample, "to generate")
     sample.add_argument("--negative-prompt", help="what to lead away from, of text to image")
-    sample.add_argument("--images-per-prompt", type=int, default=1, help="or per label")
+    sample.add_argument("--images-per-prompt", type=COUNT, default=1, help="or per label")
     sample.add_argument("-o", "--output", type=Path, default=Path("images"))
 
     generate = add("generate", _generate, "continue texts, or answer, with a language model")
     generate.add_argument("source", help="language model: directory or hub repository")
     generate.add_argument("--prompt", action="append", required=True, help="may be repeated")
     generate.add_argument("--chat", action="store_true", help="prompts are a user's messages")
-    generate.add_argument("--max-new-tokens", type=int, help="the model's settings, else 128")
-    generate.add_argument("--seed", type=int, help="draw, with the model's settings; else greedy")
-    generate.add_argument("--temperature", type=float, help="with a seed")
+    generate.add_argument("--max-new-tokens", type=COUNT, help="the model's settings, else 128")
+    generate.add_argument(
+        "--seed", type=NATURAL, help="draw, with the model's settings; else greedy"
+    )
+    generate.add_argument("--temperature", type=parse(Positive), help="with a seed")
     _loading_arguments(generate)
 
     bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")
     _pipeline_arguments(bench)
     _condition_arguments(bench, "to run on")
-    bench.add_argument("--batch", type=int, default=4, help="images at a time")
-    bench.add_argument("--repeats", type=int, default=3)
-    bench.add_argument("--new", type=int, default=64, help="tokens that follow a text")
+    bench.add_argument("--batch", type=COUNT, default=4, help="images at a time")
+    bench.add_argument("--repeats", type=COUNT, default=3, help="the fastest one counts")
+    bench.add_argument("--new", type=COUNT, default=64, help="tokens that follow a text")
     _text_arguments(bench)
 
     methods = add("methods", _methods, "list the methods")
@@ -143,12 +180,14 @@ def _parser() -> argparse.ArgumentParser:
 def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="pipeline directory or hub repository")
     command.add_argument(
-        "--steps", type=int, help="denoising steps; those of the plan, else the model's"
+        "--steps", type=COUNT, help="denoising steps; those of the plan, else the model's"
     )
-    command.add_argument("--guidance", type=float, help="scale; that of the plan, else the model's")
-    command.add_argument("--height", type=int, help="pixels, of a text-to-image model's images")
-    command.add_argument("--width", type=int)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--guidance", type=parse(NotNegative), help="scale; that of the plan, else the model's"
+    )
+    command.add_argument("--height", type=COUNT, help="pixels, of a text-to-image model's images")
+    command.add_argument("--width", type=COUNT, help="pixels")
+    command.add_argument("--seed", type=NATURAL, default=0, help="of all that is drawn")
     _loading_arguments(command)
 
 
@@ -175,8 +214,8 @@ def _text_arguments(command: argparse.ArgumentParser, *, tokens: bool = True) ->
     group = command.add_argument_group("language models")
     group.add_argument("--texts", type=Path, help="a file; else Python's own library")
     if tokens:
-        group.add_argument("--tokens", type=int, default=512, help="of a text")
-    group.add_argument("--samples", type=int, default=8, help="texts to calibrate on")
+        group.add_argument("--tokens", type=COUNT, default=512, help="of a text")
+    group.add_argument("--samples", type=COUNT, default=8, help="texts to calibrate on")
 
 
 def _demo(arguments: argparse.Namespace) -> tuple[Any, str]:
@@ -239,13 +278,13 @@ def _convert(arguments: argparse.Namespace) -> tuple[Any, str]:
 def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
 
+    from effjax import storage
     from effjax.registry import method
 
     chosen = method(arguments.method)
     if chosen.search is None:
         raise ValueError(f"{chosen.name} has no search; write its plan by hand")
-    if arguments.destination.exists():
-        raise ValueError(f"{arguments.destination} exists; choose another destination")
+    storage.check_destination(arguments.destination)
     pipe = _load(arguments)
     if _is_text(pipe):
         from effjax import cli_text
@@ -261,18 +300,32 @@ def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
     shared = {"uncond": uncond, "key": jax.random.key(arguments.seed)}
     goal = {name: value for name, value in goals.items() if name in known}
     plan = chosen.search(*subject, **shared, **goal)
-    learned = ()
-    if chosen.calibrate is not None:
-        pair, asked = subject[:2], subject[2:]
-        learned = (chosen.calibrate(plan, *pair, *asked, **shared),)
-    pipe.transform(chosen.transform(plan, *learned)).save(arguments.destination)
+    with told_if_lost(plan):
+        learned = ()
+        if chosen.calibrate is not None:
+            learned = (chosen.calibrate(plan, *subject, **shared),)
+        pipe.transform(chosen.transform(plan, *learned)).save(arguments.destination)
     figures = {"destination": str(arguments.destination), "plan": plan.to_dict()}
     return figures, f"{plan.describe()}\nsaved {arguments.destination}"
+
+
+@contextlib.contextmanager
+def told_if_lost(plan: Plan) -> Iterator[None]:
+    """Print a plan that took a search, if what is to keep it fails."""
+    try:
+        yield
+    except BaseException:
+        print(
+            f"the plan that was found, as its pipeline is not saved:\n{plan.to_json()}",
+            file=sys.stderr,
+        )
+        raise
 
 
 def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
     import jax
 
+    from effjax import storage
     from effjax.cost import weight_bytes
     from effjax.registry import method
 
@@ -280,8 +333,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
     uniform = getattr(sys.modules[chosen.transform.__module__], "uniform", None)
     if "leaves" not in chosen.seams or uniform is None:
         raise ValueError(f"{chosen.name} does not quantise; see `effjax methods`")
-    if arguments.destination.exists():
-        raise ValueError(f"{arguments.destination} exists; choose another destination")
+    storage.check_destination(arguments.destination)
     bits = re.fullmatch(r"w(\d+)(?:a(\d+))?", arguments.bits.lower())
     if bits:
         inputs = 16 if bits[2] is None else int(bits[2])
@@ -338,8 +390,8 @@ def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
         settings["negative_prompt"] = arguments.negative_prompt
     each = arguments.images_per_prompt
     key = jax.random.key(arguments.seed)
-    images = pipe(asked, key=key, num_images_per_prompt=each, **settings)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    images = pipe(asked, key=key, num_images_per_prompt=each, **settings)
     files = []
     for number, image in enumerate(images):
         word = re.sub(r"\W+", "_", asked[number // each])[:40]
@@ -444,12 +496,11 @@ def _methods(arguments: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _compress(arguments: argparse.Namespace) -> tuple[Any, str]:
-    from effjax import cli_text
+    from effjax import cli_text, storage
     from effjax.registry import method
 
     chosen = method(arguments.method)
-    if arguments.destination.exists():
-        raise ValueError(f"{arguments.destination} exists; choose another destination")
+    storage.check_destination(arguments.destination)
     pipe = _load(arguments)
     if not _is_text(pipe):
         raise ValueError(f"{arguments.source} is no language model; use `effjax search`")

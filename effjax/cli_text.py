@@ -21,6 +21,7 @@ import numpy as np
 
 from effjax.bundled import texts
 from effjax.bundled.retrieval import right
+from effjax.cli import told_if_lost
 from effjax.cost import state_bytes, weight_bytes
 from effjax.forward import METHODS
 from effjax.generate import Reading, generate, perplexity, prefill, score
@@ -71,7 +72,7 @@ def search(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) ->
 
     if method.name != moa.METHOD.name:
         raise ValueError(f"{method.name} is not searched on language models; moa is")
-    lengths = sorted(int(length) for length in arguments.lengths.split(","))
+    lengths = arguments.lengths
     if len(lengths) < 2:
         raise ValueError(f"give two lengths or more, the last one to validate; got {lengths}")
     block = 64 if min(lengths) >= 2048 else 16
@@ -100,7 +101,8 @@ def search(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) ->
         sink=block,
         floor=2 * block,
     )
-    return _saved(pipe, method, plan, (), arguments.destination)
+    with told_if_lost(plan):
+        return _saved(pipe, method, plan, (), arguments.destination)
 
 
 def quantize(
@@ -121,15 +123,22 @@ def compress(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) 
     """Give a model a smaller cache, trained if the method trains."""
     if not issubclass(method.tiny().forward.model, Llama) or "edits" not in method.seams:
         raise ValueError(f"{method.name} is no cache of a language model; see `effjax methods`")
-    given = dict(setting.partition("=")[::2] for setting in arguments.set)
-    try:
-        plan = method.plan.from_dict({name: json.loads(value) for name, value in given.items()})
-    except json.JSONDecodeError:
-        raise ValueError(f"--set takes NAME=NUMBER, got {arguments.set}") from None
+    plan = method.plan.from_dict(dict(map(_setting, arguments.set)))
     learned = ()
     if method.calibrate is not None:
         learned = (_trained(pipe, plan, arguments),)
     return _saved(pipe, method, plan, learned, arguments.destination)
+
+
+def _setting(word: str) -> tuple[str, Any]:
+    """NAME=VALUE; a value that is no JSON is a text."""
+    name, equals, value = word.partition("=")
+    if not name or not equals:
+        raise ValueError(f"--set takes NAME=VALUE, such as ratio=0.5; got {word!r}")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
 
 
 def _trained(pipe: TextPipeline, plan: Any, arguments: argparse.Namespace) -> Any:

@@ -23,8 +23,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
-from effjax import registry
+from effjax import fields, registry
 from effjax.context import check_counts
+from effjax.fields import Checked, naming
 from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
 from effjax.quant import QTensor
 from effjax.quant.disk import Codes
@@ -42,7 +43,7 @@ from effjax.storage import (
     write_json,
     write_shards,
 )
-from effjax.transform import Pair, on_shapes, tuples
+from effjax.transform import Pair, on_shapes
 
 CONFIG, RECIPE, STEM = "config.json", "recipe.json", "model"
 
@@ -234,30 +235,24 @@ def _read(
             f"For a PyTorch checkpoint use converters.from_pretrained."
         )
     config = read_json(directory / CONFIG)
-    model = registry.model(config.pop("model", "(none)"))
-    known = {field.name for field in dataclasses.fields(model.Config)}
-    if set(config) - known:
-        raise ValueError(
-            f"{directory / CONFIG} has unknown fields {sorted(set(config) - known)}; "
-            f"{model.Config.__name__} knows {sorted(known)}"
-        )
     tensors = _open(directory)
-    try:
+    with naming(directory / CONFIG):
+        model = registry.model(config.pop("model", None))
+        held = fields.read(model.Config, config, model.Config.__name__)
         check_counts(config, model.counts, tensors)
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: {error}") from None
-    fields = {name: tuples(value) for name, value in config.items()}
+    numerics = {}
     if dtype is not None:
-        fields["param_dtype"] = str(float_dtype(dtype))
+        numerics["param_dtype"] = str(float_dtype(dtype))
     if (computed := compute_dtype or dtype) is not None:
-        fields["dtype"] = str(float_dtype(computed))
-    base, _ = abstract(model, model.Config(**fields))
-    described = read_json(directory / RECIPE)
-    recipe = tuple(
-        (step["method"], registry.method(step["method"]).plan.from_dict(step["plan"]))
-        for step in described.get("steps", [])
-    )
-    return *_replay(base, recipe, described.get("leaves", {})), tensors
+        numerics["dtype"] = str(float_dtype(computed))
+    base, _ = abstract(model, dataclasses.replace(held, **numerics))
+    described = fields.read(Recipe, read_json(directory / RECIPE), str(directory / RECIPE))
+    with naming(directory / RECIPE):
+        recipe = tuple(
+            (step.method, registry.method(step.method).plan.from_dict(step.plan))
+            for step in described.steps
+        )
+        return *_replay(base, recipe, described.leaves), tensors
 
 
 def _open(directory: Path) -> dict[str, Tensor]:
@@ -266,6 +261,32 @@ def _open(directory: Path) -> dict[str, Tensor]:
     if not index.is_file() and not single.is_file():
         raise ValueError(f"{directory} lacks {single.name}; copy the whole directory again")
     return open_shards(index) if index.is_file() else open_safetensors(single)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step(Checked):
+    """One method of a recipe.
+
+    Attributes:
+        method: its name.
+        plan: fields of its plan.
+    """
+
+    method: str
+    plan: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Checked):
+    """Contents of recipe.json.
+
+    Attributes:
+        steps: methods, in the order in which they were applied.
+        leaves: descriptions of leaves that were quantised before the first of them, by path.
+    """
+
+    steps: tuple[Step, ...]
+    leaves: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def _replay(
@@ -283,12 +304,12 @@ def _replay(
     transforms = [registry.method(name).transform(plan) for name, plan in recipe]
     flat = flatten_params(base.abstract_params())
     if unknown := sorted(set(imported) - set(flat)):
-        raise ValueError(f"{RECIPE} describes leaves that {base.model.__name__} lacks: {unknown}")
+        raise ValueError(
+            f"there are descriptions of leaves that {base.model.__name__} lacks: {unknown}"
+        )
     for path, leaf in imported.items():
-        try:
+        with naming(path):
             flat[path] = QTensor.from_dict(leaf)
-        except ValueError as error:
-            raise ValueError(f"{RECIPE}, {path}: {error}") from error
     return on_shapes(transforms, base, nest_params(flat))
 
 

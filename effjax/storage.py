@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -396,6 +397,23 @@ def _remove_abandoned(path: Path) -> None:
         if (lock := _lock(partial)) is not None:
             shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
+
+
+def check_destination(path: Path) -> None:
+    """Find out before long work whether `new_directory` can make this one; makes its parents.
+
+    Raises:
+        ValueError: if that name is taken, or nothing can be written there.
+    """
+    path = path.expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty; remove it, or give another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}; give another destination") from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import jax
 
+from effjax import fields
+from effjax.fields import Checked
 from effjax.forward import Forward, Params
 
 Pair = tuple[Forward, Params]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Checked):
     """What a method decides ahead of time: tuples and scalars, hashable, readable as JSON."""
 
     def describe(self) -> str:
@@ -31,23 +33,9 @@ class Plan:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: for missing or unknown fields, all named.
+            ValueError: for missing or unknown fields and values that do not fit, all named.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        missing = sorted(
-            name
-            for name, field in fields.items()
-            if name not in values
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        )
-        if unknown or missing:
-            raise ValueError(
-                f"this is no {cls.__module__.rpartition('.')[2]} plan: missing fields {missing}, "
-                f"unknown fields {unknown}; the fields are {sorted(fields)}"
-            )
-        return cls(**{name: tuples(value) for name, value in values.items()})
+        return fields.read(cls, values, f"a {cls.__module__.rpartition('.')[2]} plan")
 
     def to_json(self) -> str:
         """The plan as a JSON text with sorted keys."""
@@ -55,13 +43,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        """The inverse of `to_json`.
 
-
-def tuples(value: Any) -> Any:
-    """A JSON value with tuples for its lists, so that it can be hashed."""
-    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+        Raises:
+            ValueError: for a text that is no JSON, and as `from_dict`.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"a plan must be JSON: {error}") from None
+        return cls.from_dict(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from effjax.cli import main
+from effjax.methods import dit_fast_attn
 from tests.test_pipelines import write_pipeline, write_text_pipeline
 from tests.test_text_pipeline import write_language_model
 
@@ -69,7 +70,7 @@ def test_search_sample_bench(capsys, folder, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["vidit_q", "round_to_nearest"])
-def test_quantize_and_bench(capsys, folder, tmp_path, method):
+def test_quantize_and_bench(untyped, capsys, folder, tmp_path, method):
     small, options = tmp_path / "small", ("--method", method, "--steps", 2, "--labels", "a,b")
     status, figures, _ = run(capsys, "quantize", folder, small, "--bits", "w8a8", *options)
     assert status == 0
@@ -95,8 +96,10 @@ def test_quantize_and_bench(capsys, folder, tmp_path, method):
     assert status == 0
     assert figures["weight_bytes"] == info["weight_bytes"]
     bad = tmp_path / "bad"
-    beyond = {"vidit_q": "bits must be one of", "round_to_nearest": "codes have 2 ... 8 bits"}
-    for bits, message in (("w9", beyond[method]), ("eight", "--bits must be such as")):
+    for bits, message in (
+        ("w9", "must be one of 2, 3, 4, 5, 6, 7, 8, 16, got 9"),
+        ("eight", "--bits must be such as"),
+    ):
         status, _, error = run(capsys, "quantize", folder, bad, "--bits", bits, *options)
         assert status == 1
         assert message in error
@@ -162,14 +165,13 @@ def test_methods(capsys):
         (("info", "nowhere/at/all"), "nowhere/at/all"),
         (("sample", "FOLDER", "--labels", "z", "--steps", "2"), "no class 'z'"),
         (("bench", "FOLDER"), "is not compressed"),
-        (("search", "FOLDER", "FOLDER"), "exists; choose another"),
+        (("search", "FOLDER", "FOLDER"), "exists and is not empty"),
         (("search", "FOLDER", "new", "--method", "magic"), "no method 'magic'"),
         (("search", "FOLDER", "new", "--prompt", "a"), "conditioned on classes: give --labels"),
         (("sample", "FOLDER", "--labels", "a", "--width", "8"), "images of one size"),
         (("sample", "FOLDER"), "nothing is asked for: give --labels"),
         (("sample", "FOLDER", "--labels", '"a, b",c'), "no class 'a, b'"),
         (("sample", "FOLDER", "--labels", "a", "--negative-prompt", "b"), "conditioned on classes"),
-        (("sample", "FOLDER", "--labels", "a", "--images-per-prompt", "0"), "at least 1, got 0"),
         (("quantize", "FOLDER", "new", "--group-size", "8"), "leave out --group-size"),
         (("quantize", "FOLDER", "new", "--method", "dit_fast_attn"), "does not quantise"),
         (("demo", "--steps", "1"), "at least 2 steps"),
@@ -181,6 +183,65 @@ def test_errors_are_one_line_and_a_status(capsys, folder, arguments, message):
     assert (status, figures) == (1, None)
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("demo", "--images", "0"),
+        ("search", "a", "b", "--threshold", "nan"),
+        ("search", "a", "b", "--average-bits", "1.5"),
+        ("search", "a", "b", "--lengths", "16,x"),
+        ("search", "a", "b", "--lengths", ""),
+        ("quantize", "a", "b", "--group-size", "-8"),
+        ("compress", "a", "b", "--learning-rate", "0"),
+        ("sample", "a", "--steps", "1.5"),
+        ("sample", "a", "--guidance", "-1"),
+        ("sample", "a", "--seed", "99999999999999999999"),
+        ("sample", "a", "--images-per-prompt", "0"),
+        ("generate", "a", "--prompt", "b", "--temperature", "inf"),
+        ("bench", "a", "--repeats", "0"),
+    ],
+    ids=" ".join,
+)
+def test_arguments_have_ranges(capsys, words):
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+    assert "must be a whole number" in (said := capsys.readouterr().err) or "finite number" in said
+    assert f"argument {words[-2]}" in said
+
+
+def test_version_and_defaults_are_shown(capsys):
+    for words, shown in ((["--version"], "effjax "), (["bench", "--help"], "(default: 3)")):
+        with pytest.raises(SystemExit) as error:
+            main(words)
+        assert error.value.code == 0
+        assert shown in (said := capsys.readouterr().out)
+        assert "None" not in said
+
+
+def test_destinations_are_tried_before_a_search(capsys, folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for words in (("search", folder), ("quantize", folder, "--bits", "w8a8")):
+        status, _, error = run(capsys, *words, tmp_path / "file" / "small")
+        assert status == 1
+        assert "cannot be written" in error
+        assert "give another destination" in error
+
+
+def test_a_plan_that_cannot_be_saved_is_printed(capsys, folder, tmp_path, monkeypatch):
+    def fail(*given, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("effjax.recipe.save", fail)
+    words = ("search", folder, tmp_path / "new", "--steps", 2, "--labels", "a")
+    status, _, error = run(capsys, *words)
+    assert status == 1
+    plan = next(line for line in error.splitlines() if line.startswith("{"))
+    assert len(dit_fast_attn.DiTFastAttnPlan.from_json(plan).codes) == 2
+    assert "no space left" in error
+    assert not (tmp_path / "new").exists()
 
 
 def test_help_has_examples_and_unknown_words_exit_with_2():
@@ -276,10 +337,10 @@ def test_commands_on_language_models_name_what_is_wrong(capsys, tmp_path, langua
     for wrong, message in (
         (("compress", model, new, "--method", "dit_fast_attn"), "is no cache of a language"),
         (("compress", model, new, "--method", "gptq"), "is no cache of a language model"),
-        (("compress", model, new, "--set", "bits"), "--set takes NAME=NUMBER"),
+        (("compress", model, new, "--set", "bits"), "--set takes NAME=VALUE"),
         (("compress", model, new, "--set", "size=2"), "unknown fields ['size']"),
         (("compress", folder, new), "is no language model"),
-        (("compress", model, model), "exists; choose another destination"),
+        (("compress", model, model), "exists and is not empty"),
         (("search", model, new, "--method", "vidit_q"), "is not searched on language models"),
         (("search", model, new, "--method", "moa", "--lengths", "32"), "two lengths or more"),
         (("search", model, new, "--method", "moa", "--lengths", "30,60"), "multiples of 16"),

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from effjax.fields import OneOf
 from pallas_kernels.decode_attention import pack_int4
 
 FLOAT = 16  # bits that leave a cache as it is
-
-
-def check_bits(bits: int) -> None:
-    """Bits of a plan.
-
-    Raises:
-        ValueError: for others than 16, 8 and 4.
-    """
-    if bits not in (4, 8, FLOAT):
-        raise ValueError(f"bits must be 4, 8 or {FLOAT} (floats), got {bits}")
+Bits = Annotated[int, OneOf(4, 8, FLOAT)]
 
 
 def to_codes(x: Float[Array, "..."], bits: int, *, axis: int) -> tuple[Array, Array, Array]:

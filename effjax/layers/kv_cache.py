@@ -20,7 +20,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from effjax.context import Context, Room, State, is_static
+from effjax.fields import Range
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
 from effjax.sites import Wrapper, original, sites, wrap
 from pallas_kernels.block_mask import EVERYTHING, Causal
@@ -390,6 +391,9 @@ class EvictingCache(KVCache):
         return held, self.dropped.read((batch,), jnp.int32)
 
 
+Dropped = Annotated[float, Range(0, 1, below=True)]  # share of a text's tokens
+
+
 def budget(capacity: int | None, ratio: float, tokens: int, *, always: int = 0) -> int:
     """How many of `tokens` are kept: `capacity` if given, else all but a share `ratio` of them.
 
@@ -397,13 +401,7 @@ def budget(capacity: int | None, ratio: float, tokens: int, *, always: int = 0) 
         always: tokens that are kept in any case (sinks, a window). Of texts too short to drop the
             share beside them, these and one more are kept.
 
-    Raises:
-        ValueError: for a capacity below 1 or a ratio outside [0, 1).
     """
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity must be at least 1 token, got {capacity}")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio is the share that is dropped, 0 <= ratio < 1, got {ratio}")
     if capacity is None:
         return min(max(int(tokens * (1 - ratio)), always + 1), tokens)
     return min(capacity, tokens)

@@ -11,9 +11,26 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from effjax import fields
+from effjax.fields import Count, Positive
+
 _MAX_HEAD_DIM = 65536  # of what models have, hundreds of times as much
 
-Scaling = tuple[tuple[str, Any], ...]  # pairs of transformers' names, `rope_type` among them
+# Pairs of transformers' names, `rope_type` among them.
+Scaling = tuple[tuple[str, str | bool | int | float | tuple[int | float, ...] | None], ...]
+
+_OPTIONS = {
+    "factor": Positive,
+    "original_max_position_embeddings": Count,
+    "low_freq_factor": Positive,
+    "high_freq_factor": Positive,
+    "beta_fast": Positive | None,
+    "beta_slow": Positive | None,
+    "attention_factor": Positive | None,
+    "mscale": float | None,
+    "mscale_all_dim": float | None,
+    "truncate": bool,
+}
 
 
 class Rotary(nnx.Module):
@@ -66,6 +83,14 @@ def frequencies(head_dim: int, theta: float, scaling: Scaling = ()) -> tuple[np.
             f"no rotary scaling {kind!r}; there are {', '.join(_KINDS)}. Kinds whose frequencies "
             f"change while a text grows ('dynamic', 'longrope') do not fit a cache of rotated keys."
         )
+    wrong = [
+        text
+        for name, allowed in _OPTIONS.items()
+        if name in options
+        for text in fields.problems(allowed, options[name], name)
+    ]
+    if wrong:
+        raise ValueError(f"rotary scaling {kind!r}: {'; '.join(wrong)}")
     base = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     try:
         values, factor = _KINDS[kind](base, head_dim, theta, options)
@@ -90,6 +115,8 @@ def _llama3(
     base: np.ndarray, dim: int, theta: float, options: Mapping[str, Any]
 ) -> tuple[np.ndarray, float]:
     low, high = options["low_freq_factor"], options["high_freq_factor"]
+    if low >= high:
+        raise ValueError(f"low_freq_factor must be below high_freq_factor, got {low} and {high}")
     turns = options["original_max_position_embeddings"] * base / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)  # share that is not stretched
     return base * (kept + (1 - kept) / options["factor"]), 1.0

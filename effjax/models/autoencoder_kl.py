@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from effjax.context import Layout, Model, PyTree
+from effjax.fields import Checked, Count, FloatName, Positive
 from effjax.layers.attention import Attention
 from effjax.layers.convolution import Conv2d, upsample_nearest_2x
 from effjax.layers.norms import GroupNorm
@@ -28,7 +29,7 @@ Moments = tuple[Float[Array, "B Y X Z"], Float[Array, "B Y X Z"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig:
+class AutoencoderKLConfig(Checked):
     """Shape and numerics of an AutoencoderKL; the defaults are Stable Diffusion's.
 
     Attributes:
@@ -48,50 +49,30 @@ class AutoencoderKLConfig:
         param_dtype: dtype of new parameters.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_groups: int = 32
-    sample_size: int = 512
-    scaling_factor: float = 0.18215
+    in_channels: Count = 3
+    out_channels: Count = 3
+    latent_channels: Count = 4
+    block_out_channels: tuple[Count, ...] = (128, 256, 512, 512)
+    layers_per_block: Count = 2
+    norm_groups: Count = 32
+    sample_size: Count = 512
+    scaling_factor: Positive = 0.18215
     shift_factor: float = 0.0
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
     force_upcast: bool = True
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dtype: FloatName = "float32"
+    param_dtype: FloatName = "float32"
 
     def __post_init__(self) -> None:
-        for name in (
-            "in_channels",
-            "out_channels",
-            "latent_channels",
-            "layers_per_block",
-            "norm_groups",
-            "sample_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         widths = self.block_out_channels
-        if not isinstance(widths, tuple) or not widths:
+        if not widths or any(width % self.norm_groups for width in widths):
             raise ValueError(
-                f"block_out_channels must be a tuple with one width per level, got {widths!r}"
-            )
-        if any(width < 1 or width % self.norm_groups for width in widths):
-            raise ValueError(
-                f"every width in block_out_channels must be a positive multiple of norm_groups; "
+                f"block_out_channels must have a multiple of norm_groups for each level; "
                 f"got block_out_channels={widths}, norm_groups={self.norm_groups}"
             )
-        if not (math.isfinite(self.scaling_factor) and self.scaling_factor > 0):
-            raise ValueError(f"scaling_factor must be positive, got {self.scaling_factor}")
-        if not math.isfinite(self.shift_factor):
-            raise ValueError(f"shift_factor must be finite (0 for none), got {self.shift_factor}")
-        for name in ("dtype", "param_dtype"):
-            if not jnp.issubdtype(jnp.dtype(getattr(self, name)), jnp.floating):
-                raise ValueError(f"{name} must be a floating type, got {getattr(self, name)!r}")
 
     @property
     def computed(self) -> str:

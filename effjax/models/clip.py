@@ -7,7 +7,7 @@ so the end-of-text token has seen all of the text, and nothing of the padding be
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.context import Layout, Model
+from effjax.fields import Checked, Count, FloatName, Natural, Positive
 from effjax.layers.attention import BiasedAttentionCore, Projections
 from effjax.layers.linear import Linear
 from effjax.layers.mlp import MLP
@@ -25,7 +26,7 @@ OLD_END = 2  # what configurations say of models that end texts by their largest
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
+class CLIPTextConfig(Checked):
     """Shape and numerics of a CLIP text encoder; the defaults are ViT-L/14's.
 
     Attributes:
@@ -43,30 +44,25 @@ class CLIPTextConfig:
         param_dtype: dtype of new parameters.
     """
 
-    vocab_size: int = 49408
-    width: int = 768
-    hidden: int = 3072
-    num_layers: int = 12
-    num_heads: int = 12
-    max_positions: int = 77
-    activation: str = "quick_gelu"
-    end_token: int = 49407
-    projection: int | None = None
-    norm_eps: float = 1e-5
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    vocab_size: Count = 49408
+    width: Count = 768
+    hidden: Count = 3072
+    num_layers: Count = 12
+    num_heads: Count = 12
+    max_positions: Count = 77
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    end_token: Natural = 49407
+    projection: Count | None = None
+    norm_eps: Positive = 1e-5
+    dtype: FloatName = "float32"
+    param_dtype: FloatName = "float32"
 
     def __post_init__(self) -> None:
-        counts = ("vocab_size", "width", "hidden", "num_layers", "num_heads", "max_positions")
-        for name in (*counts, *(() if self.projection is None else ("projection",))):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(
                 f"width must be a multiple of num_heads; got {self.width} and {self.num_heads}"
             )
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"activation must be quick_gelu or gelu, got {self.activation!r}")
 
 
 class EncodedText(NamedTuple):

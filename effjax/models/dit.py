@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from effjax.context import Layout, Model
+from effjax.fields import Checked, Count, FloatName, Positive, Share
 from effjax.layers.attention import Attention
 from effjax.layers.embeddings import (
     ClassEmbedding,
@@ -36,7 +37,7 @@ _SIZES = {  # layers, heads, head dim (DiT, Table 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Checked):
     """Shape and numerics of a DiT.
 
     Attributes:
@@ -52,23 +53,21 @@ class DiTConfig:
         param_dtype: dtype of new parameters.
     """
 
-    sample_size: int = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    out_channels: int = 8
-    num_layers: int = 28
-    num_heads: int = 16
-    head_dim: int = 72
-    num_classes: int = 1000
-    norm_eps: float = 1e-5
-    time_shift: float = 1.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    sample_size: Count = 32
+    patch_size: Count = 2
+    in_channels: Count = 4
+    out_channels: Count = 8
+    num_layers: Count = 28
+    num_heads: Count = 16
+    head_dim: Count = 72
+    num_classes: Count = 1000
+    norm_eps: Positive = 1e-5
+    time_shift: Share = 1.0
+    dtype: FloatName = "float32"
+    param_dtype: FloatName = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("sample_size", "patch_size", "in_channels", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.sample_size % self.patch_size:
             raise ValueError(
                 f"sample_size must be a multiple of patch_size; "

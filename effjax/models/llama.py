@@ -15,13 +15,14 @@ Parity target: transformers' `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2For
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from effjax.context import Layout, Model
+from effjax.fields import Checked, Count, FloatName, Positive, Range
 from effjax.layers.attention import CausalAttention
 from effjax.layers.linear import Linear, dot
 from effjax.layers.mlp import GatedMLP
@@ -31,7 +32,7 @@ from effjax.layers.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Checked):
     """Shape and numerics of a Llama; the defaults are Llama 2 7B.
 
     Attributes:
@@ -54,32 +55,29 @@ class LlamaConfig:
         param_dtype: dtype of new parameters.
     """
 
-    vocab_size: int = 32000
-    width: int = 4096
-    hidden: int = 11008
-    num_layers: int = 32
-    num_heads: int = 32
-    num_kv_heads: int = 32
-    head_dim: int = 128
-    max_positions: int = 4096
-    rope_theta: float = 10_000.0
+    vocab_size: Count = 32000
+    width: Count = 4096
+    hidden: Count = 11008
+    num_layers: Count = 32
+    num_heads: Count = 32
+    num_kv_heads: Count = 32
+    head_dim: Count = 128
+    max_positions: Count = 4096
+    rope_theta: Annotated[float, Range(1, above=True)] = 10_000.0
     rope_scaling: Scaling = ()
-    window: int | None = None
+    window: Count | None = None
     window_layers: tuple[bool, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
-    norm_eps: float = 1e-5
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    norm_eps: Positive = 1e-5
+    dtype: FloatName = "float32"
+    param_dtype: FloatName = "float32"
 
     def __post_init__(self) -> None:
-        counts = ("vocab_size", "width", "hidden", "num_layers", "num_heads", "num_kv_heads")
-        for name in (*counts, "head_dim", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and "
@@ -87,8 +85,6 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1 or None, got {self.window}")
         if self.window_layers and len(self.window_layers) != self.num_layers:
             raise ValueError(
                 f"window_layers must name all {self.num_layers} layers or none, got "
@@ -103,7 +99,7 @@ class LlamaConfig:
         Linear scaling and YaRN stretch the original length by their factor. Models that were made
         with a stretched rotation (Llama 3.1's) say the long one as `max_positions`.
         """
-        options = dict(self.rope_scaling)
+        options: dict[str, Any] = dict(self.rope_scaling)
         if options.get("rope_type") not in ("linear", "yarn"):
             return self.max_positions
         original = options.get("original_max_position_embeddings") or self.max_positions

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from effjax.context import Layout, Model
+from effjax.fields import Checked, Count, FloatName, Positive
 from effjax.layers.attention import Attention, CrossAttention
 from effjax.layers.embeddings import PatchEmbed, TimestepEmbedding, sincos_2d, unpatchify
 from effjax.layers.linear import Linear
@@ -39,7 +40,7 @@ jax.export.register_namedtuple_serialization(Caption, serialized_name="effjax.Ca
 
 
 @dataclasses.dataclass(frozen=True)
-class PixArtConfig:
+class PixArtConfig(Checked):
     """Shape and numerics of a PixArt; the defaults are PixArt-Sigma-XL/2 at 1024 pixels.
 
     Attributes:
@@ -55,24 +56,21 @@ class PixArtConfig:
         param_dtype: dtype of new parameters.
     """
 
-    sample_size: int = 128
-    patch_size: int = 2
-    in_channels: int = 4
-    out_channels: int = 8
-    num_layers: int = 28
-    num_heads: int = 16
-    head_dim: int = 72
-    caption_channels: int = 4096
-    interpolation: float = 2.0
-    norm_eps: float = 1e-6
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    sample_size: Count = 128
+    patch_size: Count = 2
+    in_channels: Count = 4
+    out_channels: Count = 8
+    num_layers: Count = 28
+    num_heads: Count = 16
+    head_dim: Count = 72
+    caption_channels: Count = 4096
+    interpolation: Positive = 2.0
+    norm_eps: Positive = 1e-6
+    dtype: FloatName = "float32"
+    param_dtype: FloatName = "float32"
 
     def __post_init__(self) -> None:
-        counts = ("sample_size", "patch_size", "in_channels", "num_layers", "num_heads")
-        for name in (*counts, "head_dim", "caption_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.sample_size % self.patch_size:
             raise ValueError(
                 f"sample_size must be a multiple of patch_size; "
@@ -88,8 +86,6 @@ class PixArtConfig:
                 f"num_heads * head_dim must be a multiple of 4; got {self.num_heads} * "
                 f"{self.head_dim}"
             )
-        if self.interpolation <= 0:
-            raise ValueError(f"interpolation must be positive, got {self.interpolation}")
 
     @property
     def width(self) -> int:

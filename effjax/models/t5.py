@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.context import Layout, Model
+from effjax.fields import Checked, Count, FloatName, Positive
 from effjax.layers.attention import BiasedAttentionCore, Projections
 from effjax.layers.mlp import ACTIVATIONS, GatedMLP
 from effjax.layers.norms import RMSNorm
@@ -24,7 +25,7 @@ from effjax.layers.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(Checked):
     """Shape and numerics of a T5 encoder; the defaults are T5 v1.1 XXL's.
 
     Attributes:
@@ -39,23 +40,20 @@ class T5Config:
         param_dtype: dtype of new parameters.
     """
 
-    vocab_size: int = 32128
-    width: int = 4096
-    hidden: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
-    head_dim: int = 64
-    buckets: int = 32
-    max_distance: int = 128
-    norm_eps: float = 1e-6
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    vocab_size: Count = 32128
+    width: Count = 4096
+    hidden: Count = 10240
+    num_layers: Count = 24
+    num_heads: Count = 64
+    head_dim: Count = 64
+    buckets: Count = 32
+    max_distance: Count = 128
+    norm_eps: Positive = 1e-6
+    dtype: FloatName = "float32"
+    param_dtype: FloatName = "float32"
 
     def __post_init__(self) -> None:
-        counts = ("vocab_size", "width", "hidden", "num_layers", "num_heads", "head_dim")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.buckets % 4 or self.max_distance <= self.buckets // 4:
             raise ValueError(
                 f"buckets must be a multiple of 4 and max_distance more than a quarter of it; got "

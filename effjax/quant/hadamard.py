@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from effjax.fields import Checked, Count, Natural
+
 # Largest factor that is multiplied as a dense matrix.
 LARGEST = 256
 
@@ -39,7 +41,7 @@ _WILLIAMSON = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotation:
+class Rotation(Checked):
     """An orthogonal matrix R [C, C] = diag(random signs) H / sqrt(C); static.
 
     Attributes:
@@ -49,11 +51,12 @@ class Rotation:
             as large as there are.
     """
 
-    width: int
-    seed: int = 0
+    width: Count
+    seed: Natural = 0
     strict: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.strict and _factors(self.width) is None:
             raise ValueError(
                 f"there is no known Hadamard matrix of order {self.width} here: an odd part must "

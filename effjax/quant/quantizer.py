@@ -13,11 +13,13 @@ Codes may also be numbers of float8_e4m3fn ("e4m3"), of which the largest is 448
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from effjax.fields import Checked, OneOf
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 FLOAT8 = jnp.float8_e4m3fn
@@ -25,7 +27,7 @@ _E4M3 = 448  # its largest number
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantizer:
+class Quantizer(Checked):
     """A uniform quantiser.
 
     Attributes:
@@ -36,16 +38,13 @@ class Quantizer:
         keeps_zero: whether an asymmetric range is widened to contain zero.
     """
 
-    bits: int = 8
+    bits: Annotated[int, OneOf(*BITS)] = 8
     symmetric: bool = True
     levels: Literal["n", "n+1/2", "e4m3"] = "n"
     keeps_zero: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ValueError(f"codes have 2 ... 8 bits, got bits={self.bits!r}")
-        if self.levels not in ("n", "n+1/2", "e4m3"):
-            raise ValueError(f'levels must be "n", "n+1/2" or "e4m3", got {self.levels!r}')
+        super().__post_init__()
         if self.floats and (self.bits != 8 or not self.symmetric):
             raise ValueError(
                 f'levels "e4m3" are symmetric and of 8 bits, got bits={self.bits}, '

@@ -22,13 +22,14 @@ import jax.export
 import jax.numpy as jnp
 from jax import Array
 
+from effjax.fields import Checked, Count
 from effjax.quant.hadamard import Rotation
 from effjax.quant.quantizer import BITS, FLOAT8, Quantizer, dequantize
 from pallas_kernels.packing import pack, unpack
 
 
 @dataclasses.dataclass(frozen=True)
-class Activations:
+class Activations(Checked):
     """How a layer's inputs become codes; static.
 
     Attributes:
@@ -41,15 +42,16 @@ class Activations:
 
     quantizer: Quantizer = dataclasses.field(default_factory=Quantizer)
     dynamic: bool = True
-    group_size: int | None = None
+    group_size: Count | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group_size is None:
             return
-        if self.group_size < 1 or not self.dynamic or not self.quantizer.symmetric:
+        if not self.dynamic or not self.quantizer.symmetric:
             raise ValueError(
                 f"groups of {self.group_size} inputs: ranges of groups are those of single tokens "
-                f"(dynamic=True), symmetric, and of at least one input"
+                f"(dynamic=True) and symmetric"
             )
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from effjax import fields
 from effjax.samplers.ddim import DDIM
 from effjax.samplers.ddpm import DDPM
 from effjax.samplers.dpm_solver import DPMSolver
@@ -135,9 +136,8 @@ def from_config(
     one_of("_class_name", name, list(CLASSES))
     known = CLASSES[str(name)]
     _check(str(name), known, config)
-
     values = {
-        attribute: config.get(option, default)
+        attribute: fields.from_json(_annotation(known, attribute), config.get(option, default))
         for option, (attribute, default) in known.fields.items()
     }
     betas = {
@@ -179,9 +179,20 @@ def to_config(schedule: Schedule) -> dict[str, Any]:
     }
 
 
+def _annotation(known: _Class, attribute: str) -> Any:
+    """What an attribute of a schedule may be."""
+    if attribute == "dynamic":  # tells whether there is a `mu`
+        return bool
+    kind = Betas if attribute.startswith("betas.") else known.schedule
+    return fields.annotated(kind)[attribute.removeprefix("betas.")]
+
+
 def _check(name: str, known: _Class, config: Mapping[str, Any]) -> None:
     problems = []
     for option, value in config.items():
+        if option in known.fields:
+            kind = _annotation(known, known.fields[option][0])
+            problems += fields.problems(kind, fields.from_json(kind, value), option)
         if option in known.fixed and value != known.fixed[option]:
             problems.append(f"{option}={value!r}: only {known.fixed[option]!r} is supported")
         elif not option.startswith("_") and option not in _ELSEWHERE:

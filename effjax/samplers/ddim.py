@@ -12,8 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
+from effjax.fields import Count, Natural, Positive, Share
 from effjax.samplers.schedule import (
-    PREDICTIONS,
+    Prediction,
     Schedule,
     data_and_noise,
     mix_noise,
@@ -23,12 +24,12 @@ from effjax.samplers.schedule import (
 from effjax.samplers.tables import (
     Betas,
     Column,
+    Spacing,
     at,
     check_signal,
     check_steps,
     check_timesteps,
     constant,
-    one_of,
     spaced_timesteps,
 )
 
@@ -51,21 +52,19 @@ class DDIM(Schedule):
     array([750., 500., 250.,   0.], dtype=float32)
     """
 
-    steps: int
+    steps: Count
     betas: Betas = dataclasses.field(default=Betas())
-    prediction: str = "epsilon"
-    spacing: str = "leading"
-    steps_offset: int = 0
-    eta: float = 0.0
+    prediction: Prediction = "epsilon"
+    spacing: Spacing = "leading"
+    steps_offset: Natural = 0
+    eta: Share = 0.0
     set_alpha_to_one: bool = True
     clip_sample: bool = False
-    clip_sample_range: float = 1.0
+    clip_sample_range: Positive = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_steps(self.steps, self.betas.train_timesteps)
-        one_of("prediction", self.prediction, PREDICTIONS)
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be between 0 (deterministic) and 1 (DDPM), got {self.eta}")
         _tables(self)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
+from effjax.fields import Count, Natural, Positive
 from effjax.samplers.schedule import (
-    PREDICTIONS,
+    Prediction,
     Schedule,
     data_and_noise,
     mix_noise,
@@ -23,16 +24,14 @@ from effjax.samplers.schedule import (
 from effjax.samplers.tables import (
     Betas,
     Column,
+    Spacing,
     at,
     check_signal,
     check_steps,
     check_timesteps,
     constant,
-    one_of,
     spaced_timesteps,
 )
-
-VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +50,18 @@ class DDPM(Schedule):
         clip_sample: clip the predicted clean sample to +- clip_sample_range (pixel models).
     """
 
-    steps: int
+    steps: Count
     betas: Betas = dataclasses.field(default=Betas())
-    prediction: str = "epsilon"
-    variance: str = "fixed_small"
-    spacing: str = "leading"
-    steps_offset: int = 0
+    prediction: Prediction = "epsilon"
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    spacing: Spacing = "leading"
+    steps_offset: Natural = 0
     clip_sample: bool = False
-    clip_sample_range: float = 1.0
+    clip_sample_range: Positive = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_steps(self.steps, self.betas.train_timesteps)
-        one_of("prediction", self.prediction, PREDICTIONS)
-        one_of("variance", self.variance, VARIANCES)
         _tables(self)
 
     @property

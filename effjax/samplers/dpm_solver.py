@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,19 +12,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
-from effjax.samplers.schedule import PREDICTIONS, Schedule, data_and_noise, mix_noise, split_output
+from effjax.fields import Count, Natural, Range
+from effjax.samplers.schedule import Prediction, Schedule, data_and_noise, mix_noise, split_output
 from effjax.samplers.tables import (
     Betas,
     Column,
+    Spacing,
     at,
     check_steps,
     check_timesteps,
     constant,
-    one_of,
     spaced_timesteps,
 )
-
-FINAL_SIGMAS = ("zero", "sigma_min")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +48,19 @@ class DPMSolver(Schedule):
             usual for cosine betas.
     """
 
-    steps: int
+    steps: Count
     betas: Betas = dataclasses.field(default=Betas())
-    prediction: str = "epsilon"
-    spacing: str = "linspace"
-    steps_offset: int = 0
+    prediction: Prediction = "epsilon"
+    spacing: Spacing = "linspace"
+    steps_offset: Natural = 0
     karras_sigmas: bool = False
-    final_sigmas: str = "zero"
+    final_sigmas: Literal["zero", "sigma_min"] = "zero"
     lower_order_final: bool = True
-    lambda_min_clipped: float = -float("inf")
+    lambda_min_clipped: Annotated[float, Range(infinite=True)] = -float("inf")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_steps(self.steps, self.betas.train_timesteps)
-        one_of("prediction", self.prediction, PREDICTIONS)
-        one_of("final_sigmas", self.final_sigmas, FINAL_SIGMAS)
         _tables(self)
 
     @property

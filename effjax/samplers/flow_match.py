@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +16,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
+from effjax.fields import Count, Positive
 from effjax.samplers.schedule import Schedule, per_sample, split_output
-from effjax.samplers.tables import Column, at, check_steps, constant, one_of
-
-SPACINGS = ("linspace", "trailing")
+from effjax.samplers.tables import Column, at, check_steps, constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +39,19 @@ class FlowMatchEuler(Schedule):
     array([1.  , 0.75, 0.5 , 0.25, 0.  ], dtype=float32)
     """
 
-    steps: int
-    shift: float = 1.0
-    spacing: str = "linspace"
+    steps: Count
+    shift: Positive = 1.0
+    spacing: Literal["linspace", "trailing"] = "linspace"
     mu: float | None = None
-    train_timesteps: int = 1000
+    train_timesteps: Count = 1000
     base_shift: float = 0.5
     max_shift: float = 1.15
-    base_tokens: int = 256
-    max_tokens: int = 4096
+    base_tokens: Count = 256
+    max_tokens: Count = 4096
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_steps(self.steps, self.train_timesteps)
-        one_of("spacing", self.spacing, SPACINGS)
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"shift must be positive (1 shifts nothing), got {self.shift}")
-        if self.mu is not None and not math.isfinite(self.mu):
-            raise ValueError(f"mu must be finite (0 shifts nothing), got {self.mu}")
         if self.base_tokens >= self.max_tokens:
             raise ValueError(
                 f"base_tokens must be smaller than max_tokens; got {self.base_tokens} and "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
+from effjax.fields import Checked
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
+Prediction = Literal["epsilon", "sample", "v_prediction"]
 
 
-class Schedule(abc.ABC):
+class Schedule(Checked, abc.ABC):
     """Interface of a noise schedule: a frozen dataclass of scalars, hashable and equal by value.
 
     Attributes:

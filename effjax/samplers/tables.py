@@ -9,23 +9,23 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from effjax.context import Step, is_static
+from effjax.fields import Checked, Count, Positive
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-SPACINGS = ("leading", "trailing", "linspace")
+Spacing = Literal["leading", "trailing", "linspace"]
 
 Column = Any  # of a tuple of tables: float32[calls]; of its row at one step: float32[]
 Columns = TypeVar("Columns", bound=tuple)
 
 
 @dataclasses.dataclass(frozen=True)
-class Betas:
+class Betas(Checked):
     """Variances of the training diffusion q(x_t | x_{t-1}).
 
     Attributes:
@@ -36,16 +36,14 @@ class Betas:
         zero_snr: rescale so that the last timestep is pure noise (arXiv 2305.08891, algorithm 1).
     """
 
-    schedule: str = "linear"
-    start: float = 1e-4
-    end: float = 0.02
-    train_timesteps: int = 1000
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    start: Positive = 1e-4
+    end: Positive = 0.02
+    train_timesteps: Count = 1000
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        one_of("schedule", self.schedule, BETA_SCHEDULES)
-        if self.train_timesteps < 1:
-            raise ValueError(f"train_timesteps must be at least 1, got {self.train_timesteps}")
+        super().__post_init__()
         if not 0 < self.start <= self.end < 1:
             raise ValueError(
                 f"variances must satisfy 0 < start <= end < 1; got start={self.start}, "
@@ -96,7 +94,7 @@ def spaced_timesteps(
         train_timesteps: timesteps are below this.
         offset: added to leading timesteps.
     """
-    one_of("spacing", spacing, SPACINGS)
+    one_of("spacing", spacing, get_args(Spacing))
     if spacing == "leading":
         return np.arange(steps)[::-1] * (train_timesteps // steps) + offset
     if spacing == "linspace":

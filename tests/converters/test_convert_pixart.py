@@ -171,8 +171,8 @@ def test_configurations_both_ways():
     ("change", "message"),
     [
         ({"use_additional_conditions": True}, "size conditions of PixArt-alpha"),
-        ({"caption_channels": None}, "must have caption_channels"),
-        ({"cross_attention_dim": 32}, "cross_attention_dim equal to"),
+        ({"caption_channels": None}, "caption_channels must be a whole number"),
+        ({"cross_attention_dim": 32}, "cross_attention_dim must be num_attention_heads"),
         ({"norm_type": "ada_norm_zero"}, "norm_type='ada_norm_zero'"),
     ],
 )

@@ -336,10 +336,13 @@ def test_nan_is_kept_unless_asked_for(saved):
     [
         ({"_class_name": "UNet"}, r"_class_name='UNet'.*DiTTransformer2DModel"),
         ({"norm_type": "layer_norm", "attention_bias": False}, r"norm_type.*ada_norm_zero"),
-        ({"num_layers": "2", "patch_size": 2.0}, r"patch_size must be of type int.*num_layers"),
+        (
+            {"num_layers": "2", "patch_size": 2.0},
+            r"patch_size must.*got 2\.0; num_layers",
+        ),
         ({"out_channels": 5}, r"config\.json: out_channels must be in_channels"),
         ({"num_layers": 3}, r"config\.json: num_layers asks for 3 .* holds tensors of 2"),
-        ({"num_attention_heads": 0}, "num_heads must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1"),
         ({"attention_head_dim": 12}, r"(?s)problems.*misshapen, is .* must be"),
         (
             {"num_embeds_ada_norm": 3},
@@ -376,7 +379,7 @@ def test_counts_are_compared_with_the_tensors_before_a_model_is_built(
     monkeypatch.setattr("converters.weights.abstract", None)
     monkeypatch.setattr("effjax.recipe.abstract", None)
     own = key.replace("hidden_layers", "layers")
-    for count in (found + 1, 10**7, 10**20):
+    for count in (found + 1, 10**7, 10**9):
         if key == "block_out_channels":
             count = min(count, 100)
         for folder, name in (("model", key), ("saved", own)):
@@ -391,7 +394,7 @@ def test_counts_are_compared_with_the_tensors_before_a_model_is_built(
             effjax.load(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("value", [10**9, 10**19])
+@pytest.mark.parametrize("value", [10**9, 2**31 - 1])
 def test_absurd_sizes_are_answered_without_memory(value, saved):
     for key in ("attention_head_dim", "num_embeds_ada_norm", "num_attention_heads"):
         config = (saved / "config.json").read_text()

@@ -146,12 +146,12 @@ def test_calibrations_that_say_nothing(subject):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        (((".*", 9, 8),), "codes have 2 ... 8 bits, got bits=9"),
+        (((".*", 9, 8),), r"rules\[0\]\[1\] must be one of 2, .*, 8, 16, got 9"),
         ((("(", 8, 8),), "is no regular expression"),
         (((".*", 16, 8),), "codes the inputs of float weights"),
     ],
 )
-def test_rules_that_say_nothing(rules, message):
+def test_rules_that_say_nothing(untyped, rules, message):
     with pytest.raises(ValueError, match=message):
         RoundToNearestPlan(rules)
 

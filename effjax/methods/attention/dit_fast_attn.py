@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 
 from effjax import metrics, testing
 from effjax.context import Context, Guidance, PyTree, State, Step, is_static, switch
+from effjax.fields import Count, Natural, NotNegative
 from effjax.forward import Forward, Params
 from effjax.layers.attention import Attention, AttentionCore
 from effjax.samplers import Carry, Sampler
@@ -97,15 +98,16 @@ class DiTFastAttnPlan(Plan):
     """
 
     codes: tuple[tuple[int, ...], ...]
-    tokens: int
-    window: int
-    guidance: float | None = None
-    threshold: float | None = None
+    tokens: Count
+    window: Natural
+    guidance: NotNegative | None = None
+    threshold: NotNegative | None = None
     metric: str = "relative"
     sampler: str = ""
     model: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.codes or not self.codes[0]:
             raise ValueError("a plan needs at least one layer and one network call; codes is empty")
         if len({len(row) for row in self.codes}) > 1:
@@ -123,11 +125,6 @@ class DiTFastAttnPlan(Plan):
             raise ValueError(
                 f"layers {late} do not start with FULL: sharing and window strategies need the "
                 f"output and the residual of an earlier FULL call"
-            )
-        if self.window < 0 or self.tokens < 1:
-            raise ValueError(
-                f"window must be at least 0 and tokens at least 1; "
-                f"got window={self.window}, tokens={self.tokens}"
             )
 
     def describe(self) -> str:

@@ -29,7 +29,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,10 @@ from jaxtyping import Array, Float, Int
 
 from effjax import capture, testing
 from effjax.context import Context, PyTree, Room
+from effjax.fields import Count, Range
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention, CausalCore, Heads, KeyHeads
-from effjax.layers.cache_codes import FLOAT, check_bits, pack, to_codes, unpack
+from effjax.layers.cache_codes import FLOAT, Bits, pack, to_codes, unpack
 from effjax.layers.kv_cache import Caches, Kind, Lengths
 from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache
 from effjax.quant import QTensor
@@ -50,6 +51,8 @@ from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.decode_attention import low_rank_decode_attention
 
 NAME = "cskv"
+
+Density = Annotated[float, Range(0, 1, above=True)]
 
 # By path of a core: down_k [C, R_k], up_k [R_k, K D], down_v [C, R_v], up_v [R_v, K D].
 Factors = dict[str, dict[str, Array]]
@@ -66,18 +69,10 @@ class CSKVPlan(Plan):
         bits: of the features: 16 (floats), 8 or 4.
     """
 
-    k_density: float = 0.25
-    v_density: float = 0.75
-    window: int = 32
-    bits: int = FLOAT
-
-    def __post_init__(self) -> None:
-        for name in ("k_density", "v_density"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1 token, got {self.window}")
-        check_bits(self.bits)
+    k_density: Density = 0.25
+    v_density: Density = 0.75
+    window: Count = 32
+    bits: Bits = FLOAT
 
     def ranks(self, head_dim: int, kv_heads: int) -> tuple[int, int]:
         """R_k and R_v, for all heads together.

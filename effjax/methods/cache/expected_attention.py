@@ -24,9 +24,10 @@ from jaxtyping import Array, Float
 
 from effjax import testing
 from effjax.context import Room
+from effjax.fields import Count, Natural
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import Caches, EvictingCache, Kind, budget, lengths_after
+from effjax.layers.kv_cache import Caches, Dropped, EvictingCache, Kind, budget, lengths_after
 from effjax.transform import Method, Pair, Plan, Transform
 
 
@@ -41,17 +42,13 @@ class ExpectedAttentionPlan(Plan):
         sinks: first tokens that are always kept, and whose queries do not count.
     """
 
-    capacity: int | None = None
-    ratio: float = 0.5
-    future: int = 512
-    sinks: int = 4
+    capacity: Count | None = None
+    ratio: Dropped = 0.5
+    future: Count = 512
+    sinks: Natural = 4
 
     def __post_init__(self) -> None:
-        budget(self.capacity, self.ratio, 1)
-        if self.future < 1 or self.sinks < 0:
-            raise ValueError(
-                f"future must be at least 1 and sinks at least 0; got {self.future}, {self.sinks}"
-            )
+        super().__post_init__()
         if self.capacity is not None and self.capacity <= self.sinks:
             raise ValueError(
                 f"capacity {self.capacity} leaves no token beside the {self.sinks} sinks"

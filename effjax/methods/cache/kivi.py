@@ -19,12 +19,13 @@ Source: KIVI, arXiv 2402.02750, with a residual that is sealed as a whole (its A
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 from jaxtyping import Array, Float
 
 from effjax import testing
 from effjax.context import Room
+from effjax.fields import Count, OneOf
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads
 from effjax.layers.cache_codes import pack, to_codes
@@ -32,6 +33,8 @@ from effjax.layers.kv_cache import Caches, Kind, Lengths
 from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.decode_attention import quantized_decode_attention
+
+Bits = Annotated[int, OneOf(4, 8)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +47,9 @@ class KIVIPlan(Plan):
             floats.
     """
 
-    key_bits: int = 4
-    value_bits: int = 4
-    group: int = 32
-
-    def __post_init__(self) -> None:
-        if self.key_bits not in (4, 8) or self.value_bits not in (4, 8):
-            raise ValueError(
-                f"keys and values have 4 or 8 bits, got {self.key_bits} and {self.value_bits}"
-            )
-        if self.group < 1:
-            raise ValueError(f"group must be at least 1 token, got {self.group}")
+    key_bits: Bits = 4
+    value_bits: Bits = 4
+    group: Count = 32
 
 
 def transform(plan: KIVIPlan) -> Transform:

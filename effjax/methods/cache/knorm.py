@@ -20,9 +20,10 @@ from jaxtyping import Array, Float
 
 from effjax import testing
 from effjax.context import Room
+from effjax.fields import Count
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import Caches, EvictingCache, Kind, budget
+from effjax.layers.kv_cache import Caches, Dropped, EvictingCache, Kind, budget
 from effjax.transform import Method, Pair, Plan, Transform
 
 
@@ -35,11 +36,8 @@ class KnormPlan(Plan):
         ratio: the share of the prompt that is dropped.
     """
 
-    capacity: int | None = None
-    ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        budget(self.capacity, self.ratio, 1)
+    capacity: Count | None = None
+    ratio: Dropped = 0.5
 
 
 def transform(plan: KnormPlan) -> Transform:

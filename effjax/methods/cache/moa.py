@@ -42,7 +42,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +53,11 @@ from tqdm.auto import tqdm
 
 from effjax import capture, testing
 from effjax.context import Room, State
+from effjax.fields import Count
 from effjax.forward import Forward, Params, flatten_params, nest_params
 from effjax.generate import generate
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.cache_codes import FLOAT, check_bits, pack, to_codes
+from effjax.layers.cache_codes import FLOAT, Bits, pack, to_codes
 from effjax.layers.kv_cache import (
     Caches,
     Kind,
@@ -83,7 +84,8 @@ from pallas_kernels.decode_attention import (
 Rule = tuple[float, float]  # alpha and beta
 Rules = tuple[tuple[float, ...], ...]
 
-LAYOUTS = ("flat", "grouped")
+SlotLayout = Literal["flat", "grouped"]
+LAYOUTS = get_args(SlotLayout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,26 +104,24 @@ class MoAPlan(Plan):
 
     alphas: Rules
     betas: Rules
-    block: int = 64
-    sink: int = 64
-    floor: int = 128
-    layout: str = "flat"
-    bits: int = FLOAT
+    block: Count = 64
+    sink: Count = 64
+    floor: Count = 128
+    layout: SlotLayout = "flat"
+    bits: Bits = FLOAT
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         shapes = [[len(row) for row in table] for table in (self.alphas, self.betas)]
         if not shapes[0] or shapes[0] != shapes[1]:
             raise ValueError(f"alphas and betas must name the same heads, got {shapes}")
-        if min(self.block, self.sink) < 1 or self.sink % self.block or self.floor % self.block:
+        if self.sink % self.block or self.floor % self.block:
             raise ValueError(
                 f"sink and floor must be multiples of the block; got block={self.block}, "
                 f"sink={self.sink}, floor={self.floor}"
             )
         if self.floor <= self.sink:
             raise ValueError(f"floor {self.floor} leaves no slot beside the sink of {self.sink}")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
-        check_bits(self.bits)
 
     def slots(self, layer: int, tokens: int) -> tuple[int, ...]:
         """Slots C of every key head of a layer, for texts of so many tokens.

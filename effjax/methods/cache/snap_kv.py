@@ -26,9 +26,10 @@ from jaxtyping import Array, Float
 
 from effjax import testing
 from effjax.context import Room
+from effjax.fields import Count
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import Caches, EvictingCache, Kind, budget, lengths_after
+from effjax.layers.kv_cache import Caches, Dropped, EvictingCache, Kind, budget, lengths_after
 from effjax.transform import Method, Pair, Plan, Transform
 
 
@@ -43,17 +44,15 @@ class SnapKVPlan(Plan):
         kernel: tokens over which scores are averaged, odd.
     """
 
-    capacity: int | None = None
-    ratio: float = 0.5
-    window: int = 32
-    kernel: int = 5
+    capacity: Count | None = None
+    ratio: Dropped = 0.5
+    window: Count = 32
+    kernel: Count = 5
 
     def __post_init__(self) -> None:
-        budget(self.capacity, self.ratio, 1)
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(
-                f"window must be at least 1 and kernel odd; got {self.window} and {self.kernel}"
-            )
+        super().__post_init__()
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
         if self.capacity is not None and self.capacity <= self.window:
             raise ValueError(
                 f"capacity {self.capacity} leaves no token beside the window of {self.window}"

@@ -18,9 +18,10 @@ import dataclasses
 
 from effjax import testing
 from effjax.context import Room
+from effjax.fields import Count, Natural
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore
-from effjax.layers.kv_cache import Caches, Kind, RingCache, budget
+from effjax.layers.kv_cache import Caches, Dropped, Kind, RingCache, budget
 from effjax.transform import Method, Pair, Plan, Transform
 
 
@@ -34,14 +35,12 @@ class StreamingLLMPlan(Plan):
         sinks: first tokens that are never overwritten.
     """
 
-    capacity: int | None = None
-    ratio: float = 0.5
-    sinks: int = 4
+    capacity: Count | None = None
+    ratio: Dropped = 0.5
+    sinks: Natural = 4
 
     def __post_init__(self) -> None:
-        budget(self.capacity, self.ratio, 1)
-        if self.sinks < 0:
-            raise ValueError(f"sinks must be at least 0, got {self.sinks}")
+        super().__post_init__()
         if self.capacity is not None and self.capacity <= self.sinks:
             raise ValueError(
                 f"capacity {self.capacity} leaves no slot beside the {self.sinks} sinks"

@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from effjax import testing
 from effjax.capture import tap
+from effjax.fields import Positive
 from effjax.forward import Forward, Params
 from effjax.layers.linear import Linear
 from effjax.methods.quantization.round_to_nearest import (
@@ -61,14 +62,12 @@ class GPTQPlan(RoundToNearestPlan):
         act_order: round the inputs that matter most first, while most others can make up for it.
     """
 
-    damp: float = 0.01
+    damp: Positive = 0.01
     act_order: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_tokens_range_themselves()
-        if not self.damp > 0:
-            raise ValueError(f"damp must be above 0, got {self.damp}")
 
 
 def uniform(

@@ -19,6 +19,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from effjax import testing
 from effjax.capture import tap
 from effjax.context import Guidance, PyTree
+from effjax.fields import Count, OneOf
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.convolution import Conv2d
 from effjax.layers.linear import Linear
@@ -34,6 +36,7 @@ from effjax.quant.ranges import Range, minmax, union
 from effjax.transform import Method, Pair, Plan, Transform
 
 FLOAT = 16  # bits that leave numbers as they are
+Bits = Annotated[int, OneOf(2, 3, 4, 5, 6, 7, 8, FLOAT)]
 
 LAYER_TYPES = (Linear, Conv2d)
 
@@ -56,23 +59,19 @@ class RoundToNearestPlan(Plan):
             each token's own; see `calibrate`.
     """
 
-    rules: tuple[tuple[str, int, int], ...]
-    group_size: int | None = None
+    rules: tuple[tuple[str, Bits, Bits], ...]
+    group_size: Count | None = None
     symmetric: bool = False
     input_ranges: tuple[tuple[str, float, float], ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for rule in self.rules:
-            if len(rule) != 3:
-                raise ValueError(f"a rule is (pattern, weight bits, input bits), got {rule!r}")
             pattern, weights, inputs = rule
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-            for bits in (weights, inputs):
-                if bits != FLOAT:
-                    Quantizer(bits)
             if weights == FLOAT and inputs != FLOAT:
                 raise ValueError(
                     f"rule {rule!r} codes the inputs of float weights; code the weights too, or "

@@ -27,7 +27,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from effjax import testing
 from effjax.capture import Tap, tapped_call
 from effjax.context import Context, PyTree
+from effjax.fields import Count, Natural, OneOf, Share
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.linear import Linear
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
@@ -59,14 +60,16 @@ from effjax.transform import Method, Pair, Plan, Transform
 
 NAME = "vidit_q"
 FLOAT = 16  # bits that leave numbers as they are
-BITS = (2, 3, 4, 5, 6, 7, 8, FLOAT)
 
 # Coded by default: self-attention and feed-forward layers. Embeddings, modulations, projections of
 # the text and the final layer stay floats, and so does cross-attention, whose keys and values come
 # from the text (its first token is an outlier).
 LAYERS = r"blocks\..*\.(attn|mlp)\..*"
 
-Rule = tuple[str, int, int, float | None, bool]
+Bits = Annotated[int, OneOf(2, 3, 4, 5, 6, 7, 8, FLOAT)]
+
+# Pattern, weight bits, input bits, alpha (None for no mask), rotate.
+Rule = tuple[str, Bits, Bits, Share | None, bool]
 Calibration = Mapping[str, jax.Array]
 
 
@@ -87,12 +90,13 @@ class ViDiTQPlan(Plan):
     """
 
     segments: tuple[tuple[int, tuple[Rule, ...]], ...]
-    calls: int | None = None
-    seed: int = 0
+    calls: Count | None = None
+    seed: Natural = 0
     strict: bool = True
     fold: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         starts = [start for start, _ in self.segments]
         if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
             raise ValueError(
@@ -137,25 +141,17 @@ class ViDiTQPlan(Plan):
         return "\n".join(lines)
 
 
-def _check(rule: Any) -> None:
-    if len(rule) != 5:
-        raise ValueError(
-            f"a rule is (pattern, weight bits, input bits, alpha or None, rotate), got {rule!r}"
-        )
-    pattern, weights, inputs, alpha, _ = rule
+def _check(rule: Rule) -> None:
+    pattern, weights, inputs, _, _ = rule
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    if weights not in BITS or inputs not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {weights} and {inputs} in {rule!r}")
     if weights == FLOAT and inputs != FLOAT:
         raise ValueError(
             f"rule {rule!r} codes the inputs of float weights; code the weights too, or leave both "
             f"at {FLOAT}"
         )
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in 0 ... 1, or be None for no mask; got {alpha}")
 
 
 def uniform(

@@ -1,0 +1,314 @@
+"""Fields of dataclasses that hold what their annotations say, types and ranges.
+
+    @dataclasses.dataclass(frozen=True)
+    class KIVIPlan(Plan):
+        key_bits: Literal[4, 8] = 4
+        group: Count = 32
+
+Plans, configurations of models and schedules are `Checked`: making one with other values is a
+`ValueError` that names every wrong field. `read` makes one from JSON, and `parse` reads a word of
+the command line, by the same annotations; nothing says twice what a field may be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Made = TypeVar("Made")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What numbers a field takes: low ... high, the ends included unless they are open.
+
+    Attributes:
+        low, high: ends; None for none.
+        above, below: whether the low and the high end themselves are left out.
+        infinite: whether an infinite number is allowed.
+    """
+
+    low: int | float | None = None
+    high: int | float | None = None
+    above: bool = False
+    below: bool = False
+    infinite: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the number lies within."""
+        if self.low is not None and (value <= self.low if self.above else value < self.low):
+            return False
+        return self.high is None or (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = "" if self.low is None else f"{'above' if self.above else 'at least'} {self.low:g}"
+        high = "" if self.high is None else f"{'below' if self.below else 'at most'} {self.high:g}"
+        return " and ".join(end for end in (low, high) if end)
+
+
+class OneOf:
+    """What whole numbers a field takes, one by one."""
+
+    infinite = False
+
+    def __init__(self, *values: int):
+        self.values = values
+
+    def holds(self, value: float) -> bool:
+        """Whether the number is among them."""
+        return value in self.values
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.values))}"
+
+
+LARGEST = 2**31 - 1  # sizes and places are int32 on every device
+
+Count = Annotated[int, Range(1, LARGEST)]
+Natural = Annotated[int, Range(0, LARGEST)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+FloatName = Literal["float32", "bfloat16", "float16"]
+
+_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Base of dataclasses whose fields are checked as soon as one is made.
+
+    A class with a `__post_init__` of its own calls this one first: what it compares is typed then.
+    """
+
+    def __post_init__(self) -> None:
+        found = [
+            problem
+            for name, kind in annotated(type(self)).items()
+            for problem in problems(kind, getattr(self, name), name)
+        ]
+        if found:
+            raise ValueError(f"{type(self).__name__}: {'; '.join(found)}")
+
+
+@functools.cache
+def annotated(kind: type) -> Mapping[str, Any]:
+    """What each field of a dataclass is annotated with."""
+    hints = get_type_hints(kind, include_extras=True)
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    return types.MappingProxyType({name: hints[name] for name in names})
+
+
+def problems(kind: Any, value: Any, name: str) -> list[str]:
+    """What is wrong with a value, one sentence for each wrong part; nothing for what fits.
+
+    Args:
+        kind: annotation: int, float, bool, str, None, Any, a literal, a union, a tuple, a mapping,
+            a class, or a number `Annotated` with a `Range` or `OneOf`.
+        value: what is to be checked.
+        name: how to call it.
+    """
+    kind, range_ = _parts(kind)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, tuple):
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        if len(kinds) == len(value):
+            parts = enumerate(zip(kinds, value))
+            return [text for i, part in parts for text in problems(*part, f"{name}[{i}]")]
+    if origin is Mapping and isinstance(value, Mapping):
+        keys = [f"{name} has the key {key!r}" for key in value if not _fits(inner[0], None, key)]
+        parts = value.items()
+        return keys + [
+            text for k, part in parts for text in problems(inner[1], part, f"{name}.{k}")
+        ]
+    if origin in (Union, types.UnionType):
+        found = [problems(each, value, name) for each in inner]
+        if not all(found):
+            return []
+        # of an optional value, what is wrong with the value says more than that it is not None
+        rest = [texts for each, texts in zip(inner, found) if each is not types.NoneType]
+        if len(rest) == 1 and value is not None and isinstance(value, tuple):
+            return rest[0]
+    elif _fits(kind, range_, value):
+        return []
+    return [f"{name} must be {describe(_join(kind, range_))}, got {short(value)}"]
+
+
+def _parts(kind: Any) -> tuple[Any, Range | OneOf | None]:
+    if get_origin(kind) is not Annotated:
+        return kind, None
+    kind, *notes = get_args(kind)
+    return kind, next((note for note in notes if isinstance(note, Range | OneOf)), None)
+
+
+def _bare(kind: Any) -> Any:
+    return _parts(kind)[0]
+
+
+def _join(kind: Any, range_: Range | OneOf | None) -> Any:
+    return kind if range_ is None else Annotated[kind, range_]
+
+
+def _fits(kind: Any, range_: Range | OneOf | None, value: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(each) and value == each for each in get_args(kind))
+    if kind in (None, types.NoneType):
+        return value is None
+    if kind is int or kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else int):
+            return False
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            return False
+        finite = math.isfinite(number)
+        allowed = finite or (range_ is not None and range_.infinite and not math.isnan(number))
+        return allowed and (range_ is None or range_.holds(number))
+    if kind is Any:
+        return True
+    kind = get_origin(kind) or kind
+    if not isinstance(kind, type) or kind is tuple or kind is Mapping:
+        return False
+    return isinstance(value, kind)
+
+
+def describe(kind: Any) -> str:
+    """What an annotation allows, for people."""
+    kind, range_ = _parts(kind)
+    origin, inner = get_origin(kind), get_args(kind)
+    if isinstance(range_, OneOf):
+        return str(range_)
+    if origin is Literal:
+        return ("one of " if len(inner) > 1 else "") + ", ".join(repr(each) for each in inner)
+    if origin in (Union, types.UnionType):
+        return " or ".join("none" if each is types.NoneType else describe(each) for each in inner)
+    if origin is tuple and inner[1:] == (...,):
+        return f"a list, each {describe(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)} ({', '.join(map(describe, inner))})"
+    if origin is Mapping or kind is Mapping:
+        return "an object"
+    text = _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+    if range_ is not None and range_.infinite:
+        text = text.replace("finite ", "")
+    ends = str(range_ or "")
+    if kind is int and ends.startswith("at"):
+        ends = f"of {ends}"
+    return f"{text} {ends}".rstrip().replace(f" and at most {LARGEST:g}", "")
+
+
+def short(value: Any) -> str:
+    """A value as it was given, cut where it gets long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read(kind: type[Made], values: Any, what: str) -> Made:
+    """A dataclass from a JSON object.
+
+    Args:
+        kind: the dataclass; lists become tuples, and objects the dataclasses that it says.
+        values: the object.
+        what: how to call it: the file and the place in it.
+
+    Raises:
+        ValueError: for what is no object, for missing and unknown fields, and for values that do
+            not fit; all of a kind are named at once.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be an object, got {short(values)}")
+    given = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore
+    unknown = sorted(str(name) for name in values if name not in given)
+    nothing = dataclasses.MISSING
+    missing = sorted(
+        name
+        for name, field in given.items()
+        if name not in values and field.default is nothing and field.default_factory is nothing
+    )
+    if unknown or missing:
+        raise ValueError(
+            f"{what} has missing fields {missing} and unknown fields {unknown}; the fields are "
+            f"{sorted(given)}"
+        )
+    kinds = annotated(kind)
+    made = {
+        name: from_json(kinds[name], value, f"{what}, {name}") for name, value in values.items()
+    }
+    wrong = [text for name, value in made.items() for text in problems(kinds[name], value, name)]
+    if wrong:
+        raise ValueError(f"{what}: {'; '.join(wrong)}")
+    with naming(what):
+        return kind(**made)
+
+
+def from_json(kind: Any, value: Any, what: str = "") -> Any:
+    """A JSON value as an annotation's Python types.
+
+    Lists become tuples, objects the dataclasses that it says, whole numbers floats where it says
+    so; what does not fit stays as it is. `what` is how to call it in errors of dataclasses.
+    """
+    kind = _bare(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        kinds = [_bare(each) for each in get_args(kind)]
+        if type(value) not in kinds:
+            kind = next((each for each in kinds if _becomes(each, value)), kind)
+    if kind is float and type(value) is int and abs(value) <= 2**53:
+        return float(value)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        inner = get_args(kind)
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        if len(kinds) == len(value):
+            parts = enumerate(zip(kinds, value))
+            return tuple(from_json(*part, f"{what}[{i}]") for i, part in parts)
+    if _becomes(kind, value) and isinstance(value, Mapping):
+        return read(kind, value, what)
+    return tuples(value)
+
+
+def _becomes(kind: Any, value: Any) -> bool:
+    """Whether JSON says a value of this type by one of another."""
+    if isinstance(value, list):
+        return get_origin(kind) is tuple
+    if isinstance(value, Mapping):
+        return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    return kind is float and type(value) is int
+
+
+@contextlib.contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Name a file or a place in it in front of what a ValueError says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def tuples(value: Any) -> Any:
+    """A JSON value with tuples for its lists, so that it can be hashed."""
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def parse(kind: Any) -> Callable[[str], Any]:
+    """What argparse calls with a word, for an option that is annotated like this.
+
+    Raises:
+        argparse.ArgumentTypeError: for a word that says no such value.
+    """
+    base, _ = _parts(kind)
+
+    def parsed(word: str) -> Any:
+        try:
+            value = base(word)
+        except ValueError:
+            value = word
+        if problems(kind, value, "it"):
+            raise argparse.ArgumentTypeError(f"must be {describe(kind)}, got {word!r}")
+        return value
+
+    return parsed
