@@ -58,10 +58,10 @@ def forward(
     block_q, block_k = mask.block_q, mask.block_k
     rows, longest = mask.index.shape[2:]
     ragged = mask.keys % block_k != 0
+    table, cut, by_row = softmax.table(mask, heads), heads.cut, heads.by_row is not None
     heads = _arranged(mask, heads)
     shape = heads.q.shape[:3]
     lists = [jnp.asarray(x.reshape(*x.shape[:3], -1)) for x in (mask.index, mask.count, mask.full)]
-    table = softmax.table(mask)
 
     def key_head(h: Array) -> Array:
         return jax.lax.div(h, jnp.int32(group))
@@ -96,12 +96,12 @@ def forward(
         specs = specs._replace(scales=(own_rows, of_columns))
 
     def kernel(index, count, full, table, refs, *results):
-        m, h = pl.program_id(0), pl.program_id(1)
+        m, h, b = (pl.program_id(axis) for axis in range(3))
         q = refs.q[...]
         row_scale = None if refs.scales is None else refs.scales[0][...][:, None]
         row_segment = None if refs.segments is None else refs.segments[0][...][:, None]
         row = m * block_q + jnp.arange(block_q)[:, None]
-        parameters = softmax.parameters(mask, table, h)
+        parameters = softmax.parameters(mask, table, b * of_heads + h if by_row else h)
 
         def visit(w: Array, carries: Any, *, inside: bool, outside: bool) -> Any:
             """One block, in which something is seen, or something is not, or both."""
@@ -129,7 +129,7 @@ def forward(
                 )
             return tuple(carries)
 
-        whole = jnp.int32(0) if refs.segments is not None else full[0]
+        whole = jnp.int32(0) if cut else full[0]
         carries = (softmax.empty(block_q, heads.v.shape[-1]),) * (1 + mask.rest)
         walk = jax.lax.fori_loop
         carries = walk(0, whole, partial(visit, inside=True, outside=False), carries)

@@ -18,6 +18,8 @@ class Heads(NamedTuple):
         segments: int32[B, S] and int32[B, T]; a query sees only keys of its own segment.
         scales: float32[B, H, S] and float32[B, K, T], what the codes of a query and of a key count;
             None for floats.
+        by_row: int32[B, H, P], parameters of the mask's rule for every row and head; None for the
+            rule's own.
     """
 
     q: Any
@@ -25,6 +27,12 @@ class Heads(NamedTuple):
     v: Any
     segments: tuple[Array, Array] | None = None
     scales: tuple[Array, Array] | None = None
+    by_row: Array | None = None
+
+    @property
+    def cut(self) -> bool:
+        """Whether more may be masked, in any block, than lists know of."""
+        return self.segments is not None or self.by_row is not None
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:

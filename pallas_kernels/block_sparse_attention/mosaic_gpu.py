@@ -41,6 +41,8 @@ def refusal(mask: BlockMask, heads: Heads) -> str | None:
     others = "use 'pallas_gpu' or 'xla'"
     if heads.segments is not None:
         return f"it has no segments; {others}"
+    if heads.by_row is not None:
+        return f"its rules are the same in all rows; {others}"
     if mask.rest:
         return f"it gives no second result over all keys; {others}"
     for block in (mask.block_q, mask.block_k):
@@ -86,7 +88,7 @@ def forward(
     )
     lists = [jnp.asarray(x) for x in (mask.index, mask.count, mask.full)]
     with jax.named_scope("block_sparse_attention"):
-        out, lse = run(*lists, softmax.table(mask), q, k.swapaxes(2, 3), v)
+        out, lse = run(*lists, softmax.table(mask, padded), q, k.swapaxes(2, 3), v)
     return out[:, :, :queries, :value_width], lse[:, :, :queries]
 
 

@@ -94,16 +94,20 @@ def product(x: Array, y: Array, contracted: Any) -> Array:
     return out.astype(jnp.float32)
 
 
-def table(mask: BlockMask) -> Array:
-    """The rule's per-head parameters, flat; one unused number if there are none."""
-    own = mask.rule.parameters
-    return jnp.asarray(own.reshape(-1) if own.size else np.zeros(1, np.int32))
+def table(mask: BlockMask, heads: Heads) -> Array:
+    """The rule's parameters by head, or by row and head, flat; one unused number without any."""
+    own = mask.rule.parameters if heads.by_row is None else heads.by_row
+    return jnp.asarray(own.reshape(-1) if own.size else np.zeros(1), jnp.int32)
 
 
-def parameters(mask: BlockMask, table: Any, head: Array) -> tuple[Any, ...]:
-    """The rule's parameters of a head, read from `table` inside of a kernel."""
-    heads, count = mask.rule.parameters.shape
-    first = head * count if heads > 1 else 0
+def parameters(mask: BlockMask, table: Any, line: Array) -> tuple[Any, ...]:
+    """The rule's parameters, read from `table` inside of a kernel.
+
+    Args:
+        line: the head, or b H + h for a table by row and head; all share a table of one line.
+    """
+    count = mask.rule.parameters.shape[1]
+    first = line * count if table.shape[0] > count else 0
     return tuple(table[first + i] for i in range(count))
 
 

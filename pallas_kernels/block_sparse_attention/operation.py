@@ -41,6 +41,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     segments: Segments | None = None,
+    by_row: Array | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -55,6 +56,8 @@ def block_sparse_attention(
         mask: lists of blocks, or a rule, for which each implementation chooses its own blocks.
         scale: of the logits; D^-1/2 if None.
         segments: int32[B, S] and int32[B, T]; a query sees only keys of its own segment.
+        by_row: int32[B, H, P], the rule's parameters for every row and head, where rows differ; the
+            blocks that are visited are those of the rule's own, which may show no less.
         return_lse: return (output, log-sum-exp float32[B, S, H]), so that results over different
             keys can be merged.
         implementation: see `pallas_kernels.implementation`.
@@ -69,6 +72,8 @@ def block_sparse_attention(
     """
     check(q, k, v, segments)
     known, made = split_mask(mask, q, k)
+    if by_row is not None:
+        check_by_row(mask if isinstance(mask, Rule) else mask.rule, q, by_row)
     problem = Problem(
         operation="block_sparse_attention",
         mask=known,
@@ -76,7 +81,7 @@ def block_sparse_attention(
         implementation=implementation,
         interpret=interpret,
     )
-    out, lse = _differentiable(problem, *heads_first(q, k, v), (segments, made))
+    out, lse = _differentiable(problem, *heads_first(q, k, v), (segments, by_row, made))
     out = out.swapaxes(1, 2)
     return (out, lse.swapaxes(1, 2)) if return_lse else out
 
@@ -169,7 +174,7 @@ def _run(
     """One program on its own blocks, marked with how much of its work is seen."""
     mask = problem.lists(made, heads, **sizes)
     forward = partial(forward, mask, problem.arithmetic)
-    if flops is not None and mask.seen is not None and heads.segments is None:
+    if flops is not None and mask.seen is not None and not heads.cut:
         lines = heads.q.shape[0] * heads.q.shape[1]
         copies = lines // (mask.index.shape[0] * mask.index.shape[1])
         pairs = lines * mask.queries * mask.keys if mask.rest else mask.seen * copies
@@ -179,8 +184,8 @@ def _run(
 
 
 def _forward(problem: Problem, q: Array, k: Array, v: Array, integers: Any) -> Any:
-    segments, made = integers
-    return attend(problem, Heads(q, k, v, segments), made)
+    segments, by_row, made = integers
+    return attend(problem, Heads(q, k, v, segments, by_row=by_row), made)
 
 
 def _forward_and_save(problem: Problem, q: Array, k: Array, v: Array, integers: Any) -> Any:
@@ -189,8 +194,8 @@ def _forward_and_save(problem: Problem, q: Array, k: Array, v: Array, integers: 
 
 
 def _backward(problem: Problem, saved: Any, gradients: Any) -> Any:
-    q, k, v, (segments, made), out, lse = saved
-    heads = Heads(q, k, v, segments)
+    q, k, v, (segments, by_row, made), out, lse = saved
+    heads = Heads(q, k, v, segments, by_row=by_row)
     mask = problem.lists(made, heads, **xla.BLOCKS)
     return *xla.backward(mask, problem.arithmetic, heads, out, lse, *gradients), None
 
@@ -219,6 +224,16 @@ def split_mask(
     if isinstance(mask, Rule) or mask.static:
         return mask, None
     return None, mask
+
+
+def check_by_row(rule: Rule, q: Array, by_row: Array) -> None:
+    """Raise ValueError unless these are parameters of a rule for operands [B, S, H, D]."""
+    wanted = (q.shape[0], q.shape[2], rule.parameters.shape[1])
+    if by_row.shape != wanted or not jnp.issubdtype(by_row.dtype, jnp.integer):
+        raise ValueError(
+            f"by_row must be integers [batch, heads, parameters of the rule], {list(wanted)}; got "
+            f"{by_row.dtype}{list(by_row.shape)}"
+        )
 
 
 def logit_scale(scale: float | None, q: Array) -> float:

@@ -22,6 +22,10 @@ def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[Arra
         of_queries, of_keys = heads.scales
         logits *= of_queries[..., None] * jnp.repeat(of_keys, group, axis=1)[:, :, None]
     seen = dense_mask(mask)
+    if heads.by_row is not None:
+        row, column = jnp.arange(mask.queries)[:, None], jnp.arange(mask.keys)
+        parameters = jnp.moveaxis(heads.by_row, 2, 0)[..., None, None]
+        seen &= mask.rule.visible(row, column, mask.keys, *parameters)
     if heads.segments is not None:
         of_queries, of_keys = heads.segments
         seen &= (of_queries[:, :, None] == of_keys[:, None])[:, None]

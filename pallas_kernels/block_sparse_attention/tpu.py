@@ -44,7 +44,7 @@ def refusal(mask: BlockMask, heads: Heads) -> str | None:
             f"{mask.block_q} x {mask.block_k}"
         )
     entries = sum(int(np.prod(x.shape)) for x in (mask.index, mask.count, mask.full))
-    entries += mask.rule.parameters.size
+    entries += (mask.rule.parameters if heads.by_row is None else heads.by_row).size
     if entries > SCALARS:
         return (
             f"lists of {entries} entries do not fit in scalar memory, which takes {SCALARS}. Use "
@@ -65,6 +65,7 @@ def forward(
     block_q, block_k = mask.block_q, mask.block_k
     rows, longest = mask.index.shape[2:]
     ragged = mask.keys % block_k != 0
+    table, cut, by_row = softmax.table(mask, heads), heads.cut, heads.by_row is not None
     heads = _arranged(mask, heads)
     lists = [jnp.asarray(x).reshape(-1) for x in (mask.index, mask.count, mask.full)]
 
@@ -130,7 +131,7 @@ def forward(
             seen = None
             if inside and outside:
                 row = m * block_q + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-                parameters = softmax.parameters(mask, table, h)
+                parameters = softmax.parameters(mask, table, b * of_heads + h if by_row else h)
                 seen = mask.rule.visible(row, column, mask.keys, *parameters)
                 if refs.segments is not None:
                     seen &= refs.segments[0][0, :, :1] == refs.segments[1][0, :1, :]
@@ -146,8 +147,7 @@ def forward(
                 exists = column < mask.keys if ragged or seen is not None else None
                 add(carries[1], exists if seen is None else exists & ~seen)
 
-        # Segments cut any block.
-        whole = jnp.int32(0) if refs.segments is not None else full[own]
+        whole = jnp.int32(0) if cut else full[own]
         pl.when(w < whole)(partial(visit, inside=True, outside=False))
         pl.when((w >= whole) & (w < count[own]))(partial(visit, inside=True, outside=True))
         if mask.rest:
@@ -192,7 +192,7 @@ def forward(
         ),
         cost_estimate=softmax.cost(mask, heads, arithmetic.out),
         interpret=interpret,
-    )(*lists, softmax.table(mask), heads)
+    )(*lists, table, heads)
     results = [(out[:, :, :queries], lse.reshape(shape)[:, :, :queries]) for out, lse in results]
     return tuple(results) if mask.rest else results[0]
 

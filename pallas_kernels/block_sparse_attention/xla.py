@@ -134,6 +134,7 @@ class _Tiles:
         self.scale = scale
         self.q = self.of_queries(q)
         self.k = self.of_keys(k)
+        self.cut, self.by_row = heads.cut, heads.by_row
         self.segments = self.scales = None
         if heads.segments is not None:
             of_queries, of_keys = heads.segments
@@ -146,9 +147,9 @@ class _Tiles:
             self.scales = self.of_queries(of_queries), self.of_keys(of_keys[..., None])
 
     def groups(self) -> list[Group]:
-        """The steps in groups; segments may mask an element of any block."""
+        """The steps in groups, and whether an element of their blocks may be masked."""
         groups = _groups(self.mask, self.batch, self.heads)
-        return [(which, cut or self.segments is not None) for which, cut in groups]
+        return [(which, cut or self.cut) for which, cut in groups]
 
     def of_queries(self, x: jax.Array) -> jax.Array:
         """[B, H, S, ...] as [B H M, block_q, ...]."""
@@ -223,6 +224,8 @@ class _Tiles:
         column = column.reshape(1, -1)
         table = mask.rule.parameters
         parameters = jnp.asarray(table)[head] if len(table) > 1 else table[0]
+        if self.by_row is not None:
+            parameters = self.by_row[batch, head]
         listed = jnp.arange(which.blocks.shape[0]) < which.count
         seen = mask.rule.visible(row, column, mask.keys, *parameters)
         seen &= jnp.repeat(listed, mask.block_k)

@@ -173,6 +173,39 @@ def test_segments_cut_whole_blocks(implementation):
         assert_equals_reference(implementation, mask, operands, segments=(numbers, numbers))
 
 
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_rules_that_differ_by_row(implementation):
+    """Each row by numbers of its own is what it is under a rule with these numbers."""
+    operands = heads(150, 150)
+    widest = SinkLocal((16, 4, 16, 8), (100, 30, 150, 40), granularity=10)
+    rows = [widest, SinkLocal((16, 0, 9, 8), (20, 30, 60, 10), granularity=10)]
+    by_row = jnp.stack([jnp.asarray(rule.parameters) for rule in rows])
+    mask = block_mask(widest, 150, block=BLOCKS[implementation])
+    found = assert_equals_reference(implementation, mask, operands, by_row=by_row)
+    for row, rule in enumerate(rows):
+        own = [x[row : row + 1] for x in operands]
+        alone = attend("reference", block_mask(rule, 150, block=8))(*own)
+        for a, b in zip(found, alone, strict=True):
+            chex.assert_trees_all_close(a[row], b[0], **TOLERANCE[jnp.float32])
+
+
+def test_gradients_by_row():
+    operands = heads(32, 32)
+    rows = [SinkLocal(2, 20), SinkLocal(1, 5)]
+    by_row = jnp.stack([jnp.broadcast_to(rule.parameters, (4, 2)) for rule in rows])
+    seen = np.stack([rule.visible(*np.ogrid[:32, :32], 32, *rule.parameters[0]) for rule in rows])
+
+    def loss(attend, *operands):
+        return jnp.sum(jnp.sin(attend(*operands)))
+
+    packed = partial(block_sparse_attention, mask=rows[0], by_row=by_row)
+    plain = partial(jax.nn.dot_product_attention, mask=seen[:, None])
+    found, expected = jax.jit(
+        lambda *x: [jax.grad(partial(loss, f), (0, 1, 2))(*x) for f in (packed, plain)]
+    )(*operands)
+    chex.assert_trees_all_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
 def test_gradients_with_segments():
     operands = heads(32, 32)
     numbers = jnp.arange(32)[None].repeat(2, 0) // 10
@@ -474,3 +507,7 @@ def test_segments_that_do_not_fit():
     wrong = jnp.zeros((2, 9), jnp.int32)
     with pytest.raises(ValueError, match="one number for every query and key"):
         block_sparse_attention(q, k, v, Band(2), segments=(wrong, wrong))
+    with pytest.raises(
+        ValueError, match=r"parameters of the rule\], \[2, 4, 1\]; got int32\[2, 9\]"
+    ):
+        block_sparse_attention(q, k, v, Band(2), by_row=wrong)
