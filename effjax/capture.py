@@ -72,7 +72,8 @@ class Statistics(NamedTuple):
     """Statistics in float32, each [C] per channel or [] per tensor.
 
     Attributes:
-        elements: how many elements each figure covers (float32, exact up to 2^24).
+        elements: how many elements each figure covers, each counted once however calls divide them,
+            padding too (float32, exact up to 2^24).
         absmax, absmean: largest and mean magnitude.
         min, max, mean, mean_square: over these elements.
     """

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from effjax import testing
+from effjax.capture import tap
 from effjax.forward import flatten_params
 from effjax.methods import awq, gptq, round_to_nearest
 from effjax.quant import Quantizer, dequantize, quantize_matrix
@@ -144,7 +145,52 @@ def test_gptq_beats_rounding(subject, act_order):
     assert error(subject, params) < 0.95 * error(subject, nearest)
 
 
+@pytest.mark.parametrize("batches", [[[0, 1], [2]], [[0, 2, 1]], [[2], [1], [0]]], ids=str)
+def test_every_token_counts_once_in_the_moments(subject, batches, monkeypatch):
+    """H of all tokens' inputs, of texts of 20, 20 and 7, however they are divided and padded."""
+    texts = [token_ids(seed, 1)[0, :length] for seed, length in enumerate((20, 20, 7))]
+    path = "blocks.0.attn.to_q"
+    inputs = [
+        tap(subject.forward, subject.params, (text[None],), pattern=path, what="input")[path][0]
+        for text in texts
+    ]
+    rows = np.concatenate(inputs).astype(np.float64)
+    moments, spread = [], gptq._spread
+
+    def seen(plan, quantizer, kernel, moment, leaf):
+        moments.append(moment)
+        return spread(plan, quantizer, kernel, moment, leaf)
+
+    monkeypatch.setattr(gptq, "_spread", seen)
+    plan = gptq.GPTQPlan(((path.replace(".", "[.]"), 4, 16),))
+    given = [[np.asarray(texts[row]) for row in batch] for batch in batches]
+    gptq.fit(plan, subject.forward, subject.params, given, progress=False)
+    (moment,) = moments
+    chex.assert_trees_all_close(np.asarray(moment), rows.T @ rows / 47, rtol=1e-4, atol=1e-5)
+
+
 # AWQ -------------------------------------------------------------------------------------------
+
+
+def test_losses_of_unequal_batches_are_those_of_all_tokens(subject, monkeypatch):
+    found, losses = [], awq._losses
+    monkeypatch.setattr(awq, "_losses", lambda *given: found.append(losses(*given)) or found[-1])
+    tokens, plan = token_ids(0), awq.uniform(3)
+
+    def total(*batches):
+        found.clear()
+        scales = awq.fit(plan, subject.forward, subject.params, batches, points=4, progress=False)
+        return scales, np.sum(found, axis=0)
+
+    (one, whole), (two, parts) = total((tokens,)), total((tokens[:1],), (tokens[1:],))
+    chex.assert_trees_all_close(two, one, rtol=1e-5)
+    chex.assert_trees_all_close(parts, whole, rtol=1e-4)
+
+
+def test_awq_takes_no_padding(subject):
+    batch = jnp.zeros((1, 3), jnp.int32), jnp.array([[0, 1, -1]])
+    with pytest.raises(ValueError, match=r"batch 1 has padding .*texts of one length"):
+        awq.fit(awq.uniform(4), subject.forward, subject.params, [(batch[0],), batch])
 
 
 def test_scaling_alone_changes_nothing(subject):

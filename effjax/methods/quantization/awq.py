@@ -44,6 +44,7 @@ from effjax.methods.quantization.round_to_nearest import (
     RoundToNearestPlan,
     with_kernels,
 )
+from effjax.models.llama import Llama
 from effjax.quant import Quantizer, fake_quantize, quantize_matrix
 from effjax.quant.folding import Fold, fits, fold, folds
 from effjax.transform import Method, Pair, Transform
@@ -83,15 +84,23 @@ def fit(
 
     Args:
         forward, params: the model, not quantised.
-        batches: tuples of the forward's inputs.
+        batches: tuples of the forward's inputs, each token of which counts once: no padding.
         points: n, how many exponents are tried.
         progress: show a bar over the places of scales.
 
     Raises:
-        ValueError: without batches, if the pattern matches no layer, or a layer is quantised.
+        ValueError: without batches, with padding in them, if the pattern matches no layer, or a
+            layer is quantised.
     """
     if not len(batches):
         raise ValueError("there are no batches to calibrate with")
+    for number, inputs in enumerate(batches):
+        positions = inputs[1] if issubclass(forward.model, Llama) and len(inputs) > 1 else None
+        if positions is not None and np.any(np.asarray(positions) < 0):
+            raise ValueError(
+                f"batch {number} has padding (positions below 0), which would count as tokens. "
+                f"Give texts of one length in a batch; batches may differ."
+            )
     places = _places(plan, forward, params)
     first = {where.source: where.readers[0] for where in places}
     pattern = "|".join(map(re.escape, first.values()))
@@ -140,7 +149,7 @@ def _losses(
     x: Float[Array, "B S I"],
     candidates: Float[Array, "N I"],
 ) -> Float[Array, " N"]:
-    """Mean squared errors of what reads the scaled inputs, for every candidate.
+    """Squared errors of what reads the scaled inputs, summed over tokens, for every candidate.
 
     Args:
         bits: of weights and inputs.
@@ -160,7 +169,8 @@ def _losses(
             scaled = kernel.astype(jnp.float32) * scale[:, None]
             rounded = plan.rounded(scaled, bits[0]) / scale[:, None]
             layer.kernel.set_value(rounded.astype(kernel.dtype))
-        return jnp.mean(jnp.square(output(module, _coded(x, bits[1], scale)) - exact))
+        error = jnp.square(output(module, _coded(x, bits[1], scale)) - exact)
+        return jnp.mean(error) * (error.size // error.shape[-1])
 
     exact = output(nnx.merge(graph, variables, copy=True), x)
     return jax.lax.map(loss, candidates)

@@ -3,7 +3,7 @@
 Buys: what rounding to nearest gives, with a smaller error of what a layer computes: at 3 and 4 bits
 much of the lost quality.
 
-    H = mean x x^T + damp mean(diag) I          over the layer's inputs
+    H = mean x x^T + damp mean(diag) I          over all tokens' inputs of the layer
     U = upper Cholesky factor of H^-1
     for each input i:   q_i = round(w_i),   w_j -= U_ij (w_i - q_i) / U_ii   for all j > i
 
@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int8
 from tqdm.auto import tqdm
@@ -37,6 +38,8 @@ from effjax import testing
 from effjax.capture import tap
 from effjax.fields import Positive
 from effjax.forward import Forward, Params
+from effjax.generate import Prompts
+from effjax.generate.sessions import padded
 from effjax.layers.linear import Linear
 from effjax.methods.quantization.round_to_nearest import (
     FLOAT,
@@ -81,15 +84,17 @@ def fit(
     plan: GPTQPlan,
     forward: Forward,
     params: Params,
-    batches: Sequence[Int[Array, "B S"]],
+    batches: Sequence[Prompts],
     *,
     progress: bool = True,
 ) -> dict[str, QTensor]:
     """Codes of a language model's layers, by path.
 
+    How tokens are divided among batches does not matter, but for rounding.
+
     Args:
         forward, params: the model, not quantised.
-        batches: token ids.
+        batches: token ids int32[B, S], or rows of any lengths, of which each token counts once.
         progress: show a bar over the blocks.
 
     Raises:
@@ -103,12 +108,15 @@ def fit(
     if outside := [p for p in decided if not any(p.startswith(f"{b.path}.") for b in blocks)]:
         raise ValueError(f"only layers of a language model's blocks are quantised, not {outside}")
     start = jax.jit(partial(_first_inputs, forward, blocks[0].path))
-    hidden = [start(params, tokens) for tokens in batches]
+    texts = [_with_positions(rows) for rows in batches]
+    hidden = [start(params, *text) for text in texts]
+    places = [positions for _, positions in texts]
+    counts = [tokens.size if at is None else int(np.sum(at >= 0)) for tokens, at in texts]
     found: dict[str, QTensor] = {}
     for site in tqdm(blocks, desc="gptq", disable=not progress, leave=False):
         graph, variables = nnx.split(site.module)
-        seen = [_moments(graph, variables, x) for x in hidden]
-        means = jax.tree.map(lambda *each: sum(each) / len(each), *seen)
+        seen = [_moments(graph, variables, x, at) for x, at in zip(hidden, places, strict=True)]
+        means = jax.tree.map(lambda *each: sum(each) / sum(counts), *seen)
         for own in sites(site.module, Linear):
             path = f"{site.path}.{own.path}"
             if path not in decided:
@@ -122,12 +130,23 @@ def fit(
             setattr(own.module, "kernel", nnx.Param(leaf))  # noqa: B010 - a leaf stands for an array
             found[path] = leaf
         graph, variables = nnx.split(site.module)
-        hidden = [_run(graph, variables, x) for x in hidden]
+        hidden = [_run(graph, variables, x, at) for x, at in zip(hidden, places, strict=True)]
     return found
 
 
-def _first_inputs(forward: Forward, path: str, params: Params, tokens: Array) -> Array:
-    return tap(forward, params, (tokens,), pattern=re.escape(path), what="input")[path]
+def _with_positions(rows: Prompts) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens int32[B, S] and their positions, -1 for padding; None where there is none."""
+    tokens, lengths = padded(rows)
+    columns = np.arange(tokens.shape[1], dtype=np.int32)
+    if lengths.min() == lengths.max():
+        return tokens, None
+    return tokens, np.where(columns < lengths[:, None], columns, -1)
+
+
+def _first_inputs(
+    forward: Forward, path: str, params: Params, tokens: Array, positions: Array | None
+) -> Array:
+    return tap(forward, params, (tokens, positions), pattern=re.escape(path), what="input")[path]
 
 
 class _Watch(Wrapper):
@@ -143,22 +162,26 @@ class _Watch(Wrapper):
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(graph: nnx.GraphDef, variables: Any, x: Array) -> Array:
-    return nnx.merge(graph, variables, copy=True)(x, None)
+def _run(graph: nnx.GraphDef, variables: Any, x: Array, positions: Array | None) -> Array:
+    return nnx.merge(graph, variables, copy=True)(x, positions)
 
 
 @partial(jax.jit, static_argnums=0)
-def _moments(graph: nnx.GraphDef, variables: Any, x: Array) -> dict[str, Array]:
-    """Mean of x x^T over the inputs of every linear layer of a block."""
+def _moments(
+    graph: nnx.GraphDef, variables: Any, x: Array, positions: Array | None
+) -> dict[str, Array]:
+    """Sum of x x^T over the tokens' inputs of every linear layer of a block."""
     block, found = nnx.merge(graph, variables, copy=True), {}
 
     def moment(path: str, x: Array) -> None:
+        if positions is not None:
+            x = jnp.where(positions[:, :, None] >= 0, x, 0)
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        found[path] = jnp.matmul(rows.T, rows, precision="highest") / rows.shape[0]
+        found[path] = jnp.matmul(rows.T, rows, precision="highest")
 
     for site in sites(block, Linear):
         wrap(block, site.path, _Watch, partial(moment, site.path))
-    block(x, None)
+    block(x, positions)
     return found
 
 
