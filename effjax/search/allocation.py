@@ -21,6 +21,9 @@ Numbers: TypeAlias = Sequence[float | int] | np.ndarray
 # A total that exceeds its budget by no more than rounding is within it.
 _SLACK = 1e-9
 
+# Largest coefficient of the objective: the solver stops at an absolute gap of 1e-6.
+_OBJECTIVE = 1e4
+
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
@@ -47,13 +50,16 @@ class Allocation:
         choice: index of the candidate of every layer.
         score: sum of their scores.
         totals: sum of their costs in every budget.
-        optimal: whether this is proven best; False if time ran out first.
+        optimal: whether no choice has a higher score, as the solver proved.
+        gap: by how much another choice's score may be higher, at most; 0 if this is optimal, which
+            allows for rounding to 1e-9 of the most that a layer can lose.
     """
 
     choice: tuple[int, ...]
     score: float
     totals: tuple[float, ...]
     optimal: bool
+    gap: float
 
 
 def allocate(
@@ -65,6 +71,9 @@ def allocate(
     time_limit: float = 60.0,
 ) -> Allocation:
     """The best choice within all budgets.
+
+    Of a layer's candidates with equal scores it takes the one that costs least in the first budget,
+    and of those the first, as far as all limits allow.
 
     Args:
         scores: float[layers, candidates], higher is better; -infinity for a candidate that is not
@@ -118,12 +127,16 @@ def allocate(
         row = np.pad(row / unit, (0, used))
         limits.append(LinearConstraint(row[None], budget.low / unit, budget.high / unit))
     upper: Any = np.pad(allowed.reshape(-1).astype(float), (0, used), constant_values=1)
+    # What a layer loses to its best candidate, in units in which the solver's tolerances vanish.
+    best = np.where(allowed, scores, -np.inf).max(1)
+    losses = np.where(allowed, best[:, None] - scores, 0)
+    unit = max(losses.max(), 1e-300) / _OBJECTIVE
     found = milp(
-        np.pad(-np.where(allowed, scores, 0).reshape(-1), (0, used)),
+        np.pad((losses / unit).reshape(-1), (0, used)),
         constraints=limits,
         integrality=np.ones(total),
         bounds=Bounds(0, upper),
-        options={"time_limit": time_limit},
+        options={"time_limit": time_limit, "mip_rel_gap": 0.0},
     )
     if found.x is None:
         if found.status == 1:
@@ -132,12 +145,36 @@ def allocate(
         raise ValueError(f"no choice meets all budgets at once: {', '.join(sums)}")
     choice = found.x[:count].reshape(layers, candidates).argmax(1)
     rows = np.arange(layers)
+    gap = losses[rows, choice].sum() - found.mip_dual_bound * unit
+    gap = 0.0 if gap <= _SLACK * losses.max() else float(gap)
+    if families is None or distinct is None:
+        choice = _cheapest(choice, np.where(allowed, scores, -np.inf), budgets, costs)
     return Allocation(
         choice=tuple(choice.tolist()),
         score=float(scores[rows, choice].sum()),
         totals=tuple(float(own[rows, choice].sum()) for own in costs),
-        optimal=found.status == 0,
+        optimal=found.status == 0 and gap == 0,
+        gap=gap,
     )
+
+
+def _cheapest(
+    choice: np.ndarray, scores: np.ndarray, budgets: Sequence[Budget], costs: Sequence[np.ndarray]
+) -> np.ndarray:
+    """The choice with each layer's cheapest candidate of those that score as the chosen one."""
+    choice, rows = choice.copy(), np.arange(len(choice))
+    for layer, scored in enumerate(scores):
+        equal = np.flatnonzero(scored == scored[choice[layer]])
+        for candidate in equal[np.argsort(costs[0][layer, equal], kind="stable")]:
+            trial = choice.copy()
+            trial[layer] = candidate
+            totals = [own[rows, trial].sum() for own in costs]
+            if candidate == choice[layer] or all(
+                budget.low <= total <= budget.high for budget, total in zip(budgets, totals)
+            ):
+                choice = trial
+                break
+    return choice
 
 
 def _families(

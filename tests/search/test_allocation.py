@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from effjax.search import allocation
 from effjax.search.allocation import (
     Budget,
     allocate,
@@ -45,6 +46,54 @@ def test_the_best_choice(average):
     assert abs(found.totals[0] / sizes.sum() - average) <= 0.2 + 1e-9
     rows = np.arange(6)
     assert found.totals[0] == bit_costs(sizes, BITS)[rows, found.choice].sum()
+
+
+def test_small_differences_between_large_scores():
+    """A relative gap of 1e-4 would let any choice pass for the best."""
+    sizes, small = layers(8)
+    budget = bit_budget(sizes, BITS, 4.0, tolerance=0.3)
+    for offset, factor in ((1e6, 1.0), (0.0, 1e-9)):
+        scores = offset + factor * small
+        found = allocate(scores, [budget])
+        assert found.score == pytest.approx(brute_force(scores, [budget]), rel=1e-12, abs=1e-16)
+        assert found.optimal
+        assert found.gap == 0
+
+
+def test_ties_go_to_the_cheaper_candidate_and_then_the_first():
+    rows = np.arange(4)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scores, costs = (rng.integers(0, 3, (4, 4)).astype(float) for _ in range(2))
+        budget = Budget(costs, high=5.0)
+        if costs.min(1).sum() > 5:
+            continue
+        found = allocate(scores, [budget])
+        assert found.optimal
+        assert found.score == brute_force(scores, [budget])
+        choice = np.asarray(found.choice)
+        for layer in rows:
+            equal = scores[layer] == scores[layer, choice[layer]]
+            cheapest = np.flatnonzero(equal & (costs[layer] == costs[layer, equal].min()))
+            assert choice[layer] == cheapest[0]
+
+
+def test_a_choice_that_is_not_proven_best_says_how_far_it_may_be(monkeypatch):
+    sizes, scores = layers()
+    budget = bit_budget(sizes, BITS, 4.5, tolerance=0.2)
+    solve = allocation.milp
+
+    def stopped(*arguments, **options):
+        found = solve(*arguments, **options)
+        found.status, found.mip_dual_bound = 1, found.mip_dual_bound - 100
+        return found
+
+    best = allocate(scores, [budget])
+    monkeypatch.setattr(allocation, "milp", stopped)
+    found = allocate(scores, [budget])
+    assert not found.optimal
+    assert found.choice == best.choice
+    assert found.gap == pytest.approx((scores.max(1) - scores.min(1)).max() / 100)
 
 
 def test_several_budgets():
