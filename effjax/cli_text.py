@@ -24,7 +24,7 @@ from effjax.bundled.retrieval import right
 from effjax.cli import told_if_lost
 from effjax.cost import state_bytes, weight_bytes
 from effjax.forward import METHODS
-from effjax.generate import Reading, generate, perplexity, prefill, score
+from effjax.generate import Reading, generate, perplexity, prefill, score, text_bytes
 from effjax.models.llama import Llama
 from effjax.pipelines import TextPipeline
 from effjax.quant import restore
@@ -102,7 +102,7 @@ def search(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) ->
         floor=2 * block,
     )
     with told_if_lost(plan):
-        return _saved(pipe, method, plan, (), arguments.destination)
+        return _saved(pipe, method, plan, (), arguments.destination, tokens=validated)
 
 
 def quantize(
@@ -116,7 +116,7 @@ def quantize(
         pair = pipe.forward, pipe.params
         made = method.calibrate(plan, *pair, None, jnp.asarray(tokens), key=None, uncond=None)
         learned = (made,)
-    return _saved(pipe, method, plan, learned, arguments.destination)
+    return _saved(pipe, method, plan, learned, arguments.destination, tokens=arguments.tokens)
 
 
 def compress(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) -> Figures:
@@ -127,7 +127,7 @@ def compress(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) 
     learned = ()
     if method.calibrate is not None:
         learned = (_trained(pipe, plan, arguments),)
-    return _saved(pipe, method, plan, learned, arguments.destination)
+    return _saved(pipe, method, plan, learned, arguments.destination, tokens=arguments.tokens)
 
 
 def _setting(word: str) -> tuple[str, Any]:
@@ -169,9 +169,18 @@ def _trained(pipe: TextPipeline, plan: Any, arguments: argparse.Namespace) -> An
 
 
 def _saved(
-    pipe: TextPipeline, method: Method, plan: Plan, learned: tuple, destination: Path
+    pipe: TextPipeline,
+    method: Method,
+    plan: Plan,
+    learned: tuple,
+    destination: Path,
+    *,
+    tokens: int,
 ) -> Figures:
+    """Save the compressed pipeline, and say what it and the caches of a text of `tokens` take."""
     small = pipe.transform(method.transform(plan, *learned))
+    tokens = min(tokens, pipe.forward.config.max_positions)
+    dense, held = (text_bytes(each.forward, each.params, tokens) for each in (pipe, small))
     small.save(destination)
     before, after = weight_bytes(pipe.params), weight_bytes(small.params)
     figures = {
@@ -179,9 +188,14 @@ def _saved(
         "plan": plan.to_dict(),
         "weight_bytes": after,
         "weight_bytes_before": before,
+        "cache_tokens": tokens,
+        "cache_bytes": held._asdict(),
+        "cache_bytes_before": dense._asdict(),
     }
     return figures, (
-        f"{plan.describe()}\n{before:,} bytes of weights are {after:,} now\nsaved {destination}"
+        f"{plan.describe()}\n{before:,} bytes of weights are {after:,} now\n"
+        f"{dense.allocated:,} bytes of the cache of a text of {tokens} tokens are "
+        f"{held.allocated:,} now, {held.useful:,} of them used\nsaved {destination}"
     )
 
 

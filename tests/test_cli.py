@@ -308,6 +308,12 @@ def test_compress_and_bench_a_language_model(capsys, tmp_path, language_model):
         capsys, "compress", model, tmp_path / "few", "--method", "snap_kv", "--set", "ratio=0.5"
     )
     assert other[1]["plan"]["ratio"] == 0.5
+    tokens, held = other[1]["cache_tokens"], other[1]["cache_bytes"]
+    token = 2 * 2 * 8 * 4 * 2  # float32 keys and values of two heads of 8 in two layers
+    assert other[1]["cache_bytes_before"] == {"allocated": tokens * token, "useful": tokens * token}
+    kept = max(tokens // 2, 32 + 1)
+    positions = 2 * (2 * kept + 1) * 4  # of kept tokens, and how many were dropped
+    assert held == {"allocated": kept * token + positions, "useful": kept * token + positions}
     short = ("generate", tmp_path / "few", "--prompt", "a b", "--max-new-tokens", 2)
     assert run(capsys, *short)[0] == 0
 

@@ -21,6 +21,7 @@ from effjax.generate.sessions import (
     extend,
     has_cache,
     prefill,
+    text_bytes,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "prefill",
     "process_logits",
     "score",
+    "text_bytes",
 ]

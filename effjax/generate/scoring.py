@@ -18,11 +18,13 @@ from effjax.generate.sessions import (
     ADVICE,
     Prompts,
     cached,
+    check_shortest,
     check_tokens,
     empty_state,
     has_cache,
     padded,
 )
+from effjax.layers.kv_cache import told
 from effjax.samplers import Carry
 
 
@@ -57,7 +59,8 @@ def score(
     first = columns if context is None else context
     if has_cache(forward) or context is not None:
         forward = cached(forward).with_room(first, columns - first)
-        state = empty_state(forward, params, len(tokens))
+        check_shortest(forward, int(lengths.min()))
+        state = told(empty_state(forward, params, len(tokens)), jnp.asarray(lengths))
     else:
         state = {}
     scores = np.array(_score(forward, params, state, tokens, positions.astype(np.int32), first))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ def prefill(
         check_count("chunk", chunk)
     pieces = split(tokens, lengths, chunk or tokens.shape[1])
     forward = cached(forward).with_room(tokens.shape[1], new)
+    check_shortest(forward, int(lengths.min()) + new)
     if len(pieces) > 1:
         inexact = {
             type(cache).__name__
@@ -197,6 +198,13 @@ def check_maker(session: Session, forward: Forward) -> None:
             )
 
 
+def check_shortest(forward: Forward, tokens: int) -> None:
+    """Raise ValueError if a cache has nothing for a batch's shortest text, of so many tokens."""
+    for edit in forward.edits:
+        if isinstance(edit, Caches):
+            edit.check(tokens)
+
+
 def has_cache(forward: Forward) -> bool:
     """Whether an edit of the forward puts caches into it."""
     return any(getattr(edit, "caches", False) for edit in forward.edits)
@@ -235,17 +243,43 @@ class CacheBytes(NamedTuple):
 
 def cache_bytes(params: Params, session: Session) -> CacheBytes:
     """What the caches of a session take, and how much of that its texts use."""
+    shares = _filled(session.forward, params, session.state, session.lengths)
+    return _bytes(session.state, shares)
 
-    @jax.jit
-    def shares(params: Params, session: Session) -> dict[str, Array]:
-        token = jnp.zeros((session.lengths.shape[0], 1), jnp.int32)
-        module = session.forward.loaded(params, session.state, token, step=1)
-        found = ((canonical(p), node) for p, node in nnx.iter_graph(module))
-        return {p: node.filled(session.lengths) for p, node in found if isinstance(node, KVCache)}
 
+def text_bytes(forward: Forward, params: Params, tokens: int) -> CacheBytes:
+    """What the caches of one prompt of so many tokens take, and how much of that it uses."""
+    forward = cached(forward).with_room(tokens, 0)
+    text = jnp.zeros((1, tokens), jnp.int32)
+    positions = jnp.arange(tokens)[None]
+
+    @jax.jit  # of the model only what a cache chooses its tokens by is computed
+    def shares(params: Params) -> dict[str, Array]:
+        state = forward.init(params, text[:, :1], positions[:, :1])
+        _, state = forward(params, state, text, positions, step=0)
+        return _filled(forward, params, state, jnp.full(1, tokens))
+
+    state = jax.eval_shape(partial(empty_state, forward, batch=1), params)
+    return _bytes(state, shares(params))
+
+
+@partial(jax.jit, static_argnums=0)
+def _filled(forward: Forward, params: Params, state: StateDict, lengths: Array) -> dict[str, Array]:
+    """Share of each cache's slots that hold a token, by site."""
+    token = jnp.zeros((lengths.shape[0], 1), jnp.int32)
+    module = forward.loaded(params, state, token, step=1)
+    found = ((canonical(path), node) for path, node in nnx.iter_graph(module))
+    return {path: node.filled(lengths) for path, node in found if isinstance(node, KVCache)}
+
+
+def _bytes(state: Mapping[str, Any], shares: Mapping[str, Array]) -> CacheBytes:
     allocated, useful = 0, 0.0
-    for path, share in shares(params, session).items():
-        own = sum(leaf.nbytes for name, leaf in session.state.items() if name.startswith(path))
+    for path, share in shares.items():
+        own = sum(
+            leaf.size * leaf.dtype.itemsize
+            for name, leaf in state.items()
+            if name.startswith(f"{path}.")
+        )
         allocated, useful = allocated + own, useful + own * float(share)
     return CacheBytes(allocated, round(useful))
 

@@ -6,7 +6,9 @@ stores the new tokens and attends to all that it holds. Where a token goes follo
 position, row by row, so rows may have different lengths; tokens with position -1 are padding and
 leave no trace.
 
-Shapes are static: the forward's `Room` says how long texts may become. A kind declares what it can:
+Shapes are static: the forward's `Room` says how long texts may become. How much is kept of a text
+goes by its own length, as if it were alone; its row may have more slots, which stay empty. A kind
+declares what it can:
 
     multi_token_append     append several tokens in one call (chunked prefill, speculative decoding)
     rollback               go back to a shorter text by appending at an earlier position
@@ -19,11 +21,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -37,6 +41,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.merge import merge
 
 Lengths = Int[Array, " B"]
+Sizes = Callable[[Lengths], Lengths]  # a number of slots for every row, by its tokens
 
 FEW = 8  # queries that a decode kernel takes
 
@@ -172,6 +177,11 @@ class Caches:
     plan: Any = None
     caches: ClassVar[bool] = True
 
+    def check(self, tokens: int) -> None:
+        """Raise ValueError if the plan has nothing for a text that ends after so few tokens."""
+        if hasattr(self.plan, "check_length"):
+            self.plan.check_length(tokens)
+
     def __call__(self, module: nnx.Module, context: Context) -> None:
         found = sites(module, CausalCore)
         if not found:
@@ -245,13 +255,26 @@ class RingCache(KVCache):
 
     Args:
         sinks, ring: slots of each part.
+        own: slots of both that a row uses, by the tokens that its text is to have; None for all.
     """
 
-    def __init__(self, inner: nnx.Module, *, sinks: int, ring: int, first: bool, room: Room):
+    def __init__(
+        self,
+        inner: nnx.Module,
+        *,
+        sinks: int,
+        ring: int,
+        own: Sizes | None = None,
+        first: bool,
+        room: Room,
+    ):
         super().__init__(inner, first=first, room=room)
         self.sinks = min(sinks, room.total)
         self.ring = max(1, min(ring, room.total - self.sinks))
         self.k, self.v = State(), State()
+        self.own = None if self.slots >= room.total else own
+        if self.own is not None:
+            self.foreseen = State()
 
     @property
     def rollback(self) -> bool:
@@ -266,9 +289,18 @@ class RingCache(KVCache):
     def slots(self) -> int:
         return self.sinks + self.ring
 
+    def rings(self, batch: int) -> int | Lengths:
+        """Slots of the ring, of every row where they differ."""
+        if self.own is None:
+            return self.ring
+        slots = self.own(self.foreseen.read((batch,), jnp.int32))
+        return jnp.maximum(slots - self.sinks, 1)
+
     def store(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> None:
+        if self.own is not None:
+            foresee(self.foreseen, positions, self.room)
         held = self.positions(lengths_after(positions))[:, 0]
         k_turned = self.core.rotary(k, positions)
         for state, new in ((self.k, k_turned), (self.v, v)):
@@ -279,17 +311,18 @@ class RingCache(KVCache):
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> Heads:
         q, k = self.core.rotary(q, positions), self.core.rotary(k, positions)
-        before = starts(positions)
-        place = ring_slot(positions, self.sinks, self.ring)
+        before, ring = starts(positions), self.rings(q.shape[0])
+        rings = ring if isinstance(ring, int) else ring[:, None]
+        place = ring_slot(positions, self.sinks, rings)
         after = lengths_after(positions)[:, None]
         # Of several new tokens for one slot, only the last is written.
-        place = jnp.where((place < self.sinks) | (positions >= after - self.ring), place, -1)
+        place = jnp.where((place < self.sinks) | (positions >= after - rings), place, -1)
         old = []
         for state, new in ((self.k, k), (self.v, v)):
             old.append(state.read((new.shape[0], self.slots, *new.shape[2:]), new.dtype))
             state.write(put(old[-1], new, place))
         if q.shape[1] == 1:
-            return _decode(q, self.k, self.v, ends(positions))
+            return _decode(q, self.k, self.v, jnp.minimum(ends(positions), self.sinks + ring))
         held = self.positions(before)[:, 0]
         return attend_to_positions(
             q,
@@ -298,11 +331,12 @@ class RingCache(KVCache):
             positions,
             jnp.concatenate([held, positions], axis=1),
             sinks=self.sinks,
-            local=self.ring,
+            local=rings,
         )
 
     def positions(self, lengths: Lengths) -> Int[Array, "B G C"]:
-        return ring_positions(lengths, self.sinks, self.ring)[:, None]
+        rings = self.rings(lengths.shape[0])
+        return ring_positions(lengths, self.sinks, rings, slots=self.slots)[:, None]
 
 
 class EvictingCache(KVCache):
@@ -312,13 +346,17 @@ class EvictingCache(KVCache):
 
     Args:
         keep: tokens of a prompt that each head keeps.
+        own: of a row's own prompt, `keep` at most, by its tokens; None for `keep`.
     """
 
-    def __init__(self, inner: nnx.Module, *, keep: int, first: bool, room: Room):
+    def __init__(
+        self, inner: nnx.Module, *, keep: int, own: Sizes | None = None, first: bool, room: Room
+    ):
         super().__init__(inner, first=first, room=room)
         if keep < 1:
             raise ValueError(f"a cache must keep at least 1 token of a prompt, got {keep}")
         self.keep = min(keep, room.prompt)
+        self.own = own
         self.k, self.v = State(), State()
         self.held = State(fill=-1.0)  # positions of the kept tokens
         self.dropped = State()  # how many tokens of each text were not kept
@@ -342,10 +380,14 @@ class EvictingCache(KVCache):
     ) -> None:
         batch, columns, heads, _ = k.shape
         valid = (positions >= 0)[:, None]
+        count = jnp.sum(valid[:, 0], axis=1, dtype=jnp.int32)
+        keep = jnp.full_like(count, self.keep) if self.own is None else self.own(count)
         scores = jnp.where(valid, self.scores(q, k, v, x, positions), -jnp.inf)
         _, chosen = jax.lax.top_k(scores, min(self.keep, columns))
         places = jnp.broadcast_to(jnp.where(valid, jnp.arange(columns), columns), scores.shape)
-        chosen = jnp.sort(jnp.take_along_axis(places, chosen, axis=2), axis=2)
+        chosen = jnp.take_along_axis(places, chosen, axis=2)
+        ranks = jnp.arange(chosen.shape[2])
+        chosen = jnp.sort(jnp.where(ranks < keep[:, None, None], chosen, columns), axis=2)
         chosen = jnp.pad(
             chosen, ((0, 0), (0, 0), (0, self.keep - chosen.shape[2])), constant_values=columns
         )
@@ -354,8 +396,7 @@ class EvictingCache(KVCache):
         held = jnp.where(chosen < columns, held, -1)
         self._read(batch, heads)
         self.held.write(held)
-        count = jnp.sum(valid[:, 0], axis=1, dtype=jnp.int32)
-        self.dropped.write(jnp.maximum(count - self.keep, 0))
+        self.dropped.write(jnp.maximum(count - keep, 0))
         for state, new in ((self.k, self.core.rotary(k, positions)), (self.v, v)):
             old = state.read((batch, self.slots, *new.shape[2:]), new.dtype)
             places = jnp.minimum(chosen, columns - 1).transpose(0, 2, 1)[..., None]
@@ -392,18 +433,66 @@ class EvictingCache(KVCache):
 
 
 Dropped = Annotated[float, Range(0, 1, below=True)]  # share of a text's tokens
+HALF = 0.5  # is dropped where a plan says nothing else
 
 
-def budget(capacity: int | None, ratio: float, tokens: int, *, always: int = 0) -> int:
+def check_budget(plan: Any, **always: int) -> None:
+    """What a plan's `capacity` and `ratio` must be; without either the ratio becomes a half.
+
+    Args:
+        always: fields that count tokens which are kept in any case.
+
+    Raises:
+        ValueError: if both are given, or the capacity holds no more than what is always kept.
+    """
+    capacity, ratio = plan.capacity, plan.ratio
+    if capacity is not None and ratio is not None:
+        raise ValueError(
+            f"capacity={capacity} and ratio={ratio} cannot both be given: one is how many tokens "
+            f"are kept, the other the share that is dropped. Leave one of them out (None)."
+        )
+    if capacity is None and ratio is None:
+        object.__setattr__(plan, "ratio", HALF)
+    for name, tokens in always.items():
+        if capacity is not None and capacity <= tokens:
+            raise ValueError(
+                f"capacity={capacity} leaves no token beside {name}={tokens}, which are always "
+                f"kept: take a capacity of at least {tokens + 1}, or a smaller {name}"
+            )
+
+
+def budgets(
+    capacity: int | None, ratio: float | None, most: int, *, always: int = 0
+) -> tuple[int, Sizes | None]:
+    """How many tokens are kept of a text of `most` ones, and of every row by its own; None for all.
+
+    The second one is None where rows need no size of their own: all of theirs fits in the first.
+    """
+    kept = budget(capacity, ratio, most, always=always)
+    if capacity is not None or ratio is None or kept == most:
+        return kept, None
+    table = _shares(ratio, most, always)
+    return kept, lambda tokens: jnp.asarray(table)[tokens]
+
+
+@lru_cache(maxsize=64)
+def _shares(ratio: float, most: int, always: int) -> np.ndarray:
+    """What is kept of 0 ... `most` tokens: a table, since devices round otherwise than the host."""
+    tokens = np.arange(most + 1, dtype=np.int32)
+    kept = np.maximum((tokens * (1 - ratio)).astype(np.int32), always + 1)
+    return np.minimum(kept, tokens)
+
+
+def budget(capacity: int | None, ratio: float | None, tokens: int, *, always: int = 0) -> int:
     """How many of `tokens` are kept: `capacity` if given, else all but a share `ratio` of them.
 
     Args:
         always: tokens that are kept in any case (sinks, a window). Of texts too short to drop the
             share beside them, these and one more are kept.
-
     """
     if capacity is None:
-        return min(max(int(tokens * (1 - ratio)), always + 1), tokens)
+        assert ratio is not None
+        return int(_shares(ratio, tokens, always)[tokens])
     return min(capacity, tokens)
 
 
@@ -424,6 +513,22 @@ def ends(positions: Positions) -> Lengths:
 def lengths_after(positions: Positions) -> Lengths:
     """Tokens of every text after a call; 0 for a row of padding."""
     return jnp.max(positions, axis=1) + 1
+
+
+def foresee(state: State, positions: Positions, room: Room) -> Lengths:
+    """Tokens that each text is to have, remembered: its prompt's and all that are new in the room.
+
+    A state that is above 0 already was told otherwise, see `told`.
+    """
+    lengths = lengths_after(positions)
+    known = state.read(lengths.shape, jnp.int32)
+    state.write(jnp.where(known > 0, known, lengths + room.new))
+    return state.get_value()
+
+
+def told(state: Mapping[str, Array], lengths: Lengths) -> dict[str, Array]:
+    """An initial state whose caches know that texts end after so many tokens, each row its own."""
+    return {name: lengths if name.endswith(".foreseen") else value for name, value in state.items()}
 
 
 def starts(positions: Positions) -> Lengths:
@@ -459,17 +564,27 @@ def put(
     return buffer.at[rows, slots].set(new, mode="drop")
 
 
-def ring_slot(positions: Int[Array, " *shape"], sinks: int, ring: int) -> Int[Array, " *shape"]:
+def ring_slot(
+    positions: Int[Array, "B S"], sinks: int, ring: int | Int[Array, "B 1"]
+) -> Int[Array, "B S"]:
     """Slot of the token at a position: its own among the sinks, then round and round."""
     return jnp.where(positions < sinks, positions, sinks + (positions - sinks) % ring)
 
 
-def ring_positions(lengths: Lengths, sinks: int, ring: int) -> Int[Array, "B C"]:
-    """Position of the token in every slot after this many tokens; -1 for an empty slot."""
-    slot, last = jnp.arange(sinks + ring), lengths[:, None] - 1
+def ring_positions(
+    lengths: Lengths, sinks: int, ring: int | Lengths, *, slots: int
+) -> Int[Array, "B C"]:
+    """Position of the token in every slot after this many tokens; -1 for an empty slot.
+
+    Args:
+        ring: slots of the ring, of all rows or of each.
+        slots: C; those beyond a row's ring stay empty.
+    """
+    ring = ring if isinstance(ring, int) else ring[:, None]
+    slot, last = jnp.arange(slots), lengths[:, None] - 1
     latest = last - (last - slot) % ring  # the last token that went to the slot of the ring
     held = jnp.where(slot < sinks, jnp.where(slot <= last, slot, -1), latest)
-    return jnp.where((slot >= sinks) & (latest < sinks), -1, held)
+    return jnp.where((slot >= sinks) & ((latest < sinks) | (slot >= sinks + ring)), -1, held)
 
 
 # --- attention to slots ---------------------------------------------------------------------------
@@ -510,16 +625,18 @@ def attend_to_positions(
     k_positions: Int[Array, "B T"],
     *,
     sinks: int = 0,
-    local: int | None = None,
+    local: int | Int[Array, "B 1"] | None = None,
 ) -> Heads:
     """Attention by the positions of queries and keys, in any order; -1 is nobody's key.
 
-    A query sees keys up to its own position: the first `sinks` ones and the last `local`, or all.
+    A query sees keys up to its own position: the first `sinks` ones and the last `local` (of all
+    rows or of each), or all.
     Logits of all pairs are made at once: for a chunk of queries and a ring of keys.
     """
     mine, theirs = q_positions[:, :, None], k_positions[:, None]
     seen = (theirs >= 0) & (theirs <= mine)
     if local is not None:
+        local = local if isinstance(local, int) else local[:, None]
         seen &= (theirs < sinks) | (theirs > mine - local)
     batch, queries, heads, width = q.shape
     q = q.reshape(batch, queries, k.shape[2], -1, width) * jnp.asarray(width**-0.5, q.dtype)

@@ -18,6 +18,7 @@ from effjax.layers.kv_cache import (
     DenseCache,
     RingCache,
     as_it_is,
+    budgets,
     ring_positions,
     ring_slot,
 )
@@ -108,6 +109,30 @@ def test_a_ring_shows_the_sinks_and_the_last_tokens(sizes, sinks, ring):
     chex.assert_trees_all_close(outputs[0], first, atol=1e-5)
 
 
+def test_rows_of_a_ring_use_what_their_own_length_allows():
+    """7 tokens are to become 23 and 16 become 32: rings of half of these, beside the sinks."""
+    p = np.arange(TEXT)
+    left = np.stack([p[:16], np.where(p[:16] < 9, -1, p[:16] - 9)])
+    calls = [(slice(0, 16), left)]
+    calls += [(slice(16, 19), np.stack([p[16:19], p[7:10]]))]  # one at a time is another path
+    calls += [(slice(i, i + 1), np.array([[i], [i - 9]])) for i in range(19, TEXT)]
+    kept, own = budgets(None, 0.5, 32, always=2)
+    assert kept == 16
+    options = {"sinks": 2, "ring": kept - 2, "own": own}
+    outputs, values = run(RingCache, calls, **options)
+    want = expected(causal(sinks=2, local=14))[:, 16:]
+    chex.assert_trees_all_close(np.concatenate(outputs[1:], 1)[0], want[0], atol=1e-5)
+    alone = [(columns, np.stack([positions[1]] * 2)) for columns, positions in calls]
+    single, held = run(RingCache, alone, sinks=2, ring=int(23 * 0.5) - 2)
+    for got, want in zip(outputs[1:], single[1:], strict=True):
+        chex.assert_trees_all_close(got[1], want[1], atol=1e-5)
+    for name in ("k", "v"):
+        (whole,), (short,) = (
+            [v for path, v in x.items() if path[-1] == name] for x in (values, held)
+        )
+        chex.assert_trees_all_close(whole[1, :11], short[1], atol=1e-6)
+
+
 def test_a_window_needs_no_more_than_a_ring():
     outputs, values = run(RingCache, pieces(10, 6, 1, 1, 5), core_window=6, sinks=0, ring=6)
     want = expected(causal(local=6))
@@ -119,9 +144,13 @@ def test_ring_positions_by_counting():
     for sinks, ring in ((0, 4), (2, 3), (3, 1), (5, 7)):
         slots = np.full(sinks + ring, -1)
         for length in range(20):
-            got = ring_positions(jnp.array([length]), sinks, ring)
+            got = ring_positions(jnp.array([length]), sinks, ring, slots=sinks + ring)
             chex.assert_trees_all_equal(np.asarray(got[0]), slots)
-            slots[int(ring_slot(jnp.int32(length), sinks, ring))] = length
+            mixed = ring_positions(
+                jnp.array([3, length]), sinks, jnp.array([ring + 4, ring]), slots=sinks + ring + 4
+            )
+            assert mixed[1].tolist() == [*slots, -1, -1, -1, -1]
+            slots[int(ring_slot(jnp.array([[length]]), sinks, ring)[0, 0])] = length
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Methods on caches: which tokens they keep and what they round, against plain formulas."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,12 @@ import pytest
 
 from effjax import testing
 from effjax.context import Room, states
-from effjax.generate import Reading, caches, generate, prefill
+from effjax.generate import Reading, caches, generate, prefill, score
 from effjax.layers.attention import CausalCore
+from effjax.layers.kv_cache import budgets
 from effjax.layers.rotary import Rotary
 from effjax.methods import expected_attention, kivi, knorm, snap_kv, streaming_llm
+from effjax.registry import methods
 from tests.layers.test_kv_cache import TEXT, run, texts
 
 ROTARY = Rotary(8, theta=100.0)
@@ -82,12 +86,70 @@ def test_expected_attention_by_its_formula():
     chex.assert_trees_all_equal(got, best(scores, 7))
 
 
+METHODS_OF_CACHES = {
+    method.name: method
+    for method in methods().values()
+    if method.transform.__module__.startswith("effjax.methods.cache.")
+}
+
+
+@pytest.mark.parametrize("name", METHODS_OF_CACHES)
+def test_answers_do_not_depend_on_the_batch(name):
+    """A text of one token, shorter than any window, and one between the others: read, continued."""
+    subject, method = testing.tiny_llama(num_layers=1), METHODS_OF_CACHES[name]
+    plan = method.ladder(subject)[-1]
+    if name == "moa":
+        plan = dataclasses.replace(plan, alphas=plan.alphas[:1], betas=plan.betas[:1])
+    forward, params = method.transform(plan)(subject.forward, subject.params)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 50, count) for count in (1, 9, 24)]
+    question = None if name == "moa" else rng.integers(3, 50, (1, 3))
+
+    def answers(prompts):
+        session = prefill(forward, params, prompts, new=9)
+        more = None if question is None else np.repeat(question, len(prompts), axis=0)
+        return generate(forward, params, more, session=session, max_new_tokens=6)
+
+    together = answers(prompts)
+    for row, prompt in enumerate(prompts[:2]):
+        alone = answers([prompt])
+        assert alone.rows()[0] == together.rows()[row]
+        chex.assert_trees_all_close(alone.log_probs[0], together.log_probs[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "moa", "snap_kv"])
+def test_scores_do_not_depend_on_the_batch(name):
+    """Sizes go by what each text has, not by what the longest one has; one ends in its context."""
+    subject, method = testing.tiny_llama(), METHODS_OF_CACHES[name]
+    forward, params = method.transform(method.ladder(subject)[-1])(subject.forward, subject.params)
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(3, 50, count) for count in (13, 30, 6)]
+    together = score(forward, params, texts, context=10)
+    for row, (text, context) in enumerate(zip(texts, (10, 10, 6), strict=True)):
+        alone = score(forward, params, [text], context=context)[0]
+        chex.assert_trees_all_close(together[row, 1 : len(text)], alone[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 1 / 3, 0.7, 0.9, 0.999])
+def test_budgets_of_rows_are_those_of_texts_alone(ratio):
+    """Whole tokens of the float64 product, which float32 rounds otherwise."""
+    lengths = np.arange(1, 3000)
+    for always in (0, 5):
+        kept, own = budgets(None, ratio, 3000, always=always)
+        want = [min(max(int(n * (1 - ratio)), always + 1), n) for n in lengths.tolist()]
+        assert own(jnp.asarray(lengths)).tolist() == want
+        assert kept == max(int(3000 * (1 - ratio)), always + 1)
+    assert budgets(7, ratio, 3000) == (7, None)
+    assert budgets(None, 0.0, 3000) == (3000, None)
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         (knorm.KnormCache, {"keep": 6}),
         (snap_kv.SnapKVCache, {"keep": 6, "window": 3, "kernel": 3}),
         (expected_attention.ExpectedCache, {"keep": 6, "future": 9, "sinks": 1}),
+        (knorm.KnormCache, {"keep": 6, "own": lambda tokens: tokens - 5}),
     ],
 )
 def test_padded_rows_keep_what_they_keep_alone(kind, options):
@@ -209,14 +271,36 @@ def test_short_prompts_keep_what_is_always_kept(ratio, window, kept):
     assert out.lengths.tolist() == [3]
 
 
+def test_a_plan_that_says_nothing_drops_half():
+    for plan in (knorm.KnormPlan(), streaming_llm.StreamingLLMPlan()):
+        assert (plan.capacity, plan.ratio) == (None, 0.5)
+    held = knorm.KnormPlan(capacity=9)
+    assert (held.capacity, held.ratio) == (9, None)
+    assert knorm.KnormPlan.from_json(held.to_json()) == held
+
+
 @pytest.mark.parametrize(
     ("plan", "options", "message"),
     [
         (knorm.KnormPlan, {"ratio": 1.0}, "0 <= ratio < 1"),
         (knorm.KnormPlan, {"capacity": 0}, "capacity must be at least 1"),
         (snap_kv.SnapKVPlan, {"kernel": 4}, "kernel odd"),
-        (snap_kv.SnapKVPlan, {"capacity": 20}, "leaves no token beside the window"),
-        (streaming_llm.StreamingLLMPlan, {"capacity": 4}, "no slot beside the 4 sinks"),
+        (snap_kv.SnapKVPlan, {"capacity": 20}, "capacity=20 leaves no token beside window=32"),
+        (streaming_llm.StreamingLLMPlan, {"capacity": 4}, "take a capacity of at least 5"),
+        (
+            expected_attention.ExpectedAttentionPlan,
+            {"capacity": 3},
+            "capacity=3 leaves no token beside sinks=4",
+        ),
+        *(
+            (plan, {"capacity": 90, "ratio": 0.5}, "capacity=90 and ratio=0.5 cannot both be given")
+            for plan in (
+                knorm.KnormPlan,
+                snap_kv.SnapKVPlan,
+                streaming_llm.StreamingLLMPlan,
+                expected_attention.ExpectedAttentionPlan,
+            )
+        ),
         (streaming_llm.StreamingLLMPlan, {"sinks": -1}, "sinks must be at least 0"),
         (expected_attention.ExpectedAttentionPlan, {"future": 0}, "future must be at least 1"),
         (kivi.KIVIPlan, {"key_bits": 3}, "4 or 8 bits, got 3"),

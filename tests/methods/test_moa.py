@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from effjax import testing
+from effjax.context import Room
 from effjax.cost import state_bytes
 from effjax.generate import Reading, generate, prefill
+from effjax.layers.attention import CausalCore
 from effjax.layers.cache_codes import unpack
 from effjax.methods import moa, round_to_nearest
 from effjax.sites import Wrapper, wrap
@@ -30,8 +32,8 @@ VICUNA = [
     (1024, 0.125, 11),
 ]
 CACHES = {"grouped": moa.GroupedCache, "flat": moa.FlatCache}
-PLAN = moa.MoAPlan(((0.0, 0.0),), ((0.5, 0.5),), block=4, sink=4, floor=8)
-SLOTS = (12, 8)  # of the two key heads, for texts of up to 23 tokens
+PLAN = moa.MoAPlan(((0.0, 8.0),), ((0.375, 0.0),), block=4, sink=4, floor=8)
+SLOTS = (12, 8)  # of the two key heads, for texts that become 26 tokens or up to 32
 
 
 def vicuna():
@@ -62,19 +64,20 @@ def test_slots_are_clipped_floored_and_rounded():
 @pytest.mark.parametrize("layout", CACHES)
 def test_new_tokens_see_sinks_and_their_heads_ring(layout):
     calls = pieces(10, *[1] * 13)
-    outputs, values = run(CACHES[layout], calls, slots=SLOTS, plan=PLAN)
+    outputs, values = run(CACHES[layout], calls, plan=PLAN, layer=0)
     got = np.concatenate(outputs[1:], 1)
     for head, slots in enumerate(SLOTS):
         want = expected(causal(sinks=4, local=slots - 4))[:, 10:]
         own = slice(2 * head, 2 * head + 2)  # two query heads read each key head
         chex.assert_trees_all_close(got[:, :, own], want[:, :, own], atol=1e-5)
-    assert sum(value.nbytes for value in values.values()) == 2 * 2 * sum(SLOTS) * 8 * 4
+    lengths = 2 * 4  # an integer of every row
+    assert sum(value.nbytes for value in values.values()) == 2 * 2 * sum(SLOTS) * 8 * 4 + lengths
 
 
 @pytest.mark.parametrize("layout", CACHES)
 def test_prompts_see_whole_blocks(layout):
     """The block rule of the paper: the sink's block and the last R / 4 blocks, and causal."""
-    outputs, _ = run(CACHES[layout], pieces(16), slots=SLOTS, plan=PLAN)
+    outputs, _ = run(CACHES[layout], pieces(16), plan=PLAN, layer=0)
     i, j = np.arange(TEXT)[:, None], np.arange(TEXT)[None]
     for head, slots in enumerate(SLOTS):
         local = (slots - 4) // 4
@@ -89,13 +92,56 @@ def test_padded_rows_are_what_they_are_alone(layout):
     p = np.arange(TEXT)
     left = np.stack([p[:16], np.where(p[:16] < 3, -1, p[:16] - 3)])
     calls = [(slice(0, 16), left), (slice(16, 17), np.array([[16], [13]]))]
-    outputs, values = run(CACHES[layout], calls, slots=SLOTS, plan=PLAN)
+    outputs, values = run(CACHES[layout], calls, plan=PLAN, layer=0)
     alone = [(slice(3, 16), np.stack([p[:13]] * 2)), (slice(16, 17), np.array([[13]] * 2))]
-    single, own = run(CACHES[layout], alone, slots=SLOTS, plan=PLAN)
+    single, own = run(CACHES[layout], alone, plan=PLAN, layer=0)
     chex.assert_trees_all_close(outputs[0][1, 3:], single[0][1], atol=1e-5)
     chex.assert_trees_all_close(outputs[1][1], single[1][1], atol=1e-5)
     for path, value in own.items():
         chex.assert_trees_all_close(values[path][1], value[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", CACHES)
+def test_rows_use_the_spans_of_their_own_length(layout):
+    """16 tokens are to become 32, and 6 become 22."""
+    plan = moa.MoAPlan(((-12.0, -20.0),), ((1.0, 1.0),), block=4, sink=4, floor=8)
+    assert [plan.slots(0, tokens) for tokens in (32, 22)] == [(20, 12), (12, 8)]
+    p = np.arange(TEXT)
+    left = np.stack([p[:16], np.where(p[:16] < 10, -1, p[:16] - 10)])
+    calls = [(slice(0, 16), left)]
+    calls += [(slice(i, i + 1), np.array([[i], [i - 10]])) for i in range(16, TEXT)]
+    outputs, _ = run(CACHES[layout], calls, plan=plan, layer=0)
+    later = np.concatenate(outputs[1:], 1)
+    for head, (long, short) in enumerate(zip((20, 12), (12, 8))):
+        own = slice(2 * head, 2 * head + 2)
+        want = expected(causal(sinks=4, local=long - 4))[:, 16:, own]
+        chex.assert_trees_all_close(later[0][:, own], want[0], atol=1e-5)
+        seen = (p - 10 < 4) | (p[:, None] - p < short - 4)  # columns, and positions 10 below
+        want = expected_from(10, seen & (p >= 10) & (p <= p[:, None]))[:, 16:, own]
+        chex.assert_trees_all_close(later[1][:, own], want[1], atol=1e-5)
+        # The prompt's blocks of four tokens: the sinks' and the last ones.
+        i, j = (p - 10)[:, None] // 4, (p - 10) // 4
+        seen = (j == 0) | (j >= i + 1 - (short - 4) // 4)
+        want = expected_from(10, seen & (p >= 10) & (p <= p[:, None]))[:, 10:16, own]
+        chex.assert_trees_all_close(outputs[0][1, 10:, own], want[1], atol=1e-5)
+
+
+def expected_from(first, seen):
+    """`expected`, of texts that begin in this column: rotation knows differences alone."""
+    return expected(seen | np.diag(np.arange(TEXT) < first))
+
+
+def test_sizes_of_rows_are_those_of_texts_alone():
+    subject = testing.tiny_llama(num_heads=4, num_kv_heads=4)
+    betas, alphas = ((0.31, 0.0, 1.0, 1.0),) * 2, ((0.0, 12.0, -16.0, 3.7),) * 2
+    plan = moa.MoAPlan(alphas, betas, block=4, sink=4, floor=8)
+    core = subject.forward.sites(subject.params, CausalCore)[0].module
+    cache = moa.FlatCache(core, plan=plan, layer=0, first=True, room=Room(60, 40))
+    totals = np.arange(17, 101)
+    cache.foreseen.set_value(jnp.asarray(totals))
+    used = cache.used(len(totals))
+    got = np.stack([used[rule] for rule in plan.rules(0)], axis=1)
+    chex.assert_trees_all_equal(got, np.array([plan.slots(0, int(n)) for n in totals]))
 
 
 def test_layouts_agree_and_take_what_they_say():
@@ -110,7 +156,8 @@ def test_layouts_agree_and_take_what_they_say():
         sizes.append(state_bytes(reading.init(forward, params, subject.cond).state))
         kept = sum(sum(plan.slots(layer, 20)) for layer in range(2))
     chex.assert_trees_all_close(*outputs, atol=1e-5)
-    assert sizes == [2 * 2 * 8 * 4 * kept] * 2
+    lengths = 2 * 2 * 4  # an integer of every layer and row
+    assert sizes == [2 * 2 * 8 * 4 * kept + lengths] * 2
 
 
 @pytest.mark.parametrize("layout", CACHES)
@@ -119,18 +166,20 @@ def test_slots_of_codes(bits, layout):
     """New tokens see keys and values rounded token by token; bytes are what codes take."""
     plan = dataclasses.replace(PLAN, bits=bits)
     calls, kind = pieces(10, *[1] * 13), CACHES[layout]
-    outputs, values = run(kind, calls, slots=SLOTS, plan=plan)
-    exact, floating = run(kind, calls, slots=SLOTS, plan=PLAN)
+    outputs, values = run(kind, calls, plan=plan, layer=0)
+    exact, floating = run(kind, calls, plan=PLAN, layer=0)
     chex.assert_trees_all_equal(outputs[0], exact[0])  # the prompt sees floats
     later, floats = (np.concatenate(each[1:], axis=1) for each in (outputs, exact))
     error = np.abs(later - floats).max() / np.abs(floats).max()
     assert 0 < error < {8: 0.02, 4: 0.3}[bits]
     codes = sum(SLOTS) * 8 * bits // 8
     scales = sum(SLOTS) * 2 * 4
-    assert sum(value.nbytes for value in values.values()) == 2 * 2 * (codes + scales)
+    assert sum(value.nbytes for value in values.values()) == 2 * 2 * (codes + scales) + 2 * 4
     # What a slot holds is its token's key and value, to half a step.
     last = {"grouped": "{}", "flat": "{}_slots"}[layout]
     for path, x in floating.items():
+        if path[-1] == "foreseen":
+            continue
         name = path[0].removesuffix("_slots")
         held, scale, offset = (
             values[last.format(name + part), *path[1:]] for part in ("", "_scale", "_offset")
@@ -188,9 +237,10 @@ def test_texts_are_generated():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alphas": ((0.0,),), "betas": ((0.5, 0.5),)}, "name the same heads"),
+        ({"alphas": ((0.0,),), "betas": ((0.5, 0.5),)}, r"alphas have \[1\] heads and betas \[2\]"),
         ({"sink": 65}, "multiples of the block"),
-        ({"floor": 64}, "leaves no slot beside the sink"),
+        ({"floor": 64}, "floor=64 leaves no slot beside sink=64: take at least 128"),
+        ({"betas": ((-0.5,),)}, "betas are shares of a text, 0 or more, .* least one is -0.5"),
         ({"layout": "round"}, "layout must be one of"),
         ({"bits": 3}, "bits must be 4, 8 or 16"),
     ],
@@ -206,12 +256,15 @@ def test_plans_of_other_models_are_named():
         moa.transform(moa.uniform(2, 2))(subject.forward, subject.params)
     with pytest.raises(ValueError, match="2 query heads share a key head"):
         moa.transform(moa.uniform(3, 4))(subject.forward, subject.params)
-    short = moa.uniform(3, 2, alpha=-1024.0, beta=1.0)
+    short = moa.uniform(3, 2, alpha=-16.0, beta=1.0)
     forward, params = moa.transform(short)(subject.forward, subject.params)
-    with pytest.raises(ValueError, match="is no span; this plan is for longer texts"):
-        generate(forward, params, [[1, 2]], max_new_tokens=4)
+    for prompts in ([[1, 2]], [[1, 2], list(range(30))]):
+        with pytest.raises(ValueError, match="6 tokens is no span; this plan is for longer texts"):
+            generate(forward, params, prompts, max_new_tokens=4)
     with pytest.raises(ValueError, match="has alphas and betas, this one has"):
         moa.read_released({"spans": []})
+    with pytest.raises(ValueError, match=r"alphas .* lists \[layer\]\[head\], got \[1.0\]"):
+        moa.read_released({"alphas": [1.0], "betas": [[0.5]]})
 
 
 # The search -------------------------------------------------------------------------------------
@@ -280,6 +333,20 @@ def test_influence_predicts_what_masking_costs():
     blocks = moa.influence(forward, params, one, block=4, progress=False)[0]
     sums = profile.reshape(4, 10, 4, 10, 4).sum((2, 4))
     chex.assert_trees_all_close(blocks, sums, rtol=1e-3, atol=1e-7)
+
+
+def test_influence_where_one_element_is_nearly_all():
+    """A_11 = 1 - 2^-16: with an epsilon of 1e-6 in place of float32's, 5.5 % less."""
+    rest = 2.0**-16
+    gap = np.log((1 - rest) / rest)
+    q, gradient = jnp.ones((2, 1, 1)), jnp.ones((2, 1, 1))
+    k, v, out = (
+        jnp.asarray(pair, jnp.float32).reshape(2, 1, 1) for pair in ((0, gap), (1, 0), (1, rest))
+    )
+    found = np.asarray(moa._blocks(q, k, v, out, gradient, 1))[0]
+    want = (1 - rest) * rest / (rest + 2.0**-23)
+    assert found[1, 1] == pytest.approx(want, rel=0.01)
+    assert found[0].tolist() == [1, 0]  # the first row's element has nothing to take its weight
 
 
 def test_a_key_heads_influence_is_its_queries_largest():

@@ -13,8 +13,9 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from effjax.generate import caches
+from effjax.layers.kv_cache import RingCache, told
 from effjax.methods import expected_attention, knorm, snap_kv, streaming_llm
 from tests.models.test_llama import load
 
@@ -75,8 +76,11 @@ def test_every_head_scores_and_keeps_as_a_press(method, kind, model, monkeypatch
 def test_streaming_llm_keeps_what_a_press_keeps(model):
     forward, params, tokens = transformed(streaming_llm.METHOD, model)
     kept = ARRAYS[f"{model}/streaming_llm/kept"]
+    length = jnp.array([tokens.shape[1]])
+    state = told(forward.init(params, tokens[:, :1]), length)
+    module = forward.loaded(params, state, tokens[:, :1], step=1)
     held = [
-        cache.positions(jnp.array([tokens.shape[1]])) for cache in caches(forward, params).values()
+        node.positions(length) for _, node in nnx.iter_graph(module) if isinstance(node, RingCache)
     ]
     held = np.sort(np.concatenate(held))
     chex.assert_trees_all_equal(np.broadcast_to(held, kept.shape), kept)

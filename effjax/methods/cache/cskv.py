@@ -78,7 +78,7 @@ class CSKVPlan(Plan):
         """R_k and R_v, for all heads together.
 
         Raises:
-            ValueError: if a density leaves no channel.
+            ValueError: if a density leaves no channel, or an odd number for codes of 4 bits.
         """
         found = []
         for name in ("k_density", "v_density"):
@@ -88,6 +88,12 @@ class CSKVPlan(Plan):
                 raise ValueError(
                     f"{name}={getattr(self, name)} keeps none of the {head_dim} channels of a "
                     f"head; take at least {1 / head_dim:g}"
+                )
+            if self.bits == 4 and rank % 2:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} keeps {rank} channels of {kv_heads} heads "
+                    f"together, and bits=4 puts two into a byte: take a density that keeps an even "
+                    f"number, or bits=8"
                 )
             found.append(rank)
         return found[0], found[1]

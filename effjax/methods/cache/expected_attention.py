@@ -27,7 +27,15 @@ from effjax.context import Room
 from effjax.fields import Count, Natural
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import Caches, Dropped, EvictingCache, Kind, budget, lengths_after
+from effjax.layers.kv_cache import (
+    Caches,
+    Dropped,
+    EvictingCache,
+    Kind,
+    budgets,
+    check_budget,
+    lengths_after,
+)
 from effjax.transform import Method, Pair, Plan, Transform
 
 
@@ -37,22 +45,19 @@ class ExpectedAttentionPlan(Plan):
 
     Attributes:
         capacity: tokens; or None, for
-        ratio: the share of the prompt that is dropped.
+        ratio: the share of the prompt that is dropped; half of it if neither is given.
         future: positions after the prompt over which rotations are averaged.
         sinks: first tokens that are always kept, and whose queries do not count.
     """
 
     capacity: Count | None = None
-    ratio: Dropped = 0.5
+    ratio: Dropped | None = None
     future: Count = 512
     sinks: Natural = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.capacity is not None and self.capacity <= self.sinks:
-            raise ValueError(
-                f"capacity {self.capacity} leaves no token beside the {self.sinks} sinks"
-            )
+        check_budget(self, sinks=self.sinks)
 
 
 def transform(plan: ExpectedAttentionPlan) -> Transform:
@@ -65,8 +70,9 @@ def transform(plan: ExpectedAttentionPlan) -> Transform:
 
 
 def _choose(plan: ExpectedAttentionPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    keep = budget(plan.capacity, plan.ratio, room.prompt, always=plan.sinks)
-    return ExpectedCache, {"keep": keep, "future": plan.future, "sinks": plan.sinks}
+    keep, own = budgets(plan.capacity, plan.ratio, room.prompt, always=plan.sinks)
+    options = {"future": plan.future, "sinks": plan.sinks}
+    return ExpectedCache, {"keep": keep, "own": own, **options}
 
 
 class ExpectedCache(EvictingCache):
@@ -116,7 +122,7 @@ def _identity(subject: testing.Subject) -> ExpectedAttentionPlan:
 
 
 def _ladder(subject: testing.Subject) -> tuple[ExpectedAttentionPlan, ...]:
-    return tuple(ExpectedAttentionPlan(capacity=keep, sinks=1) for keep in (9, 6, 3))
+    return tuple(ExpectedAttentionPlan(ratio=ratio, sinks=1) for ratio in (0.25, 0.5, 0.75))
 
 
 METHOD = Method(

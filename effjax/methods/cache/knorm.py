@@ -23,7 +23,7 @@ from effjax.context import Room
 from effjax.fields import Count
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import Caches, Dropped, EvictingCache, Kind, budget
+from effjax.layers.kv_cache import Caches, Dropped, EvictingCache, Kind, budgets, check_budget
 from effjax.transform import Method, Pair, Plan, Transform
 
 
@@ -33,11 +33,15 @@ class KnormPlan(Plan):
 
     Attributes:
         capacity: tokens; or None, for
-        ratio: the share of the prompt that is dropped.
+        ratio: the share of the prompt that is dropped; half of it if neither is given.
     """
 
     capacity: Count | None = None
-    ratio: Dropped = 0.5
+    ratio: Dropped | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self)
 
 
 def transform(plan: KnormPlan) -> Transform:
@@ -50,7 +54,8 @@ def transform(plan: KnormPlan) -> Transform:
 
 
 def _choose(plan: KnormPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    return KnormCache, {"keep": budget(plan.capacity, plan.ratio, room.prompt)}
+    keep, own = budgets(plan.capacity, plan.ratio, room.prompt)
+    return KnormCache, {"keep": keep, "own": own}
 
 
 class KnormCache(EvictingCache):
@@ -67,7 +72,7 @@ def _identity(subject: testing.Subject) -> KnormPlan:
 
 
 def _ladder(subject: testing.Subject) -> tuple[KnormPlan, ...]:
-    return tuple(KnormPlan(capacity=keep) for keep in (9, 6, 3))
+    return tuple(KnormPlan(ratio=ratio) for ratio in (0.25, 0.5, 0.75))
 
 
 METHOD = Method(

@@ -4,7 +4,7 @@ Buys: at a mean span of half the text, half of the cache and of the traffic of d
 prompt's attention. Heads differ: some look a constant number of tokens back and some at everything,
 so that spans chosen head by head lose far less than one window for all.
 
-    N = prompt + new tokens                         known when a text begins
+    N = prompt + new tokens                         of each text, known when it begins
     c = min(int(alpha + beta N), N), at least `floor`, rounded up to blocks: C slots
     sinks S = min(C, sink), ring R = C - S
     slot(p) = p for p < S, then S + (p - S) mod R
@@ -13,16 +13,17 @@ A new token attends to all C slots. In the prompt spans are of whole blocks: a q
 sinks and the last R / block key blocks, its own included, so up to block - 1 tokens less far back
 than a new token does at the same place.
 
-Static: the plan and N, hence all sizes. Dynamic: lengths. Cost: mean C / N of the dense cache.
+Static: the plan and the largest N, hence all sizes. Dynamic: lengths, and with them how many of its
+slots a shorter text uses. Cost: mean C / N of the dense cache.
 Layouts: "flat", one pair of arrays for all heads, with a stretch of slots for each; "grouped", one
-pair for the heads of a layer that have equal C, which can be sharded by heads (on a TPU groups of
+pair for the heads of a layer that have one rule, which can be sharded by heads (on a TPU groups of
 other than 8, 16 ... heads are copied for every token). With 8 or 4 bits slots hold codes, each
 token's and head's with a scale and an offset, which new tokens see and the prompt does not.
 
 The search asks, for every head, what the loss of answers would be if an element of the attention
 map were masked and its row normalised again. To first order, with A = softmax, dA = dLoss / dA:
 
-    E_ij = A_ij (sum_n A_in dA_in - dA_ij) / (1 - A_ij)         and E_00 = -A_00 dA_00
+    E_ij = A_ij (sum_n A_in dA_in - dA_ij) / (1 - A_ij + eps)   and E_00 = -A_00 dA_00
 
 |E| is summed over blocks; a rule's loss is what lies outside of its span. An integer program
 chooses a rule for each head, at most two a layer, within a density at every length; of its Pareto
@@ -34,13 +35,13 @@ is the largest of its query heads': the reference copies keys for every query he
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -63,6 +64,7 @@ from effjax.layers.kv_cache import (
     Kind,
     KVCache,
     Lengths,
+    foresee,
     left_aligned,
     lengths_after,
     put,
@@ -72,6 +74,7 @@ from effjax.layers.kv_cache import (
 )
 from effjax.quant import QTensor
 from effjax.search.allocation import Allocation, Budget, allocate
+from effjax.storage import read_json
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.block_mask import SinkLocal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -114,14 +117,25 @@ class MoAPlan(Plan):
         super().__post_init__()
         shapes = [[len(row) for row in table] for table in (self.alphas, self.betas)]
         if not shapes[0] or shapes[0] != shapes[1]:
-            raise ValueError(f"alphas and betas must name the same heads, got {shapes}")
+            raise ValueError(
+                f"alphas and betas must name the same heads, layer by layer; alphas have "
+                f"{shapes[0]} heads and betas {shapes[1]}"
+            )
         if self.sink % self.block or self.floor % self.block:
             raise ValueError(
                 f"sink and floor must be multiples of the block; got block={self.block}, "
                 f"sink={self.sink}, floor={self.floor}"
             )
+        if any(beta < 0 for row in self.betas for beta in row):
+            raise ValueError(
+                f"betas are shares of a text, 0 or more, since spans do not shrink as it grows; "
+                f"the least one is {min(min(row) for row in self.betas if row)}"
+            )
         if self.floor <= self.sink:
-            raise ValueError(f"floor {self.floor} leaves no slot beside the sink of {self.sink}")
+            raise ValueError(
+                f"floor={self.floor} leaves no slot beside sink={self.sink}: take at least "
+                f"{self.sink + self.block}"
+            )
 
     def slots(self, layer: int, tokens: int) -> tuple[int, ...]:
         """Slots C of every key head of a layer, for texts of so many tokens.
@@ -129,23 +143,35 @@ class MoAPlan(Plan):
         Raises:
             ValueError: if a rule gives no span at this length.
         """
-        spans = []
-        for head, (alpha, beta) in enumerate(zip(self.alphas[layer], self.betas[layer])):
-            span = alpha + beta * tokens
-            if span <= 0:
+        rules = self.rules(layer)
+        for head, (alpha, beta) in enumerate(rules):
+            if alpha + beta * tokens <= 0:
                 raise ValueError(
                     f"layer {layer}, head {head}: {alpha} + {beta} x {tokens} tokens is no span; "
                     f"this plan is for longer texts"
                 )
-            kept = max(min(int(span), tokens), self.floor)
-            spans.append(-(-kept // self.block) * self.block)
-        return tuple(spans)
+        return tuple(int(self.span(rule, np.asarray(tokens))) for rule in rules)
+
+    def rules(self, layer: int) -> tuple[Rule, ...]:
+        """alpha and beta of every key head of a layer."""
+        return tuple(zip(self.alphas[layer], self.betas[layer], strict=True))
+
+    def span(self, rule: Rule, tokens: np.ndarray) -> np.ndarray:
+        """Slots C of a head, for texts of so many tokens; `floor` where its rule gives no span."""
+        alpha, beta = rule
+        kept = np.minimum((alpha + beta * tokens).astype(int), tokens)
+        return np.asarray(-(-np.maximum(kept, self.floor) // self.block) * self.block)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ValueError if some head has no span in a text that ends after so many tokens."""
+        for layer in range(len(self.alphas)):
+            self.slots(layer, tokens)
 
     def describe(self) -> str:
         """How many heads follow which rule, and bits if slots hold codes."""
         counts: dict[tuple[float, float], int] = {}
-        for alphas, betas in zip(self.alphas, self.betas):
-            for rule in zip(alphas, betas):
+        for layer in range(len(self.alphas)):
+            for rule in self.rules(layer):
                 counts[rule] = counts.get(rule, 0) + 1
         listed = sorted(counts.items(), key=lambda item: -item[1])
         told = [f"{n} heads {alpha:g} + {beta:g} N" for (alpha, beta), n in listed]
@@ -167,14 +193,18 @@ def read_released(source: str | os.PathLike | Mapping[str, Any], **options: Any)
     Raises:
         ValueError: if it holds something else.
     """
-    held = source if isinstance(source, Mapping) else json.loads(Path(source).read_text())
+    held = source if isinstance(source, Mapping) else read_json(Path(source))
     if not {"alphas", "betas"} <= set(held):
         raise ValueError(f"a released plan has alphas and betas, this one has {sorted(held)}")
-    alphas, betas = (
-        tuple(tuple(float(value) for value in row) for row in held[name])
-        for name in ("alphas", "betas")
-    )
-    return MoAPlan(alphas, betas, **options)
+    tables = {}
+    for name in ("alphas", "betas"):
+        table = held[name]
+        if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
+            raise ValueError(
+                f"{name} of a released plan must be lists [layer][head], got {table!r}"
+            )
+        tables[name] = tuple(map(tuple, table))
+    return MoAPlan(tables["alphas"], tables["betas"], **options)
 
 
 # A text's tokens int32[n, N], and how much predicting each of them counts, float32[n, N].
@@ -354,7 +384,7 @@ def _blocks(
         weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
         slopes = jnp.einsum("skgd,tkd->kgst", own_gradient, v)
         mean = jnp.einsum("skgd,skgd->kgs", own_gradient, own_out)[..., None]
-        masked = weights * (mean - slopes) / (1 - weights + 1e-6)
+        masked = weights * (mean - slopes) / (1 - weights + jnp.finfo(jnp.float32).eps)
         # The first row has one element, and nothing to take its weight.
         masked = jnp.where(row[None, None] == 0, -weights * slopes, masked)
         sums = jnp.where(seen, jnp.abs(masked), 0.0).reshape(kv_heads, group, block, -1, block)
@@ -537,7 +567,7 @@ def order_heads(
         raise ValueError(f"{kv_heads} key heads cannot be shared evenly by {devices} devices")
     flat, alphas, betas = flatten_params(params), [], []
     for layer in range(config.num_layers):
-        order = _order(plan.slots(layer, tokens), devices)
+        order = _order(plan.slots(layer, tokens), plan.rules(layer), devices)
         alphas.append(tuple(plan.alphas[layer][head] for head in order))
         betas.append(tuple(plan.betas[layer][head] for head in order))
         queries = (np.asarray(order)[:, None] * group + np.arange(group)).reshape(-1)
@@ -553,14 +583,18 @@ def order_heads(
     return dataclasses.replace(plan, alphas=tuple(alphas), betas=tuple(betas)), nest_params(flat)
 
 
-def _order(slots: Sequence[int], devices: int) -> list[int]:
-    """Heads in their new order: by device, and in each by slots."""
+def _order(slots: Sequence[int], rules: Sequence[Rule], devices: int) -> list[int]:
+    """Heads in their new order: by device, and in each by slots and rules."""
     room = len(slots) // devices
     held: list[list[int]] = [[] for _ in range(devices)]
     for head in sorted(range(len(slots)), key=lambda head: -slots[head]):
         free = [own for own in held if len(own) < room]
         min(free, key=lambda own: sum(slots[each] for each in own)).append(head)
-    return [head for own in held for head in sorted(own, key=lambda head: (slots[head], head))]
+    return [
+        head
+        for own in held
+        for head in sorted(own, key=lambda head: (slots[head], rules[head], head))
+    ]
 
 
 def _reordered(x: Array, heads: np.ndarray, axis: int) -> Array:
@@ -586,25 +620,35 @@ def _check(plan: MoAPlan, layers: int, heads: int, kv_heads: int) -> None:
 
 
 def _choose(plan: MoAPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    options = {"slots": plan.slots(layer, room.total), "plan": plan}
+    options = {"layer": layer, "plan": plan}
     return {"grouped": GroupedCache, "flat": FlatCache}[plan.layout], options
+
+
+@lru_cache(maxsize=1024)
+def _lengths_of_blocks(plan: MoAPlan, rule: Rule, most: int) -> np.ndarray:
+    """The least length, up to `most`, at which a head has each of its blocks beyond the floor."""
+    slots = plan.span(rule, np.arange(most + 1))
+    blocks = np.arange(plan.floor, slots[-1], plan.block)
+    return np.searchsorted(slots, blocks, side="right").astype(np.int32)
 
 
 class SpanCache(KVCache):
     """Heads with sinks and rings of their own sizes: what both layouts share.
 
+    A row uses as many of its slots as a text of its length has.
+
     Args:
-        slots: of every key head.
-        plan: block and sink.
+        plan, layer: whose rules they are.
     """
 
-    def __init__(
-        self, inner: Any, *, slots: tuple[int, ...], plan: MoAPlan, first: bool, room: Room
-    ):
+    def __init__(self, inner: Any, *, plan: MoAPlan, layer: int, first: bool, room: Room):
         super().__init__(inner, first=first, room=room)
-        self.slots = slots
+        self.plan = plan
+        self.layer = layer
+        self.rules = plan.rules(layer)
+        self.slots = plan.slots(layer, room.total)
+        self.foreseen = State()
         self.sink = plan.sink
-        self.block = plan.block
         self.bits = plan.bits
         parts = ("",) if self.bits == FLOAT else ("", "_scale", "_offset")
         self.names = tuple(f"{of}{part}" for of in "kv" for part in parts)
@@ -621,9 +665,25 @@ class SpanCache(KVCache):
     def exact_chunked_prefill(self) -> bool:
         return False
 
-    def ring(self, slots: int) -> tuple[int, int]:
-        """Sizes of the sink and of the ring of a head."""
-        return min(slots, self.sink), slots - min(slots, self.sink)
+    def used(self, batch: int) -> dict[Rule, Lengths]:
+        """Slots that heads use in every row, by their rule."""
+        tokens = self.foreseen.read((batch,), jnp.int32)[:, None]
+        found = {}
+        for rule in dict.fromkeys(self.rules):
+            lengths = jnp.asarray(_lengths_of_blocks(self.plan, rule, self.room.total))
+            blocks = jnp.sum(tokens >= lengths, axis=1, dtype=jnp.int32)
+            found[rule] = self.plan.floor + self.plan.block * blocks
+        return found
+
+    def store(
+        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
+    ) -> None:
+        foresee(self.foreseen, positions, self.room)
+        self.fill(self.coded(self.core.rotary(k, positions), v), positions)
+
+    @abc.abstractmethod
+    def fill(self, new: dict[str, Shaped[Array, "B S K ..."]], positions: Positions) -> None:
+        """Store what slots hold of a text's first tokens."""
 
     def coded(self, k: KeyHeads, v: KeyHeads) -> dict[str, Shaped[Array, "B S K ..."]]:
         """What slots hold of tokens, keys rotated, by name."""
@@ -645,36 +705,43 @@ class SpanCache(KVCache):
         positions: Positions | None,
     ) -> Heads:
         """Attend within spans of whole blocks."""
-        columns = q.shape[1]
-        if min(self.slots) >= columns:
+        batch, columns, heads, _ = q.shape
+        lengths, group = np.arange(columns + 1), heads // k.shape[2]
+        if all((self.plan.span(rule, lengths) >= lengths).all() for rule in self.rules):
             return super().attend_prompt(q, k, v, x, positions)
+
+        def rule(slots: tuple[int, ...]) -> SinkLocal:
+            local = tuple(each - self.sink for each in slots for _ in range(group))
+            return SinkLocal(self.sink, local, granularity=self.plan.block)
+
         turns = jnp.arange(columns)[None] if positions is None else positions
         q, k = self.core.rotary(q, turns), self.core.rotary(k, turns)
-        group = q.shape[2] // k.shape[2]
-        rings = [self.ring(slots) for slots in self.slots for _ in range(group)]
-        rule = SinkLocal(
-            sinks=tuple(sink for sink, _ in rings),
-            local=tuple(ring for _, ring in rings),
-            granularity=self.block,
-        )
         with jax.named_scope("attention"):
             if positions is None:
-                return block_sparse_attention(q, k, v, rule)
+                slots = self.plan.slots(self.layer, columns + self.room.new)
+                return block_sparse_attention(q, k, v, rule(slots))
+            used = self.used(batch)
+            local = jnp.stack([used[each] - self.sink for each in self.rules], axis=1)
+            spans = jnp.stack([jnp.full_like(local, self.sink), local], axis=2)
             # Blocks count from a text's first token, wherever its row begins.
             q, k, v = (left_aligned(part, positions) for part in (q, k, v))
             valid = (jnp.arange(columns) < lengths_after(positions)[:, None]).astype(jnp.int32)
-            out = block_sparse_attention(q, k, v, rule, segments=(valid, valid))
+            out = block_sparse_attention(
+                *(q, k, v, rule(self.slots)),
+                segments=(valid, valid),
+                by_row=jnp.repeat(spans, group, axis=1),
+            )
         places = jnp.maximum(positions, 0)[:, :, None, None]
         return jnp.take_along_axis(out, places, axis=1)
 
     def positions(self, lengths: Lengths) -> Int[Array, "B G C"]:
         """Heads with fewer slots than the most have -1 at the end."""
-        most = max(self.slots)
-        held = [ring_positions(lengths, *self.ring(slots)) for slots in self.slots]
-        padded = [
-            jnp.pad(each, ((0, 0), (0, most - each.shape[1])), constant_values=-1) for each in held
+        used, most = self.used(lengths.shape[0]), max(self.slots)
+        held = [
+            ring_positions(lengths, self.sink, used[rule] - self.sink, slots=most)
+            for rule in self.rules
         ]
-        return jnp.stack(padded, axis=1)
+        return jnp.stack(held, axis=1)
 
     def filled(self, lengths: Lengths) -> Float[Array, ""]:
         slots = lengths.shape[0] * sum(self.slots)
@@ -682,24 +749,23 @@ class SpanCache(KVCache):
 
 
 class GroupedCache(SpanCache):
-    """Arrays [B, C, heads, ...] for the heads that have equally many slots."""
+    """Arrays [B, C, heads, ...] for the heads that have one rule, and so equally many slots."""
 
     def __init__(self, inner: Any, **options: Any):
         super().__init__(inner, **options)
-        sizes = sorted(set(self.slots))
+        kinds = sorted(set(zip(self.slots, self.rules, strict=True)))
         self.groups = tuple(
-            (size, tuple(head for head, slots in enumerate(self.slots) if slots == size))
-            for size in sizes
+            (slots, rule, tuple(head for head, each in enumerate(self.rules) if each == rule))
+            for slots, rule in kinds
         )
         for name in self.names:
-            setattr(self, name, nnx.List([State() for _ in sizes]))
+            setattr(self, name, nnx.List([State() for _ in kinds]))
 
-    def store(
-        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
-    ) -> None:
-        new, lengths = self.coded(self.core.rotary(k, positions), v), lengths_after(positions)
-        for group, (slots, heads) in enumerate(self.groups):
-            held = ring_positions(lengths, *self.ring(slots))
+    def fill(self, new: dict[str, Shaped[Array, "B S K ..."]], positions: Positions) -> None:
+        lengths = lengths_after(positions)
+        used = self.used(lengths.shape[0])
+        for group, (slots, rule, heads) in enumerate(self.groups):
+            held = ring_positions(lengths, self.sink, used[rule] - self.sink, slots=slots)
             for name, part in new.items():
                 own = part[:, :, _of_heads(heads)]
                 getattr(self, name)[group].write(take(own, positions, held))
@@ -711,17 +777,18 @@ class GroupedCache(SpanCache):
         new, lengths = self.coded(self.core.rotary(k, positions), v), lengths_after(positions)
         batch, _, heads, width = q.shape
         q = q.reshape(batch, 1, k.shape[2], -1, width)
-        parts, order = [], []
-        for group, (slots, own) in enumerate(self.groups):
+        parts, order, used = [], [], self.used(batch)
+        for group, (slots, rule, own) in enumerate(self.groups):
             chosen, held = _of_heads(own), {}
-            place = ring_slot(positions, *self.ring(slots))
+            place = ring_slot(positions, self.sink, (used[rule] - self.sink)[:, None])
             for name, part in new.items():
                 state, part = getattr(self, name)[group], part[:, :, chosen]
                 old = state.read((batch, slots, *part.shape[2:]), part.dtype)
                 held[name] = put(old, part, place)
                 state.write(held[name])
             attend = decode_attention if self.bits == FLOAT else quantized_decode_attention
-            out = attend(q[:, :, chosen].reshape(batch, 1, -1, width), lengths=lengths, **held)
+            valid = jnp.minimum(lengths, used[rule])
+            out = attend(q[:, :, chosen].reshape(batch, 1, -1, width), lengths=valid, **held)
             assert isinstance(out, jax.Array)
             parts.append(out.reshape(batch, 1, len(own), -1, v.shape[3]))
             order += own
@@ -747,26 +814,28 @@ class FlatCache(SpanCache):
         for name in self.names:
             setattr(self, f"{name}_slots", State())
 
-    def store(
-        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
-    ) -> None:
+    def fill(self, new: dict[str, Shaped[Array, "B S K ..."]], positions: Positions) -> None:
         lengths = lengths_after(positions)
-        for name, new in self.coded(self.core.rotary(k, positions), v).items():
-            own = [
-                take(new[:, :, head], positions, ring_positions(lengths, *self.ring(slots)))
-                for head, slots in enumerate(self.slots)
-            ]
+        used = self.used(lengths.shape[0])
+        held = [
+            ring_positions(lengths, self.sink, used[rule] - self.sink, slots=slots)
+            for rule, slots in zip(self.rules, self.slots, strict=True)
+        ]
+        for name, part in new.items():
+            own = [take(part[:, :, head], positions, each) for head, each in enumerate(held)]
             getattr(self, f"{name}_slots").write(jnp.concatenate(own, axis=1))
 
     def append(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> Heads:
         q, k = self.core.rotary(q, positions), self.core.rotary(k, positions)
+        used = self.used(q.shape[0])
         own = [
-            ring_slot(positions, *self.ring(slots)) + start
-            for slots, start in zip(self.slots, self.start, strict=True)
+            ring_slot(positions, self.sink, (used[rule] - self.sink)[:, None]) + start
+            for rule, start in zip(self.rules, self.start, strict=True)
         ]
         places, held = jnp.where(positions >= 0, jnp.concatenate(own, axis=1), -1), {}
+        slots = jnp.stack([used[rule] for rule in self.rules], axis=1)
         for name, new in self.coded(k, v).items():
             state = getattr(self, f"{name}_slots")
             old = state.read((new.shape[0], sum(self.slots), new.shape[3]), new.dtype)
@@ -774,7 +843,7 @@ class FlatCache(SpanCache):
             state.write(held[name])
         out = flat_decode_attention(
             q,
-            lengths=lengths_after(positions),
+            lengths=jnp.minimum(lengths_after(positions)[:, None], slots),
             head_start=self.start,
             head_capacity=self.slots,
             **held,

@@ -29,7 +29,15 @@ from effjax.context import Room
 from effjax.fields import Count
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import Caches, Dropped, EvictingCache, Kind, budget, lengths_after
+from effjax.layers.kv_cache import (
+    Caches,
+    Dropped,
+    EvictingCache,
+    Kind,
+    budgets,
+    check_budget,
+    lengths_after,
+)
 from effjax.transform import Method, Pair, Plan, Transform
 
 
@@ -39,13 +47,13 @@ class SnapKVPlan(Plan):
 
     Attributes:
         capacity: tokens, the window's included; or None, for
-        ratio: the share of the prompt that is dropped.
+        ratio: the share of the prompt that is dropped; half of it if neither is given.
         window: last tokens of the prompt, which look and are always kept.
         kernel: tokens over which scores are averaged, odd.
     """
 
     capacity: Count | None = None
-    ratio: Dropped = 0.5
+    ratio: Dropped | None = None
     window: Count = 32
     kernel: Count = 5
 
@@ -53,10 +61,7 @@ class SnapKVPlan(Plan):
         super().__post_init__()
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {self.kernel}")
-        if self.capacity is not None and self.capacity <= self.window:
-            raise ValueError(
-                f"capacity {self.capacity} leaves no token beside the window of {self.window}"
-            )
+        check_budget(self, window=self.window)
 
 
 def transform(plan: SnapKVPlan) -> Transform:
@@ -69,8 +74,9 @@ def transform(plan: SnapKVPlan) -> Transform:
 
 
 def _choose(plan: SnapKVPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    keep = budget(plan.capacity, plan.ratio, room.prompt, always=plan.window)
-    return SnapKVCache, {"keep": keep, "window": plan.window, "kernel": plan.kernel}
+    keep, own = budgets(plan.capacity, plan.ratio, room.prompt, always=plan.window)
+    options = {"window": plan.window, "kernel": plan.kernel}
+    return SnapKVCache, {"keep": keep, "own": own, **options}
 
 
 class SnapKVCache(EvictingCache):
@@ -112,7 +118,7 @@ def _identity(subject: testing.Subject) -> SnapKVPlan:
 
 
 def _ladder(subject: testing.Subject) -> tuple[SnapKVPlan, ...]:
-    return tuple(SnapKVPlan(capacity=keep, window=2) for keep in (9, 6, 3))
+    return tuple(SnapKVPlan(ratio=ratio, window=2) for ratio in (0.25, 0.5, 0.75))
 
 
 METHOD = Method(

@@ -21,7 +21,7 @@ from effjax.context import Room
 from effjax.fields import Count, Natural
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore
-from effjax.layers.kv_cache import Caches, Dropped, Kind, RingCache, budget
+from effjax.layers.kv_cache import Caches, Dropped, Kind, RingCache, budgets, check_budget
 from effjax.transform import Method, Pair, Plan, Transform
 
 
@@ -31,20 +31,18 @@ class StreamingLLMPlan(Plan):
 
     Attributes:
         capacity: slots of a text, sinks included; or None, for
-        ratio: the share of a text's tokens (prompt and new ones) that has no slot.
+        ratio: the share of a text's tokens (prompt and new ones) that has no slot; half of them if
+            neither is given.
         sinks: first tokens that are never overwritten.
     """
 
     capacity: Count | None = None
-    ratio: Dropped = 0.5
+    ratio: Dropped | None = None
     sinks: Natural = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.capacity is not None and self.capacity <= self.sinks:
-            raise ValueError(
-                f"capacity {self.capacity} leaves no slot beside the {self.sinks} sinks"
-            )
+        check_budget(self, sinks=self.sinks)
 
 
 def transform(plan: StreamingLLMPlan) -> Transform:
@@ -57,8 +55,8 @@ def transform(plan: StreamingLLMPlan) -> Transform:
 
 
 def _choose(plan: StreamingLLMPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    slots = budget(plan.capacity, plan.ratio, room.total, always=plan.sinks)
-    return RingCache, {"sinks": plan.sinks, "ring": max(slots - plan.sinks, 1)}
+    slots, own = budgets(plan.capacity, plan.ratio, room.total, always=plan.sinks)
+    return RingCache, {"sinks": plan.sinks, "ring": max(slots - plan.sinks, 1), "own": own}
 
 
 def _identity(subject: testing.Subject) -> StreamingLLMPlan:
@@ -66,7 +64,7 @@ def _identity(subject: testing.Subject) -> StreamingLLMPlan:
 
 
 def _ladder(subject: testing.Subject) -> tuple[StreamingLLMPlan, ...]:
-    return tuple(StreamingLLMPlan(capacity=slots, sinks=2) for slots in (14, 10, 6))
+    return tuple(StreamingLLMPlan(ratio=ratio, sinks=2) for ratio in (0.3, 0.5, 0.7))
 
 
 METHOD = Method(
