@@ -282,9 +282,9 @@ def test_a_plan_that_says_nothing_drops_half():
 @pytest.mark.parametrize(
     ("plan", "options", "message"),
     [
-        (knorm.KnormPlan, {"ratio": 1.0}, "0 <= ratio < 1"),
-        (knorm.KnormPlan, {"capacity": 0}, "capacity must be at least 1"),
-        (snap_kv.SnapKVPlan, {"kernel": 4}, "kernel odd"),
+        (knorm.KnormPlan, {"ratio": 1.0}, "ratio must be a finite number at least 0 and below 1"),
+        (knorm.KnormPlan, {"capacity": 0}, "capacity must be a whole number of at least 1"),
+        (snap_kv.SnapKVPlan, {"kernel": 4}, "kernel must be odd, got 4"),
         (snap_kv.SnapKVPlan, {"capacity": 20}, "capacity=20 leaves no token beside window=32"),
         (streaming_llm.StreamingLLMPlan, {"capacity": 4}, "take a capacity of at least 5"),
         (
@@ -301,12 +301,16 @@ def test_a_plan_that_says_nothing_drops_half():
                 expected_attention.ExpectedAttentionPlan,
             )
         ),
-        (streaming_llm.StreamingLLMPlan, {"sinks": -1}, "sinks must be at least 0"),
-        (expected_attention.ExpectedAttentionPlan, {"future": 0}, "future must be at least 1"),
-        (kivi.KIVIPlan, {"key_bits": 3}, "4 or 8 bits, got 3"),
-        (kivi.KIVIPlan, {"group": 0}, "at least 1 token"),
+        (
+            streaming_llm.StreamingLLMPlan,
+            {"sinks": -1},
+            "sinks must be a whole number of at least 0",
+        ),
+        (expected_attention.ExpectedAttentionPlan, {"future": 0}, "future must be a whole number"),
+        (kivi.KIVIPlan, {"key_bits": 3}, "key_bits must be one of 4, 8, got 3"),
+        (kivi.KIVIPlan, {"group": 0}, "group must be a whole number of at least 1"),
     ],
 )
-def test_plans_that_cannot_be(plan, options, message):
+def test_plans_that_cannot_be(untyped, plan, options, message):
     with pytest.raises(ValueError, match=message):
         plan(**options)

@@ -241,11 +241,11 @@ def test_texts_are_generated():
         ({"sink": 65}, "multiples of the block"),
         ({"floor": 64}, "floor=64 leaves no slot beside sink=64: take at least 128"),
         ({"betas": ((-0.5,),)}, "betas are shares of a text, 0 or more, .* least one is -0.5"),
-        ({"layout": "round"}, "layout must be one of"),
-        ({"bits": 3}, "bits must be 4, 8 or 16"),
+        ({"layout": "round"}, "layout must be one of 'flat', 'grouped'"),
+        ({"bits": 3}, "bits must be one of 4, 8, 16"),
     ],
 )
-def test_plans_that_cannot_be(options, message):
+def test_plans_that_cannot_be(untyped, options, message):
     with pytest.raises(ValueError, match=message):
         moa.MoAPlan(**{"alphas": ((0.0,),), "betas": ((0.5,),), **options})
 
