@@ -8,10 +8,12 @@ Each model family is one file of this folder; see `converters.dit`.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converters.pretrained import convert, describe, from_pretrained, save_pretrained
+    from converters.conversion import convert
+    from converters.pretrained import describe, from_pretrained, save_pretrained
 
 __all__ = ["convert", "describe", "from_pretrained", "save_pretrained"]
 
@@ -20,9 +22,8 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that `import converters` costs nothing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from converters import pretrained
-
-    return getattr(pretrained, name)
+    module = "conversion" if name == "convert" else "pretrained"
+    return getattr(importlib.import_module(f"converters.{module}"), name)
 
 
 def __dir__() -> list[str]:

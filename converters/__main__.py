@@ -5,6 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """What `convert` wrote, a line for each model."""
+    return [
+        f"{each['destination']}: {each['model']}, {each['layout']} layout, "
+        f"{each['parameters']:,} parameters, {each['bytes'] / 1e9:.3f} GB in "
+        f"{len(each['files'])} file(s)"
+        for each in report.get("components", {"": report}).values()
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--layout", help="names of the tensors, if the family has several")
     parser.add_argument(
-        "--subfolder", help="of the model in SRC (default for a pipeline: transformer)"
+        "--subfolder", help="of one model in SRC; else a pipeline is converted whole"
     )
     parser.add_argument("--variant", help="which weights, such as fp16, if there are several")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
@@ -39,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     source, destination = options.pop("source"), options.pop("destination")
     as_json = options.pop("json")
 
-    from converters.pretrained import convert
+    from converters.conversion import convert
 
     try:
         report = convert(source, destination, **options)
@@ -51,11 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     if as_json:
         print(json.dumps(report))
     else:
-        print(
-            f"{report['destination']}: {report['model']}, {report['layout']} layout, "
-            f"{report['parameters']:,} parameters, {report['bytes'] / 1e9:.3f} GB in "
-            f"{len(report['files'])} file(s)"
-        )
+        for line in lines(report):
+            print(line)
     return 0
 
 

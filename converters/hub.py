@@ -167,22 +167,23 @@ class Folder:
         raise ValueError(f"{self.source} has no {name}")
 
     def saved_model(
-        self, subfolder: str, *, weights: bool = True, progress: bool = True
+        self, subfolder: str | None, *, weights: bool = True, progress: bool = True
     ) -> Path | None:
         """The folder of a model that `effjax.save` wrote; None if this is another.
 
         Args:
-            subfolder: where to look.
+            subfolder: where to look; at the top if None.
             weights: fetch them too, not only what describes them.
             progress: show bars of downloads.
         """
-        recipe = self.fetch(f"{subfolder}/recipe.json")
+        prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+        recipe = self.fetch(f"{prefix}recipe.json")
         if recipe is None:
             return None
-        self.fetch(f"{subfolder}/config.json")
+        self.fetch(f"{prefix}config.json")
         names = ("model.safetensors.index.json", "model.safetensors") if weights else ()
         with _download_bars(progress):
-            any(_fetch_weights(self.fetch, f"{subfolder}/{name}") for name in names)
+            any(_fetch_weights(self.fetch, prefix + name) for name in names)
         return recipe.parent
 
 

@@ -151,6 +151,7 @@ def save_pretrained(
     max_shard_bytes: int = SHARD_BYTES,
     layout: str | None = None,
     progress: bool = True,
+    finish: Callable[[Path], object] = lambda directory: None,
 ) -> dict[str, Any]:
     """Write a model as PyTorch libraries read it: config.json and safetensors, sharded if large.
 
@@ -162,6 +163,7 @@ def save_pretrained(
         max_shard_bytes: largest weight file.
         layout: names of the tensors, one of this family's layouts; its first one if None.
         progress: show a bar for what takes longer than a second.
+        finish: is called with the directory before it takes its name, to add to it.
 
     Returns:
         What was written: model, layout, files, parameters (as stored) and bytes.
@@ -184,7 +186,7 @@ def save_pretrained(
             "these parameters are no arrays of float32, bfloat16 or float16 and no quantised "
             "leaves (use effjax.save for other compressed ones):\n  " + "\n  ".join(wrong)
         )
-    return _write(
+    return write_model(
         dst,
         family_of_config(forward.config),
         layout,
@@ -193,57 +195,11 @@ def save_pretrained(
         lambda name: jax.tree.map(to_host, leaves[name]),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
+        finish=finish,
     )
 
 
-def convert(
-    src: str | os.PathLike,
-    dst: str | os.PathLike,
-    *,
-    subfolder: str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    dtype: DTypeLike | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
-    max_shard_bytes: int = SHARD_BYTES,
-    layout: str | None = None,
-    progress: bool = True,
-    check_finite: bool = False,
-) -> dict[str, Any]:
-    """Rewrite a checkpoint in another layout or dtype, holding one tensor at a time.
-
-    Quantised layers keep their codes and are written as compressed-tensors; those with inputs in
-    an order of their own, which it does not have, become floats, and a warning says so.
-
-    Arguments are those of `from_pretrained` and `save_pretrained`, which this equals.
-    """
-    path = resolve(
-        src,
-        subfolder=subfolder,
-        variant=variant,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        progress=progress,
-    )
-    weights = open_weights(path, dtype=dtype, check_finite=check_finite)
-    return _write(
-        dst,
-        weights.family,
-        layout,
-        weights.forward.config,
-        weights.leaves,
-        weights.read,
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-        finish=weights.inspection.raise_faults,
-    )
-
-
-def _write(
+def write_model(
     dst: str | os.PathLike,
     family: Family,
     layout: str | None,
@@ -253,9 +209,12 @@ def _write(
     *,
     max_shard_bytes: int,
     progress: bool,
-    finish: Callable[[], None] = lambda: None,
+    finish: Callable[[Path], object] = lambda directory: None,
 ) -> dict[str, Any]:
-    """Write parameters that `read` gives by path; `finish` may still reject what it has read."""
+    """Write parameters that `read` gives by path.
+
+    `finish` may add to the directory, or still reject what was read, before it takes its name.
+    """
     layout = layout or next(iter(family.tables))
     if layout not in family.tables:
         raise ValueError(
@@ -300,7 +259,7 @@ def _write(
             progress=progress,
         )
         write_json(directory / "config.json", described)
-        finish()
+        finish(directory)
     computed = [specs[buffer.source].shape for buffer in table.buffers if buffer.written]
     return {
         "destination": str(dst),

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +40,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status (0, or 1 for an error, told on standard error)."""
     arguments = _parser().parse_args(argv)
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):
+            setattr(arguments, name, Path(os.path.expanduser(value)))
     try:
         figures, text = arguments.run(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -94,12 +96,15 @@ def _parser() -> argparse.ArgumentParser:
 
     info = add("info", _info, "say what a checkpoint, pipeline or saved model is")
     info.add_argument("source", help="directory, weight file or hub repository")
-    info.add_argument("--subfolder")
+    info.add_argument("--subfolder", help="of one model in it")
+    _version_arguments(info)
 
     convert = add("convert", _convert, "rewrite a PyTorch checkpoint in diffusers' layout")
     convert.add_argument("source", help="directory, weight file or hub repository")
     convert.add_argument("destination", type=Path)
+    convert.add_argument("--subfolder", help="of one model; else a pipeline is converted whole")
     convert.add_argument("--dtype", choices=_DTYPES, help="as stored if left out")
+    _version_arguments(convert)
     convert.add_argument("--check-finite", action="store_true", help="reject NaN and infinity")
 
     search = add("search", _search, "search a plan and save the compressed pipeline")
@@ -166,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")
     _pipeline_arguments(bench)
+    bench.add_argument(
+        "--reference", metavar="MODEL", help="what it was made of; what it remembers if left out"
+    )
     _condition_arguments(bench, "to run on")
     bench.add_argument("--batch", type=COUNT, default=4, help="images at a time")
     bench.add_argument("--repeats", type=COUNT, default=3, help="the fastest one counts")
@@ -199,6 +207,12 @@ def _loading_arguments(command: argparse.ArgumentParser) -> None:
         "--compute-dtype", choices=_DTYPES, help="of the computation; that of the parameters"
     )
     command.add_argument("--check-finite", action="store_true", help="reject NaN and infinity")
+    _version_arguments(command)
+
+
+def _version_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--variant", help="which weights, such as fp16, if there are several")
+    command.add_argument("--revision", help="branch, tag or commit of a hub repository")
 
 
 def _condition_arguments(command: argparse.ArgumentParser, what: str) -> None:
@@ -238,41 +252,31 @@ def _demo(arguments: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _info(arguments: argparse.Namespace) -> tuple[Any, str]:
-    from converters import describe
-    from effjax import recipe
-    from effjax.cost import weight_bytes
-    from effjax.forward import parameter_count
+    from effjax.pipelines.description import describe, lines
 
-    path = Path(arguments.source)
-    for folder in (path / (arguments.subfolder or ""), path / "transformer"):
-        if (folder / recipe.RECIPE).is_file():
-            forward, params = recipe.describe(folder)
-            figures = {
-                "model": forward.model.__name__,
-                "config": dataclasses.asdict(forward.config),
-                "parameters": parameter_count(params),
-                "dtype": forward.config.param_dtype,
-                "compute_dtype": forward.config.dtype,
-                "weight_bytes": weight_bytes(params),
-                "methods": [name for name, _ in forward.recipe],
-            }
-            break
-    else:
-        figures = describe(arguments.source, subfolder=arguments.subfolder)
-    return figures, "\n".join(f"{key:>14}: {value}" for key, value in figures.items())
+    figures = describe(
+        arguments.source,
+        subfolder=arguments.subfolder,
+        variant=arguments.variant,
+        revision=arguments.revision,
+    )
+    return figures, "\n".join(lines(figures))
 
 
 def _convert(arguments: argparse.Namespace) -> tuple[Any, str]:
     import converters
+    from converters.__main__ import lines
 
     figures = converters.convert(
         arguments.source,
         arguments.destination,
+        subfolder=arguments.subfolder,
+        variant=arguments.variant,
+        revision=arguments.revision,
         dtype=arguments.dtype,
         check_finite=arguments.check_finite,
     )
-    text = "{model}: {parameters:,} parameters, {bytes:,} bytes in {destination}"
-    return figures, text.format(**figures)
+    return figures, "\n".join(lines(figures))
 
 
 def _search(arguments: argparse.Namespace) -> tuple[Any, str]:
@@ -341,8 +345,8 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
         if group and "group_size" not in inspect.signature(uniform).parameters:
             raise ValueError(f"{chosen.name} has one scale for a channel; leave out --group-size")
         plan = uniform(int(bits[1]), inputs, **group)
-    elif Path(arguments.bits).is_file():
-        plan = chosen.plan.from_json(Path(arguments.bits).read_text())
+    elif (file := Path(os.path.expanduser(arguments.bits))).is_file():
+        plan = chosen.plan.from_json(file.read_text())
     else:
         raise ValueError(
             f"--bits must be such as w8a8, w4a8 or w4, or a plan.json; got {arguments.bits!r}"
@@ -401,70 +405,20 @@ def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
-    """Alternate the two programs, so that what else the machine does hits both."""
-    import jax
-
-    from effjax.cost import memory_of, sampler_cost, weight_bytes
-    from effjax.metrics import psnr
-    from effjax.quant import restore
-
     pipe = _load(arguments)
-    if _is_text(pipe):
-        from effjax import cli_text
-
-        return cli_text.bench(pipe, arguments)
     if not pipe.forward.recipe:
         raise ValueError(
             f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
-            f"pipeline with `effjax search` or `effjax quantize`."
+            f"model with `effjax search`, `effjax quantize` or `effjax compress`."
         )
-    sampler = pipe.sampler(**_settings(pipe, arguments))
+    from effjax import cli_bench, cli_text
+    from effjax.pipelines.reference import reference
+
+    compared = reference(pipe, arguments.reference)
+    if _is_text(pipe):
+        return cli_text.bench(pipe, compared, arguments)
     some = _asked(pipe, arguments, default=1, texts=[""])[:1]
-    cond, uncond = pipe.conditions(some * arguments.batch)
-    uncond = uncond if sampler.guided else None
-    key = jax.random.key(arguments.seed)
-    weights = restore(pipe.params, pipe.forward.config.param_dtype)
-    pairs = {
-        "dense": (dataclasses.replace(pipe.forward, edits=(), recipe=()), weights),
-        "compressed": (pipe.forward, pipe.params),
-    }
-    figures: dict[str, Any] = {}
-    programs = {}
-    for name, pair in pairs.items():
-        began = time.perf_counter()
-        programs[name] = jax.jit(sampler).lower(*pair, cond, key, uncond=uncond).compile()
-        compiled = time.perf_counter() - began
-        cost = sampler_cost(sampler, *pair, cond, uncond=uncond)
-        figures[name] = {
-            "compile_seconds": compiled,
-            "weight_bytes": weight_bytes(pair[1]),
-            "peak_bytes": memory_of(programs[name])["peak_bytes"],
-            "flops": cost.flops,
-            "attention_flops": cost.scope("attention").flops,
-            "seconds": float("inf"),
-        }
-    samples = {}
-    for _ in range(arguments.repeats + 1):
-        for name, program in programs.items():
-            began = time.perf_counter()
-            samples[name] = jax.block_until_ready(program(*pairs[name], cond, key, uncond=uncond))
-            seconds = time.perf_counter() - began
-            figures[name]["seconds"] = min(figures[name]["seconds"], seconds)
-    dense, compressed = figures["dense"], figures["compressed"]
-    figures["ratio"] = {name: compressed[name] / dense[name] for name in dense}
-    images = (pipe.decode(samples[name]) for name in ("dense", "compressed"))
-    figures["psnr_to_dense"] = float(psnr(*images))
-    saved = Path(arguments.source) / "transformer"
-    figures["disk_bytes"] = sum(file.stat().st_size for file in saved.glob("*") if file.is_file())
-    lines = [f"{'':18}{'dense':>14}{'compressed':>14}{'ratio':>9}"]
-    for name in dense:
-        values = f"{dense[name]:>14.4g}{compressed[name]:>14.4g}{figures['ratio'][name]:>9.3f}"
-        lines.append(f"{name:18}{values}")
-    lines.append(f"{'disk_bytes':18}{'':14}{figures['disk_bytes']:>14.4g}")
-    lines.append(
-        f"PSNR of its images to those of the dense model: {figures['psnr_to_dense']:.1f} dB"
-    )
-    return figures, "\n".join(lines)
+    return cli_bench.bench(pipe, compared, some, _settings(pipe, arguments), arguments)
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[Any, str]:
@@ -512,6 +466,8 @@ def _load(arguments: argparse.Namespace) -> Any:
 
     return effjax.pipeline(
         arguments.source,
+        variant=arguments.variant,
+        revision=arguments.revision,
         dtype=arguments.dtype,
         compute_dtype=arguments.compute_dtype,
         check_finite=arguments.check_finite,

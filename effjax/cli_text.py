@@ -8,9 +8,7 @@ that were told long before.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,12 @@ import numpy as np
 from effjax.bundled import texts
 from effjax.bundled.retrieval import right
 from effjax.cli import told_if_lost
+from effjax.cli_bench import side_by_side
 from effjax.cost import state_bytes, weight_bytes
-from effjax.forward import METHODS
 from effjax.generate import Reading, generate, perplexity, prefill, score, text_bytes
 from effjax.models.llama import Llama
 from effjax.pipelines import TextPipeline
-from effjax.quant import restore
+from effjax.pipelines.reference import Reference
 from effjax.transform import Method, Pair, Plan
 
 Figures = tuple[dict[str, Any], str]
@@ -199,20 +197,13 @@ def _saved(
     )
 
 
-def bench(pipe: TextPipeline, arguments: argparse.Namespace) -> Figures:
-    """The compressed model and its dense one take turns."""
-    forward, length, new = pipe.forward, arguments.tokens, arguments.new
-    if not forward.recipe:
-        raise ValueError(
-            f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
-            f"model with `effjax compress`, `effjax search` or `effjax quantize`."
-        )
+def bench(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespace) -> Figures:
+    """The compressed model and what it is compared with take turns."""
+    length, new = arguments.tokens, arguments.new
     source = world(pipe, arguments.texts, length, held_out=True)
-    weights = {name: leaf for name, leaf in pipe.params.items() if name != METHODS}
-    weights = restore(weights, forward.config.param_dtype)
     pairs: dict[str, Pair] = {
-        "dense": (dataclasses.replace(forward, edits=(), recipe=()), weights),
-        "compressed": (forward, pipe.params),
+        reference.kind: reference.pair,
+        "compressed": (pipe.forward, pipe.params),
     }
     prompts = passages(source, length, arguments.batch, seed=arguments.seed)
     asked = questions(source, length, arguments.batch, seed=arguments.seed)
@@ -241,15 +232,7 @@ def bench(pipe: TextPipeline, arguments: argparse.Namespace) -> Figures:
                 }
                 own = figures[name]
                 own.update({key: max(own[key], value) for key, value in speeds.items()})
-    dense, compressed = figures["dense"], figures["compressed"]
-    figures["ratio"] = {
-        name: compressed[name] / dense[name] if dense[name] else math.nan for name in dense
-    }
-    lines = [f"{'':26}{'dense':>14}{'compressed':>14}{'ratio':>9}"]
-    for name in dense:
-        values = f"{dense[name]:>14.4g}{compressed[name]:>14.4g}{figures['ratio'][name]:>9.3f}"
-        lines.append(f"{name:26}{values}")
-    return figures, "\n".join(lines)
+    return figures, "\n".join(side_by_side(figures, reference))
 
 
 def _kv_bytes(pair: Pair, length: int, new: int) -> int:

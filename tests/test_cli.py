@@ -30,15 +30,27 @@ def run(capsys, *arguments):
 def test_info(capsys, folder):
     status, figures, _ = run(capsys, "info", folder)
     assert status == 0
-    assert (figures["model"], figures["layout"]) == ("DiT", "diffusers")
-    assert figures["config"]["num_layers"] == 2
-    assert figures["weight_bytes"] > 4 * figures["parameters"]  # the layout stores copies
+    assert (figures["pipeline"], figures["methods"]) == ("DiTPipeline", [])
+    assert figures["scheduler"]["_class_name"] == "DDIMScheduler"
+    assert figures["components"]["vae"] is None
+    status, model, _ = run(capsys, "info", folder, "--subfolder", "transformer")
+    assert figures["components"]["transformer"] == model
+    assert (model["model"], model["layout"]) == ("DiT", "diffusers")
+    assert (model["dtype"], model["compute_dtype"]) == ("float32", "float32")
+    assert model["config"]["num_layers"] == 2
+    assert model["weight_bytes"] > 4 * model["parameters"]  # the layout stores copies
+    assert main(["info", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert f"DiT, {model['parameters']:,} parameters float32, computes in float32" in told
 
 
 def test_convert(capsys, folder, tmp_path):
     status, figures, _ = run(capsys, "convert", folder, tmp_path / "half", "--dtype", "bfloat16")
     assert status == 0
-    assert (tmp_path / "half" / "config.json").is_file()
+    assert (tmp_path / "half" / "transformer" / "config.json").is_file()
+    assert run(capsys, "info", tmp_path / "half")[1]["components"]["transformer"]["dtype"] == (
+        "bfloat16"
+    )
     _, full, _ = run(capsys, "info", folder)
     assert 2 * figures["bytes"] == full["weight_bytes"]
 
@@ -88,6 +100,7 @@ def test_quantize_and_bench(untyped, capsys, folder, tmp_path, method):
     assert bench["compressed"]["peak_bytes"] > 0
     assert bench["disk_bytes"] > bench["compressed"]["weight_bytes"]
     assert bench["psnr_to_dense"] > 10
+    assert bench["reference"] == {"kind": "dense", "model": str(folder)}
 
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(figures["plan"]))
@@ -325,7 +338,7 @@ def test_quantize_a_language_model(capsys, tmp_path, language_model):
         status, figures, _ = run(capsys, *arguments, *texts, "--samples", 2)
         assert status == 0
         assert figures["weight_bytes"] < figures["weight_bytes_before"]
-        assert run(capsys, "info", tmp_path / method / "model")[0] == 0
+        assert run(capsys, "info", tmp_path / method)[1]["methods"] == [method]
 
 
 def test_search_spans_of_a_language_model(capsys, tmp_path, language_model):

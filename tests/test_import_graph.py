@@ -31,7 +31,7 @@ LAYERS = [
     ["converters"],
     ["effjax.pipelines"],
     ["effjax.bundled"],
-    ["effjax.cli", "effjax.cli_text"],
+    ["effjax.cli", "effjax.cli_bench", "effjax.cli_text"],
     ["experiments"],
 ]
 ENTRY = "effjax"  # resolves its public names lazily, so only what lies above pipelines uses it

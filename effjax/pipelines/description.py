@@ -1,0 +1,120 @@
+"""What a model, a pipeline or a saved one is, from its configurations and its files' headers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import converters
+from converters.hub import Folder, open_folder
+from effjax import recipe
+from effjax.cost import weight_bytes
+from effjax.forward import parameter_count
+from effjax.pipelines.base import INDEX
+from effjax.pipelines.diffusion import SCHEDULER
+from effjax.pipelines.loading import Components
+
+
+def describe(
+    source: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    **remote: Any,
+) -> dict[str, Any]:
+    """What a model or a pipeline is; files of a repository are fetched, but nothing is loaded.
+
+    Args:
+        source: directory, weight file or hub repository, also of what was saved compressed.
+        subfolder: describe one model of a pipeline.
+        variant: of the weights, where a component has it.
+        remote: `revision`, `token`, `cache_dir`, `local_files_only` of `effjax.pipeline`.
+
+    Returns:
+        Of a model: model, layout (of a checkpoint) or methods (of a saved one), config, parameters,
+        dtype, compute_dtype, weight_bytes. Of a pipeline: pipeline, components by name (None for
+        one that is missing), scheduler, methods, parameters, weight_bytes, and origin if it is
+        known.
+
+    Raises:
+        ValueError: for what cannot be found or read.
+    """
+    try:
+        folder = open_folder(source, **remote)
+    except ValueError:  # a file here or in a repository, or nothing
+        options = {"subfolder": subfolder, "variant": variant, **remote}
+        return converters.describe(source, **options)
+    if subfolder is not None or not folder.has(INDEX):
+        return _model(folder, subfolder, variant)
+    index = folder.read(INDEX)
+    found = Components(folder, index, {}, variant, {})
+    components: dict[str, Any] = {}
+    for name in ("transformer", "model", "text_encoder", "vae"):
+        if found.has(name):
+            held = variant if found.has_variant(name) else None
+            components[name] = _model(folder, name, held)
+        elif name in index:
+            components[name] = None
+    models = [each for each in components.values() if each is not None]
+    methods = (method for each in models for method in each.get("methods", ()))
+    figures = {
+        "pipeline": index.get("_class_name"),
+        "components": components,
+        "methods": list(dict.fromkeys(methods)),
+        "parameters": sum(each["parameters"] for each in models),
+        "weight_bytes": sum(each["weight_bytes"] for each in models),
+    }
+    if folder.has(SCHEDULER):
+        figures["scheduler"] = folder.read(SCHEDULER)
+    if "origin" in index:
+        figures["origin"] = index["origin"]
+    return figures
+
+
+def _model(folder: Folder, subfolder: str | None, variant: str | None) -> dict[str, Any]:
+    saved = folder.saved_model(subfolder, weights=False)
+    if saved is None:
+        options = {"subfolder": subfolder, "variant": variant, **folder.remote}
+        return converters.describe(folder.source, **options)
+    forward, params = recipe.describe(saved)
+    return {
+        "model": forward.model.__name__,
+        "methods": [name for name, _ in forward.recipe],
+        "config": dataclasses.asdict(forward.config),
+        "parameters": parameter_count(params),
+        "dtype": forward.config.param_dtype,
+        "compute_dtype": forward.config.dtype,
+        "weight_bytes": weight_bytes(params),
+    }
+
+
+def lines(figures: Mapping[str, Any]) -> Iterator[str]:
+    """Figures of `describe` for people."""
+    if "pipeline" not in figures:
+        yield f"{'model':>14}: {_sentence(figures)}"
+        for key in ("layout", "config"):
+            if key in figures:
+                yield f"{key:>14}: {figures[key]}"
+        return
+    yield f"{'pipeline':>14}: {figures['pipeline']}"
+    for name, model in figures["components"].items():
+        yield f"{name:>14}: {'none' if model is None else _sentence(model)}"
+    if "scheduler" in figures:
+        yield f"{'scheduler':>14}: {figures['scheduler'].get('_class_name')}"
+    yield f"{'methods':>14}: {', '.join(figures['methods']) or 'none'}"
+    yield f"{'weight_bytes':>14}: {figures['weight_bytes']:,}"
+    if "origin" in figures:
+        known = figures["origin"]
+        at = f" at {known['revision']}" if "revision" in known else ""
+        yield f"{'made of':>14}: {known['model']}{at}"
+
+
+def _sentence(figures: Mapping[str, Any]) -> str:
+    methods = figures.get("methods")
+    return (
+        f"{figures['model']}, {figures['parameters']:,} parameters {figures['dtype']}, computes in "
+        f"{figures['compute_dtype']}, {figures['weight_bytes']:,} bytes"
+        + (f", methods {', '.join(methods)}" if methods else "")
+    )

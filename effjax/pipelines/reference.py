@@ -1,0 +1,110 @@
+"""What a compressed pipeline is compared with: the model that it was made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from converters.hub import open_folder
+from effjax.forward import METHODS, Forward
+from effjax.pipelines.base import INDEX, BasePipeline, Origin
+from effjax.pipelines.loading import Components
+from effjax.pipelines.text import TextPipeline
+from effjax.quant import QTensor, restore
+from effjax.registry import method
+from effjax.transform import Pair
+
+
+class Reference(NamedTuple):
+    """A model without methods.
+
+    Attributes:
+        pair: its forward and parameters.
+        kind: "dense" for weights that no method changed; "dequantised" for floats that were made of
+            codes, whose rounding is in them.
+        model: where the weights come from; None for the pipeline's own.
+        reason: why they are dequantised.
+    """
+
+    pair: Pair
+    kind: str
+    model: str | None = None
+    reason: str = ""
+
+    def sentence(self) -> str:
+        """What it is, for people."""
+        if self.kind == "dense":
+            return f"the dense model{f', {self.model}' if self.model else ''}"
+        return f"dequantised weights ({self.reason})"
+
+
+def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
+    """What a pipeline is compared with.
+
+    Methods that change no weights leave the pipeline's own; else the model that it was made of is
+    loaded, in its dtypes. Where that cannot be found, its own weights are restored from codes.
+
+    Args:
+        pipe: the compressed pipeline.
+        model: directory or repository of the model that it was made of; what the pipeline remembers
+            if None.
+
+    Raises:
+        ValueError: for a model that was given and cannot be loaded, is compressed itself, or has
+            another configuration.
+    """
+    if model is not None:
+        return _loaded(pipe, Origin(model))
+    own = {name: leaf for name, leaf in pipe.params.items() if name != METHODS}
+    bare = _bare(pipe)
+    methods = dict.fromkeys(name for name, _ in pipe.forward.recipe)
+    changing = [name for name in methods if "leaves" in method(name).seams]
+    if not changing and not _has_codes(own):
+        return Reference((bare, own), "dense")
+    reason = "what it was made of is not known; give the model as reference"
+    if changing and pipe.origin is not None:
+        try:
+            return _loaded(pipe, pipe.origin)
+        except (ValueError, OSError, ImportError) as error:
+            reason = f"{pipe.origin.model} cannot be loaded: {str(error).splitlines()[0]}"
+    elif not changing:
+        reason = "it was quantised when it was loaded"
+    restored = restore(own, pipe.forward.config.param_dtype)
+    return Reference((bare, restored), "dequantised", None, reason)
+
+
+def _bare(pipe: BasePipeline) -> Forward:
+    return dataclasses.replace(pipe.forward, edits=(), recipe=())
+
+
+def _loaded(pipe: BasePipeline, origin: Origin) -> Reference:
+    """The model of an origin, computed as the pipeline is."""
+    config = pipe.forward.config
+    options: dict[str, Any] = {"compute_dtype": config.dtype, "progress": True}
+    folder = open_folder(origin.model, revision=origin.revision)
+    index = folder.read(INDEX) if folder.has(INDEX) else None
+    found = Components(folder, index, {}, origin.variant, options)
+    whole = "model" if index is not None else None
+    forward, params = found.model(whole if isinstance(pipe, TextPipeline) else "transformer")
+    if forward.recipe:
+        raise ValueError(f"{origin.model} is compressed itself; give the model that it was made of")
+    given, own = dataclasses.asdict(forward.config), dataclasses.asdict(config)
+    bare = _bare(pipe)
+    other = [name for name in own if name != "param_dtype" and given.get(name) != own[name]]
+    if other or forward.model is not pipe.forward.model:
+        other = other or ["its class"]
+        raise ValueError(f"{origin.model} is another model: it differs in {', '.join(other)}")
+    if _has_codes(params):
+        restored = restore(params, config.param_dtype)
+        reason = f"{origin.model} is quantised itself"
+        return Reference((bare, restored), "dequantised", origin.model, reason)
+    if forward.config.param_dtype != config.param_dtype:
+        params = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), params)
+    return Reference((bare, params), "dense", origin.model)
+
+
+def _has_codes(params: Any) -> bool:
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return any(isinstance(leaf, QTensor) for leaf in leaves)
