@@ -39,7 +39,7 @@ StateDict = dict[str, jax.Array]
 METHODS = "methods"  # params[METHODS][method][site]: what a method learned
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Forward:
     """A model's computation without its parameters: frozen, hashable, equal by value.
 
@@ -70,6 +70,11 @@ class Forward:
 
     def _key(self) -> tuple:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def __repr__(self) -> str:
+        methods = ", ".join(name for name, _ in self.recipe) or "none"
+        step = "" if self.fixed_step is None else f", at step {self.fixed_step}"
+        return f"Forward({self.model.__name__}, methods: {methods}, edits: {len(self.edits)}{step})"
 
     def __hash__(self) -> int:
         # Cached: jit hashes its arguments at every call.

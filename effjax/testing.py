@@ -17,6 +17,7 @@ from effjax.forward import (
     abstract,
     flatten_params,
     nest_params,
+    parameter_count,
 )
 from effjax.generate import Reading
 from effjax.models.dit import DiT, DiTConfig
@@ -25,7 +26,7 @@ from effjax.models.pixart import Caption, PixArt, PixArtConfig
 from effjax.samplers import DDIM, DPMSolver, Sampler
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Subject:
     """A model with what it takes to run it.
 
@@ -41,6 +42,9 @@ class Subject:
     sampler: Sampler | Reading
     cond: PyTree
     uncond: PyTree = None
+
+    def __repr__(self) -> str:
+        return f"Subject({self.forward}, {parameter_count(self.params):,} parameters)"
 
 
 def random_params(shapes: Params, *, seed: int = 0) -> Params:

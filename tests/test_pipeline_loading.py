@@ -221,6 +221,21 @@ def test_one_line_says_what_a_pipeline_is(images, texts):
     assert re.fullmatch(r"TextPipeline\(Llama, [\d,]+ parameters in .*methods: none\)", repr(chat))
 
 
+def test_nothing_prints_its_arrays(texts):
+    """Not in a notebook, nor in an error."""
+    chat = effjax.pipeline(texts, **QUIET)
+    small = chat.transform(round_to_nearest.transform(round_to_nearest.uniform(4, 16)))
+    leaf = small.params["blocks"]["0"]["mlp"]["up"]["kernel"]
+    assert repr(leaf) == "QTensor([16, 24], 4 bits)"
+    assert repr(chat.forward) == "Forward(Llama, methods: none, edits: 0)"
+    assert repr(small.forward).startswith("Forward(Llama, methods: round_to_nearest, edits: ")
+    context = small.compress("a b c", new=4)
+    assert repr(context).startswith("Session(Forward(Llama, ")
+    held = sum(leaf.nbytes for leaf in context.state.values())
+    assert repr(context).endswith(f"1 texts, {held:,} bytes of cache)")
+    assert repr(testing.tiny_dit()).startswith("Subject(Forward(DiT, methods: none")
+
+
 def test_a_saved_pipeline_has_a_card_and_remembers_what_it_was_made_of(images, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(images, source)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from effjax.cost import state_bytes
 from effjax.forward import Forward, Params, StateDict
 from effjax.layers.kv_cache import Caches, KVCache, as_it_is
 from effjax.sites import canonical
@@ -31,7 +32,7 @@ Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
     data_fields=("state", "lengths", "logits", "occurred"),
     meta_fields=("forward",),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Session:
     """Texts that were read once, to be continued any number of times.
 
@@ -50,6 +51,10 @@ class Session:
     lengths: Int[Array, " B"]
     logits: Float[Array, "B V"]
     occurred: Bool[Array, "B V"]
+
+    def __repr__(self) -> str:
+        held = state_bytes(self.state)
+        return f"Session({self.forward}, {len(self.lengths)} texts, {held:,} bytes of cache)"
 
 
 def prefill(

@@ -69,7 +69,7 @@ class Activations(Checked):
     ),
     meta_fields=("shape", "bits", "activations", "rotation", "block"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QTensor:
     """A quantised matrix [I, O]; a pytree that stands where the array did.
 
@@ -106,6 +106,13 @@ class QTensor:
     activations: Activations | None
     rotation: Rotation | None
     block: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        # Of what is static: transformations put other things in the places of arrays.
+        coded = f", inputs: {self.activations}" if self.activations else ""
+        turned = f", {self.rotation}" if self.rotation else ""
+        blocks = f" of float8, blocks {self.block}" if self.block else ""
+        return f"QTensor({list(self.shape)}, {self.bits} bits{blocks}{coded}{turned})"
 
     @property
     def packed(self) -> bool:
