@@ -34,6 +34,8 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _COPIED = ("scheduler_config.json", "preprocessor_config.json", *TOKENIZER)
 
 # Pipelines that effjax saves, by their classes in diffusers.
@@ -151,8 +153,8 @@ def _convert_model(
 
     def add(directory: Path) -> None:
         _copy(folder, also or {}, directory)
-        if subfolder is None and not (directory / GENERATION).exists():
-            _keep_special_tokens(folder, directory)
+        if subfolder is None:
+            _keep_settings(folder, directory)
 
     saved = folder.saved_model(subfolder, progress=writing["progress"])
     if saved is None:
@@ -227,13 +229,14 @@ def _convert_pipeline(
     }
 
 
-def _keep_special_tokens(folder: Folder, directory: Path) -> None:
-    """Write what config.json says of ends into a generation_config.json, as it is rewritten."""
-    config = folder.read("config.json")
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    special = {name: config[name] for name in names if config.get(name) is not None}
-    if special:
-        write_json(directory / GENERATION, special)
+def _keep_settings(folder: Folder, directory: Path) -> None:
+    """Keep what config.json alone says of generation in generation_config.json: it is rewritten."""
+    config, path = folder.read("config.json"), directory / GENERATION
+    given = read_json(path) if path.exists() else {}
+    names = _TOKENS if given else (*_TOKENS, *_DRAWING)
+    told = {name: config[name] for name in names if config.get(name) is not None}
+    if told.keys() - given.keys():
+        write_json(path, told | given)
 
 
 _DESCRIBING = ("config.json", "scheduler_config.json", "tokenizer_config.json")

@@ -252,6 +252,12 @@ def test_a_saved_pipeline_has_a_card_and_remembers_what_it_was_made_of(images, t
     assert small.forward.recipe[0][1].describe() in card.text
     again = effjax.pipeline(tmp_path / "small", **QUIET)
     assert again.origin == pipe.origin == Origin(str(source))
+    change_index(tmp_path / "small", origin={"model": 3, "commit": "a"})
+    with pytest.raises(ValueError, match=r"model_index\.json, origin.*commit"):
+        effjax.pipeline(tmp_path / "small", **QUIET)
+    (source / "README.md").write_text("---\n{: [\n---\n")  # no one needs a card
+    small.save(tmp_path / "again")
+    assert ModelCard.load(tmp_path / "again" / "README.md").data.license is None
 
 
 class FakeHub:

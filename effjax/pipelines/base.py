@@ -8,8 +8,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from effjax.fields import Checked
 from effjax.forward import Forward, Params, parameter_count
 from effjax.pipelines.card import CARD, model_card
 from effjax.storage import new_directory, write_json
@@ -20,7 +21,8 @@ INDEX = "model_index.json"
 AnyPipeline = TypeVar("AnyPipeline", bound="BasePipeline")
 
 
-class Origin(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Origin(Checked):
     """What a pipeline was loaded from, before it was compressed; nothing needs it to load again.
 
     Attributes:
@@ -121,10 +123,11 @@ class BasePipeline(abc.ABC):
         """
         index: dict[str, Any] = {"_class_name": type(self).__name__, **self._components(directory)}
         if self.origin is not None and (self.origin.public or not public):
-            given = self.origin._asdict().items()
+            given = dataclasses.asdict(self.origin).items()
             index["origin"] = {key: value for key, value in given if value is not None}
         write_json(directory / INDEX, index)
-        (directory / CARD).write_text(model_card(self, name, ask_hub=public, token=token))
+        card = model_card(self, name, ask_hub=public, token=token)
+        (directory / CARD).write_text(card, encoding="utf-8")
 
     @abc.abstractmethod
     def _components(self, directory: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import converters
 from converters.hub import Folder, weight_files
-from effjax import recipe
+from effjax import fields, recipe
 from effjax.forward import Forward
 from effjax.pipelines.base import INDEX, Origin
 from effjax.transform import Pair
@@ -45,9 +45,8 @@ class Components:
     @property
     def origin(self) -> Origin:
         """What the pipeline was made of: this, or what this was compressed from."""
-        known = (self.index or {}).get("origin")
-        if isinstance(known, Mapping) and isinstance(known.get("model"), str):
-            return Origin(known["model"], known.get("revision"), known.get("variant"))
+        if "origin" in (index := self.index or {}):
+            return fields.read(Origin, index["origin"], f"{self.folder.source}, {INDEX}, origin")
         return Origin(self.folder.source, self.folder.remote.get("revision"), self.variant)
 
     def has(self, name: str) -> bool:

@@ -94,11 +94,16 @@ def test_a_language_model_takes_its_tokenizer_along(tmp_path):
 
 def test_ends_in_config_json_are_kept(tmp_path):
     write_language_model(tmp_path / "source")
-    (tmp_path / "source" / "generation_config.json").unlink()
+    settings = tmp_path / "source" / "generation_config.json"
+    settings.write_text('{"max_new_tokens": 3}')
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"eos_token_id": [3, 4]}))
     converters.convert(tmp_path / "source", tmp_path / "new", **QUIET)
-    assert effjax.pipeline(tmp_path / "new", **QUIET).ends == [3, 4]
+    pipe = effjax.pipeline(tmp_path / "new", **QUIET)
+    assert (list(pipe.ends), pipe.settings["max_new_tokens"]) == ([3, 4], 3)
+    settings.unlink()
+    converters.convert(tmp_path / "source", tmp_path / "again", **QUIET)
+    assert list(effjax.pipeline(tmp_path / "again", **QUIET).ends) == [3, 4]
 
 
 def test_variants_of_components(tmp_path):
