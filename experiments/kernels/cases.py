@@ -48,6 +48,12 @@ def _packed_rows(q: Any, k: Any, v: Any, numbers: Any, **options: Any) -> jax.Ar
     return block_sparse_attention(q, k, v, Band(512), segments=(numbers, numbers), **options)
 
 
+def _own_spans(q: Any, k: Any, v: Any, numbers: Any, **options: Any) -> jax.Array:
+    widest = SinkLocal((64,) * 32, (1024,) * 32, granularity=64)
+    by_row = jnp.clip(numbers, 1, 64)
+    return block_sparse_attention(q, k, v, widest, by_row=by_row, **options)
+
+
 def _best_blocks(q: Any, k: Any, v: Any, scores: Any, **options: Any) -> jax.Array:
     mask = top_blocks(scores, 16, q.shape[1], block=128)
     return block_sparse_attention(q, k, v, mask, **options)
@@ -139,6 +145,10 @@ ATTENTION: dict[str, Case] = {
         _heads(1, 8192, 32, 128, 8),
     ),
     "segments": (_packed_rows, (*_heads(1, 4096, 8, 64), _struct((1, 4096), jnp.int32))),
+    "sinks and local by row": (
+        _own_spans,
+        (*_heads(2, 8192, 32, 128, 8), _struct((2, 32, 2), jnp.int32)),
+    ),
     "best 16 of 64 blocks, at run time": (
         _best_blocks,
         (*_heads(1, 8192, 8, 64), _struct((1, 8, 64, 64), jnp.float32)),

@@ -301,7 +301,7 @@ def test_hopper_with_lists_at_run_time():
     chex.assert_trees_all_close(found, expected, **TOLERANCE[jnp.bfloat16])
 
 
-@pytest.mark.parametrize("case", sorted(set(ATTENTION) - {"segments"}))
+@pytest.mark.parametrize("case", sorted(set(ATTENTION) - {"segments", "sinks and local by row"}))
 def test_lowers_for_hopper(lower_for_gpu, case):
     function, operands = ATTENTION[case]
     named = partial(function, implementation=HOPPER)
@@ -361,6 +361,9 @@ def test_what_hopper_refuses(options, mask, message):
         block_sparse_attention(
             *operands, Band(3), segments=(numbers, numbers), implementation=HOPPER
         )
+    by_row = jnp.ones((2, 4, 1), jnp.int32)
+    with pytest.raises(NotImplementedError, match="its rules are the same in all rows"):
+        block_sparse_attention(*operands, Band(3), by_row=by_row, implementation=HOPPER)
 
 
 def test_hopper_refuses_other_gpus(monkeypatch):

@@ -262,13 +262,13 @@ def test_gradients_stop_at_the_ends_of_a_group():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k_density": 0.0}, r"k_density must be in \(0, 1\]"),
-        ({"v_density": 1.5}, r"v_density must be in \(0, 1\]"),
-        ({"window": 0}, "at least 1 token"),
-        ({"bits": 3}, "bits must be 4, 8 or 16"),
+        ({"k_density": 0.0}, "k_density must be a finite number above 0 and at most 1"),
+        ({"v_density": 1.5}, "v_density must be a finite number above 0 and at most 1"),
+        ({"window": 0}, "window must be a whole number of at least 1"),
+        ({"bits": 3}, "bits must be one of 4, 8, 16"),
     ],
 )
-def test_plans_out_of_range(options, message):
+def test_plans_out_of_range(untyped, options, message):
     with pytest.raises(ValueError, match=message):
         cskv.CSKVPlan(**options)
 
@@ -278,6 +278,10 @@ def test_models_and_factors_that_do_not_fit():
     pair = subject.forward, subject.params
     with pytest.raises(ValueError, match="keeps none of the 8 channels"):
         cskv.transform(cskv.CSKVPlan(0.1, 0.5))(*pair)
+    with pytest.raises(
+        ValueError, match="keeps 3 channels of 1 heads together, and bits=4 puts two"
+    ):
+        cskv.CSKVPlan(0.375, 0.5, bits=4).ranks(8, 1)
     wide = testing.tiny_llama(num_kv_heads=4)
     with pytest.raises(ValueError, match="rank 32 is above that"):
         cskv.transform(cskv.CSKVPlan(0.5, 1.0))(wide.forward, wide.params)
