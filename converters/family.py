@@ -156,7 +156,7 @@ def require(config: Json, **fixed: Any) -> None:
     wrong = [
         f"{name}={config[name]!r} (only {value!r})"
         for name, value in fixed.items()
-        if name in config and config[name] != value
+        if name in config and not fields.same(config[name], value)
     ]
     if wrong:
         raise ValueError("config.json asks for what the model does not have: " + ", ".join(wrong))

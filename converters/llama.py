@@ -6,7 +6,7 @@ One model serves them all; which class a configuration is written as follows fro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from converters.family import Family, Json, Keys, read_keys, read_value, require, write_keys
 from converters.names import Rule, Table, affine
@@ -33,6 +33,8 @@ _KEYS: Keys = {
     "rms_norm_eps": ("norm_eps", 1e-6),
     "tie_word_embeddings": ("tied", False),
 }
+
+_LAYER_TYPES = tuple[Literal["full_attention", "sliding_attention"], ...] | None
 
 
 def read_config(config: Json) -> LlamaConfig:
@@ -92,7 +94,7 @@ def _read_window(kind: str, config: Json, layers: int) -> tuple[int | None, tupl
         return window, ()
     if not read_value(config, "use_sliding_window", bool, False):
         return None, ()
-    kinds = read_value(config, "layer_types", tuple[str, ...] | None)
+    kinds = read_value(config, "layer_types", _LAYER_TYPES)
     first = read_value(config, "max_window_layers", Natural, 28)
     sliding = (
         tuple(each == "sliding_attention" for each in kinds)

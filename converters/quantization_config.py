@@ -278,7 +278,7 @@ def _compressed_tensors(config: Json, wrong: list[str]) -> Groups:
     for name in described:
         faults: list[str] = []
         group = _object(described, wrong, name)
-        targets = group.get("targets") or ["Linear"]
+        targets = group.get("targets", ["Linear"])
         if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
             faults.append(f"targets={targets!r} (only a list of names and expressions)")
             targets = []

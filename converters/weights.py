@@ -18,6 +18,7 @@ from converters.family import Family, family_of_json, family_of_names
 from converters.names import LAYOUTS, Binding, Buffer, Piece, Shape, Table
 from converters.quantization_config import Quantization
 from converters.quantized import Layer
+from effjax.fields import naming
 from effjax.forward import Forward, abstract, flatten_params
 from effjax.quant import QTensor
 from effjax.storage import FLOATS, Inspection, Tensor, float_dtype, read_json
@@ -84,7 +85,8 @@ def open_weights(
     """
     tensors = open_checkpoint(path)
     quantization = _quantization(path)
-    layers = {} if quantization is None else quantization.layers(tensors)
+    with naming(path):
+        layers = {} if quantization is None else quantization.layers(tensors)
     layers = {f"{name}.weight": layer for name, layer in layers.items()}
     within = {f"{layer.name}.{part}" for layer in layers.values() for part in layer.tensors}
     dense = {name: tensor for name, tensor in tensors.items() if name not in within}
@@ -135,13 +137,11 @@ def _identify(
     config_path = path.with_name("config.json")
     if config_path.is_file():
         config = read_json(config_path)
-        family = family_of_json(config)
-        layout = family.layout(names)
-        try:
+        with naming(config_path):
+            family = family_of_json(config)
+            layout = family.layout(names)
             family.check_counts(config, layout, names)
             return family, layout, family.read_config(config)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{config_path}: {error}") from error
     family = family_of_names(names)
     layout = family.layout(names)
     infer = family.tables[layout].infer

@@ -203,6 +203,11 @@ def describe(kind: Any) -> str:
     return f"{text} {ends}".rstrip().replace(f" and at most {LARGEST:g}", "")
 
 
+def same(one: Any, two: Any) -> bool:
+    """Whether two JSON values are equal; 0 and 1 are no truth values."""
+    return one == two and isinstance(one, bool) == isinstance(two, bool)
+
+
 def short(value: Any) -> str:
     """A value as it was given, cut where it gets long."""
     text = repr(value)
@@ -282,10 +287,12 @@ def _becomes(kind: Any, value: Any) -> bool:
 
 @contextlib.contextmanager
 def naming(what: object) -> Iterator[None]:
-    """Name a file or a place in it in front of what a ValueError says."""
+    """Name a file or a place in it in front of what a ValueError says, unless it does that."""
     try:
         yield
     except ValueError as error:
+        if str(what) in str(error):
+            raise
         raise ValueError(f"{what}: {error}") from error
 
 

@@ -245,13 +245,13 @@ def _read(
         numerics["param_dtype"] = str(float_dtype(dtype))
     if (computed := compute_dtype or dtype) is not None:
         numerics["dtype"] = str(float_dtype(computed))
-    base, _ = abstract(model, dataclasses.replace(held, **numerics))
     described = fields.read(Recipe, read_json(directory / RECIPE), str(directory / RECIPE))
     with naming(directory / RECIPE):
         recipe = tuple(
             (step.method, registry.method(step.method).plan.from_dict(step.plan))
             for step in described.steps
         )
+        base, _ = abstract(model, dataclasses.replace(held, **numerics))
         return *_replay(base, recipe, described.leaves), tensors
 
 

@@ -7,7 +7,7 @@ diffusers' `PixArtTransformer2DModel`, without the size conditions of PixArt-alp
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.export
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from effjax.context import Layout, Model
-from effjax.fields import Checked, Count, FloatName, Positive
+from effjax.fields import Checked, Count, FloatName, Positive, Range
 from effjax.layers.attention import Attention, CrossAttention
 from effjax.layers.embeddings import PatchEmbed, TimestepEmbedding, sincos_2d, unpatchify
 from effjax.layers.linear import Linear
@@ -64,7 +64,7 @@ class PixArtConfig(Checked):
     num_heads: Count = 16
     head_dim: Count = 72
     caption_channels: Count = 4096
-    interpolation: Positive = 2.0
+    interpolation: Annotated[float, Range(0, 1024, above=True)] = 2.0
     norm_eps: Positive = 1e-6
     dtype: FloatName = "float32"
     param_dtype: FloatName = "float32"

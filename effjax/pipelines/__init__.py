@@ -17,6 +17,7 @@ import jax
 from jax.typing import DTypeLike
 
 from converters import hub
+from effjax.fields import naming
 from effjax.pipelines.base import INDEX
 from effjax.pipelines.diffusion import (
     SCHEDULER,
@@ -30,6 +31,7 @@ from effjax.pipelines.loading import Components, refuse_file
 from effjax.pipelines.settings import read_settings
 from effjax.pipelines.text import TextPipeline
 from effjax.recipe import RECIPE
+from effjax.samplers import Schedule
 
 __all__ = [
     "ClassConditionalPipeline",
@@ -111,7 +113,8 @@ def pipeline(
         "check_finite": check_finite,
     }
     given = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
-    return _KINDS[name](Components(folder, index, given, variant, options))
+    with naming(path):
+        return _KINDS[name](Components(folder, index, given, variant, options))
 
 
 def _text(found: Components) -> TextPipeline:
@@ -127,7 +130,8 @@ def _text(found: Components) -> TextPipeline:
 
 def _class_conditional(found: Components) -> ClassConditionalPipeline:
     found.allow("vae")
-    names = read_names((found.index or {}).get("id2label"))
+    with naming(INDEX):
+        names = read_names((found.index or {}).get("id2label"))
     return ClassConditionalPipeline(**_denoiser(found), names=names)
 
 
@@ -152,6 +156,9 @@ def _denoiser(found: Components) -> dict[str, Any]:
     models = ("transformer", "text_encoder", "vae")
     if found.variant is not None and not any(map(found.has_variant, models)):
         raise ValueError(f"no component of {found.folder.source} has a variant {found.variant!r}")
+    scheduler = found.folder.read(SCHEDULER)
+    with naming(SCHEDULER):
+        Schedule.from_config(scheduler, steps=1, tokens=1)  # so that it is known before the work
     own = found.folder.has(f"transformer/{RECIPE}")  # it may have been saved without a VAE
     channels = found.folder.read("transformer/config.json").get("in_channels", 4)
     if not own and channels not in _PIXELS:
@@ -163,7 +170,6 @@ def _denoiser(found: Components) -> dict[str, Any]:
             f"the VAE decodes {vae[0].config.latent_channels} channels and the transformer makes "
             f"{forward.config.in_channels}: they belong to different models"
         )
-    scheduler = found.folder.read(SCHEDULER)
     return {
         "forward": forward,
         "params": params,

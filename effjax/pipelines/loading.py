@@ -23,6 +23,8 @@ _BESIDE = {
     "PixArt": ("TextToImagePipeline", "its scheduler, text encoder, tokenizer and VAE"),
 }
 
+_ENTRY = tuple[str | None, str | None] | None  # library and class of a component
+
 
 @dataclasses.dataclass(frozen=True)
 class Components:
@@ -41,6 +43,12 @@ class Components:
     given: Mapping[str, Any]
     variant: str | None
     options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("transformer", "model", "text_encoder", "tokenizer", "vae", "scheduler"):
+            entry = fields.from_json(_ENTRY, (self.index or {}).get(name))
+            if wrong := fields.problems(_ENTRY, entry, name):
+                raise ValueError(f"{self.folder.source}/{INDEX}: {'; '.join(wrong)}")
 
     @property
     def origin(self) -> Origin:

@@ -193,7 +193,7 @@ def _check(name: str, known: _Class, config: Mapping[str, Any]) -> None:
         if option in known.fields:
             kind = _annotation(known, known.fields[option][0])
             problems += fields.problems(kind, fields.from_json(kind, value), option)
-        if option in known.fixed and value != known.fixed[option]:
+        if option in known.fixed and not fields.same(value, known.fixed[option]):
             problems.append(f"{option}={value!r}: only {known.fixed[option]!r} is supported")
         elif not option.startswith("_") and option not in _ELSEWHERE:
             problems.append(f"{option}={value!r}: unknown option")
