@@ -67,7 +67,6 @@ pipe = effjax.pipeline("{name}")
 
 def _licence(origin: Origin | None, *, ask_hub: bool, token: str | bool | None) -> dict[str, Any]:
     """What the card of the model says of its licence, if it can be had."""
-    import yaml
     from huggingface_hub import ModelCard
 
     if origin is None:
@@ -78,6 +77,6 @@ def _licence(origin: Origin | None, *, ask_hub: bool, token: str | bool | None) 
         )
         found = folder.fetch(CARD)
         data = ModelCard.load(found).data.to_dict() if found is not None else {}
-    except (ValueError, OSError, yaml.YAMLError):  # it is gone, or its card cannot be read
+    except Exception:  # gone, or a card that is no YAML: neither is a reason not to save
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
