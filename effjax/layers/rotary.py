@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,18 +20,21 @@ _MAX_HEAD_DIM = 65536  # of what models have, hundreds of times as much
 # Pairs of transformers' names, `rope_type` among them.
 Scaling = tuple[tuple[str, str | bool | int | float | tuple[int | float, ...] | None], ...]
 
-_OPTIONS = {
-    "factor": Positive,
-    "original_max_position_embeddings": Count,
-    "low_freq_factor": Positive,
-    "high_freq_factor": Positive,
-    "beta_fast": Positive | None,
-    "beta_slow": Positive | None,
-    "attention_factor": Positive | None,
-    "mscale": float | None,
-    "mscale_all_dim": float | None,
-    "truncate": bool,
-}
+
+@dataclasses.dataclass
+class _Options:
+    """What the numbers of a scaling may be; others are not read."""
+
+    factor: Positive
+    original_max_position_embeddings: Count
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    attention_factor: Positive | None
+    mscale: float | None
+    mscale_all_dim: float | None
+    truncate: bool
 
 
 class Rotary(nnx.Module):
@@ -85,7 +89,7 @@ def frequencies(head_dim: int, theta: float, scaling: Scaling = ()) -> tuple[np.
         )
     wrong = [
         text
-        for name, allowed in _OPTIONS.items()
+        for name, allowed in fields.annotated(_Options).items()
         if name in options
         for text in fields.problems(allowed, options[name], name)
     ]

@@ -394,7 +394,7 @@ def test_counts_are_compared_with_the_tensors_before_a_model_is_built(
             effjax.load(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("value", [10**9, 2**31 - 1])
+@pytest.mark.parametrize("value", [10**9, 2**31 - 4])
 def test_absurd_sizes_are_answered_without_memory(value, saved):
     for key in ("attention_head_dim", "num_embeds_ada_norm", "num_attention_heads"):
         config = (saved / "config.json").read_text()
