@@ -1,4 +1,4 @@
-"""`python -m converters SRC DST`: rewrite a checkpoint in diffusers' layout."""
+"""`python -m converters SRC DST`: rewrite a checkpoint for diffusers or transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     """What `convert` wrote, a line for each model."""
     return [
         f"{each['destination']}: {each['model']}, {each['layout']} layout, "
-        f"{each['parameters']:,} parameters, {each['bytes'] / 1e9:.3f} GB in "
+        f"{each['parameters']:,} parameters as stored, {each['bytes'] / 1e9:.3f} GB in "
         f"{len(each['files'])} file(s)"
         for each in report.get("components", {"": report}).values()
     ]

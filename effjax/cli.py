@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--subfolder", help="of one model in it")
     _version_arguments(info)
 
-    convert = add("convert", _convert, "rewrite a PyTorch checkpoint in diffusers' layout")
+    convert = add("convert", _convert, "rewrite a checkpoint for diffusers or transformers")
     convert.add_argument("source", help="directory, weight file or hub repository")
     convert.add_argument("destination", type=Path)
     convert.add_argument("--subfolder", help="of one model; else a pipeline is converted whole")

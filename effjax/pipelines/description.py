@@ -113,8 +113,9 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
 
 def _sentence(figures: Mapping[str, Any]) -> str:
     methods = figures.get("methods")
+    stored = " as stored" if "layout" in figures else ""  # some layouts hold copies
     return (
         f"{figures['model']}, {figures['parameters']:,} parameters {figures['dtype']}, computes in "
-        f"{figures['compute_dtype']}, {figures['weight_bytes']:,} bytes"
+        f"{figures['compute_dtype']}, {figures['weight_bytes']:,} bytes{stored}"
         + (f", methods {', '.join(methods)}" if methods else "")
     )
