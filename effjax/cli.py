@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--seed", type=NATURAL, help="draw, with the model's settings; else greedy"
     )
-    generate.add_argument("--temperature", type=parse(Positive), help="with a seed")
+    generate.add_argument("--temperature", type=parse(NotNegative), help="with a seed; 0 is greedy")
     _loading_arguments(generate)
 
     bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")

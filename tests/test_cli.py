@@ -277,6 +277,7 @@ def test_generate(capsys, folder, tmp_path):
     assert run(capsys, *arguments)[1] == figures
     drawn = run(capsys, *arguments, "--seed", 1, "--temperature", 2.0)[1]
     assert drawn != figures
+    assert run(capsys, *arguments, "--seed", 1, "--temperature", 0)[1] == figures
     assert run(capsys, *arguments, "--chat")[0] == 0
     for wrong, message in (
         ((*arguments, "--temperature", 2.0), "--temperature needs --seed"),
