@@ -337,7 +337,7 @@ def _group_scheme(group: Json, kind: Any, wrong: list[str]) -> Scheme:
     return Scheme(kind, bits, None, True, inputs, block=block or (None, None))
 
 
-# How GPTQ took inputs: the first three keep the group of each, as it was before 0.20.
+# How GPTQ took inputs: the first three keep the group of each, as it was before 0.19.
 _ORDERS = ("group", "dynamic", True, "weight", "static", False, None)
 
 

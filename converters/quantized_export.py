@@ -21,7 +21,7 @@ def without_orders(
 ) -> tuple[Mapping[str, Any], Callable[[str], Any]]:
     """Leaves and their reader, with floats where inputs stand in another order (`desc_act`).
 
-    compressed-tensors has had no place for such an order since 0.20; a warning names them.
+    compressed-tensors has had no place for such an order since 0.19; a warning names them.
     """
     ordered = [
         name
