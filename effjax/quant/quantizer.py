@@ -77,7 +77,12 @@ class Quantizer(Checked):
 
 
 def dequantize(codes: Array, scale: Array, zero_point: Array | None = None) -> Array:
-    """Values float32 of codes."""
+    """Values float32[...] of codes, (codes - zero_point) scale.
+
+    Args:
+        codes: integers [...].
+        scale, zero_point: float32 and int32 that broadcast to the codes; None for zeros.
+    """
     values = codes.astype(jnp.float32)
     if zero_point is not None:
         values -= zero_point.astype(jnp.float32)

@@ -157,7 +157,15 @@ class DiTFastAttnPlan(Plan):
 def uniform(
     pattern: tuple[int, ...], *, layers: int, calls: int, tokens: int, window: int | None = None
 ) -> DiTFastAttnPlan:
-    """The plan that gives every layer FULL first and then repeats a pattern of strategies."""
+    """The plan that gives every layer FULL first and then repeats a pattern of strategies.
+
+    Args:
+        pattern: strategies of the calls after the first, repeated as long as there are calls.
+        layers: attention layers of the model.
+        calls: network calls of a trajectory.
+        tokens: of the model's sequence.
+        window: tokens that windows reach to each side; an eighth of `tokens` if None.
+    """
     row = (int(Strategy.FULL), *(int(pattern[t % len(pattern)]) for t in range(calls - 1)))
     reach = tokens // 8 if window is None else window
     return DiTFastAttnPlan(codes=(row,) * layers, tokens=tokens, window=reach)

@@ -179,7 +179,13 @@ class MoAPlan(Plan):
 
 
 def uniform(layers: int, heads: int, *, alpha: float = 0.0, beta: float = 0.5) -> MoAPlan:
-    """One rule for all heads: the baseline, StreamingLLM at the same density."""
+    """One rule for all heads: the baseline, StreamingLLM at the same density.
+
+    Args:
+        layers, heads: attention layers of the model, and key heads of each.
+        alpha: tokens of every span.
+        beta: share of a text that every span takes beside them.
+    """
     return MoAPlan(((float(alpha),) * heads,) * layers, ((float(beta),) * heads,) * layers)
 
 

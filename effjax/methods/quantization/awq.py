@@ -67,7 +67,13 @@ class AWQPlan(RoundToNearestPlan):
 
 
 def uniform(weights: int, inputs: int = FLOAT, *, group_size: int | None = None) -> AWQPlan:
-    """The plan that gives attention and feed-forward layers these bits."""
+    """The plan that gives attention and feed-forward layers these bits.
+
+    Args:
+        weights: bits of weights, 2 ... 8.
+        inputs: bits of inputs, 2 ... 8; 16 leaves them floats.
+        group_size: consecutive inputs that share a scale; all of a channel if None.
+    """
     return AWQPlan(((LAYERS, weights, inputs),), group_size)
 
 

@@ -76,7 +76,14 @@ class GPTQPlan(RoundToNearestPlan):
 def uniform(
     weights: int, inputs: int = FLOAT, *, group_size: int | None = None, act_order: bool = False
 ) -> GPTQPlan:
-    """The plan that gives attention and feed-forward layers these bits."""
+    """The plan that gives attention and feed-forward layers these bits.
+
+    Args:
+        weights: bits of weights, 2 ... 8.
+        inputs: bits of inputs, 2 ... 8; 16 leaves them floats.
+        group_size: consecutive inputs that share a scale; all of a channel if None.
+        act_order: take inputs in the order of falling second moments.
+    """
     return GPTQPlan(((LAYERS, weights, inputs),), group_size, act_order=act_order)
 
 

@@ -54,7 +54,7 @@ class RoundToNearestPlan(Plan):
             a layer decides; a layer without one stays as it is. Bits are 2 ... 8, or 16 for floats.
         group_size: inputs that share a scale of the weights; all of a channel if None. Convolutions
             have no groups.
-        symmetric: whether weights have zero points.
+        symmetric: whether weights have no zero points.
         input_ranges: (path, low, high) of layers whose inputs take a calibrated range instead of
             each token's own; see `calibrate`.
     """
@@ -151,7 +151,14 @@ def uniform(
     group_size: int | None = None,
     symmetric: bool = False,
 ) -> RoundToNearestPlan:
-    """The plan that gives attention and feed-forward layers these bits."""
+    """The plan that gives attention and feed-forward layers these bits.
+
+    Args:
+        weights: bits of weights, 2 ... 8.
+        inputs: bits of inputs, 2 ... 8; 16 leaves them floats.
+        group_size: consecutive inputs that share a scale; all of a channel if None.
+        symmetric: whether weights have no zero points.
+    """
     return RoundToNearestPlan(((LAYERS, weights, inputs),), group_size, symmetric)
 
 
