@@ -14,14 +14,16 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet 'torch==2.13.0' 'compressed-tensors==0.18.0'
 "$folder/venv/bin/python" - "$folder/layer.json" <<'END'
+import json
 import sys
 from pathlib import Path
 
 from compressed_tensors.quantization import QuantizationArgs
 
 layer = QuantizationArgs(num_bits=4, strategy="group", group_size=128, actorder="group")
-Path(sys.argv[1]).write_text(layer.model_dump_json())
-print(f'0.18.0 wrote "actorder": "{layer.actorder.value}"')
+written = layer.model_dump_json()
+Path(sys.argv[1]).write_text(written)
+print(f'0.18.0 wrote "actorder": "{json.loads(written)["actorder"]}"')
 END
 "$folder/venv/bin/pip" install --quiet 'compressed-tensors==0.20.0'
 "$folder/venv/bin/python" - "$folder/layer.json" <<'END'
