@@ -340,11 +340,10 @@ def new_directory(path: Path) -> Iterator[Path]:
     were killed is removed.
 
     Raises:
-        ValueError: if something other than an empty directory has that name.
+        ValueError: if something other than an empty directory has that name, and for directories
+            that cannot be replaced.
     """
-    path = Path(os.path.expanduser(path)).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty; remove it, or give another name")
+    path = _free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -399,15 +398,26 @@ def _remove_abandoned(path: Path) -> None:
             os.close(lock)
 
 
+def _free(path: Path) -> Path:
+    """Where a new directory goes, links followed; its name must be free."""
+    path = Path(os.path.realpath(os.path.expanduser(path)))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty; remove it, or give another name")
+    if path.exists() and (path.is_mount() or path.samefile(os.curdir)):
+        raise ValueError(
+            f"{path} cannot be replaced, as it is a mount point or where this program runs; give "
+            f"the name of a directory in it"
+        )
+    return path
+
+
 def check_destination(path: Path) -> None:
     """Find out before long work whether `new_directory` can make this one; makes its parents.
 
     Raises:
         ValueError: if that name is taken, or nothing can be written there.
     """
-    path = path.expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty; remove it, or give another name")
+    path = _free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}."):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,14 @@ from safetensors.numpy import load_file, save_file
 
 from converters import from_pretrained
 from converters.checkpoint import open_checkpoint
-from effjax.storage import Spec, new_directory, read_json, write_safetensors, write_shards
+from effjax.storage import (
+    Spec,
+    check_destination,
+    new_directory,
+    read_json,
+    write_safetensors,
+    write_shards,
+)
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -298,6 +306,31 @@ def test_occupied_destination(tmp_path):
         with pytest.raises(ValueError, match="exists and is not empty"):
             new_directory(occupied).__enter__()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_links_lead_to_their_destination(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for target in ("empty", "new"):
+        link = tmp_path / f"to {target}"
+        link.symlink_to(target)
+        with new_directory(link) as directory:
+            (directory / "file").write_text("x")
+        assert link.is_symlink()
+        assert (tmp_path / target / "file").read_text() == "x"
+        with pytest.raises(ValueError, match=f"{target} exists and is not empty"):
+            check_destination(link)
+
+
+def test_directories_that_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for here in (Path(), Path("."), tmp_path):
+        with pytest.raises(ValueError, match="where this program runs; give the name of a"):
+            check_destination(here)
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(ValueError, match="as it is a mount point"):
+        new_directory(tmp_path).__enter__()
+    assert tmp_path.is_dir()
 
 
 def test_tensor_that_is_not_as_announced(tmp_path):
