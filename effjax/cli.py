@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from effjax.fields import Count, Natural, NotNegative, Positive, Range, parse
+from effjax.fields import Count, Natural, NotNegative, Positive, Range, naming, parse
 
 if TYPE_CHECKING:
     from effjax.transform import Plan
@@ -45,10 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(arguments, name, Path(os.path.expanduser(value)))
     try:
         figures, text = arguments.run(arguments)
+        shown = json.dumps(figures, indent=2, sort_keys=True) if arguments.json else text
+        print(shown, flush=True)
+    except BrokenPipeError:  # whoever read the figures has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"effjax {arguments.command}: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(figures, indent=2, sort_keys=True) if arguments.json else text)
     return 0
 
 
@@ -346,7 +350,8 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
             raise ValueError(f"{chosen.name} has one scale for a channel; leave out --group-size")
         plan = uniform(int(bits[1]), inputs, **group)
     elif (file := Path(os.path.expanduser(arguments.bits))).is_file():
-        plan = chosen.plan.from_json(file.read_text())
+        with naming(file):
+            plan = chosen.plan.from_dict(storage.read_json(file))
     else:
         raise ValueError(
             f"--bits must be such as w8a8, w4a8 or w4, or a plan.json; got {arguments.bits!r}"

@@ -8,8 +8,10 @@ that were told long before.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from effjax.bundled.retrieval import right
 from effjax.cli import told_if_lost
 from effjax.cli_bench import side_by_side
 from effjax.cost import state_bytes, weight_bytes
+from effjax.fields import naming
 from effjax.generate import Reading, generate, perplexity, prefill, score, text_bytes
 from effjax.models.llama import Llama
 from effjax.pipelines import TextPipeline
@@ -37,11 +40,13 @@ def world(
     """What texts of a length are cut from: a file, or the library's part that is (not) held out.
 
     Raises:
-        ValueError: for a file that is shorter than a text.
+        ValueError: for a file that is shorter than a text, or holds something else.
     """
     if file is None:
         return texts.World.of(pipe.tokenizer, held_out=held_out)
-    found = texts.World(pipe.tokenizer, texts.encode(pipe.tokenizer, file.read_text()))
+    with naming(file):
+        text = file.read_text(encoding="utf-8")
+    found = texts.World(pipe.tokenizer, texts.encode(pipe.tokenizer, text))
     if len(found.text) <= length:
         raise ValueError(
             f"{file} has {len(found.text)} tokens, texts of {length} cannot be cut from it; give a "
@@ -121,11 +126,20 @@ def compress(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) 
     """Give a model a smaller cache, trained if the method trains."""
     if not issubclass(method.tiny().forward.model, Llama) or "edits" not in method.seams:
         raise ValueError(f"{method.name} is no cache of a language model; see `effjax methods`")
-    plan = method.plan.from_dict(dict(map(_setting, arguments.set)))
+    plan = method.plan.from_dict(_settings(arguments.set))
     learned = ()
     if method.calibrate is not None:
         learned = (_trained(pipe, plan, arguments),)
     return _saved(pipe, method, plan, learned, arguments.destination, tokens=arguments.tokens)
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    """Fields of a plan, each given once."""
+    pairs = [_setting(word) for word in words]
+    counts = collections.Counter(name for name, _ in pairs)
+    if several := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"--set gives {', '.join(several)} more than once")
+    return dict(pairs)
 
 
 def _setting(word: str) -> tuple[str, Any]:

@@ -66,10 +66,12 @@ def train(
         progress: show a bar.
 
     Raises:
-        ValueError: if there are no steps.
+        ValueError: if there are no steps, or the folder of checkpoints is something else.
     """
     if steps < 1:
         raise ValueError(f"training takes 1 or more steps, got {steps}")
+    if checkpoints is not None and Path(checkpoints).exists() and not Path(checkpoints).is_dir():
+        raise ValueError(f"{checkpoints} is no folder: checkpoints need one, or the name of a new")
     carry = {"params": params, "average": params, "optimiser": transform.init(params)}
     log: dict = {"runs": [], "loss": {}, "seconds": 0.0}
     start, manager = 0, None

@@ -1,6 +1,7 @@
 """The command line: figures on standard output, errors as one line and a status."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -188,14 +189,34 @@ def test_methods(capsys):
         (("quantize", "FOLDER", "new", "--group-size", "8"), "leave out --group-size"),
         (("quantize", "FOLDER", "new", "--method", "dit_fast_attn"), "does not quantise"),
         (("demo", "--steps", "1"), "at least 2 steps"),
+        (("info", "FOLDER", "--variant", "fp99"), "no component of"),
+        (("sample", "FOLDER", "--labels", ","), "no class ''"),
+        (("quantize", "FOLDER", "~nobody here/new", "--bits", "eight"), "--bits must be such as"),
+        (("quantize", "FOLDER", "new", "--bits", "FOLDER"), "--bits must be such as"),
+        (("quantize", "FOLDER", "new", "--bits", "plan.json"), "plan.json is not valid JSON"),
+        (("quantize", "FOLDER", "new", "--bits", "deep.json"), "deep.json is not valid JSON"),
+        (("quantize", "FOLDER", "new", "--bits", "w" + "9" * 5000), "integer string conversion"),
     ],
 )
-def test_errors_are_one_line_and_a_status(capsys, folder, arguments, message):
+def test_errors_are_one_line_and_a_status(
+    capsys, folder, arguments, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     arguments = [str(folder) if word == "FOLDER" else word for word in arguments]
     status, figures, error = run(capsys, *arguments)
     assert (status, figures) == (1, None)
     assert message in error
     assert "Traceback" not in error
+
+
+def test_figures_that_nobody_reads(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["methods"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -353,12 +374,18 @@ def test_search_spans_of_a_language_model(capsys, tmp_path, language_model):
 
 def test_commands_on_language_models_name_what_is_wrong(capsys, tmp_path, language_model, folder):
     model, texts = language_model
-    new = tmp_path / "new"
+    new, binary = tmp_path / "new", tmp_path / "binary"
+    binary.write_bytes(bytes(range(256)))
+    cskv = ("--method", "cskv", "--set", "k_density=0.5", "--set", "v_density=0.5")
     for wrong, message in (
         (("compress", model, new, "--method", "dit_fast_attn"), "is no cache of a language"),
         (("compress", model, new, "--method", "gptq"), "is no cache of a language model"),
         (("compress", model, new, "--set", "bits"), "--set takes NAME=VALUE"),
         (("compress", model, new, "--set", "size=2"), "unknown fields ['size']"),
+        (("compress", model, new, "--set", "a=1", "--set", "a=2"), "--set gives a more than once"),
+        (("compress", model, new, *cskv, *texts, "--checkpoints", binary), "binary is no folder"),
+        (("quantize", model, new, "--method", "gptq", "--texts", binary), "binary: 'utf-8' codec"),
+        (("generate", model, "--prompt", "a\udcff"), "'\\udcff' at 1, which is half a character"),
         (("compress", folder, new), "is no language model"),
         (("compress", model, model), "exists and is not empty"),
         (("search", model, new, "--method", "vidit_q"), "is not searched on language models"),

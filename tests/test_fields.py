@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -8,6 +9,7 @@ import pytest
 
 from effjax import fields
 from effjax.fields import Checked, Count, Natural, Positive, Range, Share, parse, read
+from effjax.registry import models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,9 @@ WRONG = [
 ]
 
 
+NOWHERE = (object(), math.nan, [1], {1: 2}, b"x")  # no field of a plan or configuration holds one
+
+
 @pytest.mark.parametrize("given", RIGHT, ids=str)
 def test_values_that_fit_are_kept(given):
     made = Outer(**given)
@@ -78,6 +83,13 @@ def test_values_that_fit_are_kept(given):
 def test_values_that_do_not_fit_are_named(untyped, given, said):
     with pytest.raises(ValueError, match=said):
         Outer(**given)
+
+
+@pytest.mark.parametrize("model", models().values(), ids=models())
+def test_wrong_fields_of_configurations_are_named(untyped, model):
+    for name, wrong in itertools.product(fields.annotated(model.Config), NOWHERE):
+        with pytest.raises(ValueError, match=rf"{model.Config.__name__}: .*\b{name}\b"):
+            model.Config(**{name: wrong})
 
 
 def test_all_wrong_fields_are_named_at_once(untyped):

@@ -286,6 +286,13 @@ def test_draws_follow_the_distribution():
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of tokens, at least 1"),
         ({"max_new_tokens": -1}, "at least 1; got -1"),
         ({"max_new_tokens": True}, "at least 1; got True"),
+        ({"max_new_tokens": 10**30}, "max_new_tokens must be a whole number"),
+        ({"streamer": 3}, "a streamer has the functions put and end, got 3"),
+        ({"session": "context"}, "a session is what prefill gives, got str"),
+        ({"temperature": 10**400, "key": 0}, "temperature must be a finite number"),
+        ({"temperature": jnp.ones(2), "key": 0}, "temperature must be a finite number"),
+        ({"top_k": float("inf"), "key": 0}, "top_k must be a whole number"),
+        ({"top_k": 10**30, "key": 0}, "top_k must be a whole number"),
         ({"temperature": 0.5}, "needs a key"),
         ({"temperature": -0.5, "key": 0}, "temperature must be a finite number of 0"),
         ({"temperature": float("nan"), "key": 0}, "temperature must be a finite number of 0"),
@@ -305,7 +312,7 @@ def test_draws_follow_the_distribution():
         ({"temperature": 1.0, "key": "three"}, "one for each of the 1 samples"),
     ],
 )
-def test_bad_requests(model, options, message):
+def test_bad_requests(untyped, model, options, message):
     keys = {0: jax.random.key(0), "three": jax.random.split(jax.random.key(0), 3)}
     asked = {"prompts": [[3, 4]], "max_new_tokens": NEW, **options}
     if "key" in asked:

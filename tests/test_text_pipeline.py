@@ -157,8 +157,8 @@ def test_stop_strings_may_be_special_tokens_and_span_tokens(drawn):
         assert streamer.tokens == row[:last]
 
 
-@pytest.mark.parametrize("stop", ["", ["a", ""]])
-def test_stop_strings_have_characters(pipe, stop):
+@pytest.mark.parametrize("stop", ["", ["a", ""], None, 3, [b"a"]])
+def test_stop_strings_have_characters(untyped, pipe, stop):
     with pytest.raises(ValueError, match="stop takes texts of one or more characters"):
         pipe("a", stop=stop)
 

@@ -115,15 +115,19 @@ def generate(
     sampling.check()
     # What is off is not part of the program.
     sampling = Sampling(
-        temperature or None,
-        top_k or None,
-        None if top_p == 1 else top_p,
-        min_p or None,
-        None if repetition_penalty == 1 else repetition_penalty,
+        float(temperature) if temperature else None,
+        int(top_k) if top_k else None,
+        None if top_p is None or top_p == 1 else float(top_p),
+        float(min_p) if min_p else None,
+        None
+        if repetition_penalty is None or repetition_penalty == 1
+        else float(repetition_penalty),
     )
     check_count("max_new_tokens", max_new_tokens)
     if sampling.temperature is not None and key is None:
         raise ValueError("sampling at a temperature needs a key: key=jax.random.key(0)")
+    if not (streamer is None or isinstance(streamer, Streamer)):
+        raise ValueError(f"a streamer has the functions put and end, got {streamer!r}")
     ends = np.atleast_1d(np.asarray(eos, np.int32))
     check_tokens(forward, ends)
     if session is None:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from effjax.fields import LARGEST
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -46,8 +48,7 @@ class Sampling:
         wrong = [
             f"{name} must be {allowed}, got {value}"
             for name, (holds, allowed) in _RANGES.items()
-            if (value := getattr(self, name)) is not None
-            and not (_is_number(value) and holds(value))
+            if (value := getattr(self, name)) is not None and not holds(_number(value))
         ]
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -55,15 +56,21 @@ class Sampling:
 
 _RANGES = {
     "temperature": (lambda x: 0 <= x < math.inf, "a finite number of 0 (greedy) or more"),
-    "top_k": (lambda x: x >= 0 and x == int(x), "a whole number of 0 (off) or more"),
+    "top_k": (lambda x: 0 <= x <= LARGEST and x == int(x), "a whole number of 0 (off) or more"),
     "top_p": (lambda x: 0 <= x <= 1, "from 0 to 1 (off)"),
     "min_p": (lambda x: 0 <= x <= 1, "from 0 (off) to 1"),
     "repetition_penalty": (lambda x: 0 < np.float32(x) < np.inf, "above 0 (1 is off), and finite"),
 }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real | jax.Array) and not isinstance(value, bool)
+def _number(value: Any) -> float:
+    """A number, or an array without axes, as a float; NaN for what is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | jax.Array):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, OverflowError):  # an array with axes, a number of hundreds of digits
+        return math.nan
 
 
 def process_logits(

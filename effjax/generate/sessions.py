@@ -163,8 +163,9 @@ def padded(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raise ValueError for what is no whole number, or is below the least one."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+    """Raise ValueError for what is no whole number of 32 bits, or is below the least one."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not least <= value <= INT32_MAX:
         raise ValueError(f"{name} must be a whole number of tokens, at least {least}; got {value}")
 
 
@@ -193,6 +194,8 @@ def check_room(session: Session, new: int) -> None:
 
 def check_maker(session: Session, forward: Forward) -> None:
     """Raise ValueError if another model, or another kind of cache, has read a session's texts."""
+    if not isinstance(session, Session):
+        raise ValueError(f"a session is what prefill gives, got {type(session).__name__}")
     own = cached(forward)
     for what in ("model", "config", "edits"):
         read_by, asked = getattr(session.forward, what), getattr(own, what)

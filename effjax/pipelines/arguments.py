@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from effjax.fields import LARGEST
+
 _NO_NUMBERS = (bool, np.bool_, str, bytes)
 
 
@@ -37,11 +39,23 @@ def texts(name: str, given: Any) -> list[str]:
     for value in values:
         if not isinstance(value, str):
             raise ValueError(f"{name} must be a text, or a sequence of texts; got {value!r}")
+        check_characters(name, value)
     return values
 
 
+def check_characters(name: str, text: str) -> None:
+    """Raise ValueError for half a character, as Python makes of bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has {text[error.start]!r} at {error.start}, which is half a character: was it "
+            f"read from what is no UTF-8?"
+        ) from None
+
+
 def count(name: str, given: Any) -> int:
-    """A whole number of at least 1, Python's or numpy's.
+    """A whole number of at least 1 that an int32 holds, Python's or numpy's.
 
     Raises:
         ValueError: for another number, a boolean or no number.
@@ -50,7 +64,7 @@ def count(name: str, given: Any) -> int:
         number = 0 if isinstance(given, _NO_NUMBERS) else operator.index(given)
     except TypeError:
         number = 0
-    if number < 1:
+    if not 1 <= number <= LARGEST:
         raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}")
     return number
 

@@ -51,20 +51,23 @@ def describe(
     index = folder.read(INDEX)
     found = Components(folder, index, {}, variant, {})
     components: dict[str, Any] = {}
-    for name in ("transformer", "model", "text_encoder", "vae"):
+    models = ("transformer", "model", "text_encoder", "vae")
+    if variant is not None and not any(map(found.has_variant, models)):
+        raise ValueError(f"no component of {source} has a variant {variant!r}")
+    for name in models:
         if found.has(name):
-            held = variant if found.has_variant(name) else None
-            components[name] = _model(folder, name, held)
+            own = variant if found.has_variant(name) else None
+            components[name] = _model(folder, name, own)
         elif name in index:
             components[name] = None
-    models = [each for each in components.values() if each is not None]
-    methods = (method for each in models for method in each.get("methods", ()))
+    held = [each for each in components.values() if each is not None]
+    methods = (method for each in held for method in each.get("methods", ()))
     figures = {
         "pipeline": index.get("_class_name"),
         "components": components,
         "methods": list(dict.fromkeys(methods)),
-        "parameters": sum(each["parameters"] for each in models),
-        "weight_bytes": sum(each["weight_bytes"] for each in models),
+        "parameters": sum(each["parameters"] for each in held),
+        "weight_bytes": sum(each["weight_bytes"] for each in held),
     }
     if folder.has(SCHEDULER):
         figures["scheduler"] = folder.read(SCHEDULER)

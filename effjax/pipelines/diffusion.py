@@ -113,8 +113,13 @@ class Pipeline(BasePipeline):
     ) -> Images:
         """Images of what is asked for; `conditions` may be slow and comes after all checks."""
         types = get_args(OutputType)
-        if output_type not in types:
+        if not isinstance(output_type, str) or output_type not in types:
             raise ValueError(f"output_type must be one of {', '.join(types)}; got {output_type!r}")
+        if not (callback_on_step_end is None or callable(callback_on_step_end)):
+            raise ValueError(
+                f"callback_on_step_end must be a function of a step and latents, got "
+                f"{callback_on_step_end!r}"
+            )
         repeats = arguments.count("num_images_per_prompt", num_images_per_prompt)
         keys = sample_keys(key, repeats * len(asked))
         if latents is not None:

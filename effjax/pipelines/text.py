@@ -16,6 +16,7 @@ import numpy as np
 from effjax import generate as generation
 from effjax import recipe
 from effjax.generate import Session, Streamer
+from effjax.pipelines.arguments import check_characters
 from effjax.pipelines.base import BasePipeline, entry
 from effjax.pipelines.settings import GENERATION, GenerationSettings
 from effjax.storage import write_json
@@ -212,6 +213,7 @@ class TextPipeline(BasePipeline):
         return tokens
 
     def _tokens(self, text: str, **options: Any) -> Any:
+        check_characters("the text", text)
         with _TOKENIZERS:
             return self.tokenizer(text, **options)
 
@@ -336,7 +338,7 @@ def _is_chat(given: Any) -> bool:
 
 
 def _stops(given: str | Sequence[str]) -> list[str]:
-    stops = [given] if isinstance(given, str) else list(given)
+    stops = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     if wrong := [each for each in stops if not isinstance(each, str) or not each]:
         raise ValueError(f"stop takes texts of one or more characters, got {wrong[0]!r}")
     return stops

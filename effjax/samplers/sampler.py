@@ -296,14 +296,14 @@ class Sampler:
             ValueError: if it is no array of floats of the samples' shape.
         """
         shape = (batch, *self.sample_shape(forward))
-        given = jnp.asarray(noise) if hasattr(noise, "dtype") else None
-        if given is None or not jnp.issubdtype(given.dtype, jnp.floating) or given.shape != shape:
-            what = type(noise).__name__ if given is None else f"{given.dtype}{list(given.shape)}"
+        array = isinstance(noise, jax.Array | np.ndarray)
+        if not array or not jnp.issubdtype(noise.dtype, jnp.floating) or noise.shape != shape:
+            what = f"{noise.dtype}{list(noise.shape)}" if array else type(noise).__name__
             raise ValueError(
                 f"initial noise (latents) must be float{list(shape)}: batch, height, width, "
                 f"channels for images; got {what}"
             )
-        return given.astype(jnp.float32)
+        return jnp.asarray(noise, jnp.float32)
 
     def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
         """`uncond`, or the model's null condition; None if the sampler does not guide."""

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import pytest
 
 import effjax
-from effjax import recipe
+from effjax import fields, recipe
 from effjax.cost import sampler_cost, state_bytes, weight_bytes
 from effjax.generate import Reading
 from effjax.registry import methods
 from effjax.samplers import sample_keys
+from tests.test_fields import NOWHERE
 
 METHODS = list(methods().values())
 
@@ -146,6 +147,13 @@ def test_unknown_options_are_named(method, subject):
     values = {**method.identity(subject).to_dict(), "speed": 9000}
     with pytest.raises(ValueError, match=r"unknown fields \['speed'\]"):
         method.plan.from_dict(values)
+
+
+def test_wrong_fields_are_named(untyped, method, subject):
+    plan = method.ladder(subject)[-1]
+    for name, wrong in itertools.product(fields.annotated(method.plan), NOWHERE):
+        with pytest.raises(ValueError, match=rf"{method.plan.__name__}: .*\b{name}\b"):
+            dataclasses.replace(plan, **{name: wrong})
 
 
 def test_saved_models_load_as_they_were(method, subject, strongest, tmp_path):
