@@ -198,7 +198,7 @@ def describe(kind: Any) -> str:
     if range_ is not None and range_.infinite:
         text = text.replace("finite ", "")
     ends = str(range_ or "")
-    if kind is int and ends.startswith("at"):
+    if ends.startswith("at"):
         ends = f"of {ends}"
     return f"{text} {ends}".rstrip().replace(f" and at most {LARGEST:g}", "")
 

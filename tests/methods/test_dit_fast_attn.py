@@ -274,7 +274,9 @@ def test_an_unguided_search_leaves_out_sharing_over_halves(subject):
 def test_plans_read_back(subject):
     plan = dataclasses.replace(plan_of(FULL, WARS), guidance=4.0, threshold=0.1, model="m")
     assert DiTFastAttnPlan.from_json(plan.to_json()) == plan
-    with pytest.raises(ValueError, match=r"missing fields \['codes'\], unknown fields \['code'\]"):
+    with pytest.raises(
+        ValueError, match=r"missing fields \['codes'\] and unknown fields \['code'\]"
+    ):
         DiTFastAttnPlan.from_dict({"code": [[0]], "tokens": 4, "window": 1})
 
 
@@ -289,7 +291,7 @@ def test_plans_read_back(subject):
         ({"codes": ((FULL, 7),)}, r"unknown strategy codes \[7\]"),
         ({"codes": ((FULL, AST), (FULL,))}, r"lengths \[2, 1\]"),
         ({"codes": ()}, "at least one layer"),
-        ({"window": -1}, "window must be at least 0"),
+        ({"window": -1}, "window must be a whole number of at least 0"),
     ],
 )
 def test_bad_plans(change, message):

@@ -441,9 +441,9 @@ def test_it_composes_with_dit_fast_attn_in_both_orders(tmp_path):
     ("rule", "message"),
     [
         (("(", 8, 8, None, True), "no regular expression"),
-        ((".*", 9, 8, None, True), "bits must be one of"),
+        ((".*", 9, 8, None, True), r"segments\[0\]\[1\]\[0\]\[1\] must be one of 2"),
         ((".*", 16, 8, None, True), "codes the inputs of float weights"),
-        ((".*", 8, 8, 1.5, True), r"alpha must lie in 0 \.\.\. 1"),
+        ((".*", 8, 8, 1.5, True), "of at least 0 and at most 1 or none, got 1.5"),
     ],
 )
 def test_bad_rules(rule, message):

@@ -258,12 +258,12 @@ def test_what_does_not_fit(method, subject):
         method.transform(elsewhere)(*pair)
     with pytest.raises(ValueError, match="leave out input_ranges"):
         type(plan)(((".*", 4, 8),), input_ranges=(("head", 0.0, 1.0),))
-    with pytest.raises(ValueError, match=r"codes have 2 \.\.\. 8 bits"):
+    with pytest.raises(ValueError, match=r"rules\[0\]\[1\] must be one of 2, 3.*got 9"):
         method.uniform(9)
 
 
 def test_gptq_names_its_own_limits(subject):
-    with pytest.raises(ValueError, match="damp must be above 0"):
+    with pytest.raises(ValueError, match="damp must be a finite number above 0"):
         gptq.GPTQPlan((), damp=0.0)
     plan = gptq.GPTQPlan(((r"head", 4, 16),))
     with pytest.raises(ValueError, match="only layers of a language model's blocks"):

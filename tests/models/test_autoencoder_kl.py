@@ -250,8 +250,11 @@ def test_config_defaults_are_those_of_diffusers():
         ({"latents_mean": [0.0] * 4}, "latents_mean"),
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "down_block"),
         ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types"),
-        ({"block_out_channels": [8, "16"]}, "block_out_channels must be integers"),
-        ({"sample_size": [8, 12]}, "sample_size must be of type int"),
+        (
+            {"block_out_channels": [8, "16"]},
+            r"block_out_channels\[1\] must be a whole number of at least 1",
+        ),
+        ({"sample_size": [8, 12]}, "sample_size must be a whole number of at least 1"),
     ],
 )
 def test_config_json_that_the_model_does_not_have(fields, message):
@@ -262,18 +265,21 @@ def test_config_json_that_the_model_does_not_have(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"latent_channels": 0}, "latent_channels must be at least 1"),
+        ({"latent_channels": 0}, "latent_channels must be a whole number of at least 1"),
         ({"layers_per_block": 0}, "layers_per_block"),
-        ({"block_out_channels": ()}, "one width per level"),
+        ({"block_out_channels": ()}, "multiple of norm_groups for each level"),
         ({"block_out_channels": (8, 10)}, "multiple of norm_groups"),
-        ({"block_out_channels": (8, 0)}, "multiple of norm_groups"),
-        ({"scaling_factor": 0.0}, "scaling_factor must be positive"),
-        ({"scaling_factor": float("nan")}, "scaling_factor must be positive"),
-        ({"shift_factor": float("inf")}, "shift_factor must be finite"),
-        ({"dtype": "int8"}, "dtype must be a floating type"),
+        (
+            {"block_out_channels": (8, 0)},
+            r"block_out_channels\[1\] must be a whole number of at least 1",
+        ),
+        ({"scaling_factor": 0.0}, "scaling_factor must be a finite number above 0"),
+        ({"scaling_factor": float("nan")}, "scaling_factor must be a finite number above 0"),
+        ({"shift_factor": float("inf")}, "shift_factor must be a finite number"),
+        ({"dtype": "int8"}, "dtype must be one of 'float32'"),
     ],
 )
-def test_bad_config_values(fields, message):
+def test_bad_config_values(untyped, fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **fields)
 

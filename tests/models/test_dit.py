@@ -107,7 +107,7 @@ def closed_form(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"num_layers": 0}, "num_layers must be a whole number of at least 1"),
         ({"sample_size": 9}, "multiple of patch_size"),
         ({"out_channels": 5}, r"in_channels \(4\) or twice"),
         ({"num_heads": 1, "head_dim": 6}, "multiple of 4"),

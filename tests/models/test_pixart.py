@@ -131,17 +131,17 @@ def test_dit_fast_attn_leaves_the_cross_attention_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"num_layers": 0}, "num_layers must be a whole number of at least 1"),
         ({"sample_size": 9}, "multiple of patch_size"),
         ({"out_channels": 5}, r"in_channels \(4\) or twice"),
         ({"num_heads": 1, "head_dim": 6}, "multiple of 4"),
-        ({"interpolation": 0.0}, "interpolation must be positive"),
+        ({"interpolation": 0.0}, "interpolation must be a finite number above 0"),
     ],
 )
 def test_bad_configurations(change, message):
     with pytest.raises(ValueError, match=message):
         PixArtConfig(**change)
-    with pytest.raises(ValueError, match="hidden must be at least 1"):
+    with pytest.raises(ValueError, match="hidden must be a whole number of at least 1"):
         T5Config(hidden=0)
     with pytest.raises(ValueError, match="buckets must be a multiple of 4"):
         T5Config(max_distance=8)

@@ -280,7 +280,7 @@ def test_step_noise_depends_on_key_and_step_only():
         (lambda: FlowMatchEuler(steps=5, spacing="leading"), "one of 'linspace', 'trailing'"),
         (lambda: DDPM(steps=5, prediction="noise"), "prediction must be one of 'epsilon'"),
         (lambda: DDPM(steps=5, variance="learned"), "variance must be one of 'fixed_small'"),
-        (lambda: DDIM(steps=5, eta=1.5), "eta must be a finite number at least 0 and at most 1"),
+        (lambda: DDIM(steps=5, eta=1.5), "eta must be a finite number of at least 0 and at most 1"),
         (lambda: DDIM(steps=1000, steps_offset=1), "'leading' spacing does not give 1000"),
         (lambda: DPMSolver(steps=1000), "Use fewer steps"),
         (lambda: DPMSolver(steps=5, final_sigmas="none"), "final_sigmas must be one of 'zero'"),
