@@ -77,8 +77,8 @@ def test_noise_that_is_given_is_what_sampling_starts_from(pipe, samples, untyped
     same = pipe(labels, key=jax.random.key(9), **options)  # DDIM draws nothing after the start
     chex.assert_trees_all_close(same, samples, atol=1e-5)
     for wrong, got in (
-        (noise.transpose(0, 3, 1, 2), r"float32\[4, 3, 16, 16\]"),
-        (noise[:3], r"float32\[3, 16, 16, 3\]"),
+        (noise.transpose(0, 3, 1, 2), r"float64\[4, 3, 16, 16\]"),
+        (noise[:3], r"float64\[3, 16, 16, 3\]"),
         (np.zeros(noise.shape, np.int32), "int32"),
         ("noise", "str"),
     ):

@@ -396,18 +396,16 @@ class TextToImagePipeline(Pipeline):
     def _encode(self, prompts: Sequence[str]) -> Caption:
         length = self.max_tokens
         with _TOKENIZING:
-            read = self.tokenizer(
-                list(prompts), padding="max_length", max_length=length, return_tensors="np"
+            read = self.tokenizer(list(prompts), padding="max_length", max_length=length)
+        longest = max(range(len(prompts)), key=lambda row: len(read["input_ids"][row]))
+        if (tokens := len(read["input_ids"][longest])) > length:
+            raise ValueError(
+                f"a prompt has {tokens} tokens, this model reads {length}; shorten "
+                f"{prompts[longest][:60]!r}..."
             )
-            ids = read["input_ids"]
-            if ids.shape[1] > length:
-                longest = max(prompts, key=lambda prompt: len(self.tokenizer(prompt)["input_ids"]))
-                raise ValueError(
-                    f"a prompt has {ids.shape[1]} tokens, this model reads {length}; shorten "
-                    f"{longest[:60]!r}..."
-                )
-        mask = jnp.asarray(read["attention_mask"]).astype(bool)
-        return Caption(_states(*self.text_encoder, jnp.asarray(ids, jnp.int32), mask), mask)
+        ids = np.asarray(read["input_ids"], np.int32)
+        mask = jnp.asarray(np.asarray(read["attention_mask"], bool))
+        return Caption(_states(*self.text_encoder, jnp.asarray(ids), mask), mask)
 
     def _components(self, directory: Path) -> dict[str, Any]:
         recipe.save(directory / "text_encoder", *self.text_encoder)
