@@ -47,8 +47,8 @@ class Range:
         return self.high is None or (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        low = "" if self.low is None else f"{'above' if self.above else 'at least'} {self.low:g}"
-        high = "" if self.high is None else f"{'below' if self.below else 'at most'} {self.high:g}"
+        low = "" if self.low is None else f"{'above' if self.above else 'at least'} {self.low}"
+        high = "" if self.high is None else f"{'below' if self.below else 'at most'} {self.high}"
         return " and ".join(end for end in (low, high) if end)
 
 
@@ -137,7 +137,7 @@ def problems(kind: Any, value: Any, name: str) -> list[str]:
             return rest[0]
     elif _fits(kind, range_, value):
         return []
-    return [f"{name} must be {describe(_join(kind, range_))}, got {short(value)}"]
+    return [f"{name} must be {describe(_join(kind, range_), value)}, got {short(value)}"]
 
 
 def _parts(kind: Any) -> tuple[Any, Range | OneOf | None]:
@@ -178,8 +178,8 @@ def _fits(kind: Any, range_: Range | OneOf | None, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def describe(kind: Any) -> str:
-    """What an annotation allows, for people."""
+def describe(kind: Any, value: Any = None) -> str:
+    """What an annotation allows, for people; int32's end is said of a value beyond it."""
     kind, range_ = _parts(kind)
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(range_, OneOf):
@@ -187,7 +187,9 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return ("one of " if len(inner) > 1 else "") + ", ".join(repr(each) for each in inner)
     if origin in (Union, types.UnionType):
-        return " or ".join("none" if each is types.NoneType else describe(each) for each in inner)
+        return " or ".join(
+            "none" if each is types.NoneType else describe(each, value) for each in inner
+        )
     if origin is tuple and inner[1:] == (...,):
         return f"a list, each {describe(inner[0])}"
     if origin is tuple:
@@ -200,7 +202,9 @@ def describe(kind: Any) -> str:
     ends = str(range_ or "")
     if ends.startswith("at"):
         ends = f"of {ends}"
-    return f"{text} {ends}".rstrip().replace(f" and at most {LARGEST:g}", "")
+    if not (type(value) is int and value > LARGEST):
+        ends = ends.removesuffix(f" and at most {LARGEST}")
+    return f"{text} {ends}".rstrip()
 
 
 def same(one: Any, two: Any) -> bool:
@@ -315,7 +319,7 @@ def parse(kind: Any) -> Callable[[str], Any]:
         except ValueError:
             value = word
         if problems(kind, value, "it"):
-            raise argparse.ArgumentTypeError(f"must be {describe(kind)}, got {word!r}")
+            raise argparse.ArgumentTypeError(f"must be {describe(kind, value)}, got {word!r}")
         return value
 
     return parsed

@@ -52,7 +52,7 @@ WRONG = [
     ({"count": -1}, "count must be a whole number of at least 0 or none, got -1"),
     ({"count": 1.5}, "got 1.5"),
     ({"count": True}, "got True"),
-    ({"count": 2**31}, "got 2147483648"),
+    ({"count": 2**31}, "of at least 0 and at most 2147483647 or none, got 2147483648"),
     ({"rate": 0}, "rate must be a finite number above 0, got 0"),
     ({"rate": math.nan}, "got nan"),
     ({"rate": math.inf}, "got inf"),
