@@ -282,7 +282,11 @@ def test_a_plan_that_says_nothing_drops_half():
 @pytest.mark.parametrize(
     ("plan", "options", "message"),
     [
-        (knorm.KnormPlan, {"ratio": 1.0}, "ratio must be a finite number of at least 0 and below 1"),
+        (
+            knorm.KnormPlan,
+            {"ratio": 1.0},
+            "ratio must be a finite number of at least 0 and below 1",
+        ),
         (knorm.KnormPlan, {"capacity": 0}, "capacity must be a whole number of at least 1"),
         (snap_kv.SnapKVPlan, {"kernel": 4}, "kernel must be odd, got 4"),
         (snap_kv.SnapKVPlan, {"capacity": 20}, "capacity=20 leaves no token beside window=32"),
