@@ -400,7 +400,7 @@ def _sample(arguments: argparse.Namespace) -> tuple[Any, str]:
     each = arguments.images_per_prompt
     key = jax.random.key(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    images = pipe(asked, key=key, num_images_per_prompt=each, **settings)
+    images: Any = pipe(asked, key=key, num_images_per_prompt=each, **settings)
     files = []
     for number, image in enumerate(images):
         word = re.sub(r"\W+", "_", asked[number // each])[:40]

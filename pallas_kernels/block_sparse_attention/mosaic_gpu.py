@@ -238,7 +238,8 @@ def _kernel(
                     )
 
     def tiles(*shape: int) -> Any:
-        swizzled = plgpu.TilingTransform((8, _WIDTH)), plgpu.SwizzleTransform(128)
+        layouts: Any = plgpu  # JAX 0.12 annotates its transforms as abstract classes
+        swizzled = layouts.TilingTransform((8, _WIDTH)), layouts.SwizzleTransform(128)
         return plgpu.SMEM(shape, dtype, transforms=swizzled)
 
     arrived = plgpu.Barrier(num_barriers=_STAGES)
