@@ -18,6 +18,7 @@ _PUBLIC = {
     "Forward": "forward",
     "Guidance": "context",
     "chain": "transform",
+    "compilation_cache": "warm",
     "functional": "forward",
     "identity": "transform",
     "load": "recipe",

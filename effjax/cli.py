@@ -211,6 +211,12 @@ def _loading_arguments(command: argparse.ArgumentParser) -> None:
         "--compute-dtype", choices=_DTYPES, help="of the computation; that of the parameters"
     )
     command.add_argument("--check-finite", action="store_true", help="reject NaN and infinity")
+    command.add_argument(
+        "--cache",
+        type=Path,
+        default=os.environ.get("EFFJAX_CACHE"),
+        help="folder that keeps compiled programs for later runs; that of EFFJAX_CACHE",
+    )
     _version_arguments(command)
 
 
@@ -469,6 +475,8 @@ def _compress(arguments: argparse.Namespace) -> tuple[Any, str]:
 def _load(arguments: argparse.Namespace) -> Any:
     import effjax
 
+    if arguments.cache:
+        effjax.compilation_cache(arguments.cache)
     return effjax.pipeline(
         arguments.source,
         variant=arguments.variant,

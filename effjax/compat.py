@@ -9,6 +9,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,3 +68,14 @@ def kernel_name(equation: Any) -> str:
     """Name of the kernel of a `pallas_call` equation."""
     jaxpr = equation.params["jaxpr"]
     return equation.params.get("name") or jaxpr.debug_info.func_src_info
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Make a folder the persistent compilation cache, whatever was compiled or kept before."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    compilation_cache.reset_cache()  # JAX looks at these settings once

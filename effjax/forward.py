@@ -122,6 +122,8 @@ class Forward:
 
         Every branch of every step is seen, whatever `at` has fixed.
         """
+        if not self.edits:  # what has no edits keeps nothing: no need to trace it
+            return {}
         found: dict[str, tuple] = {}
         first = self.segments(0, 1)[0][0]  # in all segments the same
 

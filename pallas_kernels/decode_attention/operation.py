@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -499,33 +500,34 @@ def _run(
     implementation: Implementation | None,
     interpret: bool,
 ) -> Result:
-    def finished(program: Callable) -> Callable:
-        """Outputs [B, K, M, W] and log-sum-exps [B, K, M] by query and head."""
-
-        def run(operands: Operands) -> tuple[Array, Array]:
-            planes, log_sum_exps = program(problem, operands)
-            batch, heads, dtype = *operands.lengths.shape, operands.queries[0].dtype
-            output = jnp.concatenate(planes, axis=-1).astype(dtype)
-            shape = batch, heads, problem.queries, problem.group
-            output = output.reshape(*shape, -1).transpose(0, 2, 1, 3, 4)
-            log_sum_exps = log_sum_exps.reshape(shape).transpose(0, 2, 1, 3)
-            output = output.reshape(batch, problem.queries, -1, output.shape[-1])
-            return output, log_sum_exps.reshape(output.shape[:3])
-
-        return run
-
     refusals = {"pallas_tpu": tpu_refusal, "pallas_gpu": gpu_refusal}
     output, log_sum_exp = dispatch(
         operation,
         implementation,
         {
             "reference": lambda _: specification(),
-            "xla": finished(xla),
-            "pallas_tpu": finished(partial(pallas_tpu, interpret=interpret)),
-            "pallas_gpu": finished(partial(pallas_gpu, interpret=interpret)),
+            "xla": partial(_finished, xla, problem),
+            "pallas_tpu": partial(_finished, pallas_tpu, problem, interpret=interpret),
+            "pallas_gpu": partial(_finished, pallas_gpu, problem, interpret=interpret),
         },
         operands,
         refusal=lambda kernel: refusals[kernel](problem, operands),
         interpret=interpret,
     )
     return (output, log_sum_exp) if return_lse else output
+
+
+# Jitted so that a program is traced once and not in every layer: most of what tracing takes.
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="interpret")
+def _finished(
+    program: Callable, problem: Problem, operands: Operands, **options: bool
+) -> tuple[Array, Array]:
+    """Outputs [B, S, H, W] and log-sum-exps [B, S, H] of a program, by query and head."""
+    planes, log_sum_exps = program(problem, operands, **options)
+    batch, heads, dtype = *operands.lengths.shape, operands.queries[0].dtype
+    output = jnp.concatenate(planes, axis=-1).astype(dtype)
+    shape = batch, heads, problem.queries, problem.group
+    output = output.reshape(*shape, -1).transpose(0, 2, 1, 3, 4)
+    log_sum_exps = log_sum_exps.reshape(shape).transpose(0, 2, 1, 3)
+    output = output.reshape(batch, problem.queries, -1, output.shape[-1])
+    return output, log_sum_exps.reshape(output.shape[:3])
