@@ -98,7 +98,7 @@ def forward(
     def kernel(index, count, full, table, refs, *results):
         m, h, b = (pl.program_id(axis) for axis in range(3))
         q = refs.q[...]
-        row_scale = None if refs.scales is None else refs.scales[0][...][:, None]
+        row_scale = None if refs.scales is None else softmax.LOG2E * refs.scales[0][...][:, None]
         row_segment = None if refs.segments is None else refs.segments[0][...][:, None]
         row = m * block_q + jnp.arange(block_q)[:, None]
         parameters = softmax.parameters(mask, table, b * of_heads + h if by_row else h)
@@ -109,7 +109,7 @@ def forward(
             column = index[w] * block_k + jnp.arange(block_k)[None]
             logits = softmax.product(q, refs.k[keys, :], ((1,), (1,)))
             if row_scale is None:
-                logits *= arithmetic.scale
+                logits *= arithmetic.scale * softmax.LOG2E
             else:
                 logits *= row_scale * refs.scales[1][keys][None]
             seen = None

@@ -178,7 +178,7 @@ def _kernel(
                 plgpu.barrier_wait(scratch["k_arrived"].at[stage])
                 logits = logits_of(q_shared.at[worker], k_shared.at[stage])
                 release("k_consumed", w)
-                logits = logits * (arithmetic.scale * math.log2(math.e))  # weights are powers of 2
+                logits = logits * (arithmetic.scale * softmax.LOG2E)
                 if cut:
                     column = index[(*own, w)] * block_k + iota(1)
                     seen = mask.rule.visible(first + iota(0), column, mask.keys, *parameters)

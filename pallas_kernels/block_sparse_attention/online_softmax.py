@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,16 +14,21 @@ from jax.experimental import pallas as pl
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.heads import Heads, precision
 
+LOG2E = math.log2(math.e)  # kernels compute logits in base 2, which is what processors exponentiate
+
 MASKED = -1e30  # finite, so that rows without any key stay numbers
+NOTHING = MASKED / 2  # the peak of such a row: beside it masked keys weigh nothing
 
 
 class Carry(NamedTuple):
     """What is known of a block of queries so far: arrays, or references to them.
 
+    A query's numbers may lie in one lane or across many, as its processor likes.
+
     Attributes:
-        peak: largest logit, float32[block_q, 1].
-        total: sum of exp(logit - peak), float32[block_q, 1].
-        weighted: sum of exp(logit - peak) times values, float32[block_q, E].
+        peak: largest logit in base 2, float32[block_q, lanes], the same in all lanes.
+        total: sums of 2^(logit - peak), float32[block_q, lanes], to be added up over the lanes.
+        weighted: sum of 2^(logit - peak) times values, float32[block_q, E].
     """
 
     peak: Any
@@ -30,34 +36,62 @@ class Carry(NamedTuple):
     weighted: Any
 
 
-def empty(rows: int, width: int) -> Carry:
+def empty(rows: int, width: int, lanes: int = 1) -> Carry:
     """Nothing is known yet."""
-    peak = jnp.full((rows, 1), MASKED, jnp.float32)
+    peak = jnp.full((rows, lanes), NOTHING, jnp.float32)
     return Carry(peak, jnp.zeros_like(peak), jnp.zeros((rows, width), jnp.float32))
 
 
 def accumulate(
-    carry: Carry, logits: Array, seen: Array | None, values: Array, levels: int | None
+    carry: Carry,
+    logits: Array,
+    seen: Array | None,
+    values: Array,
+    levels: int | None,
+    *,
+    fixed: bool = False,
 ) -> Carry:
-    """One more block of keys: logits float32[block_q, block_k], values [block_k, E]."""
+    """One more block of keys: logits float32[block_q, block_k] in base 2, values [block_k, E].
+
+    Args:
+        fixed: leave the peak, which is 0, as it is: for logits that are known to be small.
+    """
+    lanes = carry.peak.shape[1]
     if seen is not None:
         logits = jnp.where(seen, logits, MASKED)
-    own = jnp.max(logits, axis=1, keepdims=True)
+    if fixed:
+        weights = jnp.exp2(logits)
+        weighted = product(weights.astype(values.dtype), values, ((1,), (0,)))
+        return Carry(carry.peak, carry.total + _sums(weights, lanes), carry.weighted + weighted)
+    own = jnp.maximum(jnp.max(logits, axis=1, keepdims=True), NOTHING)
     peak = jnp.maximum(carry.peak, own)
-    weights = jnp.exp(logits - (peak if levels is None else own))
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
-    shrink = jnp.exp(carry.peak - peak)
-    total = jnp.sum(weights, axis=1, keepdims=True)
+    weights = jnp.exp2(logits - (_across(peak, logits.shape[1]) if levels is None else own))
+    shrink = jnp.exp2(carry.peak - peak)
+    total = _sums(weights, lanes)
     if levels is None:
         weighted = product(weights.astype(values.dtype), values, ((1,), (0,)))
     else:
-        # Codes are in units of the block's largest weight: exp(own - peak).
-        grow = jnp.exp(own - peak)
+        # Codes are in units of the block's largest weight: 2^(own - peak).
+        grow = jnp.exp2(own - peak)
         total = grow * total
         codes = weight_codes(weights, levels, values.dtype)
-        weighted = product(codes, values, ((1,), (0,))) * (grow * (1 / levels))
-    return Carry(peak, shrink * carry.total + total, shrink * carry.weighted + weighted)
+        weighted = product(codes, values, ((1,), (0,)))
+        weighted *= _across(grow * (1 / levels), weighted.shape[1])
+    old = _across(shrink, weighted.shape[1]) * carry.weighted
+    return Carry(peak, shrink * carry.total + total, old + weighted)
+
+
+def _across(x: Array, width: int) -> Array:
+    """The number in all lanes of `x`, as one or in `width` lanes."""
+    lanes = x.shape[1]
+    return x if lanes == 1 else jnp.tile(x, (1, -(-width // lanes)))[:, :width]
+
+
+def _sums(x: Array, lanes: int) -> Array:
+    """Sums of rows, or of every `lanes`th number of them."""
+    if lanes == 1:
+        return jnp.sum(x, axis=1, keepdims=True)
+    return sum(x[:, first : first + lanes] for first in range(0, x.shape[1], lanes))
 
 
 def weight_codes(weights: Array, levels: int, dtype: Any) -> Array:
@@ -70,15 +104,19 @@ def weight_codes(weights: Array, levels: int, dtype: Any) -> Array:
 def merge(a: Carry, b: Carry) -> Carry:
     """What is known of the keys of both."""
     peak = jnp.maximum(a.peak, b.peak)
-    of_a, of_b = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
-    return Carry(peak, of_a * a.total + of_b * b.total, of_a * a.weighted + of_b * b.weighted)
+    of_a, of_b = jnp.exp2(a.peak - peak), jnp.exp2(b.peak - peak)
+    width = a.weighted.shape[1]
+    weighted = _across(of_a, width) * a.weighted + _across(of_b, width) * b.weighted
+    return Carry(peak, of_a * a.total + of_b * b.total, weighted)
 
 
 def finish(carry: Carry) -> tuple[Array, Array]:
-    """Output and log-sum-exp; zeros and -inf for rows that saw nothing."""
-    some = carry.total > 0
-    safe = jnp.where(some, carry.total, 1.0)
-    return carry.weighted / safe, jnp.where(some, carry.peak + jnp.log(safe), -jnp.inf)
+    """Output and (natural) log-sum-exp [block_q, 1]; zeros and -inf for rows that saw nothing."""
+    total = jnp.sum(carry.total, axis=1, keepdims=True)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = carry.peak[:, :1] / LOG2E + jnp.log(safe)
+    return carry.weighted / safe, jnp.where(some, lse, -jnp.inf)
 
 
 def product(x: Array, y: Array, contracted: Any) -> Array:

@@ -113,16 +113,17 @@ def forward(
         @pl.when(w == 0)
         def _():
             for carry in carries:
-                _store(carry, softmax.empty(block_q, value_width))
+                _store(carry, softmax.empty(block_q, value_width, _LANES))
             if refs.scales is not None:
-                scale = jnp.broadcast_to(refs.scales[0][0, 0, 0], (_LANES, block_q))
+                scale = softmax.LOG2E * refs.scales[0][0, 0, 0]
+                scale = jnp.broadcast_to(scale, (_LANES, block_q))
                 scale_ref[...] = scale.T
 
         def visit(*, inside: bool, outside: bool) -> None:
             """One block, in which something is seen, or something is not, or both."""
             logits = softmax.product(refs.q[0, 0], refs.k[0, 0], ((1,), (1,)))
             if refs.scales is None:
-                logits *= arithmetic.scale
+                logits *= arithmetic.scale * softmax.LOG2E
             else:
                 logits *= scale_ref[:, :1] * refs.scales[1][0, 0]
             shape = (block_q, block_k)
@@ -137,9 +138,8 @@ def forward(
                     seen &= refs.segments[0][0, :, :1] == refs.segments[1][0, :1, :]
 
             def add(carry: softmax.Carry, seen: Array | None) -> None:
-                before = softmax.Carry(carry.peak[:, :1], carry.total[:, :1], carry.weighted[...])
-                values = refs.v[0, 0]
-                _store(carry, softmax.accumulate(before, logits, seen, values, arithmetic.levels))
+                values, levels = refs.v[0, 0], arithmetic.levels
+                _store(carry, softmax.accumulate(_load(carry), logits, seen, values, levels))
 
             if inside:
                 add(carries[0], seen)
@@ -155,10 +155,7 @@ def forward(
 
         @pl.when(w == longest - 1)
         def _():
-            parts = [
-                softmax.Carry(carry.peak[:, :1], carry.total[:, :1], carry.weighted[...])
-                for carry in carries
-            ]
+            parts = [_load(carry) for carry in carries]
             if mask.rest:
                 parts[1] = softmax.merge(*parts)
             for (out_ref, lse_ref), part in zip(results, parts):
@@ -217,11 +214,13 @@ def _arranged(mask: BlockMask, heads: Heads) -> Heads:
     return Heads(q, k, v, segments, scales)
 
 
+def _load(refs: softmax.Carry) -> softmax.Carry:
+    return softmax.Carry(*(ref[...] for ref in refs))
+
+
 def _store(refs: softmax.Carry, carry: softmax.Carry) -> None:
-    """Write to scratch memory, whose columns of one number are lanes."""
-    refs.peak[...] = jnp.broadcast_to(carry.peak, refs.peak.shape)
-    refs.total[...] = jnp.broadcast_to(carry.total, refs.total.shape)
-    refs.weighted[...] = carry.weighted
+    for ref, value in zip(refs, carry):
+        ref[...] = value
 
 
 def flops(mask: BlockMask, heads: Heads) -> int:
