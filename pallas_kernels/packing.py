@@ -17,6 +17,7 @@ nothing between sublanes or lanes. K is padded with zero codes to whole blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,7 @@ def check_planes(planes: Planes, bits: int) -> int:
     return rows[0]
 
 
-def as_words(planes: Planes) -> Planes:
+def as_words(planes: Sequence[jax.Array]) -> Planes:
     """Planes as kernels read them: words as int32, so that a shift can extend the sign; free."""
     return tuple(
         plane if plane.dtype == jnp.int8 else jax.lax.bitcast_convert_type(plane, jnp.int32)
@@ -163,18 +164,40 @@ def unpack_tile(words: Sequence[jax.Array], bits: int) -> jax.Array:
     """
     if bits == 8:
         return words[0]
-    codes, low, widths = None, 0, plane_widths(bits)
-    for plane, width in zip(words, widths):
-        slots, lanes = 32 // width, plane.shape[1]
-        blocks = plane.reshape(-1, 1, 8, lanes)
-        shape = blocks.shape[0], slots, 8, lanes
-        shift = width * jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        blocks = jnp.broadcast_to(blocks, shape)
+    shifts = []
+    for plane, width in zip(words, plane_widths(bits), strict=True):
+        shape = plane.shape[0] // 8, 32 // width, 8, plane.shape[1]
+        shifts.append(width * jax.lax.broadcasted_iota(jnp.int32, shape, 1))
+    blocks = [plane.reshape(-1, 1, 8, plane.shape[1]) for plane in words]
+    return _joined([*zip(blocks, shifts, strict=True)], bits, lambda a: a.reshape(-1, a.shape[-1]))
+
+
+def unpack_slot(words: Sequence[tuple[jax.Array, int]], bits: int) -> jax.Array:
+    """One code of every element, from a word of each plane.
+
+    Args:
+        words: int32[...] of each plane and the slot in it, or one int8[...] with slot 0.
+        bits: 2 ... 8.
+
+    Returns:
+        int32[...], int8 for 8 bits.
+    """
+    if bits == 8:
+        return words[0][0]
+    widths = plane_widths(bits)
+    shifted = [(word, width * slot) for (word, slot), width in zip(words, widths, strict=True)]
+    return _joined(shifted, bits, lambda a: a)
+
+
+def _joined(words: Sequence[tuple[jax.Array, Any]], bits: int, form: Any) -> jax.Array:
+    """Codes from words and how far each is shifted; `form` gives the planes' bits equal shapes."""
+    codes, low = None, 0
+    for (word, shift), width in zip(words, plane_widths(bits), strict=True):
         if low + width == bits:  # the highest bits carry the sign
-            field = (blocks << (32 - width - shift)) >> (32 - width)
+            field = (word << (32 - width - shift)) >> (32 - width)
         else:
-            field = jax.lax.shift_right_logical(blocks, shift) & (2**width - 1)
-        field = field.reshape(-1, lanes)
+            field = (word >> shift) & (2**width - 1)
+        field = form(field)
         codes = field if codes is None else codes | (field << low)
         low += width
     assert codes is not None

@@ -8,13 +8,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effjax.quant import QTensor, qdot
+from pallas_kernels.float_matmul import matmul, matmul_transposed
 
 
 def dot(x: Float[Array, "*B I"], weight: Float[Array, "I O"] | QTensor) -> Float[Array, "*B O"]:
     """Multiply activations by a weight leaf, an array or quantised, in the activations' dtype."""
     if isinstance(weight, QTensor):
         return qdot(x, weight)
-    return jnp.dot(x, weight.astype(x.dtype))
+    return matmul(x, weight.astype(x.dtype))
+
+
+def dot_transposed(x: Float[Array, "*B I"], table: Float[Array, "O I"]) -> Float[Array, "*B O"]:
+    """Multiply activations by the rows of a table, such as an embedding that is the head too."""
+    return matmul_transposed(x, table.astype(x.dtype))
 
 
 XAVIER = nnx.initializers.xavier_uniform()

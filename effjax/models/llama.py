@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName, Positive, Range
 from effjax.layers.attention import CausalAttention
-from effjax.layers.linear import Linear, dot
+from effjax.layers.linear import Linear, dot_transposed
 from effjax.layers.mlp import GatedMLP
 from effjax.layers.norms import RMSNorm
 from effjax.layers.rotary import Rotary, Scaling, frequencies
@@ -192,7 +192,9 @@ class Llama(Model):
         if keep is not None:
             x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
         x = self.norm(x)
-        return dot(x, self.table.get_value().T) if self.head is None else self.head(x)
+        if self.head is None:
+            return dot_transposed(x, self.table.get_value())
+        return self.head(x)
 
 
 MODEL = Llama

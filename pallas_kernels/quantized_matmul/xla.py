@@ -15,23 +15,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.packing import Planes, as_words, check_planes, packed_rows, unpack_tile
+from pallas_kernels.float_matmul import few_rows
+from pallas_kernels.implementation import has_sizes
+from pallas_kernels.marks import declared
+from pallas_kernels.packing import (
+    Planes,
+    as_words,
+    check_planes,
+    codes_per_row,
+    packed_rows,
+    unpack_slot,
+    unpack_tile,
+)
 from pallas_kernels.tiling import pad_axis
 
 
 def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any) -> jax.Array:
     """One integer product, and the zero points by the rows' sums."""
     (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
-    product = jnp.matmul(x_codes, w_codes, preferred_element_type=jnp.int32)
+    product = few_rows(_codes)(x_codes, w_codes)
     if w_zero is not None:
         product += sums * w_zero
     return (product.astype(jnp.float32) * x_scale * w_scale).astype(out_dtype)
 
 
 def packed_matmul(floats: Any, codes: Any, *, bits: int, out_dtype: Any) -> jax.Array:
-    """A scan over tiles of K; what is unpacked at any time is one tile."""
+    """A scan over tiles of K, of which one is unpacked at any time; on a CPU, one row is not."""
     (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
     x, scale, zero = whole_groups(x_codes if x is None else x, planes, scale, zero, bits=bits)
+    operands = x, planes, scale, zero
+    product = partial(_by_tiles, bits=bits)
+    if x.shape[0] == 1 and has_sizes(operands):
+        one_row = declared(
+            partial(_of_one_row, bits=bits),
+            flops=2 * x.shape[1] * scale.shape[1],
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(operands)),
+            elements=scale.shape[1],
+        )
+        total = jax.lax.platform_dependent(*operands, cpu=one_row, default=product)
+    else:
+        total = product(*operands)
+    return (total if x_scale is None else total * x_scale).astype(out_dtype)
+
+
+def _by_tiles(
+    x: jax.Array, planes: Planes, scale: jax.Array, zero: jax.Array | None, *, bits: int
+) -> jax.Array:
     tile = tile_rows(x.shape[1], scale.shape[0], bits)
     steps = x.shape[1] // tile
     split = partial(jax.tree.map, lambda a: a.reshape(steps, -1, a.shape[1]))
@@ -44,8 +73,58 @@ def packed_matmul(floats: Any, codes: Any, *, bits: int, out_dtype: Any) -> jax.
         return total + tile_product(*tiles, bits=bits), None
 
     total = jnp.zeros((x.shape[0], scale.shape[1]), jnp.float32)
-    total, _ = jax.lax.scan(step, total, tiles)
-    return (total if x_scale is None else total * x_scale).astype(out_dtype)
+    return jax.lax.scan(step, total, tiles)[0]
+
+
+def _of_one_row(
+    x: jax.Array, planes: Planes, scale: jax.Array, zero: jax.Array | None, *, bits: int
+) -> jax.Array:
+    """Multiply and add codes as float32 as soon as they are unpacked; no tile is ever held.
+
+    A step takes one row of words of every span of K, which has sums of its own, so that what is
+    unpacked goes from registers to sums. Shares of groups within a span have their own sums too.
+    """
+    (groups, columns), rows, counts = scale.shape, x.shape[1], codes_per_row(bits)
+    most = max(counts)
+    block = 8 * most  # codes of eight rows of the widest words
+    span = tile_rows(rows, groups, bits) if groups == 1 else max(block, rows // groups)
+    shares = max(1, span // (rows // groups))
+    x = x.astype(jnp.float32).reshape(-1, span // block, most, 8)
+    spans = x.shape[0]
+    # [spans, blocks, words of a plane in the place of one of the widest, 8, N]
+    blocks = [
+        plane.reshape(spans, span // block, most // count, 8, columns)
+        for plane, count in zip(planes, counts, strict=True)
+    ]
+    unrolled = max(1, 16 // most)
+
+    @jax.checkpoint  # a gradient unpacks again
+    def step(number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        sums_ = list(sums)
+        for row in (number * unrolled + each for each in range(unrolled)):
+            place = row // 8, row % 8
+
+            def take(array: jax.Array, place: tuple = place) -> jax.Array:
+                of_block = jax.lax.dynamic_index_in_dim(array, place[0], 1, keepdims=False)
+                return jax.lax.dynamic_index_in_dim(of_block, place[1], 2, keepdims=False)
+
+            own, inputs = as_words([take(plane) for plane in blocks]), take(x)
+            for slot in range(most):
+                parts = [
+                    (word[:, slot // count], slot % count)
+                    for word, count in zip(own, counts, strict=True)
+                ]
+                code = unpack_slot(parts, bits).astype(jnp.float32)
+                sums_[slot * shares // most] += code * inputs[:, slot, None]
+        return tuple(sums_)
+
+    sums = (jnp.zeros((spans, columns), jnp.float32),) * shares
+    sums = jax.lax.fori_loop(0, span // most // unrolled, step, sums)
+    total = jnp.stack(sums, axis=1).reshape(groups, -1, columns).sum(axis=1)
+    if zero is not None:
+        inputs = jnp.sum(x.reshape(groups, -1), axis=1, keepdims=True)
+        total += inputs * zero.astype(jnp.float32)
+    return jnp.sum(total * scale.astype(jnp.float32), axis=0, keepdims=True)
 
 
 def whole_groups(
@@ -96,6 +175,10 @@ def tile_product(
             product += sums * zero[here].astype(jnp.float32)
         total += product * scale[here]
     return total
+
+
+def _codes(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.matmul(x, w, preferred_element_type=jnp.int32)
 
 
 def dot(x: jax.Array, codes: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Quantised products: every program against the specification, costs, errors, compilation."""
 
+import itertools
 from functools import partial
 
 import chex
@@ -152,6 +153,37 @@ def test_packed_equals_reference(shape, bits, group_size, dtype, zero):
     outs, expected = run_all(packed_matmul, operands, **options)
     for name, out in outs.items():
         assert relative(out, expected) < CLOSE, name
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "dtype"),
+    [
+        *itertools.product(range(2, 9), (32, 128, None), [jnp.float32]),
+        *itertools.product((3, 4), (64, 256), [jnp.bfloat16, jnp.int8]),
+    ],
+)
+def test_one_row_on_a_cpu(bits, group_size, dtype):
+    rows = 768 if group_size else 700  # the last is padded to whole blocks
+    operands = packed_operands(1, rows, 24, bits, group_size, dtype)
+    options = {"bits": bits, "group_size": group_size, "out_dtype": jnp.float32}
+    run = partial(packed_matmul, **options)
+    out = jax.jit(partial(run, implementation="xla"))(**operands)
+    assert relative(out, run(**operands, implementation="reference")) < CLOSE
+
+
+def test_one_row_on_a_cpu_has_the_gradients_and_the_cost_of_the_product():
+    x, *rest = packed_operands(1, 256, 24, 4, 64).values()
+    names = ("planes", "scale", "zero")
+
+    def run(x, implementation):
+        operands = dict(zip(names, rest, strict=True))
+        return jnp.sum(
+            packed_matmul(x, bits=4, group_size=64, implementation=implementation, **operands)
+        )
+
+    gradients = [jax.grad(run)(x, each) for each in ("xla", "reference")]
+    assert relative(*gradients) < CLOSE
+    assert cost(partial(run, implementation="xla"), x, platform="cpu").flops == 2 * 256 * 24
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 128), (4, None)])
