@@ -51,7 +51,8 @@ class BiasedAttentionCore(nnx.Module):
         scaled = q * jnp.asarray(scale, q.dtype)
         logits = jnp.einsum("bshd,bthd->bhst", scaled, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(v.dtype)
-        return jnp.einsum("bhst,bthd->bshd", weights, v)
+        out = jnp.einsum("bhst,bthd->bshd", weights, v, preferred_element_type=jnp.float32)
+        return out.astype(v.dtype)
 
 
 class Projections(nnx.Module):

@@ -643,4 +643,5 @@ def attend_to_positions(
     logits = jnp.einsum("bskgd,btkd->bkgst", q, k, preferred_element_type=jnp.float32)
     logits = jnp.where(seen[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgst,btkd->bskgd", weights, v).reshape(batch, queries, heads, -1)
+    out = jnp.einsum("bkgst,btkd->bskgd", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(v.dtype).reshape(batch, queries, heads, -1)

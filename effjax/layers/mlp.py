@@ -20,6 +20,7 @@ def quick_gelu(x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 
+# Models call these on float32 and round once, whatever they compute in.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": gelu_tanh,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -51,7 +52,8 @@ class MLP(nnx.Module):
         self.fc2 = Linear(hidden, outputs or width, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S O"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        hidden = ACTIVATIONS[self.activation](self.fc1(x).astype(jnp.float32))
+        return self.fc2(hidden.astype(x.dtype))
 
 
 class GatedMLP(nnx.Module):
@@ -79,5 +81,10 @@ class GatedMLP(nnx.Module):
         self.up = linear(width, hidden)
         self.down = linear(hidden, width)
 
+    def inner(self, x: Float[Array, "B S C"]) -> Float[Array, "B S H"]:
+        """f(x W_gate) * (x W_up), in float32."""
+        gate, up = (layer(x).astype(jnp.float32) for layer in (self.gate, self.up))
+        return ACTIVATIONS[self.activation](gate) * up
+
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        return self.down(self.inner(x).astype(x.dtype))

@@ -18,7 +18,8 @@ def modulate(
     x: Float[Array, "B S C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
 ) -> Float[Array, "B S C"]:
     """Adaptive norm's affine map x (1 + scale) + shift, one shift and scale per sample."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    wide, shift, scale = (y.astype(jnp.float32) for y in (x, shift, scale))
+    return (wide * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName, Positive
 from effjax.layers.attention import BiasedAttentionCore, Projections
-from effjax.layers.mlp import ACTIVATIONS, GatedMLP
+from effjax.layers.mlp import GatedMLP
 from effjax.layers.norms import RMSNorm
 from effjax.layers.stack import Stack
 
@@ -81,8 +81,7 @@ class T5MLP(GatedMLP):
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
         wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
-        gate, up = self.gate(x).astype(wide), self.up(x).astype(wide)
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+        return self.down(self.inner(x).astype(wide))
 
 
 class T5Block(nnx.Module):

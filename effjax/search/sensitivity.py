@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from effjax.context import Context, PyTree
 from effjax.forward import Forward, Params
-from effjax.layers.linear import Linear
+from effjax.layers.linear import Linear, dot
 from effjax.quant import Quantizer, fake_quantize
 from effjax.quant.hadamard import Rotation
 from effjax.quant.tensor import prepare_inputs, prepare_weights
@@ -66,7 +66,7 @@ class _Rounded(Wrapper):
         rounded = fake_quantize(
             prepare_inputs(x, *preparation), Quantizer(), bits=self.inputs, axes=-1
         ).astype(x.dtype)
-        y = jnp.dot(rounded, w.astype(x.dtype))
+        y = dot(rounded, w)
         bias = self.inner.bias
         return y if bias is None else y + bias.get_value().astype(x.dtype)
 

@@ -44,6 +44,7 @@ from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention, CausalCore, Heads, KeyHeads
 from effjax.layers.cache_codes import FLOAT, Bits, pack, to_codes, unpack
 from effjax.layers.kv_cache import Caches, Kind, Lengths
+from effjax.layers.linear import dot
 from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache
 from effjax.quant import QTensor
 from effjax.sites import sites
@@ -262,7 +263,7 @@ def reconstruction_loss(
             c = _features(x, trained[path][f"down_{name}"], constant=forward.config.qkv_bias)
             if plan.bits != FLOAT:
                 c = _rounded(c, plan, attn.kv_heads, keys=name == "k")
-            rebuilt = jnp.dot(c, trained[path][f"up_{name}"].astype(c.dtype))
+            rebuilt = dot(c, trained[path][f"up_{name}"])
             total += jnp.mean(jnp.square((layer(x) - rebuilt).astype(jnp.float32)))
     return total
 
@@ -270,7 +271,7 @@ def reconstruction_loss(
 def _features(
     x: Float[Array, "B S C"], down: Float[Array, "C R"], *, constant: bool
 ) -> Float[Array, "B S R"]:
-    c = jnp.dot(x, down.astype(x.dtype))
+    c = dot(x, down)
     return c.at[..., -1].set(1) if constant else c
 
 
@@ -443,7 +444,9 @@ class CSKVCache(TumblingCache):
         batch, queries, heads, width = q.shape
         up_v = up_v.reshape(up_v.shape[0], -1, width)
         grouped = out.reshape(batch, queries, up_v.shape[1], -1, up_v.shape[0])
-        values = jnp.einsum("bskgr,rkd->bskgd", grouped, up_v)
+        values = jnp.einsum(
+            "bskgr,rkd->bskgd", grouped, up_v, preferred_element_type=jnp.float32
+        ).astype(up_v.dtype)
         return values.reshape(batch, queries, heads, -1), log_sum_exps
 
     def _restored(
