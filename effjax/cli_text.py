@@ -235,7 +235,8 @@ def bench(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespac
     for round_ in range(arguments.repeats + 1):  # the first one compiles
         for name, pair in pairs.items():
             began = time.perf_counter()
-            session = jax.block_until_ready(prefill(*pair, prompts, new=new))
+            session = prefill(*pair, prompts, new=new, buckets=None)
+            jax.block_until_ready(session)
             read = time.perf_counter()
             generate(*pair, session=session, max_new_tokens=new)
             done = time.perf_counter()

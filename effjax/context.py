@@ -108,10 +108,12 @@ class Room:
     Attributes:
         prompt: tokens (columns, with padding) that are read before generation starts.
         new: tokens that may follow.
+        most: tokens that no text exceeds, though both may be rounded up; None if that is their sum.
     """
 
     prompt: int
     new: int
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.new < 0:
@@ -121,7 +123,8 @@ class Room:
 
     @property
     def total(self) -> int:
-        return self.prompt + self.new
+        total = self.prompt + self.new
+        return total if self.most is None else min(total, self.most)
 
 
 @dataclasses.dataclass(frozen=True)

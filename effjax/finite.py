@@ -7,21 +7,23 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class NotFiniteWarning(RuntimeWarning):
     """A model gave NaN or infinite values."""
 
 
-def warn_unless_finite(what: str, values: jax.Array, advice: str) -> None:
+def warn_unless_finite(what: str, values: jax.Array | np.ndarray, advice: str) -> None:
     """Warn with a `NotFiniteWarning` if any of the values is NaN or infinite.
 
     Args:
         what: what the values are ("latents after step 3 of 20").
-        values: float array of any shape, on a device; one number comes to the host.
+        values: float array of any shape; of one on a device, one number comes to the host.
         advice: what to try.
     """
-    wrong = int(jnp.sum(~jnp.isfinite(values)))
+    on = np if isinstance(values, np.ndarray) else jnp
+    wrong = int(on.sum(~on.isfinite(values)))
     if wrong:
         message = f"{what}: {wrong} of {values.size} values are NaN or infinite. {advice}"
         warnings.warn(message, NotFiniteWarning, stacklevel=3)

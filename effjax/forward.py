@@ -155,9 +155,9 @@ class Forward:
         """Promise that steps lie in start ... stop - 1, where no plan changes parameters."""
         return dataclasses.replace(self, span=(start, stop))
 
-    def with_room(self, prompt: int, new: int) -> Forward:
-        """Say how long texts may become, which caches must know."""
-        return dataclasses.replace(self, room=Room(prompt, new))
+    def with_room(self, prompt: int, new: int, most: int | None = None) -> Forward:
+        """Say how long texts may become, which caches must know; see `Room`."""
+        return dataclasses.replace(self, room=Room(prompt, new, most))
 
     @property
     def boundaries(self) -> tuple[int, ...]:

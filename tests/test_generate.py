@@ -384,7 +384,7 @@ def test_a_repetition_penalty_needs_what_occurred():
 
 def test_bytes_of_a_cache_and_what_a_text_uses(model):
     forward, params = model
-    session = prefill(forward, params, [list(range(12)), list(range(6))], new=8)
+    session = prefill(forward, params, [list(range(12)), list(range(6))], new=8, buckets=None)
     found = cache_bytes(params, session)
     assert found.allocated == state_bytes(session.state)
     assert found.useful == pytest.approx(found.allocated * (12 + 6) / 2 / 20, abs=1)
@@ -397,6 +397,6 @@ def test_slots_of_spans_are_all_used_by_long_texts():
         forward, params = moa.transform(dataclasses.replace(plan, layout=layout))(
             subject.forward, subject.params
         )
-        session = prefill(forward, params, subject.cond[:, :16], new=4)
+        session = prefill(forward, params, subject.cond[:, :16], new=4, buckets=None)
         found = cache_bytes(params, session)
         assert found.allocated == found.useful == state_bytes(session.state)

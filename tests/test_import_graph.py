@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module may import its own layer and those before it.
 LAYERS = [
     ["pallas_kernels"],
-    ["effjax.compat", "effjax.fields", "effjax.finite", "effjax.warm"],
+    ["effjax.buckets", "effjax.compat", "effjax.fields", "effjax.finite", "effjax.warm"],
     ["effjax.context", "effjax.quant", "effjax.sites"],
     ["effjax.layers"],
     ["effjax.models"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from effjax.buckets import POWERS, Buckets
 from effjax.finite import NotFiniteWarning
 from effjax.forward import Forward, Params
 from effjax.generate.sampling import Sampling, process_logits
@@ -86,6 +86,7 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     session: Session | None = None,
     chunk: int | None = None,
+    buckets: Buckets = POWERS,
 ) -> Generated:
     """Continue texts.
 
@@ -102,7 +103,7 @@ def generate(
         streamer: receives the prompts and then the tokens, a few at a time.
         stop: ends a row's text as soon as it is true of its new tokens.
         session: texts that `prefill` has read with this model.
-        chunk: see `prefill`.
+        chunk, buckets: see `prefill`.
 
     Raises:
         ValueError: for numbers out of range, a temperature without a key, a session of another
@@ -133,45 +134,56 @@ def generate(
     if session is None:
         if prompts is None:
             raise ValueError("give prompts, or a session that has read some")
-        session = prefill(forward, params, prompts, new=max_new_tokens, chunk=chunk)
+        session = prefill(
+            forward, params, prompts, new=max_new_tokens, chunk=chunk, buckets=buckets
+        )
     else:
         check_maker(session, forward)
         if prompts is not None:
-            session = extend(params, session, prompts)
+            session = extend(params, session, prompts, buckets=buckets)
         check_room(session, max_new_tokens)
-    batch = session.lengths.shape[0]
-    keys = None if key is None else sample_keys(key, batch)
-    carry = _Carry(
-        session,
-        jnp.zeros((batch, max_new_tokens), jnp.int32),
-        jnp.zeros((batch, max_new_tokens), jnp.float32),
-        jnp.zeros(batch, jnp.int32),
-        jnp.zeros(batch, bool),
-        jnp.ones(batch, bool),
-        jnp.int32(0),
-    )
+        session = _copied(session)
+    rows, batch = session.texts, len(session.lengths)
+    keys = None if key is None else _row_keys(key, rows, batch)
     if streamer is not None:
-        streamer.put(_shown_prompts(prompts, batch))
+        streamer.put(_shown_prompts(prompts, rows))
     stepwise = streamer is not None or stop is not None
     seen, stride = 0, STRIDE if stepwise else max_new_tokens
-    carry = _begin(carry, sampling, keys, ends)  # copies the session's state
+    made = _Made.nothing(session)
+    made = _begin(made, session.logits, session.occurred, sampling, keys, ends)
     while seen < max_new_tokens:
-        limit = jnp.int32(min(seen + stride, max_new_tokens))
-        carry = _decode(params, carry, sampling, keys, ends, limit)
-        made = int(carry.count)
+        limit = np.int32(min(seen + stride, max_new_tokens))
+        session, made = _decode(params, session, made, sampling, keys, ends, limit)
+        count = int(made.count)
         if stop is not None:
-            carry = _stopped(carry, stop, seen)
+            made = _stopped(made, stop, seen)
         if streamer is not None:
-            _show(streamer, carry, seen, made)
-        seen = max_new_tokens if bool(jnp.all(carry.done)) else made
+            _show(streamer, made, rows, seen, count)
+        seen = max_new_tokens if np.all(made.done) else count
     if streamer is not None:
         streamer.end()
-    _warn_of_rows(np.flatnonzero(~np.asarray(carry.finite)), batch)
-    lengths = np.asarray(carry.lengths)
+    _warn_of_rows(np.flatnonzero(~np.asarray(made.finite)), rows)
+    lengths = np.asarray(made.lengths)[:rows]
     used = int(lengths.max())
-    return Generated(
-        np.asarray(carry.tokens)[:, :used], lengths, np.asarray(carry.log_probs)[:, :used]
-    )
+    tokens, log_probs = (np.asarray(each)[:rows, :used] for each in (made.tokens, made.log_probs))
+    return Generated(tokens, lengths, log_probs)
+
+
+def _copied(session: Session) -> Session:
+    """A session that may be donated: nothing of it is the caller's."""
+
+    def copy(leaf: Array) -> Array:
+        return jax.device_put(leaf, leaf.sharding, may_alias=False)
+
+    return jax.tree.map(copy, session)
+
+
+def _row_keys(key: Key[Array, "..."], rows: int, batch: int) -> Key[Array, " B"]:
+    """A key for each row of a batch, of which those beyond the texts draw nothing."""
+    if np.shape(key) == ():
+        return sample_keys(key, batch)
+    keys = sample_keys(key, rows)
+    return keys if rows == batch else keys[np.minimum(np.arange(batch), rows - 1)]
 
 
 def _shown_prompts(prompts: Prompts | None, batch: int) -> np.ndarray:
@@ -181,9 +193,9 @@ def _shown_prompts(prompts: Prompts | None, batch: int) -> np.ndarray:
     return np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
 
 
-def _show(streamer: Streamer, carry: _Carry, start: int, stop: int) -> None:
+def _show(streamer: Streamer, made: _Made, rows: int, start: int, stop: int) -> None:
     """Put the columns of tokens in which some row goes on."""
-    tokens, lengths = np.asarray(carry.tokens), np.asarray(carry.lengths)
+    tokens, lengths = (np.asarray(each)[:rows] for each in (made.tokens, made.lengths))
     for column in range(start, min(stop, lengths.max())):
         streamer.put(np.where(column < lengths, tokens[:, column], -1))
 
@@ -198,14 +210,9 @@ def _warn_of_rows(rows: np.ndarray, batch: int) -> None:
         )
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("session", "tokens", "log_probs", "lengths", "done", "finite", "count"),
-    meta_fields=(),
-)
-@dataclasses.dataclass(frozen=True)
-class _Carry:
-    session: Session
+class _Made(NamedTuple):
+    """New tokens of a batch so far, in buffers that are as wide as the session's room."""
+
     tokens: Array
     log_probs: Array
     lengths: Array
@@ -213,77 +220,90 @@ class _Carry:
     finite: Array
     count: Array
 
+    @staticmethod
+    def nothing(session: Session) -> _Made:
+        room, batch = session.forward.room, len(session.lengths)
+        assert room is not None
+        return _Made(
+            *(np.zeros((batch, room.new), dtype) for dtype in (np.int32, np.float32)),
+            np.zeros(batch, np.int32),
+            np.asarray(session.lengths) == 0,  # padding
+            np.ones(batch, bool),
+            np.int32(0),
+        )
 
-def _choose(carry: _Carry, sampling: Sampling, keys: Array | None, ends: Array) -> _Carry:
+
+def _choose(
+    made: _Made,
+    logits: Array,
+    occurred: Array,
+    sampling: Sampling,
+    keys: Array | None,
+    ends: Array,
+) -> _Made:
     """Take the next token of every row that is not done."""
-    logits, count = carry.session.logits, carry.count
-    changed = process_logits(logits, sampling, carry.session.occurred)
+    changed = process_logits(logits, sampling, occurred)
     if sampling.temperature is None:
         token = jnp.argmax(changed, axis=-1)
     else:
         assert keys is not None
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, count)
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, made.count)
         token = jax.vmap(jax.random.categorical)(own, changed)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     log_prob = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
-    token = jnp.where(carry.done, _last(carry), token.astype(jnp.int32))
-    return _Carry(
-        carry.session,
-        carry.tokens.at[:, count].set(token),
-        carry.log_probs.at[:, count].set(jnp.where(carry.done, 0.0, log_prob)),
-        carry.lengths + jnp.where(carry.done, 0, 1),
-        carry.done | jnp.any(token[:, None] == ends, axis=1),
-        carry.finite & (carry.done | jnp.all(jnp.isfinite(logits), axis=-1)),
-        count + 1,
+    token = jnp.where(made.done, _last(made), token.astype(jnp.int32))
+    return _Made(
+        made.tokens.at[:, made.count].set(token),
+        made.log_probs.at[:, made.count].set(jnp.where(made.done, 0.0, log_prob)),
+        made.lengths + jnp.where(made.done, 0, 1),
+        made.done | jnp.any(token[:, None] == ends, axis=1),
+        made.finite & (made.done | jnp.all(jnp.isfinite(logits), axis=-1)),
+        made.count + 1,
     )
 
 
-def _last(carry: _Carry) -> Array:
+def _last(made: _Made) -> Array:
     """The last token that was chosen for every row."""
-    place = jnp.maximum(carry.lengths - 1, 0)
-    return jnp.take_along_axis(carry.tokens, place[:, None], axis=1)[:, 0]
+    place = jnp.maximum(made.lengths - 1, 0)
+    return jnp.take_along_axis(made.tokens, place[:, None], axis=1)[:, 0]
 
 
-# The state is the carry's own, but for the first time: see `generate`.
-_begin = jax.jit(_choose)
+_begin = jax.jit(_choose)  # needs no model: one program, whatever room there is
 
 
-@partial(jax.jit, donate_argnums=1)
+@partial(jax.jit, donate_argnums=(1, 2))
 def _decode(
     params: Params,
-    carry: _Carry,
+    session: Session,
+    made: _Made,
     sampling: Sampling,
     keys: Array | None,
     ends: Array,
     limit: Array,
-) -> _Carry:
+) -> tuple[Session, _Made]:
     """Make tokens until `limit`, or until every row is done."""
 
-    def step(carry: _Carry) -> _Carry:
-        positions = jnp.where(carry.done, -1, carry.session.lengths)
-        session = read(1, params, carry.session, _last(carry)[:, None], positions[:, None])
-        return _choose(dataclasses.replace(carry, session=session), sampling, keys, ends)
+    def step(carry: tuple[Session, _Made]) -> tuple[Session, _Made]:
+        session, made = carry
+        positions = jnp.where(made.done, -1, session.lengths)
+        session = read(1, params, session, _last(made)[:, None], positions[:, None])
+        return session, _choose(made, session.logits, session.occurred, sampling, keys, ends)
 
-    def going(carry: _Carry) -> Array:
-        return (carry.count < limit) & ~jnp.all(carry.done)
+    def going(carry: tuple[Session, _Made]) -> Array:
+        _, made = carry
+        return (made.count < limit) & ~jnp.all(made.done)
 
-    return jax.lax.while_loop(going, step, carry)
+    return jax.lax.while_loop(going, step, (session, made))
 
 
-def _stopped(carry: _Carry, stop: Callable[[list[int]], bool], seen: int) -> _Carry:
+def _stopped(made: _Made, stop: Callable[[list[int]], bool], seen: int) -> _Made:
     """End the rows for which `stop` holds after one of the tokens since `seen`."""
-    arrays = carry.tokens, carry.log_probs, carry.lengths, carry.done
-    tokens, log_probs, lengths, done = (np.array(array) for array in arrays)
+    tokens, log_probs, lengths, done = (np.array(array) for array in made[:4])
     for row in range(len(tokens)):
         for length in range(seen + 1, lengths[row] + 1):
             if stop(tokens[row, :length].tolist()):
                 tokens[row, length:], log_probs[row, length:] = tokens[row, length - 1], 0
                 lengths[row], done[row] = length, True
                 break
-    return dataclasses.replace(
-        carry,
-        tokens=jnp.asarray(tokens),
-        log_probs=jnp.asarray(log_probs),
-        lengths=jnp.asarray(lengths),
-        done=jnp.asarray(done),
-    )
+    held = zip(("tokens", "log_probs", "lengths", "done"), (tokens, log_probs, lengths, done))
+    return made._replace(**{name: jnp.asarray(array) for name, array in held})

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from effjax.buckets import POWERS, Buckets, bucket, sizes_of
 from effjax.context import Step, is_static
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate.sessions import (
     ADVICE,
+    LEAST,
     Prompts,
     cached,
     check_shortest,
@@ -23,6 +25,7 @@ from effjax.generate.sessions import (
     empty_state,
     has_cache,
     padded,
+    wider,
 )
 from effjax.layers.kv_cache import told
 from effjax.samplers import Carry
@@ -34,8 +37,11 @@ def score(
     texts: Prompts,
     *,
     context: int | None = None,
+    buckets: Buckets = POWERS,
 ) -> np.ndarray:
     """Log-probabilities of the tokens of texts, float32[B, S]; NaN for first tokens and padding.
+
+    Logits are made in chunks of tokens: those of all words for all tokens are never there at once.
 
     Args:
         forward, params: a language model.
@@ -43,6 +49,7 @@ def score(
         context: how many tokens are read at once; the others follow one by one, through the cache,
             as they would be generated: this is what shows a compressed cache's error. None reads
             all at once.
+        buckets: of texts that are read at once, see `prefill`; with a context shapes are exact.
 
     Raises:
         ValueError: as `prefill`; if the context is not within the texts.
@@ -52,19 +59,25 @@ def score(
     """
     tokens, lengths = padded(texts)
     check_tokens(forward, tokens)
-    columns = tokens.shape[1]
-    positions = np.where(np.arange(columns) < lengths[:, None], np.arange(columns), -1)
+    rows, columns = shape = tokens.shape
     if context is not None and not 1 <= context <= columns:
         raise ValueError(f"context must be 1 ... {columns} tokens of the texts, got {context}")
+    shortest = int(lengths.min())
+    if context is None and sizes_of(buckets) is not None:
+        rounded = min(bucket(columns, buckets, least=LEAST), forward.config.max_length)
+        rows, columns = bucket(rows, POWERS), max(columns, rounded)
+        tokens, lengths = wider(tokens, rows, columns), wider(lengths, rows)
+    positions = np.where(np.arange(columns) < lengths[:, None], np.arange(columns), -1)
     first = columns if context is None else context
     if has_cache(forward) or context is not None:
         forward = cached(forward).with_room(first, columns - first)
-        check_shortest(forward, int(lengths.min()))
-        state = told(empty_state(forward, params, len(tokens)), jnp.asarray(lengths))
+        check_shortest(forward, shortest)
+        state = told(empty_state(forward, params, rows), jnp.asarray(lengths))
     else:
         state = {}
     scores = np.array(_score(forward, params, state, tokens, positions.astype(np.int32), first))
-    warn_unless_finite("the log-probabilities of texts", jnp.asarray(scores[positions > 0]), ADVICE)
+    scores, positions = (each[: shape[0], : shape[1]] for each in (scores, positions))
+    warn_unless_finite("the log-probabilities of texts", scores[positions > 0], ADVICE)
     return scores
 
 
@@ -166,18 +179,14 @@ def perplexity(log_probs: np.ndarray) -> float:
 def _score(
     forward: Forward, params: Params, state: StateDict, tokens: Array, positions: Array, first: int
 ) -> Array:
-    def of(logits: Array, following: Array) -> Array:
-        scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        return jnp.take_along_axis(scores, following[..., None], axis=-1)[..., 0]
-
     shifted = jnp.roll(tokens, -1, axis=1)
-    logits, state = forward(params, state, tokens[:, :first], positions[:, :first])
-    scores = of(logits, shifted[:, :first])
+    pieces = (tokens[:, :first], positions[:, :first], None, shifted[:, :first])
+    scores, state = forward(params, state, *pieces)
 
     def one(state: StateDict, column: tuple[Array, Array, Array]) -> tuple[StateDict, Array]:
-        token, position, following = column
-        logits, state = forward(params, state, token[:, None], position[:, None], step=1)
-        return state, of(logits[:, 0], following)
+        token, position, following = (each[:, None] for each in column)
+        scores, state = forward(params, state, token, position, None, following, step=1)
+        return state, scores[:, 0]
 
     rest = (tokens[:, first:].T, positions[:, first:].T, shifted[:, first:].T)
     _, more = jax.lax.scan(one, state, rest)

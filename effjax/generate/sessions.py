@@ -13,12 +13,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from effjax.buckets import POWERS, Buckets, bucket, sizes_of
 from effjax.cost import state_bytes
 from effjax.forward import Forward, Params, StateDict
-from effjax.layers.kv_cache import Caches, KVCache, as_it_is
+from effjax.layers.kv_cache import FEW, Caches, KVCache, as_it_is, told
 from effjax.sites import canonical
 
 INT32_MAX = 2**31 - 1
+LEAST = 64  # tokens of the smallest bucket: fewer cost nearly as much, and are other programs
 ADVICE = (
     'Compute with a wider range, compute_dtype="float32" or "bfloat16"; if that does not help, '
     "the weights are damaged, or a method's plan does not fit them."
@@ -29,21 +31,22 @@ Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("state", "lengths", "logits", "occurred"),
+    data_fields=("state", "lengths", "logits", "occurred", "end"),
     meta_fields=("forward",),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class Session:
     """Texts that were read once, to be continued any number of times.
 
-    It is a value: `generate` and `extend` leave it as it is.
+    It is a value: `generate` and `extend` leave it as it is. Rows beyond the texts are padding.
 
     Attributes:
         forward: with a cache and its room.
         state: what the cache holds.
-        lengths: int32[B] tokens of each text.
+        lengths: int32[B] tokens of each text; 0 for a row of padding.
         logits: [B, V] of the token that follows.
         occurred: which tokens each text holds.
+        end: how long the texts may become, as it was asked for.
     """
 
     forward: Forward
@@ -51,10 +54,16 @@ class Session:
     lengths: Int[Array, " B"]
     logits: Float[Array, "B V"]
     occurred: Bool[Array, "B V"]
+    end: Int[Array, ""]
+
+    @property
+    def texts(self) -> int:
+        """How many there are."""
+        return int(np.count_nonzero(self.lengths))
 
     def __repr__(self) -> str:
         held = state_bytes(self.state)
-        return f"Session({self.forward}, {len(self.lengths)} texts, {held:,} bytes of cache)"
+        return f"Session({self.forward}, {self.texts} texts, {held:,} bytes of cache)"
 
 
 def prefill(
@@ -64,6 +73,7 @@ def prefill(
     *,
     new: int,
     chunk: int | None = None,
+    buckets: Buckets = POWERS,
 ) -> Session:
     """Read prompts into a cache.
 
@@ -74,6 +84,9 @@ def prefill(
         new: how many tokens may follow, those that `extend` adds included.
         chunk: read in pieces of so many tokens, for prompts whose activations do not fit; all at
             once if None.
+        buckets: sizes that the tokens of prompts, and those that may follow, are rounded up to, so
+            that other lengths run the same programs: "powers of two" from 64 on, a list, or None
+            for exact shapes. With either, rows go up to powers of two. No result depends on it.
 
     Raises:
         ValueError: for empty prompts, unknown tokens, prompts longer than the model's texts, or
@@ -82,59 +95,74 @@ def prefill(
     tokens, lengths = padded(prompts)
     check_tokens(forward, tokens)
     check_count("new", new, least=0)
-    limit = forward.config.max_length
-    if lengths.max() + new > limit:
+    limit, longest = forward.config.max_length, int(lengths.max())
+    if longest + new > limit:
         raise ValueError(
-            f"{lengths.max()} tokens and {new} new ones are beyond the {limit} that the model was "
+            f"{longest} tokens and {new} new ones are beyond the {limit} that the model was "
             f"made for; shorten the prompt, or ask for fewer"
         )
     if chunk is not None:
         check_count("chunk", chunk)
-    pieces = split(tokens, lengths, chunk or tokens.shape[1])
-    forward = cached(forward).with_room(tokens.shape[1], new)
+    forward = cached(forward)
     check_shortest(forward, int(lengths.min()) + new)
-    if len(pieces) > 1:
-        inexact = {
-            type(cache).__name__
-            for cache in caches(forward, params).values()
-            if not (cache.exact_chunked_prefill and cache.multi_token_append)
-        }
-        if inexact:
-            raise ValueError(
-                f"{', '.join(sorted(inexact))} must see a prompt at once: read in chunks it would "
-                f"keep something else. Leave out chunk, or use another kind of cache."
-            )
-    state = empty_state(forward, params, tokens.shape[0])
-    batch, vocabulary = tokens.shape[0], forward.config.vocab_size
-    session = Session(
-        forward,
-        state,
-        jnp.zeros(batch, jnp.int32),
-        jnp.zeros((batch, vocabulary), forward.config.dtype),
-        jnp.zeros((batch, vocabulary), bool),
-    )
-    for number, (piece, positions) in enumerate(pieces):
-        program = _read_first if number == 0 else _read_on
-        session = program(params, session, piece, positions)
+    end = np.int32(longest + new)
+    prompt, new = (min(bucket(size, buckets, least=LEAST), limit) for size in (longest, new))
+    columns = prompt
+    if chunk is not None and chunk < longest:
+        _check_chunks(forward.with_room(longest, int(end) - longest), params)
+        columns = longest if sizes_of(buckets) is None else -(-longest // chunk) * chunk
+    batch = bucket(len(tokens), POWERS if sizes_of(buckets) is not None else None)
+    tokens, lengths = wider(tokens, batch, columns), wider(lengths, batch)
+    forward = forward.with_room(prompt, new, limit)
+    first, *others = split(tokens, lengths, chunk or columns)
+    ends = np.where(lengths > 0, lengths + (end - longest), 0).astype(np.int32)
+    session = _read_first(forward, params, *first, ends, end)
+    for piece in others:
+        session = _read_on(params, session, *piece)
     return session
 
 
-def extend(params: Params, session: Session, prompts: Prompts) -> Session:
+def _check_chunks(forward: Forward, params: Params) -> None:
+    """Raise ValueError if a cache of this room must see a prompt at once."""
+    inexact = {
+        type(cache).__name__
+        for cache in caches(forward, params).values()
+        if not (cache.exact_chunked_prefill and cache.multi_token_append)
+    }
+    if inexact:
+        raise ValueError(
+            f"{', '.join(sorted(inexact))} must see a prompt at once: read in chunks it would "
+            f"keep something else. Leave out chunk, or use another kind of cache."
+        )
+
+
+def extend(
+    params: Params, session: Session, prompts: Prompts, *, buckets: Buckets = POWERS
+) -> Session:
     """Append tokens to the texts of a session, such as a question to a context.
+
+    Args:
+        params: of the model.
+        session: it stays as it is.
+        prompts: token ids, a row for every text.
+        buckets: of several tokens: "powers of two" from 8 on, a list, or None, see `prefill`.
 
     Raises:
         ValueError: if there is no room, or the kind of cache appends tokens singly only.
     """
     tokens, lengths = padded(prompts)
     check_tokens(session.forward, tokens)
-    if tokens.shape[0] != session.lengths.shape[0]:
-        raise ValueError(
-            f"the session has {session.lengths.shape[0]} texts, got {tokens.shape[0]} continuations"
-        )
+    if len(tokens) != session.texts:
+        raise ValueError(f"the session has {session.texts} texts, got {len(tokens)} continuations")
     check_room(session, int(lengths.max()))
-    columns = jnp.arange(tokens.shape[1])
-    positions = jnp.where(columns < lengths[:, None], session.lengths[:, None] + columns, -1)
-    return _read_more(params, session, tokens, positions)
+    columns = tokens.shape[1]
+    if columns > 1:  # one is a program of its own, and all that some caches take
+        columns = bucket(columns, buckets, least=FEW)
+    before = np.asarray(session.lengths)
+    tokens, lengths = wider(tokens, len(before), columns), wider(lengths, len(before))
+    (piece,) = split(tokens, lengths, columns)
+    positions = np.where(piece[1] >= 0, before[:, None] + piece[1], -1)
+    return _read_more(params, session, piece[0], positions)
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -162,6 +190,11 @@ def padded(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
+def wider(array: np.ndarray, *shape: int) -> np.ndarray:
+    """An array with zeros at its ends, up to a shape."""
+    return np.pad(array, [(0, size - own) for own, size in zip(array.shape, shape, strict=True)])
+
+
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raise ValueError for what is no whole number of 32 bits, or is below the least one."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -182,12 +215,10 @@ def check_tokens(forward: Forward, tokens: np.ndarray) -> None:
 
 def check_room(session: Session, new: int) -> None:
     """Raise ValueError if a session's longest text has no room for so many tokens."""
-    room = session.forward.room
-    assert room is not None
-    longest = int(jnp.max(session.lengths))
-    if longest + new > room.total:
+    longest, end = int(np.max(session.lengths)), int(session.end)
+    if longest + new > end:
         raise ValueError(
-            f"the session has {longest} tokens and room for {room.total}; {new} more do not fit. "
+            f"the session has {longest} tokens and room for {end}; {new} more do not fit. "
             f"Give prefill a larger `new`."
         )
 
@@ -332,7 +363,28 @@ def read(step: int, params: Params, session: Session, tokens: Array, positions: 
     )
 
 
-# Prompts own their state; a session that is extended is kept, as others may extend it too.
-_read_first = jax.jit(partial(read, 0), donate_argnums=1)
+@jax.jit
+def _read_first(
+    forward: Forward,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    ends: Int[Array, " B"],
+    end: Int[Array, ""],
+) -> Session:
+    """Read the first piece; texts are to end after so many tokens, and never later than `end`."""
+    batch, vocabulary = tokens.shape[0], forward.config.vocab_size
+    session = Session(
+        forward,
+        told(empty_state(forward, params, batch), ends),
+        jnp.zeros(batch, jnp.int32),
+        jnp.zeros((batch, vocabulary), forward.config.dtype),
+        jnp.zeros((batch, vocabulary), bool),
+        end,
+    )
+    return read(0, params, session, tokens, positions)
+
+
+# A session that is being read is donated; one that is extended is kept, others may extend it too.
 _read_on = jax.jit(partial(read, 1), donate_argnums=1)
 _read_more = jax.jit(partial(read, 1))

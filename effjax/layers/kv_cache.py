@@ -96,8 +96,8 @@ class KVCache(Wrapper, abc.ABC):
             return self.prefill(q, k, v, x, positions)
         if q.shape[1] > 1 and not self.multi_token_append:
             raise ValueError(
-                f"{type(self).__name__} appends one token in a call, got {q.shape[1]}: later "
-                f"tokens would overwrite what earlier ones attend to. Append them one by one."
+                f"{type(self).__name__} appends one token in a call, not several: later tokens "
+                f"would overwrite what earlier ones attend to. Append them one by one."
             )
         with jax.named_scope("attention"):
             return self.append(q, k, v, x, _known(positions, q))

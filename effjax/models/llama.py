@@ -29,6 +29,7 @@ from effjax.layers.mlp import GatedMLP
 from effjax.layers.norms import RMSNorm
 from effjax.layers.rotary import Rotary, Scaling, frequencies
 from effjax.layers.stack import Stack
+from effjax.layers.token_scores import token_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,8 @@ class Llama(Model):
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"] | None = None,
         keep: Int[Array, "B N"] | None = None,
-    ) -> Float[Array, "B N V"]:
+        following: Int[Array, "B N"] | None = None,
+    ) -> Float[Array, "B N V"] | Float[Array, "B N"]:
         """Run the network.
 
         Args:
@@ -182,16 +184,25 @@ class Llama(Model):
                 place. None for 0, 1, 2, ... in every row.
             keep: columns whose logits are wanted; None for all. The head of a large vocabulary
                 costs more than a layer, and generation needs one column.
+            following: tokens whose log-probabilities are wanted in place of logits, which are then
+                never held all at once.
 
         Returns:
-            Logits [B, N, vocab_size] in `config.dtype`, N = S if `keep` is None. Those of padding
-            mean nothing.
+            Logits [B, N, vocab_size] in `config.dtype`, or log-probabilities float32[B, N]; N = S
+            if `keep` is None. Those of padding mean nothing.
         """
         x = self.table.get_value()[tokens].astype(self.config.dtype)
         x = self.blocks(x, positions)
         if keep is not None:
             x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
         x = self.norm(x)
+        if following is None:
+            return self.logits(x)
+        vocabulary = self.config.vocab_size
+        return token_scores(self.logits, x, following, vocabulary=vocabulary)
+
+    def logits(self, x: Float[Array, "B N C"]) -> Float[Array, "B N V"]:
+        """What the head makes of normed tokens."""
         if self.head is None:
             return dot_transposed(x, self.table.get_value())
         return self.head(x)

@@ -8,6 +8,7 @@ answer = pipe([{"role": "user", "content": "Hello"}], max_new_tokens=64)
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax
 from jax.typing import DTypeLike
 
 from converters import hub
+from effjax.buckets import POWERS, Buckets, sizes_of
 from effjax.fields import naming
 from effjax.pipelines.base import INDEX
 from effjax.pipelines.diffusion import (
@@ -59,6 +61,7 @@ def pipeline(
     text_encoder: Any = None,
     tokenizer: Any = None,
     vae: Any = None,
+    buckets: Buckets = POWERS,
 ) -> Any:
     """Load a pipeline directory or hub repository with all its components.
 
@@ -78,6 +81,8 @@ def pipeline(
         text_encoder, vae: forward and parameters in the place of the directory's, which may be
             without.
         tokenizer: of transformers, in the place of the directory's.
+        buckets: sizes that shapes are rounded up to, so that few programs are compiled: "powers of
+            two", a list (of tokens for texts, of batches for images), or None for exact shapes.
 
     Returns:
         A `ClassConditionalPipeline` or `TextToImagePipeline`, as model_index.json says; a
@@ -87,6 +92,7 @@ def pipeline(
         ValueError: for another kind of pipeline, a single file, a component that is missing or
             damaged, and components that belong to different models.
     """
+    sizes_of(buckets)  # before the work
     path = Path(os.path.expanduser(source))
     if path.is_file():
         refuse_file(path)
@@ -114,7 +120,8 @@ def pipeline(
     }
     given = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
     with naming(path):
-        return _KINDS[name](Components(folder, index, given, variant, options))
+        made = _KINDS[name](Components(folder, index, given, variant, options))
+    return dataclasses.replace(made, buckets=buckets)
 
 
 def _text(found: Components) -> TextPipeline:

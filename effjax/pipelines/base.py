@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from effjax.buckets import POWERS, Buckets, sizes_of
 from effjax.fields import Checked
 from effjax.forward import Forward, Params, parameter_count
 from effjax.pipelines.card import CARD, model_card
@@ -48,13 +49,22 @@ class BasePipeline(abc.ABC):
     Attributes:
         forward, params: the model, possibly transformed.
         origin: what it was loaded from, if it was.
+        buckets: sizes that shapes are rounded up to, see `effjax.buckets`: of tokens for texts, of
+            batches for images. It is not saved.
+
+    Raises:
+        ValueError: for buckets that are none.
     """
 
     forward: Forward
     params: Params
     origin: Origin | None = dataclasses.field(default=None, kw_only=True)
+    buckets: Buckets = dataclasses.field(default=POWERS, kw_only=True)
 
     TASK: ClassVar[str]  # as hubs name it
+
+    def __post_init__(self) -> None:
+        sizes_of(self.buckets)
 
     def transform(self: AnyPipeline, *transforms: Callable[[Forward, Params], Pair]) -> AnyPipeline:
         """This pipeline with a transformed model."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, SupportsIndex, get_args
 
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from effjax import recipe
+from effjax.buckets import by_parts
 from effjax.context import Guidance, PyTree
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
@@ -25,7 +27,7 @@ from effjax.pipelines.base import BasePipeline, entry
 from effjax.pipelines.images import draw, to_unit
 from effjax.pipelines.labels import check_names, index_of
 from effjax.pipelines.recent import Recent
-from effjax.samplers import Sampler, Schedule, sample_keys
+from effjax.samplers import Sampler, Schedule, check_keys
 from effjax.storage import write_json
 from effjax.transform import Pair
 
@@ -121,22 +123,29 @@ class Pipeline(BasePipeline):
                 f"{callback_on_step_end!r}"
             )
         repeats = arguments.count("num_images_per_prompt", num_images_per_prompt)
-        keys = sample_keys(key, repeats * len(asked))
+        count = repeats * len(asked)
+        check_keys(key, count)
         if latents is not None:
-            latents = sampler.given_noise(self.forward, len(keys), latents)
-        cond, uncond = jax.tree.map(lambda leaf: jnp.repeat(leaf, repeats, axis=0), conditions())
+            latents = sampler.given_noise(self.forward, count, latents)
+        cond, uncond = conditions()
+        if repeats > 1:
+            cond, uncond = jax.tree.map(
+                lambda leaf: jnp.asarray(np.repeat(leaf, repeats, axis=0)), (cond, uncond)
+            )
         uncond = uncond if sampler.guided else None
         x = sampler.stepwise(
             self.forward,
             self.params,
             cond,
-            keys,
+            key,
             uncond=uncond,
             noise=latents,
             progress=progress,
             callback=callback_on_step_end,
+            buckets=self.buckets,
         )
-        images = x if output_type == "latent" else self.decode(x)
+        decoded = output_type != "latent" and self.vae is not None
+        images = by_parts(self.decode, self.buckets, x) if decoded else x
         self._warn_unless_finite((cond, uncond), x, images)
         if output_type == "latent":
             return images
@@ -200,6 +209,7 @@ class ClassConditionalPipeline(Pipeline):
     STEPS, GUIDANCE, ARRANGEMENT = 50, 4.0, Guidance()  # of diffusers' DiTPipeline
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_names(self.names, self.forward.config.num_classes)
 
     def __call__(
@@ -404,8 +414,9 @@ class TextToImagePipeline(Pipeline):
                 f"{prompts[longest][:60]!r}..."
             )
         ids = np.asarray(read["input_ids"], np.int32)
-        mask = jnp.asarray(np.asarray(read["attention_mask"], bool))
-        return Caption(_states(*self.text_encoder, jnp.asarray(ids), mask), mask)
+        mask = np.asarray(read["attention_mask"], bool)
+        states = by_parts(partial(_states, *self.text_encoder), self.buckets, ids, mask)
+        return Caption(states, jnp.asarray(mask))
 
     def _components(self, directory: Path) -> dict[str, Any]:
         recipe.save(directory / "text_encoder", *self.text_encoder)
@@ -423,7 +434,7 @@ _TOKENIZING = threading.Lock()  # tokenizers, which pipelines may share, are not
 
 
 def _finite(values: jax.Array) -> bool:
-    return bool(jnp.isfinite(values).all())
+    return bool(np.isfinite(values).all())
 
 
 @jax.jit

@@ -55,6 +55,7 @@ class TextPipeline(BasePipeline):
     TASK = "text-generation"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = self.forward.config.vocab_size
         if wrong := [token for token in self._settings.ends if token >= known]:
             raise ValueError(
@@ -120,6 +121,7 @@ class TextPipeline(BasePipeline):
             streamer=streamer,
             stop=self._stop(stops) if stops else None,
             session=context,
+            buckets=self.buckets,
             **self._sampling(options, drawn=key is not None),
         )
         texts = [self.decode(row, stops) for row in out.rows()]
@@ -146,7 +148,8 @@ class TextPipeline(BasePipeline):
         if not isinstance(prompt, str):
             template = {"add_generation_prompt": False, **template}
         rows = [self.encode(prompt, ends=False, **template)]
-        return generation.prefill(self.forward, self.params, rows, new=new, chunk=chunk)
+        options = {"chunk": chunk, "buckets": self.buckets}
+        return generation.prefill(self.forward, self.params, rows, new=new, **options)
 
     def score(self, text: str | Sequence[str], **options: Any) -> list[np.ndarray]:
         """Log-probability of every token but the first, for each text.
@@ -156,6 +159,7 @@ class TextPipeline(BasePipeline):
             options: `context` of `effjax.generate.score`.
         """
         rows = [self.encode(each) for each in ([text] if isinstance(text, str) else text)]
+        options = {"buckets": self.buckets, **options}
         scores = generation.score(self.forward, self.params, rows, **options)
         return [each[1 : len(row)] for each, row in zip(scores, rows, strict=True)]
 

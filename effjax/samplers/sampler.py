@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from effjax.buckets import Buckets, cut, joined, rows
 from effjax.context import Guidance, PyTree, Step
 from effjax.forward import Forward, Params, StateDict
 from effjax.samplers.schedule import Schedule
@@ -38,6 +40,15 @@ class Carry(NamedTuple):
     memory: PyTree
     state: StateDict
     keys: Key[Array, " B"]
+
+
+class Part(NamedTuple):
+    """What a part of a batch is sampled from, as `Sampler.__call__` takes it."""
+
+    cond: PyTree
+    key: Array
+    uncond: PyTree
+    noise: Array | np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +147,7 @@ class Sampler:
         noise: Array | np.ndarray | None = None,
         progress: bool = True,
         callback: Callable[[int, Array], Any] | None = None,
+        buckets: Buckets = None,
     ) -> Float[Array, "B ..."]:
         """Sample in a host loop over one compiled step; arguments as for `__call__`.
 
@@ -143,25 +155,42 @@ class Sampler:
             forward, params, cond, key, uncond, noise: as for `__call__`.
             progress: show a progress bar.
             callback: called as `callback(step, x)` after every step.
+            buckets: sizes of batches that are compiled, see `effjax.buckets`: others are cut into
+                such, which take turns in every step. A batch that is spread over devices stays
+                whole.
         """
         from tqdm.auto import tqdm
 
-        _check_key(key)
-        uncond = self.unconditional(forward, cond, uncond)
-        carry = _compiled_init(self, forward, params, cond, key, uncond, noise)
+        parts = self.parts(forward, Part(cond, key, uncond, noise), buckets)
+        carries = [_compiled_init(self, forward, params, *part) for part in parts]
+        batch = _batch(cond)
         segments = forward.segments(0, self.calls)
         for step in tqdm(range(self.calls), desc="sampling", disable=not progress):
-            x, memory, state, keys = carry
             own = next(segment for segment, _, stop in segments if step < stop)
-            # The state is donated, caches can be large; x is not, a callback may keep it.
-            carry = _compiled_step(
-                self, own, params, cond, uncond, x, memory, keys, np.int32(step), state=state
-            )
+            for place, (part, (x, memory, state, keys)) in enumerate(zip(parts, carries)):
+                inputs = part.cond, part.uncond, x, memory, keys, np.int32(step)
+                # The state is donated, caches can be large; x is not, a callback may keep it.
+                carries[place] = _compiled_step(self, own, params, *inputs, state=state)
             if progress:
-                carry.x.block_until_ready()
+                jax.block_until_ready([carry.x for carry in carries])
             if callback is not None:
-                callback(step, carry.x)
-        return carry.x
+                callback(step, joined([carry.x for carry in carries], batch))
+        return joined([carry.x for carry in carries], batch)
+
+    def parts(self, forward: Forward, whole: Part, buckets: Buckets) -> list[Part]:
+        """A batch in parts of a few sizes: what each is sampled from."""
+        cond, key, uncond, noise = whole
+        _check_key(key)
+        batch = _batch(cond)
+        sizes = cut(batch, buckets, *whole)
+        if sizes == [batch]:
+            return [Part(cond, key, self.unconditional(forward, cond, uncond), noise)]
+        found = []
+        for start, size in zip(itertools.accumulate(sizes, initial=0), sizes):
+            own, other, given = rows((cond, uncond, noise), start, size)
+            keys = _keys_of(key, batch, start, size)
+            found.append(Part(own, keys, self.unconditional(forward, own, other), given))
+        return found
 
     def init(
         self,
@@ -329,16 +358,29 @@ def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, " B"]:
         TypeError: if `key` is no key array.
         ValueError: if it has another batch.
     """
-    _check_key(key)
-    if key.shape == (batch,):
-        return key
+    check_keys(key, batch)
     if key.shape:
+        return key
+    indices = np.arange(first, first + batch, dtype=np.uint32)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(indices)
+
+
+def check_keys(key: Array, batch: int) -> None:
+    """Raise what `sample_keys` raises."""
+    _check_key(key)
+    if key.shape not in ((), (batch,)):
         raise ValueError(
             f"key must be one key or one for each of the {batch} samples; it has the shape "
             f"{list(key.shape)}"
         )
-    indices = jnp.arange(first, first + batch, dtype=jnp.uint32)
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(indices)
+
+
+def _keys_of(key: Array, batch: int, start: int, size: int) -> Key[Array, " N"]:
+    """Keys of the samples start, start + 1, ... of a batch; beyond it any."""
+    check_keys(key, batch)
+    if not key.shape:
+        return sample_keys(key, size, first=start)
+    return key[np.minimum(np.arange(start, start + size), batch - 1)]
 
 
 def _check_key(key: Any) -> None:

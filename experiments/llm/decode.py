@@ -57,6 +57,7 @@ def filled(forward: Forward, params: Params, length: int, new: int) -> Session:
         jnp.full((1,), length, jnp.int32),
         jnp.zeros((1, vocabulary)),
         jnp.zeros((1, vocabulary), bool),
+        jnp.int32(length + new),
     )
 
 

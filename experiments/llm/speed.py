@@ -65,7 +65,7 @@ def reading(
         return theirs(ids, use_cache=True, logits_to_keep=1).logits.float().numpy()
 
     return {
-        "effjax": lambda: prefill(forward, params, tokens, new=1).logits,
+        "effjax": lambda: prefill(forward, params, tokens, new=1, buckets=None).logits,
         "transformers": other,
     }
 
@@ -76,7 +76,7 @@ def decoding(
     """The tokens that follow prompts which were read before, int[B, new]."""
     import torch
 
-    session = prefill(forward, params, tokens, new=new)
+    session = prefill(forward, params, tokens, new=new, buckets=None)
     with torch.inference_mode():
         read = theirs(torch.tensor(tokens).long(), use_cache=True, logits_to_keep=1)
 

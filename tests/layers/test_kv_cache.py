@@ -203,7 +203,7 @@ def test_what_kinds_declare():
     assert whole.exact_chunked_prefill
     window = CausalCore(Rotary(8, theta=100.0), window=5)
     assert RingCache(window, sinks=0, ring=5, first=True, room=room).exact_chunked_prefill
-    with pytest.raises(ValueError, match="appends one token in a call, got 3"):
+    with pytest.raises(ValueError, match="appends one token in a call, not several"):
         run(_Single, pieces(4, 3))
 
 

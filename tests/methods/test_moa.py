@@ -228,7 +228,7 @@ def test_texts_are_generated():
     together = generate(forward, params, prompts, max_new_tokens=4)
     assert together.lengths.tolist() == [4, 4]
     session = prefill(forward, params, prompts, new=8)
-    with pytest.raises(ValueError, match="appends one token in a call, got 2"):
+    with pytest.raises(ValueError, match="appends one token in a call, not several"):
         generate(forward, params, [[1, 2]] * 2, session=session, max_new_tokens=2)
     with pytest.raises(ValueError, match="must see a prompt at once"):
         prefill(forward, params, prompts, new=8, chunk=8)
