@@ -92,6 +92,31 @@ def say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def compressed(
+    dense: tuple[Forward, Params], sampler: Sampler, key: jax.Array, threshold: float = THRESHOLD
+) -> tuple[dict[str, tuple[Forward, Params]], DiTFastAttnPlan, float]:
+    """The model, the model with a searched plan, and that in 8 bits; the plan and its seconds."""
+    say(f"2/5 searching a plan on {sampler.calls} network calls, threshold {threshold}")
+    began = time.perf_counter()
+    plan = dit_fast_attn.search(
+        *dense,
+        sampler,
+        jnp.asarray(labels_for(8)),
+        key=jax.random.fold_in(key, 1),
+        threshold=threshold,
+    )
+    search_seconds = time.perf_counter() - began
+    fast = dit_fast_attn.transform(plan)(*dense)
+
+    say("3/5 calibrating codes of 8 bits")
+    codes = vidit_q.uniform(8, 8)
+    largest = vidit_q.calibrate(
+        codes, *dense, sampler, jnp.asarray(labels_for(8)), key=jax.random.fold_in(key, 2)
+    )
+    quantised = vidit_q.transform(codes, largest)(*fast)
+    return {"dense": dense, "compressed": fast, "quantised": quantised}, plan, search_seconds
+
+
 def run(
     output: Path,
     *,
@@ -113,24 +138,7 @@ def run(
     sampler = pipe.sampler(num_steps=steps, guidance_scale=guidance)
     dense = (pipe.forward, pipe.params)
 
-    say(f"2/5 searching a plan on {sampler.calls} network calls, threshold {threshold}")
-    began = time.perf_counter()
-    plan = dit_fast_attn.search(
-        *dense,
-        sampler,
-        jnp.asarray(labels_for(8)),
-        key=jax.random.fold_in(key, 1),
-        threshold=threshold,
-    )
-    search_seconds = time.perf_counter() - began
-    compressed = dit_fast_attn.transform(plan)(*dense)
-
-    say("3/5 calibrating codes of 8 bits")
-    codes = vidit_q.uniform(8, 8)
-    largest = vidit_q.calibrate(
-        codes, *dense, sampler, jnp.asarray(labels_for(8)), key=jax.random.fold_in(key, 2)
-    )
-    quantised = vidit_q.transform(codes, largest)(*compressed)
+    programs, plan, search_seconds = compressed(dense, sampler, key, threshold)
 
     say(f"4/5 sampling {images} images with each program")
     labels = labels_for(images)
@@ -140,7 +148,6 @@ def run(
     report: dict[str, Any] = {}
     pictures = {}
     columns = np.array(plan.codes).T
-    programs = {"dense": dense, "compressed": compressed, "quantised": quantised}
     for name, (forward, params) in programs.items():
         pictures[name], timings = sample(sampler, forward, params, labels, key)
         report[name] = {

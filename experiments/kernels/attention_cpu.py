@@ -54,7 +54,8 @@ def dense_programs(operands: tuple[jax.Array, ...]) -> dict[str, Callable[[], An
         import torch
     except ModuleNotFoundError:
         return programs
-    tensors = [torch.tensor(np.array(x.swapaxes(1, 2))) for x in operands]
+    dtype = getattr(torch, operands[0].dtype.name)
+    tensors = [torch.tensor(np.array(x.swapaxes(1, 2), np.float32)).to(dtype) for x in operands]
     programs["torch"] = lambda: torch.nn.functional.scaled_dot_product_attention(*tensors)
     return programs
 

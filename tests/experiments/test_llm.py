@@ -10,7 +10,7 @@ from effjax.bundled import llm_demo
 from effjax.bundled.retrieval import right
 from effjax.models.llama import LlamaConfig
 from experiments import report, train_llm
-from experiments.llm import decode, retrieval, speed, tpu_memory, weights
+from experiments.llm import decode, retrieval, tpu_memory, weights
 
 
 @pytest.fixture
@@ -43,16 +43,6 @@ def test_the_demo_compresses_and_answers(capsys):
     assert others[-1]["weight_bytes"] < dense["weight_bytes"]
     assert dense["says"].startswith("get ")
     assert llm_demo.table(rows).count("%") == len(rows)
-
-
-@pytest.mark.torch
-def test_speed_is_compared_on_equal_tokens(results):
-    pytest.importorskip("torch")
-    options = ["--dtypes", "float32", "--batches", "2", "--read-batches", "2", "--prompt", "16"]
-    speed.main([*options, "--new", "3", "--layers", "1", "--repeats", "1"])
-    rows = results("llm_speed_cpu")
-    assert [row["equal_tokens"] for row in rows] == [1.0, 1.0]
-    assert all(row["ratio"] > 0 for row in rows)
 
 
 def test_decoding_is_timed_for_every_kind(results, monkeypatch):

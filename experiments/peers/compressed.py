@@ -1,0 +1,34 @@
+"""The demo's programs against its dense one: DiTFastAttn, and W8A8 on top, on the tiny DiT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+import effjax
+from effjax.bundled import demo
+from effjax.samplers import sample_keys
+from experiments.peers.comparison import Row, timed
+
+TITLES = {"compressed": "DiTFastAttn", "quantised": "DiTFastAttn and W8A8"}
+AT_MOST = {"compressed": 0.95, "quantised": 1.1}
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    steps, images, repeats = (3, 2, 1) if quick else (20, demo.CHUNK, 5)
+    pipe = effjax.pipeline(demo.MODEL, dtype="float32")
+    sampler = pipe.sampler(num_steps=steps, guidance_scale=demo.GUIDANCE)
+    key = jax.random.key(0)
+    pairs, _, _ = demo.compressed((pipe.forward, pipe.params), sampler, key)
+    inputs = jnp.asarray(demo.labels_for(images)), sample_keys(key, images)
+    program = jax.jit(sampler)
+    calls = {name: lambda pair=pair: program(*pair, *inputs) for name, pair in pairs.items()}
+    for name, title in TITLES.items():
+        yield timed(
+            f"{images} images of the demo in {steps} steps, {title}",
+            {title: calls[name], "dense": calls["dense"]},
+            repeats=repeats,
+            at_most=AT_MOST[name],
+        )
