@@ -97,3 +97,13 @@ def test_no_matrix_is_copied_on_a_cpu(name, rows):
     if extra_bytes(rounded_once, 64, (256, 1024)) > COPY / 2:
         pytest.skip("this CPU has no products of bfloat16")
     assert extra_bytes(product, rows, shape) < COPY / 2
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_can_be_transposed(name):
+    product, shape = PRODUCTS[name]
+    x, w = operands((8, 40), shape, jnp.bfloat16)
+    out = jax.jit(lambda x, w: product(x, w).T)(x, w)
+    np.testing.assert_array_equal(
+        np.asarray(out.T, np.float32), np.asarray(product(x, w), np.float32)
+    )
