@@ -17,6 +17,8 @@ import numpy as np
 from jax import Array
 
 from effjax.fields import Checked, Count, Natural
+from pallas_kernels.input_codes import xla
+from pallas_kernels.input_codes.factors import join
 
 # Largest factor that is multiplied as a dense matrix.
 LARGEST = 256
@@ -66,7 +68,10 @@ class Rotation(Checked):
 
     @property
     def factors(self) -> tuple[int, ...]:
-        """Orders of the small matrices whose Kronecker product is H, and 1s for blocks."""
+        """Orders of the small matrices whose Kronecker product is H, and 1s for blocks.
+
+        Programs join neighbours into the sizes that suit them.
+        """
         return _factors(self.width) or (1, *(_factors(_block(self.width)) or ()))
 
     def signs(self) -> np.ndarray:
@@ -92,7 +97,7 @@ class Rotation(Checked):
     def _products(self, y: Array, transpose: bool) -> Array:
         """y H / sqrt(C), or with H^T: one product for each factor."""
         lead = y.shape[:-1]
-        matrices = self.matrices()
+        matrices = join(self.matrices(), xla.factor_cost)
         factors = [len(matrix) for matrix in matrices]
         y = y.reshape(*lead, self.width // math.prod(factors), *factors)
         for axis, matrix in enumerate(matrices):
@@ -180,15 +185,18 @@ def _orders() -> tuple[int, ...]:
 
 @cache
 def _factors(width: int) -> tuple[int, ...] | None:
-    """Orders with a Hadamard matrix whose product is the width, few and large; None if none."""
+    """Orders with a Hadamard matrix whose product is the width; None if there are none.
+
+    Powers of two are cut small, for programs to join; but for them there is one order, if one does.
+    """
     if width & (width - 1) == 0:
-        powers: list[int] = []
-        while width > 1:
-            powers.append(min(width, LARGEST // 2))
-            width //= powers[-1]
-        return tuple(powers[::-1])  # kernels want the last one large
-    for order in _orders():
-        if width % order == 0 and (rest := _factors(width // order)) is not None:
+        powers = [min(width, 32)] if width > 1 else []
+        while width > (held := math.prod(powers)):
+            powers.insert(0, min(width // held, 4))
+        return tuple(powers)
+    orders = [order for order in _orders() if width % order == 0]
+    for order in sorted(orders, key=lambda order: (width // order) & (width // order - 1) != 0):
+        if (rest := _factors(width // order)) is not None:
             return (order, *rest)
     return None
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.input_codes.factors import join, joined_orders
 from pallas_kernels.input_codes.reference import Factors, Modulation, Results
 from pallas_kernels.tiling import pad_axis
 
@@ -24,6 +25,7 @@ _LARGEST = 128  # order of a factor that shared memory holds
 
 def refusal(width: int, orders: tuple[int, ...]) -> str | None:
     """Why the kernel cannot run rows of this width with factors of these orders, or None."""
+    orders = joined_orders(orders, partial(_cost, width))
     if max((1, *orders)) > _LARGEST:
         return f"factors of orders up to {_LARGEST} fit shared memory, got {orders}; use 'xla'"
     padded = math.prod(_padded(width, orders))
@@ -46,6 +48,7 @@ def input_codes(
 ) -> Results:
     """One kernel; operands and results are those of the reference."""
     batch, tokens, width = x.shape
+    factors = join(factors, partial(_cost, width))
     orders = tuple(factor.shape[0] for factor in factors)
     padded = _padded(width, orders)
     small = tuple(
@@ -113,6 +116,12 @@ def _round(y: jax.Array) -> jax.Array:
     low = jnp.floor(y)
     odd = low != 2 * jnp.floor(low / 2)
     return low + ((y - low > 0.5) | (odd & (y - low == 0.5))).astype(jnp.float32)
+
+
+def _cost(width: int, orders: tuple[int, ...]) -> int:
+    """Multiply-adds of a padded row; what shared memory does not hold costs most."""
+    padded = _padded(width, orders)
+    return math.prod(padded) * sum(padded[1:]) * (1 if max(orders) <= _LARGEST else 10**6)
 
 
 def _padded(width: int, orders: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.input_codes.factors import join
 from pallas_kernels.input_codes.reference import (
     Factors,
     Modulation,
@@ -14,6 +15,11 @@ from pallas_kernels.input_codes.reference import (
     prepare,
     quantize_rows,
 )
+
+
+def factor_cost(orders: tuple[int, ...]) -> int:
+    """Multiply-adds of an element, and what a pass over all of them costs beside these."""
+    return sum(orders) + 48 * len(orders)
 
 
 def input_codes(
@@ -26,6 +32,7 @@ def input_codes(
 ) -> Results:
     """Results and results are those of the reference."""
     y = prepare(x, modulation, multiplier)
+    factors = join(factors, factor_cost)
     orders = [factor.shape[0] for factor in factors]
     y = y.reshape(*x.shape[:2], x.shape[2] // math.prod(orders), *orders)
     for axis, factor in enumerate(factors, start=3):

@@ -10,7 +10,8 @@ import pytest
 from effjax.cost import cost
 from effjax.quant import hadamard
 from experiments.kernels.cases import CODES
-from pallas_kernels.input_codes import input_codes
+from pallas_kernels.input_codes import input_codes, xla
+from pallas_kernels.input_codes.factors import join, joined_orders
 from pallas_kernels.input_codes.tpu import split
 
 PROGRAMS = {
@@ -155,6 +156,22 @@ def test_the_tpu_kernel_joins_factors():
         whole = inner if outer is None else jnp.kron(outer, inner)
         if whole.shape[0] <= 1152:
             np.testing.assert_allclose(whole, reduce(jnp.kron, matrices(orders)), atol=1e-6)
+
+
+def test_neighbours_are_joined_where_that_costs_least():
+    orders = (4, 4, 32)
+    factors = matrices(orders)
+    for cost_of, sizes in {
+        xla.factor_cost: (16, 32),
+        (lambda orders: len(orders)): (512,),
+        (lambda orders: sum(orders)): (4, 4, 32),
+        (lambda orders: abs(orders[-1] - 128)): (4, 128),
+    }.items():
+        joined = join(factors, cost_of)
+        assert tuple(factor.shape[0] for factor in joined) == sizes
+        assert joined_orders(orders, cost_of) == sizes
+        np.testing.assert_allclose(reduce(jnp.kron, joined), reduce(jnp.kron, factors), atol=1e-6)
+    assert join((), xla.factor_cost) == ()
 
 
 def test_declared_cost():
