@@ -31,9 +31,11 @@ _EXAMPLES = """examples:
   effjax sample SMALLER --labels 207,360 -o images  generate images
   effjax generate MODEL --prompt "Once upon"        continue texts with a language model
   effjax compress MODEL SMALLER --method snap_kv --set ratio=0.5   give it a smaller cache
+  effjax compile SMALLER --batch 4                  save its programs, which start at once
   effjax bench SMALLER                              compressed against dense, side by side
 """
 
+_CHIPS = ("host", "v4", "v5e", "v5p", "v6e", "tpu7x")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -172,6 +174,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--temperature", type=parse(NotNegative), help="with a seed; 0 is greedy")
     _loading_arguments(generate)
+
+    for command in (sample, generate):
+        command.add_argument(
+            "--executables", action="store_true", help="run what `effjax compile` saved in it"
+        )
+
+    compile_ = add("compile", _compile, "compile a pipeline ahead of time, beside it")
+    _pipeline_arguments(compile_)
+    compile_.add_argument("--chip", choices=_CHIPS, default="host", help="what will run it")
+    compile_.add_argument("--batch", type=COUNT, default=1, help="images or texts at a time")
+    group = compile_.add_argument_group("language models")
+    group.add_argument("--tokens", type=_lengths, default="64", help="of prompts, with commas")
+    group.add_argument("--new", type=COUNT, default=128, help="the most that follow")
+    group.add_argument("--drawn", action="store_true", help="with a seed; else greedy")
 
     bench = add("bench", _bench, "run a compressed pipeline against its dense model, side by side")
     _pipeline_arguments(bench)
@@ -432,6 +448,18 @@ def _bench(arguments: argparse.Namespace) -> tuple[Any, str]:
     return cli_bench.bench(pipe, compared, some, _settings(pipe, arguments), arguments)
 
 
+def _compile(arguments: argparse.Namespace) -> tuple[Any, str]:
+    if not Path(os.path.expanduser(arguments.source)).is_dir():
+        raise ValueError(f"{arguments.source} is no directory, in which programs could be saved")
+    if arguments.chip != "host":
+        from effjax import chips  # noqa: F401  before JAX starts
+    pipe = _load(arguments)
+    from effjax import cli_compile
+
+    settings = {} if _is_text(pipe) else _settings(pipe, arguments)
+    return cli_compile.compile_(pipe, settings, arguments)
+
+
 def _methods(arguments: argparse.Namespace) -> tuple[Any, str]:
     from effjax.registry import methods
 
@@ -484,6 +512,7 @@ def _load(arguments: argparse.Namespace) -> Any:
         dtype=arguments.dtype,
         compute_dtype=arguments.compute_dtype,
         check_finite=arguments.check_finite,
+        executables=getattr(arguments, "executables", False),
     )
 
 

@@ -79,3 +79,31 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     compilation_cache.reset_cache()  # JAX looks at these settings once
+
+
+@contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compile anew: on CPUs, what comes out of the persistent cache cannot be serialised again."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at these settings once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def load_executable(data: bytes, device: jax.Device) -> Any:
+    """What `executable.serialize()` gave, ready to run on one device."""
+    from jaxlib import _jax
+
+    return device.client.deserialize_executable(data, executable_devices=_jax.DeviceList((device,)))
+
+
+def execute(executable: Any, buffers: list[jax.Array]) -> list[jax.Array]:
+    """Run a loaded executable on arrays of its device; those that it donates are gone."""
+    results = executable.execute_sharded(buffers)
+    return [parts[0] for parts in results.disassemble_into_single_device_arrays()]

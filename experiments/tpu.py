@@ -1,47 +1,14 @@
-"""TPUs that are not there: chips to compile for, ahead of time, with libtpu alone.
-
-Importing this module sets what libtpu wants to see on a machine without a TPU, so import it before
-JAX starts a backend. Nothing can be run on these chips.
-"""
+"""What is compiled for TPUs that are not there, see `effjax.chips`: import it before JAX starts."""
 
 from __future__ import annotations
 
-import os
-from functools import cache
+from effjax.chips import TOPOLOGIES as TOPOLOGIES  # sets what libtpu wants to see
+from effjax.chips import chip as chip
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
+# isort: split
 import jax
-from jax.sharding import SingleDeviceSharding
 
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "tpu7x": "tpu7x:2x2x1",  # a device is one of a chip's two
-}
 CHIPS = ("v5e", "v5p", "v6e", "tpu7x")  # those that every kernel compiles for
-
-
-@cache
-def chip(name: str) -> SingleDeviceSharding:
-    """One chip, as the sharding of a program's arguments: it makes XLA compile for that chip.
-
-    Args:
-        name: a key of `TOPOLOGIES`.
-
-    Raises:
-        RuntimeError: if libtpu is not installed (the `tpu` extra).
-    """
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name])
-    return SingleDeviceSharding(topology.devices[0])
 
 
 def on_chip(name: str, shapes):

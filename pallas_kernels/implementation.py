@@ -64,6 +64,11 @@ def use_implementation(name: Implementation | None) -> Iterator[None]:
         yield
 
 
+def unnamed_implementation() -> Implementation | None:
+    """What `use_implementation` says here."""
+    return _unnamed.value
+
+
 def dispatch(
     operation: str,
     implementation: Implementation | None,
@@ -96,7 +101,7 @@ def dispatch(
             f"got implementation={implementation!r}"
         )
     if implementation is None:
-        implementation = _unnamed.value
+        implementation = unnamed_implementation()
     if implementation is None:
         kernels = {
             _PLATFORMS[name]: _for_one_platform(operation, programs[name])

@@ -12,11 +12,26 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module may import its own layer and those before it.
 LAYERS = [
     ["pallas_kernels"],
-    ["effjax.buckets", "effjax.compat", "effjax.fields", "effjax.finite", "effjax.warm"],
+    [
+        "effjax.buckets",
+        "effjax.compat",
+        "effjax.fields",
+        "effjax.finite",
+        "effjax.warm",
+        "effjax.chips",
+    ],
     ["effjax.context", "effjax.quant", "effjax.sites"],
     ["effjax.layers"],
     ["effjax.models"],
-    ["effjax.forward", "effjax.transform", "effjax.capture", "effjax.metrics", "effjax.storage"],
+    [
+        "effjax.forward",
+        "effjax.transform",
+        "effjax.capture",
+        "effjax.descriptions",
+        "effjax.executables",
+        "effjax.metrics",
+        "effjax.storage",
+    ],
     [
         "effjax.samplers",
         "effjax.cost",
@@ -31,7 +46,7 @@ LAYERS = [
     ["converters"],
     ["effjax.pipelines"],
     ["effjax.bundled"],
-    ["effjax.cli", "effjax.cli_bench", "effjax.cli_text"],
+    ["effjax.cli", "effjax.cli_bench", "effjax.cli_compile", "effjax.cli_text"],
     ["experiments"],
 ]
 ENTRY = "effjax"  # resolves its public names lazily, so only what lies above pipelines uses it

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from effjax.buckets import POWERS, Buckets
+from effjax.executables import Program
 from effjax.finite import NotFiniteWarning
 from effjax.forward import Forward, Params
 from effjax.generate.sampling import Sampling, process_logits
@@ -268,10 +269,10 @@ def _last(made: _Made) -> Array:
     return jnp.take_along_axis(made.tokens, place[:, None], axis=1)[:, 0]
 
 
-_begin = jax.jit(_choose)  # needs no model: one program, whatever room there is
+_begin = Program(_choose)  # needs no model: one program, whatever room there is
 
 
-@partial(jax.jit, donate_argnums=(1, 2))
+@partial(Program, donate_argnums=(1, 2))
 def _decode(
     params: Params,
     session: Session,

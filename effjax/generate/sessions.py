@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.buckets import POWERS, Buckets, bucket, sizes_of
 from effjax.cost import state_bytes
+from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
 from effjax.layers.kv_cache import FEW, Caches, KVCache, as_it_is, told
 from effjax.sites import canonical
@@ -363,7 +364,7 @@ def read(step: int, params: Params, session: Session, tokens: Array, positions: 
     )
 
 
-@jax.jit
+@Program
 def _read_first(
     forward: Forward,
     params: Params,
@@ -386,5 +387,5 @@ def _read_first(
 
 
 # A session that is being read is donated; one that is extended is kept, others may extend it too.
-_read_on = jax.jit(partial(read, 1), donate_argnums=1)
-_read_more = jax.jit(partial(read, 1))
+_read_on = Program(partial(read, 1), name="_read_on", donate_argnums=(1,))
+_read_more = Program(partial(read, 1), name="_read_more")

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from converters import hub
 from effjax.buckets import POWERS, Buckets, sizes_of
+from effjax.executables import load as load_executables
 from effjax.fields import naming
 from effjax.pipelines.base import INDEX
 from effjax.pipelines.diffusion import (
@@ -58,6 +59,7 @@ def pipeline(
     sharding: jax.sharding.Sharding | None = None,
     progress: bool = True,
     check_finite: bool = False,
+    executables: bool = False,
     text_encoder: Any = None,
     tokenizer: Any = None,
     vae: Any = None,
@@ -78,6 +80,8 @@ def pipeline(
         sharding: where parameters go.
         progress: show bars for what takes longer than a second.
         check_finite: reject NaN and infinite weights.
+        executables: run the programs that `effjax compile` saved in the directory, see
+            `effjax.executables`. They are machine code of whoever wrote the directory.
         text_encoder, vae: forward and parameters in the place of the directory's, which may be
             without.
         tokenizer: of transformers, in the place of the directory's.
@@ -90,7 +94,8 @@ def pipeline(
 
     Raises:
         ValueError: for another kind of pipeline, a single file, a component that is missing or
-            damaged, and components that belong to different models.
+            damaged, components that belong to different models, and executables that are not there
+            or were made for something else.
     """
     sizes_of(buckets)  # before the work
     path = Path(os.path.expanduser(source))
@@ -119,9 +124,15 @@ def pipeline(
         "check_finite": check_finite,
     }
     given = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
+    if executables and folder.hub is not None:
+        raise ValueError(
+            f"{source} is a repository, and executables are machine code, which is run from "
+            f"directories of this machine only; leave out executables=True"
+        )
+    saved = load_executables(path) if executables else None
     with naming(path):
         made = _KINDS[name](Components(folder, index, given, variant, options))
-    return dataclasses.replace(made, buckets=buckets)
+    return dataclasses.replace(made, buckets=buckets, executables=saved)
 
 
 def _text(found: Components) -> TextPipeline:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from effjax.buckets import POWERS, Buckets, sizes_of
+from effjax.executables import Executables
 from effjax.fields import Checked
 from effjax.forward import Forward, Params, parameter_count
 from effjax.pipelines.card import CARD, model_card
@@ -20,6 +22,7 @@ from effjax.transform import Pair
 INDEX = "model_index.json"
 
 AnyPipeline = TypeVar("AnyPipeline", bound="BasePipeline")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class BasePipeline(abc.ABC):
         origin: what it was loaded from, if it was.
         buckets: sizes that shapes are rounded up to, see `effjax.buckets`: of tokens for texts, of
             batches for images. It is not saved.
+        executables: what runs its programs where they fit; those of another model fit none.
 
     Raises:
         ValueError: for buckets that are none.
@@ -60,6 +64,7 @@ class BasePipeline(abc.ABC):
     params: Params
     origin: Origin | None = dataclasses.field(default=None, kw_only=True)
     buckets: Buckets = dataclasses.field(default=POWERS, kw_only=True)
+    executables: Executables | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     TASK: ClassVar[str]  # as hubs name it
 
@@ -71,7 +76,7 @@ class BasePipeline(abc.ABC):
         forward, params = self.forward, self.params
         for each in transforms:
             forward, params = each(forward, params)
-        return dataclasses.replace(self, forward=forward, params=params)
+        return dataclasses.replace(self, forward=forward, params=params, executables=None)
 
     def save(self, path: str | os.PathLike) -> None:
         """Save all components as one directory that `effjax.pipeline` reads, atomically.
@@ -156,3 +161,16 @@ class BasePipeline(abc.ABC):
 def entry(pair: Pair | None) -> list[str | None]:
     """How model_index.json names a model that `effjax.save` wrote, or one that is not there."""
     return [None, None] if pair is None else ["effjax", pair[0].model.__name__]
+
+
+def runs_executables(method: Method) -> Method:
+    """A method of a pipeline within which its executables are used."""
+
+    @functools.wraps(method)
+    def run(self: BasePipeline, *args: Any, **kwargs: Any) -> Any:
+        if self.executables is None:
+            return method(self, *args, **kwargs)
+        with self.executables.using():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)

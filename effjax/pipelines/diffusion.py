@@ -18,12 +18,13 @@ from PIL import Image
 from effjax import recipe
 from effjax.buckets import by_parts
 from effjax.context import Guidance, PyTree
+from effjax.executables import Program
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
 from effjax.models import autoencoder_kl
 from effjax.models.pixart import Caption
 from effjax.pipelines import arguments
-from effjax.pipelines.base import BasePipeline, entry
+from effjax.pipelines.base import BasePipeline, entry, runs_executables
 from effjax.pipelines.images import draw, to_unit
 from effjax.pipelines.labels import check_names, index_of
 from effjax.pipelines.recent import Recent
@@ -212,6 +213,7 @@ class ClassConditionalPipeline(Pipeline):
         super().__post_init__()
         check_names(self.names, self.forward.config.num_classes)
 
+    @runs_executables
     def __call__(
         self,
         labels: Label | Sequence[Label] | np.ndarray | jax.Array,
@@ -303,6 +305,7 @@ class TextToImagePipeline(Pipeline):
     # Of diffusers' PixArtSigmaPipeline: [negative, positive].
     STEPS, GUIDANCE, ARRANGEMENT = 20, 4.5, Guidance(cond_first=False)
 
+    @runs_executables
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -437,11 +440,11 @@ def _finite(values: jax.Array) -> bool:
     return bool(np.isfinite(values).all())
 
 
-@jax.jit
+@Program
 def _decode(forward: Forward, params: Params, latents: jax.Array) -> jax.Array:
     return autoencoder_kl.decode(forward, params, latents)
 
 
-@jax.jit
+@Program
 def _states(forward: Forward, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
     return forward(params, {}, ids, mask)[0]

@@ -17,7 +17,7 @@ from effjax import generate as generation
 from effjax import recipe
 from effjax.generate import Session, Streamer
 from effjax.pipelines.arguments import check_characters
-from effjax.pipelines.base import BasePipeline, entry
+from effjax.pipelines.base import BasePipeline, entry, runs_executables
 from effjax.pipelines.settings import GENERATION, GenerationSettings
 from effjax.storage import write_json
 
@@ -67,6 +67,7 @@ class TextPipeline(BasePipeline):
     def _settings(self) -> GenerationSettings:
         return GenerationSettings.of(self.settings, GENERATION)
 
+    @runs_executables
     def __call__(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -122,11 +123,12 @@ class TextPipeline(BasePipeline):
             stop=self._stop(stops) if stops else None,
             session=context,
             buckets=self.buckets,
-            **self._sampling(options, drawn=key is not None),
+            **self.sampling(options, drawn=key is not None),
         )
         texts = [self.decode(row, stops) for row in out.rows()]
         return texts if several else texts[0]
 
+    @runs_executables
     def compress(
         self, prompt: Prompt, *, new: int = 256, chunk: int | None = None, **template: Any
     ) -> Session:
@@ -300,7 +302,7 @@ class TextPipeline(BasePipeline):
         own = ["transformers", type(self.tokenizer).__name__]
         return {"model": entry(pair), "tokenizer": own}
 
-    def _sampling(self, given: Mapping[str, Any], *, drawn: bool) -> dict[str, Any]:
+    def sampling(self, given: Mapping[str, Any], *, drawn: bool) -> dict[str, Any]:
         """What is given, else what the settings say; they draw only if there is a key."""
         usual = {name: getattr(self._settings, name) for name in _SAMPLING}
         if not drawn:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from effjax.buckets import Buckets, cut, joined, rows
 from effjax.context import Guidance, PyTree, Step
+from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
 from effjax.samplers.schedule import Schedule
 from effjax.samplers.tables import at
@@ -405,7 +406,7 @@ def _batch(cond: PyTree) -> int:
     return shapes[0][0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(Program, static_argnums=(0,))
 def _compiled_init(
     sampler: Sampler,
     forward: Forward,
@@ -418,7 +419,7 @@ def _compiled_init(
     return sampler.init(forward, params, cond, key, uncond=uncond, noise=noise)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+@functools.partial(Program, static_argnums=(0,), donate_argnames=("state",))
 def _compiled_step(
     sampler: Sampler,
     forward: Forward,
