@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from effjax.quant import Rotation
 from pallas_kernels.attention import dense_attention
-from pallas_kernels.block_mask import Arrow, Band, Rule, SinkLocal, top_blocks
+from pallas_kernels.block_mask import Arrow, Band, Causal, Rule, SinkLocal, top_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.decode_attention import (
     decode_attention,
@@ -138,6 +138,10 @@ def _coded(shape: tuple[int, int, int], *, rotated: bool = False, modulated: boo
 
 ATTENTION: dict[str, Case] = {
     "dense, PixArt 2048": (dense_attention, _heads(1, 16384, 16, 72)),
+    "dense, DiT-XL/2 256": (dense_attention, _heads(8, 256, 16, 72)),
+    "dense, DiT-XL/2 512": (dense_attention, _heads(2, 1024, 16, 72)),
+    "dense, FLUX": (dense_attention, _heads(1, 4096, 24, 128)),
+    "causal, Llama 3": (_sparse(Causal()), _heads(1, 4096, 32, 128, 8)),
     "band, PixArt 2048": (_sparse(Band(2048)), _heads(1, 16384, 16, 72)),
     "arrow, SD3 1024, uneven": (_sparse(Arrow((256,) * 24, text=333)), _heads(2, 4429, 24, 64)),
     "sinks and local, prompt of 8192": (

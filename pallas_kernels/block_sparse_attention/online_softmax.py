@@ -159,8 +159,8 @@ def flops(mask: BlockMask, lines: int, width: int, value_width: int) -> int:
     return 2 * copies * (logits * width + values * value_width)
 
 
-def cost(mask: BlockMask, heads: Heads, out: str) -> pl.CostEstimate:
-    """What a kernel does with these (padded) operands."""
+def cost(mask: BlockMask, heads: Heads, out: str, sharing: int = 1) -> pl.CostEstimate:
+    """What a kernel does with these (padded) operands, if `sharing` heads fetch keys once."""
     q, k, v = heads.q, heads.k, heads.v
     lines = q.shape[0] * q.shape[1]
     executed = flops(mask, lines, q.shape[-1], v.shape[-1])
@@ -169,5 +169,5 @@ def cost(mask: BlockMask, heads: Heads, out: str) -> pl.CostEstimate:
     of_result = v.shape[-1] * jnp.dtype(out).itemsize + 4
     of_query = q.shape[-1] * q.dtype.itemsize + of_scale + (1 + mask.rest) * of_result
     of_key = k.shape[-1] * k.dtype.itemsize + v.shape[-1] * v.dtype.itemsize + of_scale
-    moved = lines * q.shape[2] * of_query + pairs // mask.block_q * of_key
+    moved = lines * q.shape[2] * of_query + pairs // mask.block_q // sharing * of_key
     return pl.CostEstimate(flops=executed, bytes_accessed=moved, transcendentals=pairs)

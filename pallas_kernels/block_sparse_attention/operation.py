@@ -18,11 +18,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.block_mask import BlockMask, Rule, block_mask, visible_pairs, with_rest
+from pallas_kernels.block_mask import (
+    EVERYTHING,
+    BlockMask,
+    Rule,
+    block_mask,
+    visible_pairs,
+    with_rest,
+)
 from pallas_kernels.block_sparse_attention import gpu, mosaic_gpu, reference, tpu, xla
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.implementation import Implementation, dispatch, has_sizes
 from pallas_kernels.marks import useful
+from pallas_kernels.tiling import round_up
 
 Segments = tuple[Array, Array]
 
@@ -88,13 +96,26 @@ def block_sparse_attention(
 
 @lru_cache(maxsize=256)
 def choose_block(
-    rule: Rule, queries: int, keys: int, *, smallest: int, largest: int, keys_in: int = 1
+    rule: Rule,
+    queries: int,
+    keys: int,
+    *,
+    smallest: int,
+    largest: int,
+    keys_in: int = 1,
+    even: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Blocks of queries and keys that suit a rule: few, and little of them cut.
 
     Blocks of queries are about a quarter of what a query sees, blocks of keys a `keys_in`th of
-    them.
+    them. A rule that shows everything is cut evenly, into blocks of at most `even`.
     """
+    if even is not None and rule == EVERYTHING:
+        of_queries, of_keys = (
+            round_up(-(-length // -(-length // most)), smallest)
+            for length, most in zip((queries, keys), even)
+        )
+        return of_queries, of_keys
     seen = visible_pairs(rule, queries, keys) / (len(rule.parameters) * queries)
     block = 2 ** round(math.log2(max(seen, 4) / 4))
     block = min(max(block, smallest), largest)
@@ -119,7 +140,7 @@ class Problem(NamedTuple):
     interpret: bool
     rest: bool = False
 
-    def lists(self, made: BlockMask | None, heads: Heads, **sizes: int) -> BlockMask:
+    def lists(self, made: BlockMask | None, heads: Heads, **sizes: Any) -> BlockMask:
         """The mask as lists, those made at run time or those of a rule."""
         mask = made or self.mask
         if not isinstance(mask, Rule):
@@ -166,7 +187,7 @@ def refusal(problem: Problem, heads: Heads, made: BlockMask | None, name: str) -
 def _run(
     problem: Problem,
     forward: Callable[..., Any],
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
     flops: Callable[..., int] | None,
     heads: Heads,
     made: BlockMask | None,

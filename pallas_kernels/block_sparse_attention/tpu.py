@@ -7,7 +7,7 @@ Blocks that the rule does not cut come first and skip the mask. Heads are [B, H,
 
 from __future__ import annotations
 
-from functools import partial
+import itertools
 from typing import Any
 
 import jax
@@ -20,16 +20,24 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import online_softmax as softmax
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
-from pallas_kernels.tiling import pad_axis
+from pallas_kernels.tiling import pad_axis, round_up
 
-# Sides of the blocks that a rule is cut into.
-BLOCKS = {"smallest": 128, "largest": 512}
+# Sides of the blocks that a rule is cut into; large ones keep the units of a core busy.
+BLOCKS: dict[str, Any] = {"smallest": 128, "largest": 512, "even": (512, 1024)}
 
 # Scalar memory of a TPU core holds 2^18 integers; the lists share it with the compiler's own.
 SCALARS = 3 << 16
 
-# Logits of a block: some arrays of so many float32 must fit in fast memory beside the operands.
+# Logits of a step: some arrays of so many float32 must fit in fast memory beside the operands.
 LOGITS = 1 << 19
+
+# Heads of a step share its overhead and fill each other's gaps, as far as their operands, results
+# and sums take so many bytes of fast memory.
+TILE, TILE_BYTES = 8, 8 << 20
+
+# Logits in base 2 up to which a softmax needs no peak: weights of 2^-40 ... 2^40 and their sums
+# stay far from the ends of float32. Scalar memory has room to say of so many tiles that theirs are.
+SMALL, SMALL_TILES = 40.0, 1 << 14
 
 _LANES = 128
 
@@ -66,7 +74,9 @@ def forward(
     rows, longest = mask.index.shape[2:]
     ragged = mask.keys % block_k != 0
     table, cut, by_row = softmax.table(mask, heads), heads.cut, heads.by_row is not None
+    tile = heads_of_a_tile(mask, arithmetic, heads)
     heads = _arranged(mask, heads)
+    small = None if arithmetic.levels else small_logits(mask, arithmetic.scale, heads, tile)
     lists = [jnp.asarray(x).reshape(-1) for x in (mask.index, mask.count, mask.full)]
 
     def line(b: Array, h: Array, m: Array) -> Array:
@@ -75,8 +85,8 @@ def forward(
         head = (b if lists_of_batch > 1 else 0) * lists_of_heads + (h if lists_of_heads > 1 else 0)
         return head * rows + m
 
-    def key_head(h: Array) -> Array:
-        return jax.lax.div(h, jnp.int32(group))
+    def key_heads(h: Array) -> Array:
+        return jax.lax.div(h, jnp.int32(max(1, group // tile)))
 
     def of_queries(b, h, m, w, *_):
         return b, h, m, 0
@@ -85,15 +95,16 @@ def forward(
         return b, h, m, 0, 0
 
     def of_keys(b, h, m, w, index, *_):
-        return b, key_head(h), index[line(b, h, m) * longest + w], 0
+        return b, key_heads(h), index[line(b, h, m) * longest + w], 0
 
     def of_columns(b, h, m, w, index, *_):
-        return b, key_head(h), 0, index[line(b, h, m) * longest + w]
+        return b, key_heads(h), 0, index[line(b, h, m) * longest + w]
 
+    key_tile = max(1, tile // group)
     specs = Heads(
-        q=pl.BlockSpec((1, 1, block_q, width), of_queries),
-        k=pl.BlockSpec((1, 1, block_k, width), of_keys),
-        v=pl.BlockSpec((1, 1, block_k, value_width), of_keys),
+        q=pl.BlockSpec((1, tile, block_q, width), of_queries),
+        k=pl.BlockSpec((1, key_tile, block_k, width), of_keys),
+        v=pl.BlockSpec((1, key_tile, block_k, value_width), of_keys),
     )
     if heads.segments is not None:
         own_rows = pl.BlockSpec((1, block_q, _LANES), lambda b, h, m, w, *_: (b, m, 0))
@@ -102,66 +113,92 @@ def forward(
             lambda b, h, m, w, index, *_: (b, 0, index[line(b, h, m) * longest + w]),
         )
         specs = specs._replace(segments=(own_rows, own_columns))
-    line_of_rows = pl.BlockSpec((1, 1, 1, 1, block_q), of_rows)
+    line_of_rows = pl.BlockSpec((1, tile, 1, 1, block_q), of_rows)
     if heads.scales is not None:
-        specs = specs._replace(scales=(line_of_rows, pl.BlockSpec((1, 1, 1, block_k), of_columns)))
+        of_scales = pl.BlockSpec((1, key_tile, 1, block_k), of_columns)
+        specs = specs._replace(scales=(line_of_rows, of_scales))
+    of_small = None
+    if small is not None:
+        of_small = pl.BlockSpec(
+            (1, *small.shape[1:]), lambda b, *_: (b, 0, 0), memory_space=pltpu.SMEM
+        )
 
-    def kernel(index, count, full, table, refs, results, carries, scale_ref):
+    def kernel(index, count, full, table, refs, small, results, carries, scales):
         b, h, m, w = (pl.program_id(axis) for axis in range(4))
         own = line(b, h, m)
+        fixed = None if small is None else small[0, 0, h * rows + m] != 0
 
         @pl.when(w == 0)
         def _():
-            for carry in carries:
-                _store(carry, softmax.empty(block_q, value_width, _LANES))
-            if refs.scales is not None:
-                scale = softmax.LOG2E * refs.scales[0][0, 0, 0]
-                scale = jnp.broadcast_to(scale, (_LANES, block_q))
-                scale_ref[...] = scale.T
+            start = softmax.empty(block_q, value_width, _LANES)
+            if fixed is not None:
+                start = start._replace(peak=jnp.where(fixed, 0.0, start.peak))
+            for carry in itertools.chain(*carries):
+                _store(carry, start)
+            for i, scale_ref in enumerate(scales or ()):
+                scale = softmax.LOG2E * refs.scales[0][0, i, 0]
+                scale_ref[...] = jnp.broadcast_to(scale, (_LANES, block_q)).T
 
-        def visit(*, inside: bool, outside: bool) -> None:
-            """One block, in which something is seen, or something is not, or both."""
-            logits = softmax.product(refs.q[0, 0], refs.k[0, 0], ((1,), (1,)))
-            if refs.scales is None:
+        def visit(i: int, *, inside: bool, outside: bool, fixed: bool) -> None:
+            """A head's block, in which something is seen, or something is not, or both."""
+            j = i * key_tile // tile
+            logits = softmax.product(refs.q[0, i], refs.k[0, j], ((1,), (1,)))
+            if scales is None:
                 logits *= arithmetic.scale * softmax.LOG2E
             else:
-                logits *= scale_ref[:, :1] * refs.scales[1][0, 0]
+                logits *= scales[i][:, :1] * refs.scales[1][0, j]
             shape = (block_q, block_k)
             first = index[own * longest + w] * block_k
             column = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
             seen = None
             if inside and outside:
                 row = m * block_q + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-                parameters = softmax.parameters(mask, table, b * of_heads + h if by_row else h)
+                head = h * tile + i
+                parameters = softmax.parameters(
+                    mask, table, b * of_heads + head if by_row else head
+                )
                 seen = mask.rule.visible(row, column, mask.keys, *parameters)
                 if refs.segments is not None:
                     seen &= refs.segments[0][0, :, :1] == refs.segments[1][0, :1, :]
 
             def add(carry: softmax.Carry, seen: Array | None) -> None:
-                values, levels = refs.v[0, 0], arithmetic.levels
-                _store(carry, softmax.accumulate(_load(carry), logits, seen, values, levels))
+                values, levels = refs.v[0, j], arithmetic.levels
+                added = softmax.accumulate(_load(carry), logits, seen, values, levels, fixed=fixed)
+                _store(carry, added)
 
             if inside:
-                add(carries[0], seen)
+                add(carries[i][0], seen)
             if outside and mask.rest:
                 exists = column < mask.keys if ragged or seen is not None else None
-                add(carries[1], exists if seen is None else exists & ~seen)
+                add(carries[i][1], exists if seen is None else exists & ~seen)
+
+        def when(condition: Array, **kind: bool) -> None:
+            ways = {False: condition}
+            if fixed is not None:
+                ways = {True: condition & fixed, False: condition & ~fixed}
+            for way, holds in ways.items():
+
+                @pl.when(holds)
+                def _(way=way):
+                    for i in range(tile):
+                        visit(i, **kind, fixed=way)
 
         whole = jnp.int32(0) if cut else full[own]
-        pl.when(w < whole)(partial(visit, inside=True, outside=False))
-        pl.when((w >= whole) & (w < count[own]))(partial(visit, inside=True, outside=True))
+        when(w < whole, inside=True, outside=False)
+        when((w >= whole) & (w < count[own]), inside=True, outside=True)
         if mask.rest:
-            pl.when(w >= count[own])(partial(visit, inside=False, outside=True))
+            when(w >= count[own], inside=False, outside=True)
 
         @pl.when(w == longest - 1)
         def _():
-            parts = [_load(carry) for carry in carries]
-            if mask.rest:
-                parts[1] = softmax.merge(*parts)
-            for (out_ref, lse_ref), part in zip(results, parts):
-                out, lse = softmax.finish(part)
-                out_ref[0, 0] = out.astype(out_ref.dtype)
-                lse_ref[0, 0, 0] = jnp.broadcast_to(lse, (block_q, _LANES)).T[:1]
+            for i in range(tile):
+                parts = [_load(carry) for carry in carries[i]]
+                if mask.rest:
+                    parts[1] = softmax.merge(*parts)
+                for (out_ref, lse_ref), part in zip(results, parts):
+                    out, lse = softmax.finish(part)
+                    out_ref[0, i] = out.astype(out_ref.dtype)
+                    lse_ref[0, i, 0] = jnp.broadcast_to(lse, (block_q, _LANES)).T[:1]
 
     parts = 1 + mask.rest
     lanes = pltpu.VMEM((block_q, _LANES), jnp.float32)
@@ -176,22 +213,44 @@ def forward(
         name="block_sparse_attention",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(batch, of_heads, rows, longest),
-            in_specs=[specs],
+            grid=(batch, of_heads // tile, rows, longest),
+            in_specs=[specs, of_small],
             out_specs=[
-                [(pl.BlockSpec((1, 1, block_q, value_width), of_queries), line_of_rows)] * parts
+                [(pl.BlockSpec((1, tile, block_q, value_width), of_queries), line_of_rows)] * parts
             ],
-            scratch_shapes=[[carry] * parts, None if heads.scales is None else lanes],
+            scratch_shapes=[
+                [[carry] * parts] * tile,
+                None if heads.scales is None else [lanes] * tile,
+            ],
         ),
         out_shape=[[result] * parts],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
-        cost_estimate=softmax.cost(mask, heads, arithmetic.out),
+        cost_estimate=softmax.cost(mask, heads, arithmetic.out, tile // key_tile),
         interpret=interpret,
-    )(*lists, table, heads)
+    )(*lists, table, heads, small)
     results = [(out[:, :, :queries], lse.reshape(shape)[:, :, :queries]) for out, lse in results]
     return tuple(results) if mask.rest else results[0]
+
+
+def heads_of_a_tile(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> int:
+    """Heads that a step computes: of one list, and whole groups of a key head, or parts of one."""
+    q, v = heads.q, heads.v
+    of_heads, group = q.shape[1], q.shape[1] // heads.k.shape[1]
+    width, value_width = (round_up(x.shape[-1], _LANES) for x in (q, v))
+    parts = 1 + mask.rest
+    of_key = width * q.dtype.itemsize + value_width * v.dtype.itemsize
+    of_result = parts * value_width * jnp.dtype(arithmetic.out).itemsize
+    fetched = mask.block_q * (width * q.dtype.itemsize + of_result) + mask.block_k * of_key
+    carried = mask.block_q * parts * (2 * _LANES + value_width) * 4
+    most = min(
+        TILE if mask.index.shape[1] == 1 else 1,
+        LOGITS // (mask.block_q * mask.block_k),
+        TILE_BYTES // (2 * fetched + carried),
+    )
+    fits = [n for n in range(2, most + 1) if of_heads % n == 0]
+    return max((n for n in fits if group % n == 0 or n % group == 0), default=1)
 
 
 def _arranged(mask: BlockMask, heads: Heads) -> Heads:
@@ -212,6 +271,30 @@ def _arranged(mask: BlockMask, heads: Heads) -> Heads:
         columns = pad_axis(heads.scales[1], 2, mask.block_k)
         scales = rows.reshape(*rows.shape[:2], -1, 1, mask.block_q), columns[:, :, None]
     return Heads(q, k, v, segments, scales)
+
+
+def small_logits(mask: BlockMask, scale: float, heads: Heads, tile: int) -> Array | None:
+    """Which tiles of (arranged) queries have small logits alone, int32[B, 1, H / tile M].
+
+    By |q . k| <= |q| max |k|, over all keys of a head. None if scalar memory has no room for them.
+    """
+    batch, of_heads, queries, _ = heads.q.shape
+    rows = queries // mask.block_q
+    if of_heads // tile * rows > SMALL_TILES:
+        return None
+
+    def norms(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
+
+    of_queries, of_keys = norms(heads.q), norms(heads.k)
+    if heads.scales is not None:
+        of_queries *= heads.scales[0].reshape(of_queries.shape)
+        of_keys *= heads.scales[1][:, :, 0]
+    of_queries = jnp.max(of_queries.reshape(batch, of_heads, rows, -1), axis=-1)
+    of_keys = jnp.repeat(jnp.max(of_keys, axis=-1), of_heads // heads.k.shape[1], axis=1)
+    bound = of_queries * of_keys[..., None] * (scale * softmax.LOG2E)
+    bound = jnp.max(bound.reshape(batch, -1, tile, rows), axis=2)
+    return (bound <= SMALL).astype(jnp.int32).reshape(batch, 1, -1)
 
 
 def _load(refs: softmax.Carry) -> softmax.Carry:
