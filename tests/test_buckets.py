@@ -110,12 +110,8 @@ def test_no_cache_sees_the_padding(name):
     )
     assert (plain.forward.room.prompt, padded.forward.room.prompt) == (20, 64)
     check_equal(forward, params, plain, padded)
-    try:
+    if name in ("dense", "window", "snap_kv", "kivi"):  # one of each class
         plain = extend(params, plain, QUESTIONS, buckets=None)
-    except ValueError as refused:  # some caches append tokens singly
-        with pytest.raises(ValueError, match=str(refused)[:30]):
-            extend(params, padded, QUESTIONS)
-    else:
         check_equal(forward, params, plain, extend(params, padded, QUESTIONS))
 
 

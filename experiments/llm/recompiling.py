@@ -7,6 +7,7 @@ of their own for exact shapes (`buckets=None`, which compiles for every length) 
 two. Programs are all that XLA compiles meanwhile, small ones included; those of the network are
 counted beside them. Memory is the resident set: what it grows by after the first quarter of texts.
 Batches of images go through the bundled DiT, warm calls in turns. JAX's cache on disk is off.
+Beside that, what XLA sets aside to score 4,096 tokens over the words of Qwen2.5.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ import numpy as np
 import effjax
 from effjax.buckets import POWERS, Buckets, bucket
 from effjax.bundled import WEIGHTS
-from effjax.generate import decoding, generate, sessions
+from effjax.cost import memory_of
+from effjax.forward import abstract
+from effjax.generate import decoding, generate, scoring, sessions
 from effjax.generate.sessions import LEAST
+from effjax.models.llama import Llama, LlamaConfig
 from effjax.samplers import sampler
 from experiments import report
 from experiments.kernels.timing import best_seconds
@@ -165,6 +169,36 @@ def padding(longest: tuple[int, ...]) -> report.Rows:
     return rows
 
 
+def scores() -> report.Rows:
+    """Temporary memory of scoring a text, nearly all of it logits, and what all logits take."""
+    rows, tokens, words = [], jax.ShapeDtypeStruct((1, 4096), np.int32), 151_936
+    for dtype in ("float32", "bfloat16"):
+        config = LlamaConfig(
+            vocab_size=words,
+            width=64,
+            hidden=64,
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=64,
+            tied=True,
+            dtype=dtype,
+            param_dtype=dtype,
+        )
+        forward, params = abstract(Llama, config)
+        program = scoring._score.lower(forward, params, {}, tokens, tokens, 4096).compile()
+        rows.append(
+            {
+                "dtype": dtype,
+                "tokens": 4096,
+                "words": words,
+                "temporary_GiB": memory_of(program)["temp_bytes"] / 2**30,
+                "all_logits_GiB": 4096 * words * 4 / 2**30,
+            }
+        )
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few texts and images, to try it")
@@ -182,17 +216,24 @@ def main(argv: list[str] | None = None) -> None:
         return
     if given.quick:
         sizes, given.images, given.steps, given.repeats = (4, 60, 4), 3, 2, 1
+    changed = [
+        f"--{name} {value}"
+        for name, value in vars(given).items()
+        if value != parser.get_default(name) and name != "quick"
+    ]
+    options = " --quick" if given.quick else "".join(f" {each}" for each in changed)
     jax.config.update("jax_enable_compilation_cache", False)
     of_texts = texts(*sizes)
     programs, batches = images(given.images, given.steps, given.repeats)
     report.write(
         "llm_recompiling",
         title="Shapes that were not there before: exact, and rounded up to powers of two",
-        command="python -m experiments.llm.recompiling" + " --quick" * given.quick,
+        command=f"python -m experiments.llm.recompiling{options}",
         texts=of_texts,
         batches_of_images=programs,
         warm_calls=batches,
         padding=padding((256, 1000, 4000, 16_000)),
+        scores=scores(),
     )
 
 

@@ -10,7 +10,7 @@ from effjax.bundled import llm_demo
 from effjax.bundled.retrieval import right
 from effjax.models.llama import LlamaConfig
 from experiments import report, train_llm
-from experiments.llm import decode, retrieval, tpu_memory, weights
+from experiments.llm import decode, recompiling, retrieval, tpu_memory, weights
 
 
 @pytest.fixture
@@ -111,3 +111,16 @@ def test_better_starts_and_training_rebuild_better():
         values = [rows[name][key] for name in order]
         assert values == sorted(values, reverse=True)
     assert rows["ASVD, trained"]["perplexity"] < rows["ASVD, trained, window of 1"]["perplexity"]
+
+
+@pytest.mark.slow
+def test_programs_are_counted_for_both_kinds_of_shapes(results, monkeypatch, tmp_path):
+    recompiling.main(["--quick"])
+    tables = json.loads((tmp_path / "llm_recompiling.json").read_text())["tables"]
+    exact, rounded = tables["texts"]
+    assert rounded["equal_texts"] == 1.0
+    assert rounded["of_the_network"] == 2 < exact["of_the_network"]
+    assert rounded["programs"] < exact["programs"]
+    exact, rounded = tables["batches_of_images"]
+    assert (exact["of_the_network"], rounded["of_the_network"]) == (3, 2)
+    assert all(row["largest_difference"] < 1e-3 for row in tables["warm_calls"])
