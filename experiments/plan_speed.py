@@ -136,11 +136,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2, help="layers of the timed model")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="256 tokens; no results are written")
     arguments = parser.parse_args(argv)
+    sizes = (256,) if arguments.quick else (1024, 4096)
+    timed = [row for n in sizes for row in seconds(n, arguments.layers, arguments.repeats)]
+    print(report.markdown(timed))
+    if arguments.quick:
+        return
     counted = flops()
     print(report.markdown(counted))
-    timed = [row for n in (1024, 4096) for row in seconds(n, arguments.layers, arguments.repeats)]
-    print(report.markdown(timed))
     options = f"--layers {arguments.layers} --repeats {arguments.repeats}"
     report.write(
         "plan_speed",

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_mask import EVERYTHING
-from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads, precision
+from pallas_kernels.block_sparse_attention import block_sparse_attention, xla
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.block_sparse_attention.operation import (
     KERNELS,
     Problem,
@@ -96,23 +96,8 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Whole attention of (scaled) queries [..., S, D].
-
-    Exponentials are normalised after the product with v, as flash attention does: one pass less
-    over the logits.
-    """
-    lines = tuple(range(q.ndim - 2))
-    contracted = ((q.ndim - 1,), (q.ndim - 1,))
-    exact = precision(q.dtype)
-    logits = jax.lax.dot_general(
-        q, k, (contracted, (lines, lines)), precision=exact, preferred_element_type=jnp.float32
-    )
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - peak)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(v.dtype)
-    out = jnp.matmul(weights, v, precision=exact, preferred_element_type=jnp.float32) / total
-    return out.astype(v.dtype)
+    """Whole attention of (scaled) queries [..., S, D]."""
+    return xla.attend(xla.scores(q, k), v, v.dtype.name)[0]
 
 
 def _by_rows(q: jax.Array, k: jax.Array, v: jax.Array, rows: int) -> jax.Array:

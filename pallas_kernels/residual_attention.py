@@ -2,7 +2,8 @@
 
 DiTFastAttn keeps the residual (dense - window): a step that refreshes it needs both. A kernel keeps
 two running softmaxes, over the keys that the rule shows and over the others, and merges them at the
-end. Logits are computed once, and only blocks that the rule cuts meet the values twice.
+end. Logits are computed once, and only blocks that the rule cuts meet the values twice. In XLA,
+short sequences share their logits too; long ones are two attentions.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import jax
 from jax import Array
 
-from pallas_kernels.attention import dense_attention
+from pallas_kernels.attention import WHOLE, dense_attention
 from pallas_kernels.block_mask import Rule
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import block_sparse_attention, xla
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.block_sparse_attention.operation import (
     Problem,
@@ -26,7 +27,9 @@ from pallas_kernels.block_sparse_attention.operation import (
     refusal,
     split_mask,
 )
+from pallas_kernels.block_sparse_attention.steps import runs
 from pallas_kernels.implementation import Implementation, dispatch
+from pallas_kernels.marks import useful
 
 
 def dense_and_sparse_attention(
@@ -40,7 +43,8 @@ def dense_and_sparse_attention(
 ) -> tuple[Array, Array]:
     """Attention to all keys, and attention to those that a rule shows.
 
-    "reference" and "xla" are two attentions; only the kernels share the logits.
+    "reference" is two attentions, and so is "xla" where a head has more than `attention.WHOLE`
+    logits or a block of queries sees more than one run of keys.
 
     Args:
         q: [B, S, H, D], float32, bfloat16 or float16.
@@ -78,7 +82,7 @@ def _forward(problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Arr
         problem.implementation,
         {
             "reference": partial(_apart, problem, "reference"),
-            "xla": partial(_apart, problem, "xla"),
+            "xla": partial(_xla, problem),
             "pallas_tpu": partial(_together, problem, "pallas_tpu"),
             "pallas_gpu": partial(_together, problem, "pallas_gpu"),
         },
@@ -94,6 +98,16 @@ def _apart(
     assert problem.mask is not None
     dense = dense_attention(q, k, v, implementation=name)
     return dense, block_sparse_attention(q, k, v, problem.mask, implementation=name)
+
+
+def _xla(problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    heads = Heads(*heads_first(q, k, v))
+    mask = problem._replace(rest=False).lists(None, heads, **xla.BLOCKS)
+    if q.shape[1] * k.shape[1] > WHOLE or runs(mask) is None:
+        return _apart(problem, "xla", q, k, v)
+    forward = partial(xla.forward_with_rest, mask, problem.arithmetic)
+    dense, sparse = useful(forward, *xla.flops_with_rest(mask, heads))(heads)
+    return dense.swapaxes(1, 2), sparse.swapaxes(1, 2)
 
 
 def _together(problem: Problem, name: str, q: Array, k: Array, v: Array) -> tuple[Array, Array]:

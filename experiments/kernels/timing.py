@@ -10,8 +10,8 @@ import jax
 
 
 def best_seconds(
-    programs: Mapping[str, Callable[[], Any]], repeats: int, *, calls: int = 1
-) -> dict[str, float]:
+    programs: Mapping[Any, Callable[[], Any]], repeats: int, *, calls: int = 1
+) -> dict[Any, float]:
     """The best time of each program, warmed up; a pause of the machine counts for none of them.
 
     Args:

@@ -1,83 +1,139 @@
 """Block-sparse attention in XLA: every block of queries against its list of key blocks.
 
-A step is one block of queries: it gathers its key blocks and is then two products. Steps are
-batched as far as their logits stay in a processor's cache. Heads are [B, H, S, D] here; letters as
-in `block_sparse_attention`.
+A step is two products. Where all heads share their lists, it is one block of queries of several
+heads, and their keys are one slice if the list is a run of blocks; else steps gather their key
+blocks and are batched. As many logits are made at once as stay in a processor's cache. Heads are
+[B, H, S, D] here; letters as in `block_sparse_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.block_mask import EVERYTHING, BlockMask, block_mask
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads, precision
 from pallas_kernels.block_sparse_attention.online_softmax import weight_codes
+from pallas_kernels.block_sparse_attention.steps import (
+    Group,
+    Steps,
+    as_run,
+    in_groups,
+    runs,
+    shares_lists,
+)
 from pallas_kernels.tiling import pad_axis
 
-# Blocks that a rule is cut into: gathering is cheap, so keys come in smaller ones than queries.
-BLOCKS = {"smallest": 16, "largest": 256, "keys_in": 2}
+# Blocks that a rule is cut into: keys come in smaller ones than queries, so that fewer are cut.
+BLOCKS = {"smallest": 64, "largest": 256, "keys_in": 2}
 
 # Logits that are computed at once: 1 MiB of float32.
 LOGITS_AT_ONCE = 1 << 18
 
 
-class Steps(NamedTuple):
-    """Blocks of queries that visit equally many key blocks; a pytree over n steps.
-
-    Attributes:
-        place: int32[n] index into B * H * M.
-        blocks: int32[n, c] key blocks, ascending.
-        count: int32[n] valid entries of `blocks`.
-    """
-
-    place: Any
-    blocks: Any
-    count: Any
-
-
-Group = tuple[Steps, bool]  # steps, and whether an element of their blocks may be masked
+Kind = tuple[tuple[int, ...], Any, float]  # an array of results: width, dtype, value without keys
 
 
 def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[jax.Array, jax.Array]:
     """Output [B, H, S, E] and log-sum-exp float32[B, H, S]."""
-    tiles = _Tiles(mask, arithmetic.scale, heads)
-    dtype, levels = heads.v.dtype, arithmetic.levels
+    tiles = (_SharedTiles if shares_lists(mask) else _Tiles)(mask, arithmetic.scale, heads)
     values = tiles.of_keys(heads.v)
+    coded = None
+    if arithmetic.levels is not None:
+        coded = partial(_coded, mask, levels=arithmetic.levels, dtype=heads.v.dtype)
 
-    def step(which: Steps, cut: bool) -> tuple[jax.Array, jax.Array]:
-        logits = tiles.logits(which, cut)
-        peak = jnp.max(logits, axis=-1, keepdims=True)
-        peak = jnp.where(peak == -jnp.inf, 0.0, peak) if cut else peak
-        weights = jnp.exp(logits - peak)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        own = tiles.gather(values, which)
-        if levels is None:
-            weights = weights.astype(dtype)
-        else:
-            # Products of codes are exact in float32, which is faster than int8 on a CPU.
-            weights, own = _coded(mask, weights, levels, dtype), own.astype(jnp.float32)
-        out = _product(weights, own)
-        lse = (peak + jnp.log(total))[..., 0]
-        return (out / jnp.where(total == 0, 1.0, total)).astype(arithmetic.out), lse
+    def step(which: Steps, group: Group) -> tuple[jax.Array, jax.Array]:
+        own = tiles.keys(values, which, group)
+        if coded is not None:  # products of codes are exact in float32, and faster on a CPU
+            own = own.astype(jnp.float32)
+        return attend(tiles.logits(which, group), own, arithmetic.out, cut=group.cut, coded=coded)
 
-    groups = tiles.groups()
-    parts = [_run(step, mask, *group) for group in groups]
-    out = [part for part, _ in parts]
-    out = tiles.rows(groups, out, heads.v.shape[-1:], jnp.dtype(arithmetic.out), fill=0.0)
-    return out, tiles.rows(groups, [part for _, part in parts], (), jnp.float32, fill=-jnp.inf)
+    out: Kind = (heads.v.shape[-1:], jnp.dtype(arithmetic.out), 0.0)
+    return tiles.rows(step, (out, ((), jnp.float32, -jnp.inf)))
+
+
+def forward_with_rest(
+    mask: BlockMask, arithmetic: Arithmetic, heads: Heads
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, H, S, E] with every key seen, and with those of a mask that has `runs`.
+
+    For short sequences: a step is all queries of several heads. Logits are made once, and what a
+    block of queries sees is a slice of them.
+    """
+    queries, keys = mask.queries, mask.keys
+    tiles = _SharedTiles(block_mask(EVERYTHING, queries, keys, block=(queries, keys)), 1.0, heads)
+    values = tiles.of_keys(heads.v)
+    parts = []
+    for first, run in zip(range(0, queries, mask.block_q), runs(mask) or ()):
+        rows = slice(first, min(first + mask.block_q, queries))
+        row, column = np.arange(rows.start, rows.stop), np.arange(run.start, run.stop)
+        seen = mask.rule.visible(row[:, None], column, keys, *mask.rule.parameters[0])
+        parts.append((rows, run, seen))
+
+    def step(which: Steps, group: Group) -> tuple[jax.Array, jax.Array]:
+        q = tiles.own(tiles.q, which, group)
+        k, v = (tiles.keys(x, which, group) for x in (tiles.k, values))
+        logits = scores(q * jnp.asarray(arithmetic.scale, q.dtype), k)
+        whole, _ = attend(logits, v, arithmetic.out)
+        logits = logits.reshape(len(q), -1, queries, keys)
+        shown = []
+        for rows, run, seen in parts:
+            own = hide(logits[:, :, rows, run], seen)
+            shown.append(attend(own, v[:, None, run], arithmetic.out, cut=True)[0])
+        return whole, jnp.concatenate(shown, axis=2).reshape(whole.shape)
+
+    kind: Kind = (heads.v.shape[-1:], jnp.dtype(arithmetic.out), 0.0)
+    whole, shown = tiles.rows(step, (kind, kind))
+    return whole, shown
+
+
+def attend(
+    logits: jax.Array,
+    values: jax.Array,
+    out: str,
+    *,
+    cut: bool = False,
+    coded: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax of logits [..., rows, keys] times values [..., keys, E], and the log-sum-exp.
+
+    Exponentials are normalised after the product, as flash attention does: one pass less over them.
+
+    Args:
+        logits: float32, -inf where nothing is seen.
+        values: of these keys.
+        out: name of the output's dtype.
+        cut: whether a row may see nothing.
+        coded: makes codes of weights; None for weights in the values' dtype.
+    """
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    # Bounds, not selections: XLA fuses them with the products on a CPU. The peak itself counts 1.
+    peak = jnp.maximum(peak, jnp.finfo(jnp.float32).min) if cut else peak
+    weights = jnp.exp(logits - peak)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    lse = (peak + jnp.log(total))[..., 0]
+    total = jnp.maximum(total, 1.0) if cut else total
+    weights = weights.astype(values.dtype) if coded is None else coded(weights)
+    return (product(weights, values) / total).astype(out), lse
+
+
+def hide(logits: jax.Array, seen: Any) -> jax.Array:
+    """Logits, -inf where `seen`, which broadcasts, is False."""
+    if seen.ndim < logits.ndim:
+        return jnp.minimum(logits, jnp.where(seen, jnp.inf, -jnp.inf))
+    return jnp.where(seen, logits, -jnp.inf)
 
 
 def _coded(
-    mask: BlockMask, weights: jax.Array, levels: int, dtype: jax.typing.DTypeLike
+    mask: BlockMask, weights: jax.Array, *, levels: int, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """Weights [block_q, c * block_k] as codes, in units of a query's largest one in each block."""
-    blocks = weights.reshape(weights.shape[0], -1, mask.block_k)
+    """Weights [..., c * block_k] as codes, in units of a query's largest one in each block."""
+    blocks = weights.reshape(*weights.shape[:-1], -1, mask.block_k)
     largest = jnp.max(blocks, axis=-1, keepdims=True)
     codes = weight_codes(blocks / jnp.where(largest > 0, largest, 1.0), levels, dtype)
     return (codes.astype(jnp.float32) * (largest / levels)).reshape(weights.shape)
@@ -102,20 +158,21 @@ def backward(
     through = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     d_out, through, lse = (tiles.of_queries(x) for x in (d_out, through, lse))
 
-    def step(which: Steps, cut: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-        sums = lse[which.place][:, None]
-        logits = tiles.logits(which, cut) - jnp.where(sums == -jnp.inf, 0.0, sums)
+    def step(which: Steps, group: Group) -> tuple[jax.Array, jax.Array, jax.Array]:
+        sums = tiles.own(lse, which, group)[:, None]
+        logits = tiles.logits(which, group) - jnp.where(sums == -jnp.inf, 0.0, sums)
         weights = jnp.exp(logits)
-        of_out = d_out[which.place]
-        d_values = _product(weights.astype(of_out.dtype).T, of_out)
-        d_weights = _product(of_out, tiles.gather(values, which).T)
-        d_logits = (weights * (d_weights - through[which.place][:, None])).astype(q.dtype)
-        keys = tiles.gather(tiles.k, which)
-        return _product(d_logits, keys), _product(d_logits.T, tiles.q[which.place]), d_values
+        of_out = tiles.own(d_out, which, group)
+        of_logits = tiles.own(through, which, group)[:, None]
+        d_values = product(weights.astype(of_out.dtype).T, of_out)
+        d_weights = product(of_out, tiles.keys(values, which, group).T)
+        d_logits = (weights * (d_weights - of_logits)).astype(q.dtype)
+        own, keys = tiles.own(tiles.q, which, group), tiles.keys(tiles.k, which, group)
+        return product(d_logits, keys), product(d_logits.T, own), d_values
 
     groups = tiles.groups()
-    parts = [_run(step, mask, *group) for group in groups]
-    d_q = tiles.rows(groups, [part for part, _, _ in parts], q.shape[-1:], jnp.float32, fill=0.0)
+    parts = [tiles.run(step, group) for group in groups]
+    d_q = tiles.placed(groups, [part for part, _, _ in parts], (q.shape[-1:], jnp.float32, 0.0))
     d_k = tiles.scatter(groups, [part for _, part, _ in parts], k)
     d_v = tiles.scatter(groups, [part for _, _, part in parts], v)
     d_q, d_k = d_q * arithmetic.scale, d_k * arithmetic.scale
@@ -123,33 +180,35 @@ def backward(
 
 
 class _Tiles:
-    """q and k in blocks, and what a step needs of them."""
+    """q and k in blocks, and what a step needs of them, where each head has its own lists."""
+
+    repeats = 1  # how often a step has its block of queries, each time of another head
 
     def __init__(self, mask: BlockMask, scale: float, heads: Heads):
         q, k = heads.q, heads.k
         self.mask = mask
         self.batch, self.heads, self.queries = q.shape[:3]
         self.key_heads = k.shape[1]
+        self.together = self.heads // self.key_heads
         self.blocks = -(-self.queries // mask.block_q)
-        self.scale = scale
+        self.scale, self.cut = scale, heads.cut
         self.q = self.of_queries(q)
         self.k = self.of_keys(k)
-        self.cut, self.by_row = heads.cut, heads.by_row
-        self.segments = self.scales = None
+        self.segments = self.scales = self.by_row = None
         if heads.segments is not None:
-            of_queries, of_keys = heads.segments
-            self.segments = (
-                pad_axis(of_queries, 1, mask.block_q),
-                pad_axis(of_keys, 1, mask.block_k),
-            )
+            of_queries, of_keys = (x[:, None] for x in heads.segments)
+            shape = (self.batch, self.heads, self.queries)
+            of_queries = self.of_queries(jnp.broadcast_to(of_queries, shape))
+            shape = (self.batch, self.key_heads, mask.keys)
+            of_keys = self.of_keys(jnp.broadcast_to(of_keys, shape)[..., None])
+            self.segments = of_queries, of_keys
         if heads.scales is not None:
             of_queries, of_keys = heads.scales
             self.scales = self.of_queries(of_queries), self.of_keys(of_keys[..., None])
-
-    def groups(self) -> list[Group]:
-        """The steps in groups, and whether an element of their blocks may be masked."""
-        groups = _groups(self.mask, self.batch, self.heads)
-        return [(which, cut or self.cut) for which, cut in groups]
+        if heads.by_row is not None:
+            by_row = heads.by_row[:, :, None]
+            shape = (*by_row.shape[:2], self.queries, by_row.shape[-1])
+            self.by_row = self.of_queries(jnp.broadcast_to(by_row, shape))
 
     def of_queries(self, x: jax.Array) -> jax.Array:
         """[B, H, S, ...] as [B H M, block_q, ...]."""
@@ -157,125 +216,217 @@ class _Tiles:
         return x.reshape(-1, self.mask.block_q, *x.shape[3:])
 
     def of_keys(self, x: jax.Array) -> jax.Array:
-        """[B, K, T, width] as [B K, N, block_k, width]."""
+        """[B, K, T, width] as [B K N, block_k, width]."""
         x = pad_axis(x, 2, self.mask.block_k)
-        return x.reshape(self.batch * self.key_heads, -1, self.mask.block_k, x.shape[-1])
+        return x.reshape(-1, self.mask.block_k, x.shape[-1])
 
-    def rows(
-        self,
-        groups: list[Group],
-        parts: list[jax.Array],
-        width: tuple[int, ...],
-        dtype: jax.typing.DTypeLike,
-        *,
-        fill: float,
-    ) -> jax.Array:
-        """Results [n, block_q, *width] of the groups as [B, H, S, *width]; `fill` elsewhere."""
+    def groups(self) -> list[Group]:
+        """The steps in groups, each head's own."""
+        groups = in_groups(self.mask, self.batch, self.heads)
+        return [group._replace(cut=group.cut or self.cut) for group in groups]
+
+    def rows(self, step: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[jax.Array, ...]:
+        """What `step` makes of every query: arrays [B, H, S, *width]."""
+        groups = self.groups()
+        made = [self.run(step, group) for group in groups]
+        parts = [[part[i] for part in made] for i in range(len(kinds))]
+        return tuple(self.placed(groups, each, kind) for each, kind in zip(parts, kinds))
+
+    def run(self, step: Callable[..., Any], group: Group) -> Any:
+        """All steps of a group, as many at once as fit."""
+        logits = self.mask.block_q * self.mask.block_k * group.steps.blocks.shape[1]
+        at_once = max(1, LOGITS_AT_ONCE // logits)
+        return jax.lax.map(partial(step, group=group), group.steps, batch_size=at_once)
+
+    def placed(self, groups: list[Group], parts: list[jax.Array], kind: Kind) -> jax.Array:
+        """Results [n, block_q, *width] of the groups as [B, H, S, *width]."""
+        width, dtype, fill = kind
         lines = self.batch * self.heads
         whole = jnp.full((lines * self.blocks, self.mask.block_q, *width), fill, dtype)
-        for (which, _), part in zip(groups, parts):
-            everything = len(which.place) == len(whole)
-            whole = part if everything else whole.at[which.place].set(part, unique_indices=True)
+        for group, part in zip(groups, parts):
+            place = group.steps.line * self.blocks + group.steps.block
+            everything = len(place) == len(whole)
+            whole = part if everything else whole.at[place].set(part, unique_indices=True)
         return whole.reshape(self.batch, self.heads, -1, *width)[:, :, : self.queries]
 
-    def head(self, place: Any) -> tuple[Any, Any, Any]:
-        """Batch row, query head and block of queries of a step."""
-        line, block = place // self.blocks, place % self.blocks
-        return line // self.heads, line % self.heads, block
-
-    def line(self, place: Any) -> Any:
-        """Index into B * K of a step's keys."""
-        batch, head, _ = self.head(place)
-        return batch * self.key_heads + head // (self.heads // self.key_heads)
-
-    def gather(self, tiles: jax.Array, which: Steps) -> jax.Array:
-        """The key blocks of one step: [c * block_k, width]."""
-        found = tiles.at[self.line(which.place), which.blocks].get(mode="promise_in_bounds")
-        return found.reshape(-1, tiles.shape[-1])
-
-    def scatter(self, groups: list[Group], parts: list[jax.Array], like: jax.Array):
+    def scatter(self, groups: list[Group], parts: list[jax.Array], like: jax.Array) -> jax.Array:
         """Sum contributions [n, c * block_k, width] of steps to their keys [B, K, T, width]."""
         whole = jnp.zeros_like(self.of_keys(like), jnp.float32)
-        for (which, _), part in zip(groups, parts):
-            lines = self.line(which.place)[:, None]
-            tiles = part.reshape(*which.blocks.shape, *whole.shape[2:])
-            whole = whole.at[lines, which.blocks].add(tiles, mode="promise_in_bounds")
+        for group, part in zip(groups, parts):
+            places = self.key_places(group.steps.line[:, None], group.steps.blocks)
+            tiles = part.reshape(*places.shape, *whole.shape[1:])
+            whole = whole.at[places].add(tiles, mode="promise_in_bounds")
         whole = whole.reshape(*like.shape[:2], -1, like.shape[-1])
         return whole[:, :, : like.shape[2]]
 
-    def logits(self, which: Steps, cut: bool) -> jax.Array:
-        """float32[block_q, c * block_k] of one step, -inf where nothing is seen."""
-        q, k = self.q[which.place], self.gather(self.k, which)
+    def key_places(self, line: Any, blocks: Any) -> Any:
+        """Where `of_keys` has the key blocks of a head."""
+        return line // self.together * -(-self.mask.keys // self.mask.block_k) + blocks
+
+    def own(self, x: jax.Array, which: Steps, group: Group) -> jax.Array:
+        """What belongs to the queries of a step: [block_q, ...]."""
+        return _take(x, which.line * self.blocks + which.block)
+
+    def keys(self, x: jax.Array, which: Steps, group: Group) -> jax.Array:
+        """What belongs to the keys of a step: [c * block_k, width]."""
+        return _take(x, self.key_places(which.line, which.blocks)).reshape(-1, x.shape[-1])
+
+    def parameters(self, which: Steps) -> Any:
+        """The rule's numbers for a step."""
+        table = self.mask.rule.parameters
+        return jnp.asarray(table)[which.line % self.heads] if len(table) > 1 else table[0]
+
+    def logits(self, which: Steps, group: Group) -> jax.Array:
+        """float32[..., rows, c * block_k] of one step, -inf where nothing is seen."""
+        q, k = self.own(self.q, which, group), self.keys(self.k, which, group)
         if self.scales is not None:  # products of codes are exact in float32
             q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-        logits = _product(q, k.T)
+        logits = scores(q, k)
         if self.scales is None:
             logits *= self.scale
         else:
             of_queries, of_keys = self.scales
-            logits *= of_queries[which.place][:, None] * self.gather(of_keys, which)[:, 0]
-        return jnp.where(self.visible(which), logits, -jnp.inf) if cut else logits
+            logits *= self.own(of_queries, which, group)[..., None]
+            logits *= self.keys(of_keys, which, group).swapaxes(-1, -2)
+        return hide(logits, self.visible(which, group)) if group.cut else logits
 
-    def visible(self, which: Steps) -> jax.Array:
+    def visible(self, which: Steps, group: Group) -> jax.Array:
+        """bool[..., rows, c * block_k]: what the queries of a step see of its keys."""
         mask = self.mask
-        batch, head, block = self.head(which.place)
-        row = block * mask.block_q + jnp.arange(mask.block_q)[:, None]
+        row = which.block * mask.block_q + jnp.arange(mask.block_q)
+        row = jnp.tile(row, self.repeats)[:, None]
         column = which.blocks[:, None] * mask.block_k + jnp.arange(mask.block_k)
-        column = column.reshape(1, -1)
-        table = mask.rule.parameters
-        parameters = jnp.asarray(table)[head] if len(table) > 1 else table[0]
+        parameters = self.parameters(which)
         if self.by_row is not None:
-            parameters = self.by_row[batch, head]
-        listed = jnp.arange(which.blocks.shape[0]) < which.count
-        seen = mask.rule.visible(row, column, mask.keys, *parameters)
+            parameters = jnp.moveaxis(self.own(self.by_row, which, group)[..., None, :], -1, 0)
+        entry = jnp.arange(len(which.blocks)) - which.skip
+        listed = (entry >= 0) & (entry < which.count)
+        seen = mask.rule.visible(row, column.reshape(-1), mask.keys, *parameters)
         seen &= jnp.repeat(listed, mask.block_k)
         if self.segments is not None:
             of_queries, of_keys = self.segments
-            seen &= of_queries[batch, row] == of_keys[batch, column]
+            own = self.own(of_queries, which, group)[..., None]
+            seen &= own == self.keys(of_keys, which, group).swapaxes(-1, -2)
         return seen
 
 
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+class _SharedTiles(_Tiles):
+    """The same where all heads share their lists: a step is a block of queries of several lines.
 
-
-def _run(step: Callable[..., Any], mask: BlockMask, which: Steps, cut: bool) -> Any:
-    """All steps of a group, as many at once as fit."""
-    logits = mask.block_q * mask.block_k * which.blocks.shape[1]
-    at_once = max(1, LOGITS_AT_ONCE // logits)
-    return jax.lax.map(partial(step, cut=cut), which, batch_size=at_once)
-
-
-def _groups(mask: BlockMask, batch: int, heads: int) -> list[Group]:
-    """The steps of a mask, in groups of (nearly) equal length; steps without a block are left out.
-
-    Static lists are as long as they are, rounded up to four lengths an octave so that few programs
-    are compiled; lists that are made at run time all have their full width.
+    A line is a key head of one row of the batch. The G query heads that read it are more queries: a
+    step has G * block_q rows for each line.
     """
-    shape = (batch, heads, mask.index.shape[2])
-    xp = np if mask.static else jnp
-    index = xp.broadcast_to(mask.index, (*shape, mask.index.shape[-1]))
-    index = index.reshape(-1, index.shape[-1])
-    count, full = (xp.broadcast_to(x, shape).reshape(-1) for x in (mask.count, mask.full))
-    place = xp.arange(len(index), dtype=np.int32)
-    if not mask.static:
-        return [(Steps(place, index, count), True)]
-    groups: list[Group] = []
-    lengths = np.minimum(_rounded(count), index.shape[-1])
-    for length in np.unique(lengths[count > 0]):
-        own = lengths == length
-        cut = bool((full[own] < length).any())
-        groups.append((Steps(place[own], index[own, :length], count[own]), cut))
-    return groups
+
+    @property
+    def repeats(self) -> int:
+        return self.together
+
+    def of_queries(self, x: jax.Array) -> jax.Array:
+        """[B, H, S, ...] as [B K, M, rows, ...]."""
+        x = pad_axis(x, 2, self.mask.block_q)
+        shape = (-1, self.together, self.blocks, self.mask.block_q, *x.shape[3:])
+        return (
+            x.reshape(shape)
+            .swapaxes(1, 2)
+            .reshape(-1, self.blocks, self.together * self.mask.block_q, *x.shape[3:])
+        )
+
+    def of_keys(self, x: jax.Array) -> jax.Array:
+        """[B, K, T, width] as [B K, N, block_k, width]."""
+        x = pad_axis(x, 2, self.mask.block_k)
+        return x.reshape(self.batch * self.key_heads, -1, self.mask.block_k, x.shape[-1])
+
+    def groups(self) -> list[Group]:
+        """The steps in groups: all blocks of queries of some lines, then of the next."""
+        total = self.batch * self.key_heads
+        xp = np if self.mask.static else jnp
+        groups = []
+        for group in in_groups(self.mask, 1, 1):
+            group = as_run(group, -(-self.mask.keys // self.mask.block_k))
+            visited = self.mask.block_k * group.steps.blocks.shape[1]
+            most = max(1, LOGITS_AT_ONCE // (self.together * self.mask.block_q * visited))
+            lines = max(n for n in range(1, min(most, total) + 1) if total % n == 0)
+            firsts = np.arange(0, total, lines, dtype=np.int32)
+            steps = Steps(*(xp.concatenate([x] * len(firsts)) for x in group.steps))
+            steps = steps._replace(line=firsts.repeat(len(group.steps.line)))
+            groups.append(group._replace(steps=steps, cut=group.cut or self.cut, lines=lines))
+        return groups
+
+    def rows(self, step: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[jax.Array, ...]:
+        """What `step` makes of every query, written where it belongs: [B, H, S, *width]."""
+
+        def write(whole: tuple[jax.Array, ...], which: Steps, group: Group) -> Any:
+            def put(x: jax.Array, made: jax.Array) -> jax.Array:
+                starts = (which.line, which.block, *[0] * (x.ndim - 2))
+                return jax.lax.dynamic_update_slice(x, made[:, None], starts)
+
+            return tuple(map(put, whole, step(which, group))), None
+
+        shape = self.q.shape[:3]
+        whole = tuple(jnp.full((*shape, *width), fill, dtype) for width, dtype, fill in kinds)
+        for group in self.groups():
+            whole, _ = jax.lax.scan(partial(write, group=group), whole, group.steps)
+        return tuple(map(self.of_heads, whole))
+
+    def of_heads(self, x: jax.Array) -> jax.Array:
+        """[B K, M, rows, ...] as [B, H, S, ...]."""
+        x = x.reshape(-1, self.blocks, self.together, self.mask.block_q, *x.shape[3:])
+        x = x.swapaxes(1, 2).reshape(self.batch, self.heads, -1, *x.shape[4:])
+        return x[:, :, : self.queries]
+
+    def own(self, x: jax.Array, which: Steps, group: Group) -> jax.Array:
+        """What belongs to the queries of a step: [lines, rows, ...]."""
+        starts = (which.line, which.block, *[0] * (x.ndim - 2))
+        return jax.lax.dynamic_slice(x, starts, (group.lines, 1, *x.shape[2:]))[:, 0]
+
+    def keys(self, x: jax.Array, which: Steps, group: Group) -> jax.Array:
+        """What belongs to the keys of a step: [lines, c * block_k, width]."""
+        if group.run:
+            sizes = (group.lines, len(which.blocks), *x.shape[2:])
+            found = jax.lax.dynamic_slice(x, (which.line, which.blocks[0], 0, 0), sizes)
+        else:
+            lines = which.line + jnp.arange(group.lines, dtype=jnp.int32)
+            found = x.at[lines[:, None], which.blocks].get(mode="promise_in_bounds")
+        return found.reshape(group.lines, -1, x.shape[-1])
 
 
-def _rounded(count: Any) -> np.ndarray:
-    step = 2 ** np.maximum(np.ceil(np.log2(np.maximum(count, 1))).astype(int) - 3, 0)
-    return -(-count // step) * step
+def _take(x: jax.Array, places: Any) -> jax.Array:
+    """Blocks of [n, ...], each copied as one row: several times as fast on a CPU."""
+    found = x.reshape(len(x), -1).at[places].get(mode="promise_in_bounds")
+    return found.reshape(*found.shape[:-1], *x.shape[1:])
+
+
+def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q k^T [..., rows, keys], with sums in float32.
+
+    Not a product with a transpose, which XLA may make first: bfloat16 took 1.5 times as long.
+    """
+    lines = tuple(range(q.ndim - 2))
+    numbers = ((q.ndim - 1,), (q.ndim - 1,)), (lines, lines)
+    exact = precision(q.dtype)
+    return jax.lax.dot_general(q, k, numbers, precision=exact, preferred_element_type=jnp.float32)
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y with sums in float32."""
+    return jnp.matmul(x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
 
 def flops(mask: BlockMask, heads: Heads) -> int:
     """FLOPs of `forward` on these operands, masked and repeated blocks included."""
-    blocks = sum(which.blocks.size for which, _ in _groups(mask, *heads.q.shape[:2]))
+    blocks = sum(group.steps.blocks.size for group in in_groups(mask, *heads.q.shape[:2]))
     width = heads.q.shape[-1] + heads.v.shape[-1]
     return 2 * blocks * mask.block_q * mask.block_k * width
+
+
+def flops_with_rest(mask: BlockMask, heads: Heads) -> tuple[int, int]:
+    """FLOPs of `forward_with_rest`, the useful ones and all."""
+    (batch, count, queries, width), values = heads.q.shape, heads.v.shape[-1]
+    whole = queries * mask.keys * (width + values)
+    firsts = range(0, queries, mask.block_q)
+    visited = sum(
+        min(mask.block_q, queries - first) * (run.stop - run.start)
+        for first, run in zip(firsts, runs(mask) or ())
+    )
+    useful, executed = whole + (mask.seen or 0) * values, whole + visited * values
+    return 2 * batch * count * useful, 2 * batch * count * executed

@@ -34,6 +34,11 @@ def test_attention_on_a_cpu(results, monkeypatch):
     attention_cpu.main(["--tokens", "128", "--repeats", "1", "--block", "32"])
     written = json.loads((results / "kernels_attention_cpu.json").read_text())
     assert "--tokens 128 --repeats 1 --block 32" in written["command"]
+    assert set(written["tables"]) == {
+        "by_dtype",
+        "of_a_tiny_model",
+        "block_sparse_against_the_fastest_dense",
+    }
     rows = {row["program"]: row for row in written["tables"].popitem()[1]}
     assert {"dense, effjax", "dense, jax.nn", "band, 1 in 2", "random, 1 in 2"} <= set(rows)
     assert rows["random, 1 in 2"]["density"] == 0.5

@@ -25,6 +25,7 @@ from pallas_kernels.block_mask import (
     with_rest,
 )
 from pallas_kernels.block_sparse_attention import block_sparse_attention, mosaic_gpu
+from pallas_kernels.block_sparse_attention.steps import as_run, in_groups, runs
 
 # The smallest blocks that each implementation takes.
 BLOCKS = {"xla": (8, 16), "pallas_tpu": 128, "pallas_gpu": (16, 32)}
@@ -404,6 +405,25 @@ def test_cost_is_that_of_the_visited_blocks(platform, of_band, of_dense):
         assert counted.flops == listed.flops(2, 4, head_dim=64)
         dense = cost(dense_attention, *(x, x, x), platform=platform)
         assert counted.flops / dense.flops == pytest.approx(listed.density)
+
+
+def test_lists_that_heads_share_are_runs():
+    mask = block_mask(Causal(), 300, block=16)
+    for group in in_groups(mask, 1, 1):
+        steps = as_run(group, 19).steps
+        assert as_run(group, 19).run
+        assert steps.blocks.max() < 19
+        assert (np.diff(steps.blocks) == 1).all()
+        for step in range(len(steps.block)):
+            listed = steps.blocks[step, steps.skip[step] :][: steps.count[step]]
+            assert np.array_equal(listed, np.arange(steps.block[step] + 1))
+    assert runs(mask) == [slice(0, min(16 * m, 300)) for m in range(1, 20)]
+    scattered = from_map(np.eye(4, dtype=bool) | np.eye(4, k=2, dtype=bool), 64, block=16)
+    assert runs(scattered) is None
+    assert not any(
+        as_run(group, 4).run for group in in_groups(scattered, 1, 1) if group.steps.count[0] > 1
+    )
+    assert runs(block_mask(Band((3, 40)), 64, block=16)) is None
 
 
 def test_declared_cost_with_padded_heads():

@@ -49,11 +49,12 @@ def test_both_results(implementation, rule):
     chex.assert_trees_all_close(found, apart(rule, *operands), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 def test_bfloat16(implementation):
     operands = heads(256, dtype=jnp.bfloat16)
+    interpret = implementation in KERNELS
     found = dense_and_sparse_attention(
-        *operands, Band(64), implementation=implementation, interpret=True
+        *operands, Band(64), implementation=implementation, interpret=interpret
     )
     assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
     found, expected = jax.tree.map(
@@ -89,6 +90,35 @@ def test_kernels_cost_little_more_than_dense_attention(platform, block):
         for f in (dense_attention, partial(block_sparse_attention, mask=Band(128)))
     )
     assert counted.flops < 0.95 * two
+
+
+def costs(tokens):
+    x = jax.ShapeDtypeStruct((2, tokens, 4, 32), jnp.float32)
+    rule = Band(tokens // 8)
+    attends = (
+        dense_attention,
+        partial(block_sparse_attention, mask=rule),
+        partial(dense_and_sparse_attention, rule=rule),
+    )
+    return [cost(attend, x, x, x) for attend in attends]
+
+
+def test_short_sequences_make_their_logits_once():
+    dense, _, both = costs(512)
+    mask = block_mask(Band(64), 512, block=(64, 32))
+    assert both.flops == dense.flops + 2 * 8 * 32 * mask.visited * 64 * 32
+    assert both.useful_flops == dense.flops + 2 * 8 * 32 * mask.seen
+
+
+def test_long_sequences_make_them_twice():
+    dense, sparse, both = costs(600)
+    assert both.flops == dense.flops + sparse.flops
+
+
+def test_the_dense_part_is_dense_attention_to_the_bit():
+    operands = heads(256, key_heads=4)
+    dense, _ = jax.jit(partial(dense_and_sparse_attention, rule=Band(32)))(*operands)
+    assert np.array_equal(dense, jax.jit(dense_attention)(*operands))
 
 
 def test_lists_with_the_rest_hold_every_block_once():

@@ -18,7 +18,8 @@ layer uses AST, the residual [B, N, H, D] if it uses a window.
 Cost of one layer and call, in multiply-adds of QK^T and PV, with A = 2 B N^2 C and
 b = ((2W + 1) N - W (W + 1)) / N^2: FULL A, FULL that refreshes the residual A (1 + b), WARS A b,
 half of that with ASC, AST 0. See `attention_macs`. On TPU and GPU a FULL that refreshes costs about
-A: one kernel makes both (`pallas_kernels.residual_attention`).
+A: one kernel makes both (`pallas_kernels.residual_attention`). XLA makes the logits of short
+sequences once, for A (1 + b / 2).
 
 Paper: DiTFastAttn, arXiv 2406.08552. As in the released code the window reaches W = N / 8 tokens to
 *each* side. Unlike it, WARS_ASC reads the conditional half of the residual in either batch order.
