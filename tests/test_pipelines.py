@@ -73,6 +73,17 @@ def test_images_by_name_and_index(pipe):
     )
 
 
+def test_a_pipeline_has_its_buckets(untyped, folder, pipe):
+    assert pipe.buckets == "powers of two"
+    own = effjax.pipeline(folder, progress=False, buckets=[2])
+    assert own.buckets == [2]
+    assert own.transform().buckets == [2]
+    with pytest.raises(ValueError, match="buckets must be"):
+        effjax.pipeline(folder, progress=False, buckets=[0])
+    with pytest.raises(ValueError, match="buckets must be"):
+        dataclasses.replace(pipe, buckets="many")
+
+
 def test_a_compressed_pipeline_is_saved_and_samples_by_its_plan(pipe, tmp_path):
     plan = dit_fast_attn.uniform((3, 1), layers=2, calls=3, tokens=64)
     fast = pipe.transform(dit_fast_attn.transform(plan))

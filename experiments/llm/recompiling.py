@@ -222,9 +222,13 @@ def main(argv: list[str] | None = None) -> None:
         if value != parser.get_default(name) and name != "quick"
     ]
     options = " --quick" if given.quick else "".join(f" {each}" for each in changed)
-    jax.config.update("jax_enable_compilation_cache", False)
     of_texts = texts(*sizes)
-    programs, batches = images(given.images, given.steps, given.repeats)
+    on_disk = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        programs, batches = images(given.images, given.steps, given.repeats)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", on_disk)
     report.write(
         "llm_recompiling",
         title="Shapes that were not there before: exact, and rounded up to powers of two",

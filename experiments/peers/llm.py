@@ -91,7 +91,7 @@ def reading(
         return theirs(ids, use_cache=True, logits_to_keep=1).logits.float().cpu().numpy()
 
     return {
-        "effjax": lambda: np.asarray(prefill(forward, params, tokens, new=1).logits),
+        "effjax": lambda: np.asarray(prefill(forward, params, tokens, new=1, buckets=None).logits),
         "transformers": other,
     }
 
@@ -102,7 +102,7 @@ def decoding(
     """The tokens that follow prompts which were read before, int[B, new]."""
     import torch
 
-    session = jax.block_until_ready(prefill(forward, params, tokens, new=new))
+    session = jax.block_until_ready(prefill(forward, params, tokens, new=new, buckets=None))
     ids = torch.tensor(tokens).long().to(theirs.device)
     with torch.inference_mode():
         read = theirs(ids, use_cache=True, logits_to_keep=1)
