@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_mask import EVERYTHING, Band, BlockMask, Causal, Rule, block_mask
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_attention import tpu as kernel
+from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.block_sparse_attention.operation import choose_block
 
 # Batch, tokens, heads of queries and of keys, width; and what is seen.
@@ -83,18 +85,19 @@ def regions(bundles: str) -> tuple[int, list[tuple[int, str]], int]:
     return loop[1] - loop[0] - sum(sizes), multiply, others
 
 
-def _splash(rule: Rule, blocks: tuple[int, int], q: Any, k: Any, v: Any) -> jax.Array:
+def _splash(rule: Rule, blocks: tuple[int, int], q: Any, k: Any, v: Any) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     lengths = q.shape[2], k.shape[2]
-    kinds = {Causal: splash.CausalMask, Rule: splash.FullMask}
     if isinstance(rule, Band):
+        assert isinstance(rule.window, int)
         own = splash.LocalMask(lengths, (rule.window, rule.window), 0)
     else:
-        own = kinds[type(rule)](lengths)
-    sizes = splash.BlockSizes(*(min(x, y) for x, y in zip(blocks, lengths)))
+        own = (splash.CausalMask if isinstance(rule, Causal) else splash.FullMask)(lengths)
+    of_queries, of_keys = blocks
     run = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([own] * q.shape[1]), block_sizes=sizes
+        splash.MultiHeadMask([own] * q.shape[1]),
+        block_sizes=splash.BlockSizes(block_q=of_queries, block_kv=of_keys),
     )
     return jax.vmap(run)(q, k, v)
 
@@ -104,10 +107,10 @@ def compile_one(chip: str, case: str, program: str) -> list[dict[str, Any]]:
     (batch, tokens, heads, key_heads, width), rule = CASES[case]
     shapes = [(batch, tokens, count, width) for count in (heads, key_heads, key_heads)]
     if program in SPLASH:
-        blocks = SPLASH[program]
+        of_queries, of_keys = SPLASH[program]
+        blocks, tile = (min(of_queries, tokens), min(of_keys, tokens)), 1
         shapes = [(b, h, s, d) for b, s, h, d in shapes]
         run = partial(_splash, rule, blocks)
-        blocks, tile = tuple(min(block, tokens) for block in blocks), 1
     else:
         for name, value in VARIANTS.get(program, {}).items():
             setattr(kernel, name, value)
@@ -118,7 +121,7 @@ def compile_one(chip: str, case: str, program: str) -> list[dict[str, Any]]:
     if program not in SPLASH:
         tile = _tile(mask, operands, width)
     compiled = jax.jit(run).lower(*tpu.on_chip(chip, operands)).compile()
-    config = _config(compiled.as_text())
+    config = _config(compiled.as_text() or "")
     declared = config["custom_call_config"].get("cost_estimate", {})
     spaces = config["used_scoped_memory_configs"]
     folder = Path(os.environ["DUMPED"])
@@ -165,14 +168,13 @@ def _config(program: str) -> dict[str, Any]:
     return json.JSONDecoder().raw_decode(config)[0]
 
 
-def _tile(mask: BlockMask, operands: Any, width: int) -> int:
-    from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
-
+def _tile(mask: BlockMask, operands: list[Any], width: int) -> int:
     if not hasattr(kernel, "heads_of_a_tile"):  # of an earlier checkout
         return 1
-    heads = Heads(*(jax.ShapeDtypeStruct((b, h, s, d), x.dtype) for x in operands
-                    for b, s, h, d in [x.shape]))  # fmt: skip
-    return kernel.heads_of_a_tile(mask, Arithmetic(width**-0.5, "bfloat16"), heads)
+    q, k, v = (
+        jax.ShapeDtypeStruct((b, h, s, d), x.dtype) for x in operands for b, s, h, d in [x.shape]
+    )
+    return kernel.heads_of_a_tile(mask, Arithmetic(width**-0.5, "bfloat16"), Heads(q, k, v))
 
 
 def rows_of(chip: str, case: str, program: str, before: str | None = None) -> list[dict[str, Any]]:
@@ -191,27 +193,30 @@ def rows_of(chip: str, case: str, program: str, before: str | None = None) -> li
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Bundles of attention kernels for TPUs")
     parser.add_argument("--chips", default="v5e,v6e")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--programs", nargs="+", default=[*VARIANTS, *SPLASH])
     parser.add_argument("--before", help="a checkout whose kernel is compared too")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.one:
         print(json.dumps(compile_one(*arguments.one)))
         return
-    programs = [*VARIANTS, *SPLASH, *([BEFORE] if arguments.before else [])]
+    programs = arguments.programs + ([BEFORE] if arguments.before else [])
     rows: list[dict[str, Any]] = []
     for chip in arguments.chips.split(","):
-        for case in CASES:
+        for case in arguments.cases:
             for program in programs:
                 own = rows_of(chip, case, program, arguments.before)
                 rows += own
                 print("\n".join(report.markdown(own).splitlines()[2:]), flush=True)
-    before = " --before CHECKOUT" if arguments.before else ""
+    given = sys.argv[1:] if argv is None else argv
+    shown = ["CHECKOUT" if word == arguments.before else word for word in given]
     report.write(
         "kernels_tpu_bundles",
         title="Bundles that the compiler schedules for attention on TPUs",
-        command=f"python -m experiments.kernels.tpu_bundles --chips {arguments.chips}{before}",
+        command=shlex.join(["python", "-m", "experiments.kernels.tpu_bundles", *shown]),
         per_call=rows,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,7 @@ def _sums(x: Array, lanes: int) -> Array:
     """Sums of rows, or of every `lanes`th number of them."""
     if lanes == 1:
         return jnp.sum(x, axis=1, keepdims=True)
-    return sum(x[:, first : first + lanes] for first in range(0, x.shape[1], lanes))
+    return reduce(jnp.add, [x[:, first : first + lanes] for first in range(0, x.shape[1], lanes)])
 
 
 def weight_codes(weights: Array, levels: int, dtype: Any) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import report, tpu
-from experiments.kernels import attention_cpu, cases, gpu, tpu_table
+from experiments.kernels import attention_cpu, cases, gpu, tpu_bundles, tpu_table
 from experiments.kernels.timing import best_seconds
 from pallas_kernels import use_implementation
 from pallas_kernels.quantized_attention import quantized_attention
@@ -87,3 +87,24 @@ def test_a_v4_multiplies_int8_without_kernels(name):
         program.lower(*shapes).compile()
     with use_implementation("xla"):
         assert "tpu_custom_call" not in program.lower(*shapes).compile().as_text()
+
+
+def test_regions_of_a_scheduled_kernel():
+    """A loop of 200 bundles: a start of 60 and a product of 80 in branches, 60 at every step."""
+    marks = {0: "Start region 1", 20: "Start region 2", 79: "End region 2", 90: "Start region 3"}
+    marks |= {169: "End region 3", 199: "End region 1"}
+    work = {100: "vmatmul.bf16", 101: "vpow2.f32"}
+    lines = [f"{i:#x} : > {{ {work.get(i, 'nop')} }} /* {marks.get(i, '')} */" for i in range(200)]
+    every_step, [(size, text)], ends = tpu_bundles.regions("\n".join(["note", *lines]))
+    assert (every_step, size, ends) == (60, 80, 60)
+    assert text.count("vpow2") == 1
+
+
+@pytest.mark.aot_tpu
+def test_bundles_of_fewer_heads_and_without_the_bound():
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    both = tpu_bundles.rows_of("v6e", "DiT-XL/2 256", "ours")
+    [neither] = tpu_bundles.rows_of("v6e", "DiT-XL/2 256", "ours, neither")
+    assert [row["program"] for row in both] == ["ours, norms small", "ours, norms large"]
+    small, large = (row["bundles_M"] for row in both)
+    assert small < large < neither["bundles_M"]
