@@ -86,19 +86,20 @@ def without_compilation_cache() -> Iterator[None]:
     """Compile anew: on CPUs, what comes out of the persistent cache cannot be serialised again."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    name = "jax_enable_compilation_cache"
+    enabled = getattr(jax.config, name)
+    jax.config.update(name, False)
     compilation_cache.reset_cache()  # JAX looks at these settings once
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        jax.config.update(name, enabled)
         compilation_cache.reset_cache()
 
 
-def load_executable(data: bytes, device: jax.Device) -> Any:
+def load_executable(data: bytes, device: Any) -> Any:
     """What `executable.serialize()` gave, ready to run on one device."""
-    from jaxlib import _jax
+    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 
     return device.client.deserialize_executable(data, executable_devices=_jax.DeviceList((device,)))
 

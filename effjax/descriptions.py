@@ -25,7 +25,7 @@ from effjax.warm import processor
 from pallas_kernels.implementation import unnamed_implementation
 
 
-def target(device: jax.Device) -> dict[str, str]:
+def target(device: Any) -> dict[str, str]:
     """What all executables of a process depend on: versions, flags and the device."""
     found = {name: version(name) for name in ("jax", "jaxlib", "flax")}
     found |= {"effjax": _sources(), "platform": device.platform, "chip": device.device_kind}

@@ -26,11 +26,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from effjax import compat
 from effjax.descriptions import (
@@ -48,7 +49,6 @@ from effjax.storage import new_directory, read_json, write_json
 
 FOLDER, INDEX = "executables", "executables.json"
 PyTree = Any
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _recorded: contextvars.ContextVar[Calls | None] = contextvars.ContextVar("recorded", default=None)
@@ -59,7 +59,7 @@ class ExecutablesWarning(UserWarning):
     """A call that no saved executable fits was compiled."""
 
 
-class Program(Generic[Arguments, Result]):
+class Program(Generic[Result]):
     """A jitted function whose calls can be recorded, and run by saved executables.
 
     Args:
@@ -70,7 +70,7 @@ class Program(Generic[Arguments, Result]):
 
     def __init__(
         self,
-        function: Callable[Arguments, Result],
+        function: Callable[..., Result],
         *,
         name: str | None = None,
         static_argnums: tuple[int, ...] = (),
@@ -89,12 +89,12 @@ class Program(Generic[Arguments, Result]):
             donate_argnames=donate_argnames or None,
         )
 
-    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
         recorded, used = _recorded.get(), _used.get()
         if recorded is None and used is None:
             return self.jitted(*args, **kwargs)
         call = Call(self, args, kwargs)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in call.leaves):
+        if any(isinstance(leaf, Tracer) for leaf in call.leaves):
             return self.jitted(*args, **kwargs)
         if recorded is not None:
             return recorded.add(call)
@@ -285,7 +285,7 @@ def save(
 class Executables:
     """What `load` found, for the calls within `using`."""
 
-    def __init__(self, device: jax.Device, entries: Mapping[Path, Entry]):
+    def __init__(self, device: Any, entries: Mapping[Path, Entry]):
         self.device = device
         self.entries = {_frozen(entry.call): (path, entry) for path, entry in entries.items()}
         self.found: dict[tuple, Executable | None] = {}
@@ -333,7 +333,7 @@ class Executables:
 class Executable:
     """One loaded executable."""
 
-    def __init__(self, path: Path, entry: Entry, device: jax.Device):
+    def __init__(self, path: Path, entry: Entry, device: Any):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ValueError(f"{path} is damaged: it is not what {INDEX} says; compile it again")
@@ -417,7 +417,7 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(jax.typeof(leaf).dtype, jax.dtypes.prng_key)
 
 
-def _as_buffer(leaf: Any, device: jax.Device) -> jax.Array:
+def _as_buffer(leaf: Any, device: Any) -> jax.Array:
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array):
@@ -476,7 +476,7 @@ def _own_type(name: str) -> Callable[..., Any]:
     module, _, qualified = name.partition(":")
     if module.split(".")[0] == "effjax":
         with contextlib.suppress(ImportError):
-            found = getattr(importlib.import_module(module), qualified, None)
+            found: Any = getattr(importlib.import_module(module), qualified, None)
             named = inspect.isclass(found) and issubclass(found, tuple)
             if (named and hasattr(found, "_fields")) or dataclasses.is_dataclass(found):
                 return found
