@@ -54,7 +54,8 @@ def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[jax.
         return attend(tiles.logits(which, group), own, arithmetic.out, cut=group.cut, coded=coded)
 
     out: Kind = (heads.v.shape[-1:], jnp.dtype(arithmetic.out), 0.0)
-    return tiles.rows(step, (out, ((), jnp.float32, -jnp.inf)))
+    made, lse = tiles.rows(step, (out, ((), jnp.float32, -jnp.inf)))
+    return made, lse
 
 
 def forward_with_rest(
