@@ -73,16 +73,27 @@ def regions(bundles: str) -> tuple[int, list[tuple[int, str]], int]:
     spans = {(start, ended[number] + 1) for number, start in started.items() if number in ended}
     spans = {(start, stop) for start, stop in spans if stop - start >= 60}
     loop = max(spans, key=lambda span: span[1] - span[0])
-    leaves = [
-        span
-        for span in sorted(spans)
-        if not any(a >= span[0] and b <= span[1] and (a, b) != span for a, b in spans)
+    texts = {(start, stop): "\n".join(lines[start:stop]) for start, stop in spans}
+    products = _innermost([span for span in spans if "vmatmul" in texts[span]])
+    others = _innermost([span for span in spans if "vmatmul" not in texts[span]])
+
+    def size(span: tuple[int, int]) -> int:
+        """Bundles of a region, but not those of branches in it."""
+        inside = [b - a for a, b in others if span[0] <= a and b <= span[1] and (a, b) != span]
+        return span[1] - span[0] - sum(inside)
+
+    multiply = [(size(span), texts[span]) for span in products]
+    ends = sum(stop - start for start, stop in others)
+    return loop[1] - loop[0] - ends - sum(size for size, _ in multiply), multiply, ends
+
+
+def _innermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those that contain none of the others, in order."""
+    return [
+        (start, stop)
+        for start, stop in sorted(spans)
+        if not any(start <= a and b <= stop and (a, b) != (start, stop) for a, b in spans)
     ]
-    texts = ["\n".join(lines[start:stop]) for start, stop in leaves]
-    sizes = [stop - start for start, stop in leaves]
-    multiply = [(size, text) for size, text in zip(sizes, texts) if "vmatmul" in text]
-    others = sum(sizes) - sum(size for size, _ in multiply)
-    return loop[1] - loop[0] - sum(sizes), multiply, others
 
 
 def _splash(rule: Rule, blocks: tuple[int, int], q: Any, k: Any, v: Any) -> Any:

@@ -89,10 +89,13 @@ def test_a_v4_multiplies_int8_without_kernels(name):
         assert "tpu_custom_call" not in program.lower(*shapes).compile().as_text()
 
 
-def test_regions_of_a_scheduled_kernel():
-    """A loop of 200 bundles: a start of 60 and a product of 80 in branches, 60 at every step."""
-    marks = {0: "Start region 1", 20: "Start region 2", 79: "End region 2", 90: "Start region 3"}
-    marks |= {169: "End region 3", 199: "End region 1"}
+@pytest.mark.parametrize(("first", "second"), [(20, 90), (20, 20)])
+def test_regions_of_a_scheduled_kernel(first, second):
+    """A loop of 200 bundles, a start of 60 in a branch beside or in that of a product of 80."""
+    marks = {0: "Start region 1", 79: "End region 2", 199: "End region 1"}
+    marks[first] = "Start region 2"
+    marks[second] = marks.get(second, "") + " :: Start region 3"
+    marks[second + 79 + 60 * (first == second)] = "End region 3"
     work = {100: "vmatmul.bf16", 101: "vpow2.f32"}
     lines = [f"{i:#x} : > {{ {work.get(i, 'nop')} }} /* {marks.get(i, '')} */" for i in range(200)]
     every_step, [(size, text)], ends = tpu_bundles.regions("\n".join(["note", *lines]))
