@@ -105,7 +105,7 @@ def run(model: str, start: str, folder: Path, quick: bool) -> dict[str, Any]:
     out = subprocess.check_output([*command, *(["--quick"] if quick else [])], text=True)
     first, later = json.loads(out.splitlines()[-1])
     return {
-        "model": model,
+        "model": f"{model}, made tiny" if quick else model,
         "process": start,
         "first_call_seconds": first,
         "later_call_seconds": later,
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
                 if start == "executables and cache":
                     run(model, start, Path(folder), arguments.quick)  # fills the cache
                 rows.append(run(model, start, Path(folder), arguments.quick))
-                first = next(row for row in rows if row["model"] == model)
+                first = next(row for row in rows if row["model"] == rows[-1]["model"])
                 rows[-1]["ratio"] = rows[-1]["start_seconds"] / first["start_seconds"]
     command = "python -m experiments.warm_start" + (" --quick" if arguments.quick else "")
     report.write("warm_start", title="Warm starts", command=command, processes=rows)
