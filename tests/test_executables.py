@@ -24,6 +24,7 @@ from effjax.testing import tiny_dit, tiny_llama
 from experiments import tpu
 from pallas_kernels import use_implementation
 from tests.test_pipelines import write_pipeline
+from tests.test_text_pipeline import write_language_model
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[1, 2, 3], [4, 5]]
@@ -246,6 +247,23 @@ def test_commands_compile_and_run(pipeline, capsys, tmp_path):
     pipe = effjax.pipeline(pipeline, executables=True)
     assert pipe.executables is not None
     assert pipe.transform(effjax.identity).executables is None
+
+
+def test_language_models_are_compiled_for_lengths(capsys, tmp_path):
+    """Which are buckets: a shorter prompt runs the same programs."""
+    folder = tmp_path / "model"
+    write_language_model(folder)
+    command = ["compile", str(folder), "--tokens", "8", "--new", "4", "--json"]
+    assert main(command) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["programs"] == ["_read_first", "_choose", "_decode"]
+    write = ["generate", str(folder), "--prompt", "a b c", "--max-new-tokens", "4", "--json"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExecutablesWarning)
+        assert main([*write, "--executables"]) == 0
+    fast = json.loads(capsys.readouterr().out)
+    assert main(write) == 0
+    assert json.loads(capsys.readouterr().out) == fast
 
 
 def test_commands_refuse(pipeline, capsys, tmp_path, monkeypatch):
