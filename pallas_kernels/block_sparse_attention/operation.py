@@ -103,12 +103,14 @@ def choose_block(
     smallest: int,
     largest: int,
     keys_in: int = 1,
+    worthwhile: int = 1,
     even: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Blocks of queries and keys that suit a rule: few, and little of them cut.
 
     Blocks of queries are about a quarter of what a query sees, blocks of keys a `keys_in`th of
-    them. A rule that shows everything is cut evenly, into blocks of at most `even`.
+    them, and those of queries no smaller than `worthwhile` while there are four of them. A rule
+    that shows everything is cut evenly, into blocks of at most `even`.
     """
     if even is not None and rule == EVERYTHING:
         of_queries, of_keys = (
@@ -118,6 +120,7 @@ def choose_block(
         return of_queries, of_keys
     seen = visible_pairs(rule, queries, keys) / (len(rule.parameters) * queries)
     block = 2 ** round(math.log2(max(seen, 4) / 4))
+    smallest = max(smallest, min(worthwhile, 2 ** (queries // 4).bit_length() // 2))
     block = min(max(block, smallest), largest)
     return block, block // keys_in
 
