@@ -58,7 +58,8 @@ def compile_(
                 )
         else:
             asked = [0 if hasattr(pipe, "names") else ""] * arguments.batch
-            pipe(asked, key=key, progress=False, **settings)
+            run: Any = pipe
+            run(asked, key=key, progress=False, **settings)
     folder = executables.save(Path(arguments.source), calls, place)
     files = {path.name: path.stat().st_size for path in folder.glob("*.xla")}
     figures = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -225,13 +225,16 @@ class _Made(NamedTuple):
     def nothing(session: Session) -> _Made:
         room, batch = session.forward.room, len(session.lengths)
         assert room is not None
-        return _Made(
-            *(np.zeros((batch, room.new), dtype) for dtype in (np.int32, np.float32)),
+        # Of numpy: arrays of JAX would be a program for each of their shapes.
+        arrays: tuple[Any, ...] = (
+            np.zeros((batch, room.new), np.int32),
+            np.zeros((batch, room.new), np.float32),
             np.zeros(batch, np.int32),
             np.asarray(session.lengths) == 0,  # padding
             np.ones(batch, bool),
             np.int32(0),
         )
+        return _Made(*arrays)
 
 
 def _choose(
