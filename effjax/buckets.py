@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 # None and "none" are exact shapes; else "powers of two", or the sizes themselves.
 Buckets = str | Sequence[int] | None
@@ -105,9 +106,9 @@ def joined(arrays: Sequence[jax.Array], size: int) -> jax.Array:
 
 
 def cut(size: int, buckets: Buckets, *trees: Any) -> list[int]:
-    """`parts` of a batch of these arrays; whole if one of them is spread over several devices."""
+    """`parts` of a batch of these arrays; whole if one is traced or spread over several devices."""
     leaves = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
-    if any(len(leaf.sharding.device_set) > 1 for leaf in leaves):
+    if any(isinstance(leaf, Tracer) or len(leaf.sharding.device_set) > 1 for leaf in leaves):
         return [size]
     return parts(size, buckets)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from effjax import testing
-from effjax.buckets import POWERS, bucket, by_parts, parts
+from effjax.buckets import POWERS, bucket, by_parts, cut, parts
 from effjax.forward import abstract
 from effjax.generate import (
     Reading,
@@ -211,6 +211,17 @@ def test_a_batch_of_images_is_cut_into_parts(make):
     given = subject.sampler.stepwise(*model, subject.cond, key, noise=noise, **options)
     cut = subject.sampler.stepwise(*model, subject.cond, key, noise=noise, buckets=[8], **options)
     chex.assert_trees_all_close(cut, given, atol=1e-4, rtol=1e-4)
+
+
+def test_a_traced_batch_stays_whole():
+    found = []
+
+    def call(x):
+        found.append(cut(5, POWERS, x))
+        return x
+
+    jax.eval_shape(call, jax.ShapeDtypeStruct((5,), np.float32))
+    assert found == [[5]]
 
 
 def test_a_batch_that_is_spread_over_devices_stays_whole():
