@@ -145,8 +145,7 @@ class Pipeline(BasePipeline):
             callback=callback_on_step_end,
             buckets=self.buckets,
         )
-        decoded = output_type != "latent" and self.vae is not None
-        images = by_parts(self.decode, self.buckets, x) if decoded else x
+        images = x if output_type == "latent" else by_parts(self.decode, self.buckets, x)
         self._warn_unless_finite((cond, uncond), x, images)
         if output_type == "latent":
             return images
