@@ -99,9 +99,8 @@ def without_compilation_cache() -> Iterator[None]:
 
 def load_executable(data: bytes, device: Any) -> Any:
     """What `executable.serialize()` gave, ready to run on one device."""
-    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
-
-    return device.client.deserialize_executable(data, executable_devices=_jax.DeviceList((device,)))
+    devices = jax.sharding.SingleDeviceSharding(device)._internal_device_list  # no public way
+    return device.client.deserialize_executable(data, executable_devices=devices)
 
 
 def execute(executable: Any, buffers: list[jax.Array]) -> list[jax.Array]:

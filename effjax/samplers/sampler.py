@@ -362,7 +362,8 @@ def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, " B"]:
     check_keys(key, batch)
     if key.shape:
         return key
-    indices = np.arange(first, first + batch, dtype=np.uint32)
+    on = np if isinstance(batch, int) else jnp  # an export may leave the batch open
+    indices = on.arange(first, first + batch, dtype=np.uint32)
     return jax.vmap(functools.partial(jax.random.fold_in, key))(indices)
 
 
