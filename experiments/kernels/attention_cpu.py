@@ -48,7 +48,9 @@ def random_blocks(tokens: int, one_in: int, block: int) -> BlockMask:
 
 
 def torch_attention(operands: Sequence[jax.Array]) -> Callable[[], Any] | None:
-    """torch's attention to the same operands, if it is installed."""
+    """torch's attention to the same operands, if it is installed and both run on the CPU."""
+    if jax.default_backend() != "cpu":
+        return None
     try:
         import torch
     except ModuleNotFoundError:
