@@ -53,6 +53,10 @@ def refuse_gguf(folder: str, names: Iterable[str]) -> None:
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if other := stand_in(start):  # before torch is asked for, which would be no help
+        raise ValueError(f"{path} {other}")
     try:
         import torch
     except ImportError:
@@ -60,10 +64,6 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is a pickle, which only torch reads: install torch (a CPU build will do) or "
             f"use a safetensors file"
         ) from None
-    with path.open("rb") as file:
-        start = file.read(64)
-    if other := stand_in(start):
-        raise ValueError(f"{path} {other}")
     zipped = start.startswith(b"PK\x03\x04")  # older files cannot be mapped, and are read whole
     try:
         # Training scripts keep their arguments beside the weights.

@@ -11,7 +11,10 @@ written after every part.
 from __future__ import annotations
 
 import argparse
+import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from typing import Any
@@ -29,11 +32,15 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.packing import pack
 from pallas_kernels.quantized_attention import quantized_attention
-from pallas_kernels.quantized_matmul import packed_matmul
+from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul
 
 HEADS, WIDTH, BLOCK = 16, 64, 64
 DENSITIES = (2, 4, 8, 16)  # one in
 MOSAIC: dict[str, Any] = {"implementation": "pallas_mosaic_gpu"}
+CORES = os.cpu_count() or 1
+RUNNING = threading.Lock()  # one program at a time has the device's memory
+WHOLE = 1 << 30  # logits that a reference may hold
+DIFFERENCE = "largest_difference_over_largest_value"
 RUNS = {"triton": "Triton", "mosaic_gpu": "Mosaic"}  # by what stands in a lowered program
 
 Programs = dict[str, Callable[[], Any]]
@@ -55,6 +62,21 @@ def _first_line(reason: Exception) -> str:
 
 def compiled(function: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
     return partial(jax.jit(function).lower(*operands).compile(), *operands)
+
+
+def all_compiled(calls: dict[str, tuple[Any, ...]]) -> Programs:
+    """Functions and their operands as programs, compiled side by side; those that fail are told."""
+
+    def of(name: str) -> Callable[[], Any] | None:
+        try:
+            return compiled(*calls[name])
+        except Exception as reason:
+            print(f"{name} does not run here: {_first_line(reason)}", flush=True)
+            return None
+
+    with ThreadPoolExecutor(CORES) as pool:
+        programs = dict(zip(calls, pool.map(of, calls)))
+    return {name: run for name, run in programs.items() if run is not None}
 
 
 class Torch:
@@ -109,43 +131,49 @@ def check() -> list[Row]:
         for name, (function, shapes) in ATTENTION.items()
         if on_hopper()
     ]
-    rows = []
-    for name, function, shapes in cases:
-        operands = jax.tree.map(_example, shapes)
-        run = jax.jit(function)
-        try:
-            found = jax.block_until_ready(run(*operands))
-        except NotImplementedError as reason:  # Mosaic's kernel has no segments
-            print(f"{name} does not run: {_first_line(reason)}", flush=True)
-            continue
-        expected = None
-        for other in ("reference", "xla"):
-            try:
-                expected = jax.block_until_ready(
-                    jax.jit(partial(function, implementation=other))(*operands)
-                )
-                break
-            except Exception as reason:  # the reference of long sequences may not fit
-                print(f"{name}: {other} fails: {_first_line(reason)}", flush=True)
-        if expected is None:
-            raise SystemExit(f"{name}: nothing to compare with")
-        found, expected = (
-            jnp.concatenate([leaf.astype(jnp.float32).reshape(-1) for leaf in jax.tree.leaves(x)])
-            for x in (found, expected)
-        )
-        difference = float(jnp.max(jnp.abs(found - expected)))  # NaN stays NaN
-        scale = float(jnp.max(jnp.abs(expected)))
-        text = run.lower(*operands).as_text()
-        rows.append(
-            {
-                "kernel": name,
-                "runs": next((each for mark, each in RUNS.items() if mark in text), "XLA"),
-                "compared_with": other,
-                "largest_difference_over_largest_value": difference / scale,
-            }
-        )
-        print(report.markdown(rows[-1:]).splitlines()[-1], flush=True)
+    with ThreadPoolExecutor(CORES) as pool:  # compiling takes most of the time
+        rows = []
+        for row in pool.map(_compare, cases):
+            print(report.markdown([row]).splitlines()[-1], flush=True)
+            rows.append(row)
     return rows
+
+
+def _compare(case: tuple[str, Callable[..., Any], Any]) -> Row:
+    """One kernel against the reference, or against XLA where logits are too many for that."""
+    name, function, shapes = case
+    row = {"kernel": name, "runs": "", "compared_with": "", DIFFERENCE: float("nan"), "failed": ""}
+    make = compiled(lambda: jax.tree.map(_example, shapes))
+    try:
+        lowered = jax.jit(function).lower(*shapes)
+        text = lowered.as_text()
+        row["runs"] = next((each for mark, each in RUNS.items() if mark in text), "XLA")
+        program = lowered.compile()
+        other = "reference" if _logits(shapes) <= WHOLE else "xla"
+        own = jax.jit(partial(function, implementation=other)).lower(*shapes).compile()
+        with RUNNING:
+            operands = make()
+            found, expected = jax.device_get((program(*operands), own(*operands)))
+        return row | {"compared_with": other, DIFFERENCE: _difference(found, expected)}
+    except Exception as reason:  # what fails is told of all of them
+        return row | {"failed": _first_line(reason)}
+
+
+def _logits(shapes: Any) -> int:
+    """How many logits queries and keys of attention have, which its reference holds."""
+    if len(shapes) < 3 or shapes[0].ndim != 4:
+        return 0
+    batch, queries, heads, _ = shapes[0].shape
+    return batch * heads * queries * shapes[1].shape[1]
+
+
+def _difference(found: Any, expected: Any) -> float:
+    """The largest difference as a share of the largest value; NaN stays NaN."""
+    found, expected = (
+        np.concatenate([np.asarray(leaf, np.float32).reshape(-1) for leaf in jax.tree.leaves(x)])
+        for x in (found, expected)
+    )
+    return float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
 
 
 def _example(shape: Any) -> jax.Array:
@@ -162,14 +190,12 @@ def attention(tokens: int, repeats: int) -> list[Row]:
     """Dense and block-sparse attention against the fastest dense one."""
     operands = heads(tokens)
     programs = {f"dense, {name}": run for name, run in peers(operands).items()}
-    programs["dense, effjax"] = compiled(dense_attention, *operands)
+    densities = dict.fromkeys(programs, 1.0)
+    calls: dict[str, tuple[Any, ...]] = {"dense, effjax": (dense_attention, *operands)}
     routes: dict[str, Any] = {"": {}}
     if on_hopper():
-        programs["dense, effjax, by Mosaic"] = compiled(
-            partial(dense_attention, **MOSAIC), *operands
-        )
+        calls["dense, effjax, by Mosaic"] = partial(dense_attention, **MOSAIC), *operands
         routes[", by Mosaic"] = MOSAIC
-    densities = dict.fromkeys(programs, 1.0)
     rng = np.random.default_rng(0)
     blocks = -(-tokens // BLOCK)
     for one_in in DENSITIES:
@@ -182,18 +208,12 @@ def attention(tokens: int, repeats: int) -> list[Row]:
             {"band": band, "random": lists}.items(), routes.items()
         ):
             name = f"{kind}, 1 in {one_in}{route}"
-            sparse = partial(block_sparse_attention, mask=mask, **options)
-            programs[name] = compiled(sparse, *operands)
+            calls[name] = partial(block_sparse_attention, mask=mask, **options), *operands
             densities[name] = shares[kind]
-    for values in (None, "int8", "float8"):
-        name = f"int8 logits, {values or 'bfloat16'} values"
+    for values in (None, "int8", "float8"):  # float8 not on older GPUs
         quantized = partial(quantized_attention, values=values)
-        try:
-            programs[name] = compiled(quantized, *operands)
-        except Exception as reason:  # float8 on older GPUs
-            print(f"{name} does not run here: {_first_line(reason)}", flush=True)
-            continue
-        densities[name] = 1.0
+        calls[f"int8 logits, {values or 'bfloat16'} values"] = quantized, *operands
+    programs |= all_compiled(calls)
     seconds = best_seconds(programs, repeats, calls=5)
     fastest = min(t for name, t in seconds.items() if name.startswith("dense"))
     ours = seconds["dense, effjax"]
@@ -202,10 +222,10 @@ def attention(tokens: int, repeats: int) -> list[Row]:
             "tokens": tokens,
             "program": name,
             "milliseconds": 1e3 * taken,
-            "density": densities[name],
+            "density": densities.get(name, 1.0),
             "speed_up_over_our_dense": ours / taken,
             "speed_up_over_fastest_dense": fastest / taken,
-            "share_of_ideal": densities[name] * fastest / taken,
+            "share_of_ideal": densities.get(name, 1.0) * fastest / taken,
         }
         for name, taken in seconds.items()
     ]
@@ -213,7 +233,6 @@ def attention(tokens: int, repeats: int) -> list[Row]:
 
 def bandwidth(repeats: int, *, scale: int = 1) -> list[Row]:
     """Programs that read much and compute little, against a copy."""
-    rows = []
     big = jnp.zeros((1 << 28) // scale, jnp.float32)
     batch, tokens, width = 8, 32768 // scale, 128
     cache = jax.random.normal(jax.random.key(0), (batch, tokens, 8, width), jnp.bfloat16)
@@ -221,35 +240,81 @@ def bandwidth(repeats: int, *, scale: int = 1) -> list[Row]:
     lengths = jnp.full(batch, tokens, jnp.int32)
     inputs, outputs = 8192, 28672 // scale
     weights = jax.random.randint(jax.random.key(2), (inputs, outputs), -8, 8).astype(jnp.int8)
-    planes = pack(weights, bits=4)
+    # Four layers to a call, so that no cache holds them and starting a call counts little.
+    layers = [jax.tree.map(jnp.copy, pack(weights, bits=4)) for _ in range(4)]
     x = jax.random.normal(jax.random.key(3), (1, inputs), jnp.bfloat16)
     group = jnp.ones((inputs // 128, outputs), jnp.bfloat16)
     dense = jnp.zeros((inputs, outputs), jnp.bfloat16)
-    coded = partial(packed_matmul, bits=4, group_size=128)
-    programs = {
-        "copy": compiled(lambda x: x + 1, big),
-        "decode attention": compiled(decode_attention, q, cache, cache, lengths),
-        "W4A16, one row": compiled(lambda x, p, s: coded(x, p, scale=s), x, planes, group),
-        "bfloat16 product, one row": compiled(jnp.matmul, x, dense),
-    }
+
+    def of_layers(x: jax.Array, layers: Any, scale: jax.Array) -> list[jax.Array]:
+        return [_w4a16(x, planes, scale) for planes in layers]
+
+    programs = all_compiled(
+        {
+            "copy": (lambda x: x + 1, big),
+            "decode attention": (decode_attention, q, cache, cache, lengths),
+            "W4A16, one row": (of_layers, x, layers, group),
+            "bfloat16 product, one row": (jnp.matmul, x, dense),
+        }
+    )
     moved = {
         "copy": 2 * big.nbytes,
         "decode attention": 2 * cache.nbytes,
-        "W4A16, one row": weights.size // 2 + group.nbytes,
+        "W4A16, one row": len(layers) * (weights.size // 2 + group.nbytes),
         "bfloat16 product, one row": dense.nbytes,
     }
     seconds = best_seconds(programs, repeats, calls=20)
     copied = moved["copy"] / seconds["copy"]
-    for name, taken in seconds.items():
-        rate = moved[name] / taken
-        rows.append(
+    return [
+        {
+            "program": name,
+            "microseconds": 1e6 * taken,
+            "GB_per_second": moved[name] / taken / 1e9,
+            "share_of_copy": moved[name] / taken / copied,
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def _w8a8(x: jax.Array, w: jax.Array, x_scale: jax.Array, w_scale: jax.Array, **options: Any):
+    scales = {"x_scale": x_scale, "w_scale": w_scale}
+    return int8_matmul(x, w, **scales, out_dtype=jnp.bfloat16, **options)
+
+
+def _w4a16(x: jax.Array, planes: Any, scale: jax.Array) -> jax.Array:
+    return packed_matmul(x, planes, bits=4, group_size=128, scale=scale)
+
+
+def products(repeats: int, *, scale: int = 1) -> list[Row]:
+    """Products of many rows, by codes against bfloat16."""
+    rows = []
+    for m, k, n in ((4096, 1152, 4608), (4096, 4096, 14336)):
+        m, n = m // scale, n // scale
+        keys = jax.random.split(jax.random.key(0), 2)
+        x, w = (jax.random.normal(key, shape) for key, shape in zip(keys, ((m, k), (k, n))))
+        halves = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        codes = [jnp.clip(jnp.round(each * 32), -127, 127).astype(jnp.int8) for each in (x, w)]
+        scales = jnp.ones((m, 1)) / 32, jnp.ones(n) / 32
+        packed = pack(codes[1] >> 4, bits=4), jnp.ones((k // 128, n), jnp.bfloat16)
+        programs = all_compiled(
             {
-                "program": name,
-                "microseconds": 1e6 * taken,
-                "GB_per_second": rate / 1e9,
-                "share_of_copy": rate / copied,
+                "bfloat16": (jnp.matmul, *halves),
+                "W8A8": (_w8a8, *codes, *scales),
+                "W8A8, by XLA": (partial(_w8a8, implementation="xla"), *codes, *scales),
+                "W4A16": (_w4a16, halves[0], *packed),
             }
         )
+        seconds = best_seconds(programs, repeats, calls=20)
+        rows += [
+            {
+                "product": f"{m} x {k} x {n}",
+                "program": name,
+                "microseconds": 1e6 * taken,
+                "T_per_second": 2 * m * k * n / taken / 1e12,
+                "speed_up_over_bfloat16": seconds["bfloat16"] / taken,
+            }
+            for name, taken in seconds.items()
+        ]
     return rows
 
 
@@ -277,9 +342,14 @@ def main(argv: list[str] | None = None) -> None:
 
     if not arguments.skip_check:
         add("against_the_reference", check())
+    add("products", products(arguments.repeats, scale=arguments.scale))
     add("programs_bound_by_memory", bandwidth(arguments.repeats, scale=arguments.scale))
     for tokens in map(int, arguments.tokens.split(",")):
         add("attention", attention(tokens, arguments.repeats))
+    if failed := [
+        row["kernel"] for row in tables.get("against_the_reference", ()) if row["failed"]
+    ]:
+        raise SystemExit(f"these kernels fail: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
