@@ -1,6 +1,7 @@
 """Block-sparse attention on a GPU (Triton): one program walks the list of a block of queries.
 
-Blocks that the rule does not cut come first and skip the mask. Heads are [B, H, S, D] here.
+Blocks that the rule does not cut come first and skip the mask. The kernel reads heads where a model
+left them, [B, S, H, D].
 """
 
 from __future__ import annotations
@@ -75,10 +76,11 @@ def forward(
         return pl.BlockSpec((None, None, None, x.shape[-1]), place)
 
     def of_queries(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, block_q, x.shape[-1]), lambda m, h, b: (b, h, m, 0))
+        return pl.BlockSpec((None, block_q, None, x.shape[-1]), lambda m, h, b: (b, m, h, 0))
 
     def of_keys(x: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda m, h, b: (b, key_head(h), 0, 0))
+        tokens, width = x.shape[2:]
+        return pl.BlockSpec((None, tokens, None, width), lambda m, h, b: (b, 0, key_head(h), 0))
 
     own_rows = pl.BlockSpec((None, None, block_q), lambda m, h, b: (b, h, m))
     specs = Heads(of_queries(heads.q), of_keys(heads.k), of_keys(heads.v))
@@ -143,10 +145,13 @@ def forward(
             lse_ref[...] = lse[:, 0]
 
     parts = 1 + mask.rest
+    out_shape = batch, shape[2], of_heads, heads.v.shape[-1]
     result = (
-        jax.ShapeDtypeStruct((*shape, heads.v.shape[-1]), jnp.dtype(arithmetic.out)),
+        jax.ShapeDtypeStruct(out_shape, jnp.dtype(arithmetic.out)),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     )
+    # XLA drops these transpositions against those of the callers.
+    laid_out = heads._replace(**{name: getattr(heads, name).swapaxes(1, 2) for name in "qkv"})
     results = pl.pallas_call(
         kernel,
         name="block_sparse_attention",
@@ -163,8 +168,11 @@ def forward(
         ),
         cost_estimate=softmax.cost(mask, heads, arithmetic.out),
         interpret=interpret,
-    )(*lists, table, heads)
-    results = [(out[:, :, :queries, :value_width], lse[:, :, :queries]) for out, lse in results]
+    )(*lists, table, laid_out)
+    results = [
+        (out.swapaxes(1, 2)[:, :, :queries, :value_width], lse[:, :, :queries])
+        for out, lse in results
+    ]
     return tuple(results) if mask.rest else results[0]
 
 

@@ -1,13 +1,16 @@
 """Block-sparse attention on a Hopper GPU (Mosaic): one warpgroup fetches what others multiply.
 
-A block of queries belongs to one or two warpgroups, 64 rows each, which walk the same list. One
-more copies the listed keys and values into a ring of buffers ahead of them. Blocks that the rule
-does not cut come first and skip the mask. Heads are [B, H, S, D] here, keys [B, K, D, T].
+A block of 64 queries belongs to one warpgroup, which copies the listed keys and values into a ring
+of buffers ahead of its products; a multiprocessor has several of these. A block of 128 queries
+belongs to two, which walk the same list, one of them multiplying while the other takes its softmax,
+and to a third that copies. Blocks that the rule does not cut come first and skip the mask. The
+kernel reads heads where a model left them, [B, S, H, D].
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,9 +31,9 @@ BLOCKS = {"smallest": 64, "largest": 128}
 
 _ROWS = 64  # of a warpgroup's product
 _WIDTH = 64  # 16-bit numbers in a swizzled line of shared memory
-_STAGES = 2  # blocks of keys and values in shared memory
-_REGISTERS = {1: 256, 2: 232}  # of a thread that multiplies, by how many warpgroups do
-_FEW_REGISTERS = 40  # of a thread that fetches
+_SHARED = {1: 74 << 10, 2: 220 << 10}  # bytes of shared memory to fill, by warpgroups that multiply
+_STAGES = 4  # blocks of keys and values in shared memory, at most
+_REGISTERS = 232, 40  # of a thread of two warpgroups that multiply, and of the one that copies
 
 
 def refusal(mask: BlockMask, heads: Heads) -> str | None:
@@ -70,9 +73,10 @@ def forward(
         for x, block in zip(heads[:3], (block_q, block_k, block_k))
     )
     padded = Heads(q, k, v)
+    batch, of_heads, rows, _ = q.shape
     result = (
-        jax.ShapeDtypeStruct((*q.shape[:3], v.shape[-1]), jnp.dtype(arithmetic.out)),
-        jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+        jax.ShapeDtypeStruct((batch, rows, of_heads, v.shape[-1]), jnp.dtype(arithmetic.out)),
+        jax.ShapeDtypeStruct((batch, of_heads, rows), jnp.float32),
     )
     cost = softmax.cost(mask, padded, arithmetic.out)
     kernel = _kernel(mask, arithmetic, padded, result, interpret=interpret)
@@ -88,8 +92,9 @@ def forward(
     )
     lists = [jnp.asarray(x) for x in (mask.index, mask.count, mask.full)]
     with jax.named_scope("block_sparse_attention"):
-        out, lse = run(*lists, softmax.table(mask, padded), q, k.swapaxes(2, 3), v)
-    return out[:, :, :queries, :value_width], lse[:, :, :queries]
+        # XLA drops these transpositions against those of the callers.
+        out, lse = run(*lists, softmax.table(mask, padded), *(x.swapaxes(1, 2) for x in (q, k, v)))
+    return out.swapaxes(1, 2)[:, :, :queries, :value_width], lse[:, :, :queries]
 
 
 def _capability() -> str | None:
@@ -111,6 +116,8 @@ def _kernel(
     group = of_heads // heads.k.shape[1]
     block_q, block_k = mask.block_q, mask.block_k
     workers = block_q // _ROWS
+    alone = workers == 1
+    stages = _stages(workers, block_k, width, value_width)
     shared = [size == 1 for size in mask.index.shape[:2]]  # by the batch, by the heads
     rows = mask.index.shape[2]
     tile, line = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
@@ -122,11 +129,17 @@ def _kernel(
     def iota(axis: int) -> Array:
         return as_layout(lax.broadcasted_iota(jnp.int32, (_ROWS, block_k), axis), tile)
 
-    def logits_of(q: Any, k: Any) -> Array:
-        """q [64, D] and k [D, N] in shared memory: float32[64, N]."""
+    def logits_of(q: Any, k: Any, while_it_runs: Callable[[], None]) -> Array:
+        """q [64, D] and k [N, D] in shared memory: float32[64, N]."""
+        if interpret:  # where no product takes a transposed reference
+            block = k[...]
+            plgpu.commit_smem()
+            while_it_runs()
+            return jnp.dot(q[...], block.T, preferred_element_type=jnp.float32)
 
         def multiply(sums: Any) -> Array:
-            plgpu.wgmma(sums, q, k)
+            plgpu.wgmma(sums, q, plgpu.transpose_ref(k, (1, 0)))
+            while_it_runs()
             return sums[...]
 
         sums = plgpu.ACC((_ROWS, block_k), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
@@ -152,32 +165,62 @@ def _kernel(
         worker = lax.axis_index("warpgroup")
         own = (0 if shared[0] else b, 0 if shared[1] else h, m)
         visits = count[own]
+        key_head = lax.div(h, jnp.int32(group))
+
+        def fetch(name: str, w: Array, block: Array) -> None:
+            """One block of the list, on its way into its buffer."""
+            stage, tokens = lax.rem(w, jnp.int32(stages)), pl.ds(block * block_k, block_k)
+            source = {"k": k_ref, "v": v_ref}[name].at[b, tokens, key_head]
+            arrived = scratch[f"{name}_arrived"].at[stage]
+            plgpu.copy_gmem_to_smem(source, scratch[name].at[stage], arrived)
+
+        def take_turns(*, done: bool = True, wait: bool = True) -> None:
+            """Of two warpgroups, one has the tensor cores."""
+            if not alone and done:
+                plgpu.barrier_arrive(scratch["turn"])
+            if not alone and wait:
+                plgpu.barrier_wait(scratch["turn"])
 
         @pl.when(worker < workers)
         def _():
-            plgpu.set_max_registers(_REGISTERS[workers], action="increase")
+            if not alone:
+                plgpu.set_max_registers(_REGISTERS[0], action="increase")
             first = m * block_q + worker * _ROWS
             plgpu.copy_gmem_to_smem(
-                q_ref.at[b, h, pl.ds(first, _ROWS)],
+                q_ref.at[b, pl.ds(first, _ROWS), h],
                 q_shared.at[worker],
                 scratch["q_arrived"].at[worker],
             )
+            if alone:
+
+                @pl.loop(0, lax.min(visits, jnp.int32(stages)))
+                def _(w):
+                    fetch("k", w, index[(*own, w)])
+                    fetch("v", w, index[(*own, w)])
+
             plgpu.barrier_wait(scratch["q_arrived"].at[worker])
+            pl.when(worker == 1)(take_turns)
             parameters = softmax.parameters(mask, table, h)
 
-            def release(name: str, w: Array) -> None:
+            def release(name: str, w: Array, following: Array | None) -> None:
                 """Of a buffer that is filled again."""
 
-                @pl.when(w + _STAGES < visits)
+                @pl.when(w + stages < visits)
                 def _():
-                    plgpu.barrier_arrive(scratch[name].at[lax.rem(w, jnp.int32(_STAGES))])
+                    if following is None:
+                        consumed = scratch[f"{name}_consumed"]
+                        plgpu.barrier_arrive(consumed.at[lax.rem(w, jnp.int32(stages))])
+                    else:
+                        fetch(name, w + stages, following)
 
             def visit(w: Array, carry: Any, *, cut: bool) -> Any:
                 peak, total, weighted = carry
-                stage = lax.rem(w, jnp.int32(_STAGES))
+                stage, following = lax.rem(w, jnp.int32(stages)), None
+                if alone:  # read early: it takes long
+                    following = index[(*own, lax.min(w + stages, visits - 1))]
                 plgpu.barrier_wait(scratch["k_arrived"].at[stage])
-                logits = logits_of(q_shared.at[worker], k_shared.at[stage])
-                release("k_consumed", w)
+                logits = logits_of(q_shared.at[worker], k_shared.at[stage], take_turns)
+                release("k", w, following)
                 logits = logits * (arithmetic.scale * softmax.LOG2E)
                 if cut:
                     column = index[(*own, w)] * block_k + iota(1)
@@ -189,11 +232,17 @@ def _kernel(
                     weights = jnp.where(seen, weights, 0.0)
                 shrink = jnp.exp2(peak - new)
                 total = shrink * total + weights.sum(axis=1)
-                weights = weights.astype(dtype)
-                plgpu.barrier_wait(scratch["v_arrived"].at[stage])
                 weighted = across(shrink, value_width) * weighted
+                weights = weights.astype(dtype)
+                # None of this may move behind the other's turn.
+                new, total, weighted, weights = lax.optimization_barrier(
+                    (new, total, weighted, weights)
+                )
+                take_turns(wait=False)
+                plgpu.barrier_wait(scratch["v_arrived"].at[stage])
+                take_turns(done=False)
                 weighted = add_values(weighted, weights, v_shared.at[stage])
-                release("v_consumed", w)
+                release("v", w, following)
                 return new, total, weighted
 
             carry = (
@@ -204,6 +253,7 @@ def _kernel(
             whole = full[own]
             carry = lax.fori_loop(0, whole, partial(visit, cut=False), carry)
             peak, total, weighted = lax.fori_loop(whole, visits, partial(visit, cut=True), carry)
+            pl.when(worker == 0)(take_turns)
             some = total > 0
             safe = jnp.where(some, total, 1.0)
             out_shared.at[worker][...] = (weighted / across(safe, value_width)).astype(
@@ -212,61 +262,70 @@ def _kernel(
             lse = (peak + jnp.log2(safe)) * math.log(2)
             lse_shared.at[worker][...] = jnp.where(some, lse, -jnp.inf)
             plgpu.commit_smem()
-            place = b, h, pl.ds(first, _ROWS)
-            plgpu.copy_smem_to_gmem(out_shared.at[worker], out_ref.at[place])
-            plgpu.copy_smem_to_gmem(lse_shared.at[worker], lse_ref.at[place])
+            place = pl.ds(first, _ROWS)
+            plgpu.copy_smem_to_gmem(out_shared.at[worker], out_ref.at[b, place, h])
+            plgpu.copy_smem_to_gmem(lse_shared.at[worker], lse_ref.at[b, h, place])
             plgpu.wait_smem_to_gmem(0)
+
+        if alone:
+            return
 
         @pl.when(worker == workers)
         def _():
-            plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
-            key_head = lax.div(h, jnp.int32(group))
+            plgpu.set_max_registers(_REGISTERS[1], action="decrease")
 
             @pl.loop(0, visits)
             def _(w):
-                stage = lax.rem(w, jnp.int32(_STAGES))
-                keys = pl.ds(index[(*own, w)] * block_k, block_k)
-                blocks = {"k": k_ref.at[b, key_head, :, keys], "v": v_ref.at[b, key_head, keys]}
-                for name, block in blocks.items():
+                block = index[(*own, w)]
+                for name in ("k", "v"):
 
-                    @pl.when(w >= _STAGES)
+                    @pl.when(w >= stages)
                     def _(name=name):
-                        plgpu.barrier_wait(scratch[f"{name}_consumed"].at[stage])
+                        consumed = scratch[f"{name}_consumed"]
+                        plgpu.barrier_wait(consumed.at[lax.rem(w, jnp.int32(stages))])
 
-                    plgpu.copy_gmem_to_smem(
-                        block, scratch[name].at[stage], scratch[f"{name}_arrived"].at[stage]
-                    )
+                    fetch(name, w, block)
 
     def tiles(*shape: int) -> Any:
         layouts: Any = plgpu  # JAX 0.12 annotates its transforms as abstract classes
         swizzled = layouts.TilingTransform((8, _WIDTH)), layouts.SwizzleTransform(128)
         return plgpu.SMEM(shape, dtype, transforms=swizzled)
 
-    arrived = plgpu.Barrier(num_barriers=_STAGES)
-    consumed = plgpu.Barrier(num_arrivals=workers, num_barriers=_STAGES)
+    arrived = plgpu.Barrier(num_barriers=stages)
+    consumed = plgpu.Barrier(num_arrivals=workers, num_barriers=stages)
+    between_warpgroups = {
+        "turn": plgpu.Barrier(num_arrivals=workers),
+        "k_consumed": consumed,
+        "v_consumed": consumed,
+    }
     return plgpu.kernel(
         kernel,
         out_type=result,
         scratch_types={
             "q": tiles(workers, _ROWS, width),
-            "k": tiles(_STAGES, width, block_k),
-            "v": tiles(_STAGES, block_k, value_width),
+            "k": tiles(stages, block_k, width),
+            "v": tiles(stages, block_k, value_width),
             "out": tiles(workers, _ROWS, value_width),
             "lse": plgpu.SMEM((workers, _ROWS), jnp.float32),
             "q_arrived": plgpu.Barrier(num_barriers=workers),
             "k_arrived": arrived,
             "v_arrived": arrived,
-            "k_consumed": consumed,
-            "v_consumed": consumed,
-        },
+        }
+        | ({} if alone else between_warpgroups),
         grid=(batch, of_heads, rows),  # the last one is fastest: its programs share keys and values
         grid_names=("batch", "heads", "rows"),
-        num_threads=workers + 1,
+        num_threads=1 if alone else workers + 1,
         thread_name="warpgroup",
         kernel_name="block_sparse_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=_interpreter() if interpret else None,
     )
+
+
+def _stages(workers: int, block_k: int, width: int, value_width: int) -> int:
+    """How many blocks of keys and values, of 16-bit numbers, fit beside queries and results."""
+    of_key, rows = 2 * (width + value_width), workers * _ROWS
+    return max(1, min(_STAGES, (_SHARED[workers] - rows * of_key) // (block_k * of_key)))
 
 
 def _interpreter() -> Any:
