@@ -138,7 +138,7 @@ def _kernel(
             return jnp.dot(q[...], block.T, preferred_element_type=jnp.float32)
 
         def multiply(sums: Any) -> Array:
-            plgpu.wgmma(sums, q, plgpu.transpose_ref(k, (1, 0)))
+            plgpu.wgmma(sums, q, k.transpose((1, 0)))
             while_it_runs()
             return sums[...]
 
