@@ -3,7 +3,8 @@
 Packed words are read once for every code that they hold, by the row that holds it: the repeats come
 from the first-level cache, and each code then stands where the product wants it after one shift and
 mask. With few rows too few programs would ask for memory: K is then split over several, whose
-results in float32 are added afterwards.
+results in float32 are added afterwards. A product of very few rows has a kernel of its own, in
+`gpu_rows`.
 
 Tiles have powers of two. x is padded to whole tiles; so are K and N of weights that fill none
 (a copy: let N be a multiple of 64, and K of 128). Formulas and operands are those of
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.packing import as_words, plane_widths
+from pallas_kernels.quantized_matmul import gpu_rows
 from pallas_kernels.quantized_matmul.xla import dot, whole_groups
 from pallas_kernels.tiling import pad_axis
 
@@ -55,6 +57,10 @@ def packed_matmul(
     (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
     x = x_codes if x is None else x
     m, n = x.shape[0], scale.shape[1]
+    if m <= gpu_rows.FEW:
+        return gpu_rows.packed_matmul(
+            floats, codes, bits=bits, out_dtype=out_dtype, interpret=interpret
+        )
     rows, columns = _tiles(m, n)
     x, scale, zero = whole_groups(x, planes, scale, zero, bits=bits)
     x, x_scale = _padded((x, x_scale), 0, rows)

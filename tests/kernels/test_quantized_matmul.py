@@ -194,8 +194,33 @@ def test_packed_over_several_tiles(bits, group_size, small_tiles):
         assert relative(out, expected) < CLOSE, name
 
 
+@pytest.mark.parametrize(
+    ("shape", "bits", "group_size", "dtype", "zero"),
+    [
+        ((1, 256, 64), 2, 32, jnp.float32, True),
+        ((1, 512, 130), 3, 64, jnp.float32, True),  # groups within a block, N in no whole tile
+        ((4, 256, 64), 3, None, jnp.int8, True),
+        ((1, 1152, 64), 4, 128, jnp.float32, True),  # two programs, of five and four steps
+        ((3, 200, 300), 4, None, jnp.bfloat16, True),
+        ((1, 512, 64), 5, 256, jnp.float32, False),
+        ((1, 512, 64), 7, 128, jnp.float32, True),
+        ((2, 256, 300), 8, 64, jnp.float32, True),
+        ((1, 256, 512), 8, None, jnp.int8, False),
+    ],
+)
+def test_few_rows_on_a_gpu(shape, bits, group_size, dtype, zero):
+    operands = packed_operands(*shape, bits, group_size, dtype, zero)
+    options = {"bits": bits, "group_size": group_size, "out_dtype": jnp.float32}
+    jaxpr = str(
+        jax.make_jaxpr(partial(packed_matmul, **options, **PROGRAMS["pallas_gpu"]))(**operands)
+    )
+    assert f"packed_matmul_{bits}bit_few_rows" in jaxpr
+    outs, expected = run_all(packed_matmul, operands, ("pallas_gpu",), **options)
+    assert relative(outs["pallas_gpu"], expected) < CLOSE
+
+
 def test_gpu_splits_the_inner_axis():
-    operands = packed_operands(1, 1024, 64, 4, 128, jnp.int8)
+    operands = packed_operands(5, 1024, 64, 4, 128, jnp.int8)
     options = {"bits": 4, "group_size": 128}
     gpu = partial(packed_matmul, **options, **PROGRAMS["pallas_gpu"])
     jaxpr = jax.make_jaxpr(lambda operands: gpu(**operands))(shapes_of(operands))
