@@ -28,24 +28,43 @@ from pallas_kernels.tiling import pad_axis
 
 _INNER = 128  # rows of K in a step
 _PROGRAMS = 512  # enough to keep the memory of a large GPU busy
+_MANY = 128  # rows for which transposing a matrix of int8 pays
+_BY_XLA = False  # whether XLA multiplies those
+_TURNED = 128, 256, 128  # rows, columns and inner of their tiles
+_TURNED_WARPS, _TURNED_STAGES = 8, 3
+_BOTH_MINOR = (((1,), (1,)), ((), ()))
 
 
 def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> jax.Array:
-    """Tiles of int8 into an int32 accumulator; scales and zero points after the loop."""
+    """Tiles of int8 into an int32 accumulator; scales and zero points after the loop.
+
+    With many rows w is transposed first: tensor cores multiply integers at their full rate where
+    both operands have K as their minor axis.
+    """
     (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
     m, n = x_codes.shape[0], w_codes.shape[1]
-    rows, columns = _tiles(m, n)
-    x_codes, w_codes = pad_axis(x_codes, 1, _INNER), pad_axis(w_codes, 0, _INNER)
+    if m >= _MANY and _BY_XLA:
+        w_codes = jax.lax.optimization_barrier(w_codes.T)  # or the product would take it back
+        product = jax.lax.dot_general(
+            x_codes, w_codes, _BOTH_MINOR, preferred_element_type=jnp.int32
+        )
+        if w_zero is not None:
+            product += sums * w_zero
+        return (product.astype(jnp.float32) * x_scale * w_scale).astype(out_dtype)
+    rows, columns, inner = tile = _turned_tiles(m, n) if m >= _MANY else (*_tiles(m, n), _INNER)
+    x_codes, w_codes = pad_axis(x_codes, 1, inner), pad_axis(w_codes, 0, inner)
     x_codes, x_scale, sums = _padded((x_codes, x_scale, sums), 0, rows)
     w_codes, w_scale, w_zero = _padded((w_codes, w_scale, w_zero), 1, columns)
+    turned = {"num_warps": _TURNED_WARPS, "num_stages": _TURNED_STAGES} if m >= _MANY else {}
     out = _call(
-        partial(_int8_kernel, tile=(rows, columns)),
+        partial(_int8_kernel, tile=tile, turned=bool(turned)),
         "int8_matmul",
-        (x_codes, w_codes, x_scale, w_scale, sums, w_zero),
+        (x_codes, w_codes.T if turned else w_codes, x_scale, w_scale, sums, w_zero),
         (rows, columns, x_codes.shape[1]),
         shape=(x_codes.shape[0], w_codes.shape[1]),
         out_dtype=out_dtype,
         interpret=interpret,
+        **turned,
     )
     return out[:m, :n]
 
@@ -91,16 +110,20 @@ def packed_matmul(
     return (out if x_scale is None else out * x_scale)[:m, :n].astype(out_dtype)
 
 
-def _int8_kernel(x, w, x_scale, w_scale, sums, zero, out, *, tile):
-    rows, columns = tile
+def _int8_kernel(x, w, x_scale, w_scale, sums, zero, out, *, tile, turned):
+    rows, columns, inner = tile
     here = pl.ds(pl.program_id(0) * rows, rows), pl.ds(pl.program_id(1) * columns, columns)
 
     def step(index: jax.Array, total: jax.Array) -> jax.Array:
-        inner = pl.ds(index * _INNER, _INNER)
-        part = x[here[0], inner], w[inner, here[1]]
-        return total + jnp.matmul(*part, preferred_element_type=jnp.int32)
+        part = pl.ds(index * inner, inner)
+        axes = _BOTH_MINOR if turned else (((1,), (0,)), ((), ()))
+        own = w[here[1], part] if turned else w[part, here[1]]
+        return total + jax.lax.dot_general(
+            x[here[0], part], own, axes, preferred_element_type=jnp.int32
+        )
 
-    total = jax.lax.fori_loop(0, x.shape[1] // _INNER, step, jnp.zeros(tile, jnp.int32))
+    total = jnp.zeros((rows, columns), jnp.int32)
+    total = jax.lax.fori_loop(0, x.shape[1] // inner, step, total)
     if zero is not None:
         total += sums[here[0], :] * zero[:, here[1]]
     scaled = total.astype(jnp.float32) * x_scale[here[0], :] * w_scale[:, here[1]]
@@ -148,7 +171,7 @@ def _unpack(words: Any, bits: int, row: jax.Array, columns: Any) -> jax.Array:
     return codes
 
 
-def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret):
+def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret, **compilation):
     rows, columns, inner = tile
     *splits, m, n = shape
     grid = m // rows, n // columns, *splits
@@ -160,7 +183,9 @@ def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret):
         name=name,
         grid=grid,
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=8 if large else 4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(
+            **{"num_warps": 8 if large else 4, "num_stages": 3} | compilation
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * programs * rows * columns * inner,
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((operands, out))),
@@ -178,6 +203,13 @@ def _tiles(m: int, n: int) -> tuple[int, int]:
     """Rows and columns of a program: at least 16 rows, as the tensor cores want."""
     rows = min(128, max(16, pl.next_power_of_2(m)))
     return rows, 64 if rows <= 32 or n <= 64 or n % 128 else 128
+
+
+def _turned_tiles(m: int, n: int) -> tuple[int, int, int]:
+    """Rows, columns and inner of tiles whose minor axis is K in both; wide if there are many."""
+    rows, columns, inner = _TURNED
+    wide = n % columns == 0 and m * n >= _PROGRAMS * rows * columns
+    return rows, columns if wide else min(columns, 128), inner
 
 
 def _splits(steps: int, tiles: int) -> int:

@@ -15,6 +15,7 @@ from experiments.kernels.cases import PRODUCTS
 from pallas_kernels.packing import pack
 from pallas_kernels.quantized_matmul import (
     dynamic_int8_matmul,
+    gpu,
     int8_matmul,
     packed_matmul,
     quantize_per_token,
@@ -112,6 +113,14 @@ def test_int8_over_several_tiles(small_tiles):
     for out in outs.values():
         assert out.dtype == jnp.bfloat16
         chex.assert_trees_all_equal(out, expected)
+
+
+@pytest.mark.parametrize(("programs", "by_xla"), [(512, False), (1, False), (512, True)])
+def test_many_rows_of_int8_on_a_gpu(programs, by_xla, monkeypatch):
+    monkeypatch.setattr(gpu, "_PROGRAMS", programs)  # wide tiles where there are more than these
+    monkeypatch.setattr(gpu, "_BY_XLA", by_xla)
+    outs, expected = run_all(int8_matmul, int8_operands(130, 200, 256), ("pallas_gpu",))
+    chex.assert_trees_all_equal(outs["pallas_gpu"], expected)
 
 
 def test_zero_points_are_added_to_codes():
@@ -222,8 +231,8 @@ def test_few_rows_on_a_gpu(shape, bits, group_size, dtype, zero):
 def test_gpu_splits_the_inner_axis():
     operands = packed_operands(5, 1024, 64, 4, 128, jnp.int8)
     options = {"bits": 4, "group_size": 128}
-    gpu = partial(packed_matmul, **options, **PROGRAMS["pallas_gpu"])
-    jaxpr = jax.make_jaxpr(lambda operands: gpu(**operands))(shapes_of(operands))
+    by_gpu = partial(packed_matmul, **options, **PROGRAMS["pallas_gpu"])
+    jaxpr = jax.make_jaxpr(lambda operands: by_gpu(**operands))(shapes_of(operands))
     assert "f32[2,16,64]" in str(jaxpr)
     outs, expected = run_all(packed_matmul, operands, ("pallas_gpu",), **options)
     assert relative(outs["pallas_gpu"], expected) < CLOSE
