@@ -7,25 +7,27 @@ Every operation of this package exists several times, with equal results:
 `xla`                blockwise jnp, on every platform; skipped work is not done
 `pallas_tpu`         a Mosaic kernel
 `pallas_gpu`         a Triton kernel
-`pallas_mosaic_gpu`  a Mosaic kernel for Hopper GPUs, of some operations; asked for
-                     by name alone
+`pallas_mosaic_gpu`  a Mosaic kernel for Hopper GPUs, of some operations
 ===================  ============================================================
 
 The platform is that of the *lowering*, not of the machine that traces: a program compiled ahead of
 time for a TPU on a computer without one has the TPU's kernel in it. Which chip it is, the lowering
-does not say. `use_implementation("xla")` keeps a whole program free of kernels: for chips that they
-do not compile for, and for one export that several platforms share.
+does not say; a program for CUDA has Hopper's kernels if the GPU that JAX runs on is one, or the
+device of JAX's abstract mesh. `use_implementation("xla")` keeps a whole program free of kernels:
+for chips that they do not compile for, and for one export that several platforms share.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.lib import cuda_versions  # what JAX's own kernels ask
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -34,8 +36,7 @@ Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "pallas
 
 _PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "pallas_mosaic_gpu": "cuda"}
 
-# What a program is lowered for names no generation of GPUs, so Hopper's kernel is never chosen.
-_CHOSEN = ("pallas_tpu", "pallas_gpu")
+_CHOSEN = ("pallas_tpu", "pallas_mosaic_gpu", "pallas_gpu")  # the first that can, of a platform
 
 PyTree = Any
 
@@ -103,11 +104,11 @@ def dispatch(
     if implementation is None:
         implementation = unnamed_implementation()
     if implementation is None:
-        kernels = {
-            _PLATFORMS[name]: _for_one_platform(operation, programs[name])
-            for name in _CHOSEN
-            if name in programs and has_sizes(operands) and not refusal(name)
-        }
+        kernels: dict[str, Callable[..., PyTree]] = {}
+        for name in _CHOSEN if has_sizes(operands) else ():
+            fits = name in programs and (name != "pallas_mosaic_gpu" or for_hopper())
+            if fits and _PLATFORMS[name] not in kernels and not refusal(name):
+                kernels[_PLATFORMS[name]] = _for_one_platform(operation, programs[name])
         if not kernels:
             return programs["xla"](*operands)
         return jax.lax.platform_dependent(*operands, default=programs["xla"], **kernels)
@@ -146,6 +147,22 @@ def dispatch(
     instead.defvjp(lambda *operands: (instead(*operands), operands), backward)
     program = _for_one_platform(operation, program)
     return jax.lax.platform_dependent(*operands, default=instead, **{platform: program})
+
+
+def for_hopper() -> bool:
+    """Whether the GPU that is traced for, as far as JAX knows one, is a Hopper.
+
+    Not if CUDA is 12.8.0 to 12.9.0, whose assembler gets masks wrong, as JAX's own kernel says.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    if device is not None:
+        return re.search(r"\bG?H(20|100|200|800)\b", device.device_kind) is not None
+    if jax.default_backend() != "gpu":
+        return False
+    version = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return capability == "9.0" and not 12080 <= version < 12091
 
 
 def _for_one_platform(operation: str, program: Callable[..., PyTree]) -> Callable[..., PyTree]:

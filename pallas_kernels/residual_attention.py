@@ -102,7 +102,7 @@ def _apart(
 
 def _xla(problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
     heads = Heads(*heads_first(q, k, v))
-    mask = problem._replace(rest=False).lists(None, heads, **xla.BLOCKS)
+    mask = problem._replace(rest=False).lists(None, heads, xla)
     if q.shape[1] * k.shape[1] > WHOLE or runs(mask) is None:
         return _apart(problem, "xla", q, k, v)
     forward = partial(xla.forward_with_rest, mask, problem.arithmetic)

@@ -74,9 +74,9 @@ def compile_for_tpu(request):
 @pytest.fixture
 def lower_for_gpu():
     """Lower a jitted function for CUDA on any machine, at shapes or arrays: its program as text."""
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
 
-    def lower(function, *operands):
+    def lower(function, *operands, kind="NVIDIA A100-SXM4-80GB"):
+        device = AbstractDevice(kind, num_cores=108, platform="cuda")
         # JAX 0.12 asks which GPU a Triton kernel is lowered for.
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
             return function.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()

@@ -126,7 +126,7 @@ def compile_one(chip: str, case: str, program: str) -> list[dict[str, Any]]:
         for name, value in VARIANTS.get(program, {}).items():
             setattr(kernel, name, value)
         run = partial(block_sparse_attention, mask=rule, implementation="pallas_tpu")
-        blocks = choose_block(rule, tokens, tokens, **kernel.BLOCKS)
+        blocks = choose_block(rule, tokens, tokens, **kernel.blocks(width))
     operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     mask = block_mask(rule, tokens, block=blocks)
     if program not in SPLASH:

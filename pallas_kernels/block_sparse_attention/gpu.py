@@ -20,13 +20,15 @@ from pallas_kernels.block_sparse_attention import online_softmax as softmax
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.tiling import pad_axis
 
-# Sides of the blocks that a rule is cut into.
-BLOCKS = {"smallest": 64, "largest": 64}
-
 # Shared memory of a multiprocessor that programs can count on (A100; an H100 has more).
 SHARED_BYTES = 163 << 10
 
 _STAGES = 2
+
+
+def blocks(width: int) -> dict[str, Any]:
+    """What a rule is cut into, see `choose_block`, for heads `width` wide."""
+    return {"smallest": 64, "largest": 64}
 
 
 def refusal(mask: BlockMask, heads: Heads) -> str | None:

@@ -26,14 +26,18 @@ from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.marks import declared
 from pallas_kernels.tiling import pad_axis, round_up
 
-# Sides of the blocks that a rule is cut into.
-BLOCKS = {"smallest": 64, "largest": 128}
-
 _ROWS = 64  # of a warpgroup's product
 _WIDTH = 64  # 16-bit numbers in a swizzled line of shared memory
-_SHARED = {1: 74 << 10, 2: 220 << 10}  # bytes of shared memory to fill, by warpgroups that multiply
-_STAGES = 4  # blocks of keys and values in shared memory, at most
+_SHARED = {1: 113 << 10, 2: 227 << 10}  # bytes for a block of queries: one has half of all
+_STAGES = {64: 2, 128: 3}  # blocks of so many keys, and values, in shared memory at most
 _REGISTERS = 232, 40  # of a thread of two warpgroups that multiply, and of the one that copies
+
+
+def blocks(width: int) -> dict[str, Any]:
+    """What a rule is cut into, see `choose_block`, for heads `width` wide."""
+    # Wide heads need two warpgroups' registers; of narrow ones several blocks share a processor.
+    wide = width > _WIDTH
+    return {"smallest": 64, "largest": 128 if wide else 64, "even": (128 if wide else 64, 128)}
 
 
 def refusal(mask: BlockMask, heads: Heads) -> str | None:
@@ -66,6 +70,9 @@ def forward(
             f"block_sparse_attention, implementation 'pallas_mosaic_gpu': it runs on GPUs of "
             f"compute capability 9.0 (Hopper), this one has {found}; use 'pallas_gpu'"
         )
+    if arithmetic.scale < 0:  # which the kernel multiplies the largest logits by
+        heads = heads._replace(q=-heads.q)
+        arithmetic = arithmetic._replace(scale=-arithmetic.scale)
     queries, value_width = heads.q.shape[2], heads.v.shape[-1]
     block_q, block_k = mask.block_q, mask.block_k
     q, k, v = (
@@ -120,6 +127,7 @@ def _kernel(
     stages = _stages(workers, block_k, width, value_width)
     shared = [size == 1 for size in mask.index.shape[:2]]  # by the batch, by the heads
     rows = mask.index.shape[2]
+    factor = arithmetic.scale * softmax.LOG2E
     tile, line = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
     def as_layout(x: Array, layout: Any) -> Array:
@@ -221,13 +229,13 @@ def _kernel(
                 plgpu.barrier_wait(scratch["k_arrived"].at[stage])
                 logits = logits_of(q_shared.at[worker], k_shared.at[stage], take_turns)
                 release("k", w, following)
-                logits = logits * (arithmetic.scale * softmax.LOG2E)
                 if cut:
                     column = index[(*own, w)] * block_k + iota(1)
                     seen = mask.rule.visible(first + iota(0), column, mask.keys, *parameters)
                     logits = jnp.where(seen, logits, softmax.MASKED)
-                new = jnp.maximum(peak, logits.max(axis=1))
-                weights = jnp.exp2(logits - across(new, block_k))
+                # The factor comes late, as part of a subtraction.
+                new = jnp.maximum(peak, logits.max(axis=1) * factor)
+                weights = jnp.exp2(logits * factor - across(new, block_k))
                 if cut:
                     weights = jnp.where(seen, weights, 0.0)
                 shrink = jnp.exp2(peak - new)
@@ -325,7 +333,8 @@ def _kernel(
 def _stages(workers: int, block_k: int, width: int, value_width: int) -> int:
     """How many blocks of keys and values, of 16-bit numbers, fit beside queries and results."""
     of_key, rows = 2 * (width + value_width), workers * _ROWS
-    return max(1, min(_STAGES, (_SHARED[workers] - rows * of_key) // (block_k * of_key)))
+    room = _SHARED[workers] - rows * of_key - 2048  # barriers and the like
+    return max(1, min(_STAGES[block_k], room // (block_k * of_key)))
 
 
 def _interpreter() -> Any:

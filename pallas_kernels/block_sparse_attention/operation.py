@@ -143,14 +143,14 @@ class Problem(NamedTuple):
     interpret: bool
     rest: bool = False
 
-    def lists(self, made: BlockMask | None, heads: Heads, **sizes: Any) -> BlockMask:
-        """The mask as lists, those made at run time or those of a rule."""
+    def lists(self, made: BlockMask | None, heads: Heads, program: Any) -> BlockMask:
+        """The mask as lists, those made at run time or those of a rule in a program's blocks."""
         mask = made or self.mask
         if not isinstance(mask, Rule):
             assert mask is not None
             return mask
         lengths = heads.q.shape[2], heads.k.shape[2]
-        block = choose_block(mask, *lengths, **sizes)
+        block = choose_block(mask, *lengths, **program.blocks(heads.q.shape[-1]))
         return (with_rest if self.rest else block_mask)(mask, *lengths, block=block)
 
 
@@ -172,10 +172,10 @@ def programs(problem: Problem) -> dict[str, Callable[[Heads, BlockMask | None], 
     """What each implementation runs."""
     interpret = problem.interpret
     known = {
-        "reference": (reference.forward, xla.BLOCKS, None),
-        "xla": (xla.forward, xla.BLOCKS, xla.flops),
+        "reference": (reference.forward, xla, None),
+        "xla": (xla.forward, xla, xla.flops),
     } | {
-        name: (partial(kernel.forward, interpret=interpret), kernel.BLOCKS, kernel.flops)
+        name: (partial(kernel.forward, interpret=interpret), kernel, kernel.flops)
         for name, kernel in KERNELS.items()
     }
     return {name: partial(_run, problem, *program) for name, program in known.items()}
@@ -184,19 +184,19 @@ def programs(problem: Problem) -> dict[str, Callable[[Heads, BlockMask | None], 
 def refusal(problem: Problem, heads: Heads, made: BlockMask | None, name: str) -> str | None:
     """Why a kernel cannot run these operands; None if it can."""
     kernel = KERNELS[name]
-    return kernel.refusal(problem.lists(made, heads, **kernel.BLOCKS), heads)
+    return kernel.refusal(problem.lists(made, heads, kernel), heads)
 
 
 def _run(
     problem: Problem,
     forward: Callable[..., Any],
-    sizes: dict[str, Any],
+    own: Any,
     flops: Callable[..., int] | None,
     heads: Heads,
     made: BlockMask | None,
 ) -> Any:
     """One program on its own blocks, marked with how much of its work is seen."""
-    mask = problem.lists(made, heads, **sizes)
+    mask = problem.lists(made, heads, own)
     forward = partial(forward, mask, problem.arithmetic)
     if flops is not None and mask.seen is not None and not heads.cut:
         lines = heads.q.shape[0] * heads.q.shape[1]
@@ -220,7 +220,7 @@ def _forward_and_save(problem: Problem, q: Array, k: Array, v: Array, integers: 
 def _backward(problem: Problem, saved: Any, gradients: Any) -> Any:
     q, k, v, (segments, by_row, made), out, lse = saved
     heads = Heads(q, k, v, segments, by_row=by_row)
-    mask = problem.lists(made, heads, **xla.BLOCKS)
+    mask = problem.lists(made, heads, xla)
     return *xla.backward(mask, problem.arithmetic, heads, out, lse, *gradients), None
 
 

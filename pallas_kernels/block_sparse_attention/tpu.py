@@ -22,9 +22,6 @@ from pallas_kernels.block_sparse_attention import online_softmax as softmax
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.tiling import pad_axis, round_up
 
-# Sides of the blocks that a rule is cut into; large ones keep the units of a core busy.
-BLOCKS: dict[str, Any] = {"smallest": 128, "largest": 512, "even": (512, 1024)}
-
 # Scalar memory of a TPU core holds 2^18 integers; the lists share it with the compiler's own.
 SCALARS = 3 << 16
 
@@ -40,6 +37,12 @@ TILE, TILE_BYTES = 8, 8 << 20
 SMALL, SMALL_TILES = 40.0, 1 << 14
 
 _LANES = 128
+
+
+def blocks(width: int) -> dict[str, Any]:
+    """What a rule is cut into, see `choose_block`, for heads `width` wide."""
+    # Large ones keep the units of a core busy.
+    return {"smallest": 128, "largest": 512, "even": (512, 1024)}
 
 
 def refusal(mask: BlockMask, heads: Heads) -> str | None:

@@ -29,11 +29,14 @@ from pallas_kernels.block_sparse_attention.steps import (
 )
 from pallas_kernels.tiling import pad_axis
 
-# Blocks that a rule is cut into: keys come in smaller ones than queries, so that fewer are cut.
-BLOCKS = {"smallest": 16, "largest": 256, "keys_in": 2, "worthwhile": 64}
-
 # Logits that are computed at once: 1 MiB of float32.
 LOGITS_AT_ONCE = 1 << 18
+
+
+def blocks(width: int) -> dict[str, Any]:
+    """What a rule is cut into, see `choose_block`, for heads `width` wide."""
+    # Keys come in smaller blocks than queries, so that fewer are cut.
+    return {"smallest": 16, "largest": 256, "keys_in": 2, "worthwhile": 64}
 
 
 Kind = tuple[tuple[int, ...], Any, float]  # an array of results: width, dtype, value without keys

@@ -288,6 +288,17 @@ def test_hopper(rule, queries, keys, block, options, capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
+def test_hopper_takes_any_scale():
+    operands = [x[:1] for x in heads(64, 130, query_heads=2, width=64, dtype=jnp.bfloat16)]
+    for scale in (-0.1, 0.0):
+        found, expected = (
+            attend(name, block_mask(Band(40), 64, 130, block=64), scale=scale)(*operands)[0]
+            for name in (HOPPER, "reference")
+        )
+        found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
+        chex.assert_trees_all_close(found, expected, **TOLERANCE[jnp.bfloat16])
+
+
 def test_hopper_with_lists_at_run_time():
     operands = [x[:1] for x in heads(190, 250, query_heads=2, width=64, dtype=jnp.bfloat16)]
     scores = jax.random.normal(jax.random.key(1), (1, 2, 3, 4))
@@ -365,6 +376,21 @@ def test_what_hopper_refuses(options, mask, message):
     by_row = jnp.ones((2, 4, 1), jnp.int32)
     with pytest.raises(NotImplementedError, match="its rules are the same in all rows"):
         block_sparse_attention(*operands, Band(3), by_row=by_row, implementation=HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kernel"),
+    [
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, "mosaic_gpu"),
+        ("NVIDIA GH200 480GB", jnp.bfloat16, "mosaic_gpu"),
+        ("NVIDIA H100 80GB HBM3", jnp.float32, "triton"),  # what Hopper's kernel refuses
+        ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, "triton"),
+    ],
+)
+def test_hopper_has_its_own_kernel(lower_for_gpu, kind, dtype, kernel):
+    x = jax.ShapeDtypeStruct((1, 128, 2, 64), dtype)
+    run = partial(block_sparse_attention, mask=Band(20))
+    assert kernel in lower_for_gpu(jax.jit(run), x, x, x, kind=kind)
 
 
 def test_hopper_refuses_other_gpus(monkeypatch):
