@@ -28,7 +28,7 @@ _STAGES = 2
 
 def blocks(width: int) -> dict[str, Any]:
     """What a rule is cut into, see `choose_block`, for heads `width` wide."""
-    return {"smallest": 64, "largest": 64}
+    return {"smallest": 64, "largest": 64, "even": (64, 128 if width <= 64 else 64)}
 
 
 def refusal(mask: BlockMask, heads: Heads) -> str | None:
@@ -147,6 +147,8 @@ def forward(
             lse_ref[...] = lse[:, 0]
 
     parts = 1 + mask.rest
+    # More warps share a block's products, and wait for each other in its softmax.
+    few = block_q * block_k <= 64 * 64 or max(_widths(heads)) <= 64
     out_shape = batch, shape[2], of_heads, heads.v.shape[-1]
     result = (
         jax.ShapeDtypeStruct(out_shape, jnp.dtype(arithmetic.out)),
@@ -165,9 +167,7 @@ def forward(
         ],
         out_specs=[(of_queries(heads.v), own_rows)] * parts,
         out_shape=[result] * parts,
-        compiler_params=plgpu.CompilerParams(
-            num_warps=4 if block_q * block_k <= 64 * 64 else 8, num_stages=_STAGES
-        ),
+        compiler_params=plgpu.CompilerParams(num_warps=4 if few else 8, num_stages=_STAGES),
         cost_estimate=softmax.cost(mask, heads, arithmetic.out),
         interpret=interpret,
     )(*lists, table, laid_out)

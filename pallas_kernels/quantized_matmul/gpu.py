@@ -26,7 +26,9 @@ from pallas_kernels.quantized_matmul import gpu_rows
 from pallas_kernels.quantized_matmul.xla import dot, whole_groups
 from pallas_kernels.tiling import pad_axis
 
-_INNER = 128  # rows of K in a step
+_INNER = 128  # rows of K in a step, at most
+_STAGES = 3
+_SHARED = 163 << 10  # bytes of shared memory of a program on an A100; an H100 has more
 _PROGRAMS = 512  # enough to keep the memory of a large GPU busy
 _MANY = 128  # rows for which transposing a matrix of int8 pays
 _BY_XLA = False  # whether XLA multiplies those
@@ -86,7 +88,7 @@ def packed_matmul(
     planes, scale, zero = _padded((planes, scale, zero), 1, columns)
     k, groups = x.shape[1], scale.shape[0]
     group_size = k // groups
-    inner = min(_INNER, group_size)
+    inner = _inner(rows, columns, group_size, planes, x.dtype)
     tiles = x.shape[0] // rows * (scale.shape[1] // columns)
     splits = _splits(k // inner, tiles) if m <= rows else 1
     out = _call(
@@ -184,7 +186,7 @@ def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret, **compil
         grid=grid,
         out_shape=out,
         compiler_params=plgpu.CompilerParams(
-            **{"num_warps": 8 if large else 4, "num_stages": 3} | compilation
+            **{"num_warps": 8 if large else 4, "num_stages": _STAGES} | compilation
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * programs * rows * columns * inner,
@@ -210,6 +212,18 @@ def _turned_tiles(m: int, n: int) -> tuple[int, int, int]:
     rows, columns, inner = _TURNED
     wide = n % columns == 0 and m * n >= _PROGRAMS * rows * columns
     return rows, columns if wide else min(columns, 128), inner
+
+
+def _inner(rows: int, columns: int, group_size: int, planes: Any, dtype: Any) -> int:
+    """Rows of K in a step, of one group, whose operands fit shared memory.
+
+    A stage holds x, and of every plane a word for each code; the codes as x's dtype come once.
+    """
+    inner, words = min(_INNER, group_size), planes[0].dtype.itemsize
+    of_x, of_words = dtype.itemsize * rows, words * len(planes) * columns
+    while inner > 32 and inner * (_STAGES * (of_x + of_words) + dtype.itemsize * columns) > _SHARED:
+        inner //= 2
+    return inner
 
 
 def _splits(steps: int, tiles: int) -> int:
