@@ -4,7 +4,7 @@ Packed words are read once for every code that they hold, by the row that holds 
 from the first-level cache, and each code then stands where the product wants it after one shift and
 mask. With few rows too few programs would ask for memory: K is then split over several, whose
 results in float32 are added afterwards. A product of very few rows has a kernel of its own, in
-`gpu_rows`.
+`gpu_rows`; for very many, and for float32, weights are unpacked once and multiplied by XLA.
 
 Tiles have powers of two. x is padded to whole tiles; so are K and N of weights that fill none
 (a copy: let N be a multiple of 64, and K of 128). Formulas and operands are those of
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.packing import as_words, plane_widths
+from pallas_kernels.packing import as_words, plane_widths, unpack_tile
 from pallas_kernels.quantized_matmul import gpu_rows
 from pallas_kernels.quantized_matmul.xla import dot, whole_groups
 from pallas_kernels.tiling import pad_axis
@@ -31,9 +31,8 @@ _STAGES = 3
 _SHARED = 163 << 10  # bytes of shared memory of a program on an A100; an H100 has more
 _PROGRAMS = 512  # enough to keep the memory of a large GPU busy
 _MANY = 128  # rows for which transposing a matrix of int8 pays
-_BY_XLA = False  # whether XLA multiplies those
-_TURNED = 128, 256, 128  # rows, columns and inner of their tiles
-_TURNED_WARPS, _TURNED_STAGES = 8, 3
+_TURNED = 128, 128, 128  # rows, columns and inner of their tiles: two programs share a processor
+_MANY_FLOATS = 512  # rows for which unpacking a whole matrix of bits pays
 _BOTH_MINOR = (((1,), (1,)), ((), ()))
 
 
@@ -45,28 +44,19 @@ def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> 
     """
     (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
     m, n = x_codes.shape[0], w_codes.shape[1]
-    if m >= _MANY and _BY_XLA:
-        w_codes = jax.lax.optimization_barrier(w_codes.T)  # or the product would take it back
-        product = jax.lax.dot_general(
-            x_codes, w_codes, _BOTH_MINOR, preferred_element_type=jnp.int32
-        )
-        if w_zero is not None:
-            product += sums * w_zero
-        return (product.astype(jnp.float32) * x_scale * w_scale).astype(out_dtype)
-    rows, columns, inner = tile = _turned_tiles(m, n) if m >= _MANY else (*_tiles(m, n), _INNER)
+    turned = m >= _MANY
+    rows, columns, inner = tile = _TURNED if turned else (*_tiles(m, n), _INNER)
     x_codes, w_codes = pad_axis(x_codes, 1, inner), pad_axis(w_codes, 0, inner)
     x_codes, x_scale, sums = _padded((x_codes, x_scale, sums), 0, rows)
     w_codes, w_scale, w_zero = _padded((w_codes, w_scale, w_zero), 1, columns)
-    turned = {"num_warps": _TURNED_WARPS, "num_stages": _TURNED_STAGES} if m >= _MANY else {}
     out = _call(
-        partial(_int8_kernel, tile=tile, turned=bool(turned)),
+        partial(_int8_kernel, tile=tile, turned=turned),
         "int8_matmul",
         (x_codes, w_codes.T if turned else w_codes, x_scale, w_scale, sums, w_zero),
         (rows, columns, x_codes.shape[1]),
         shape=(x_codes.shape[0], w_codes.shape[1]),
         out_dtype=out_dtype,
         interpret=interpret,
-        **turned,
     )
     return out[:m, :n]
 
@@ -82,8 +72,11 @@ def packed_matmul(
         return gpu_rows.packed_matmul(
             floats, codes, bits=bits, out_dtype=out_dtype, interpret=interpret
         )
-    rows, columns = _tiles(m, n)
     x, scale, zero = whole_groups(x, planes, scale, zero, bits=bits)
+    if m >= _MANY_FLOATS or x.dtype == jnp.float32:  # which tensor cores do not multiply
+        total = _by_floats(x, planes, scale, zero, bits=bits)
+        return (total if x_scale is None else total * x_scale).astype(out_dtype)
+    rows, columns = _tiles(m, n)
     x, x_scale = _padded((x, x_scale), 0, rows)
     planes, scale, zero = _padded((planes, scale, zero), 1, columns)
     k, groups = x.shape[1], scale.shape[0]
@@ -110,6 +103,19 @@ def packed_matmul(
         return out[0, :m, :n]
     out = jnp.sum(out, axis=0)
     return (out if x_scale is None else out * x_scale)[:m, :n].astype(out_dtype)
+
+
+def _by_floats(
+    x: jax.Array, planes: Any, scale: jax.Array, zero: jax.Array | None, *, bits: int
+) -> jax.Array:
+    """Every code as a number, in the dtype of floats x, and one product of XLA's."""
+    codes = unpack_tile(as_words(planes), bits).astype(jnp.float32)
+    codes = codes.reshape(scale.shape[0], -1, scale.shape[1])
+    if zero is not None:
+        codes += zero[:, None].astype(jnp.float32)
+    dtype = jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype
+    weights = (codes * scale[:, None].astype(jnp.float32)).astype(dtype)
+    return dot(x.astype(dtype), weights.reshape(x.shape[1], -1))
 
 
 def _int8_kernel(x, w, x_scale, w_scale, sums, zero, out, *, tile, turned):
@@ -173,7 +179,7 @@ def _unpack(words: Any, bits: int, row: jax.Array, columns: Any) -> jax.Array:
     return codes
 
 
-def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret, **compilation):
+def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret):
     rows, columns, inner = tile
     *splits, m, n = shape
     grid = m // rows, n // columns, *splits
@@ -185,9 +191,7 @@ def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret, **compil
         name=name,
         grid=grid,
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(
-            **{"num_warps": 8 if large else 4, "num_stages": _STAGES} | compilation
-        ),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if large else 4, num_stages=_STAGES),
         cost_estimate=pl.CostEstimate(
             flops=2 * programs * rows * columns * inner,
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((operands, out))),
@@ -205,13 +209,6 @@ def _tiles(m: int, n: int) -> tuple[int, int]:
     """Rows and columns of a program: at least 16 rows, as the tensor cores want."""
     rows = min(128, max(16, pl.next_power_of_2(m)))
     return rows, 64 if rows <= 32 or n <= 64 or n % 128 else 128
-
-
-def _turned_tiles(m: int, n: int) -> tuple[int, int, int]:
-    """Rows, columns and inner of tiles whose minor axis is K in both; wide if there are many."""
-    rows, columns, inner = _TURNED
-    wide = n % columns == 0 and m * n >= _PROGRAMS * rows * columns
-    return rows, columns if wide else min(columns, 128), inner
 
 
 def _inner(rows: int, columns: int, group_size: int, planes: Any, dtype: Any) -> int:

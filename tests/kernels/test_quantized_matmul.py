@@ -115,12 +115,21 @@ def test_int8_over_several_tiles(small_tiles):
         chex.assert_trees_all_equal(out, expected)
 
 
-@pytest.mark.parametrize(("programs", "by_xla"), [(512, False), (1, False), (512, True)])
-def test_many_rows_of_int8_on_a_gpu(programs, by_xla, monkeypatch):
-    monkeypatch.setattr(gpu, "_PROGRAMS", programs)  # wide tiles where there are more than these
-    monkeypatch.setattr(gpu, "_BY_XLA", by_xla)
+def test_many_rows_of_int8_on_a_gpu():
     outs, expected = run_all(int8_matmul, int8_operands(130, 200, 256), ("pallas_gpu",))
     chex.assert_trees_all_equal(outs["pallas_gpu"], expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(jnp.float32, 1e-6), (jnp.bfloat16, 8e-3), (jnp.int8, 3e-3)]
+)
+def test_many_rows_of_packed_weights_on_a_gpu(dtype, close, monkeypatch):
+    monkeypatch.setattr(gpu, "_MANY_FLOATS", 20)
+    for bits, k, group_size in ((4, 256, 64), (3, 200, 200)):
+        operands = packed_operands(20, k, 40, bits, group_size, dtype)
+        options = {"bits": bits, "group_size": group_size}
+        outs, expected = run_all(packed_matmul, operands, ("pallas_gpu",), **options)
+        assert relative(outs["pallas_gpu"], expected) < close
 
 
 def test_zero_points_are_added_to_codes():
@@ -412,7 +421,8 @@ def test_declared_cost_of_packed_products():
     assert counted("pallas_tpu").flops == 2 * 32 * 512 * 192
     assert counted("pallas_tpu").bytes_ == nbytes(weights) + 2 * 32 * (512 + 192)
     assert counted("pallas_gpu").flops == 2 * 16 * 512 * 192
-    assert counted("pallas_gpu").bytes_ == nbytes(weights) + 2 * 16 * (512 + 192)
+    of_parts = 4 * 2 * 16 * 192  # K is split over two programs, whose sums are float32
+    assert counted("pallas_gpu").bytes_ == nbytes(weights) + 2 * 16 * 512 + of_parts
 
 
 def test_declared_cost_of_int8_products():
@@ -500,4 +510,6 @@ def test_compiles_for_tpus(case, compile_for_tpu):
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_lowers_for_gpus(lower_for_gpu, case):
     function, operands = PRODUCTS[case]
-    assert "triton" in lower_for_gpu(jax.jit(function), *operands)
+    # So many rows that their weights are unpacked by XLA.
+    kernel = case != "W4A8, uneven"
+    assert ("triton" in lower_for_gpu(jax.jit(function), *operands)) == kernel
