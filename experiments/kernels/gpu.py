@@ -4,7 +4,7 @@
 
 Dense and block-sparse attention against cuDNN, torch and tokamax where these are
 installed; int8 against bfloat16 attention; decode attention and 4-bit products against a copy's
-bandwidth. bfloat16, 16 heads of 64. Programs alternate, times are the best of each. Results are
+bandwidth. bfloat16, 16 heads. Programs alternate, times are the best of each. Results are
 written after every part.
 """
 
@@ -49,9 +49,9 @@ Programs = dict[str, Callable[[], Any]]
 Row = dict[str, Any]
 
 
-def heads(tokens: int) -> tuple[jax.Array, ...]:
+def heads(tokens: int, width: int) -> tuple[jax.Array, ...]:
     keys = jax.random.split(jax.random.key(tokens), 3)
-    return tuple(jax.random.normal(k, (1, tokens, HEADS, WIDTH), jnp.bfloat16) for k in keys)
+    return tuple(jax.random.normal(k, (1, tokens, HEADS, width), jnp.bfloat16) for k in keys)
 
 
 def _first_line(reason: Exception) -> str:
@@ -186,9 +186,9 @@ def _example(shape: Any) -> jax.Array:
     return jax.random.normal(key, shape.shape, jnp.float32).astype(shape.dtype)
 
 
-def attention(tokens: int, repeats: int) -> list[Row]:
+def attention(tokens: int, width: int, repeats: int) -> list[Row]:
     """Dense and block-sparse attention against the fastest dense one."""
-    operands = heads(tokens)
+    operands = heads(tokens, width)
     programs = {f"dense, {name}": run for name, run in peers(operands).items()}
     densities = dict.fromkeys(programs, 1.0)
     calls: dict[str, tuple[Any, ...]] = {"dense, effjax": (dense_attention, *operands)}
@@ -242,27 +242,27 @@ def bandwidth(repeats: int, *, scale: int = 1) -> list[Row]:
     weights = jax.random.randint(jax.random.key(2), (inputs, outputs), -8, 8).astype(jnp.int8)
     # Four layers to a call, so that no cache holds them and starting a call counts little.
     layers = [jax.tree.map(jnp.copy, pack(weights, bits=4)) for _ in range(4)]
-    x = jax.random.normal(jax.random.key(3), (1, inputs), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(3), (8, inputs), jnp.bfloat16)
     group = jnp.ones((inputs // 128, outputs), jnp.bfloat16)
     dense = jnp.zeros((inputs, outputs), jnp.bfloat16)
 
     def of_layers(x: jax.Array, layers: Any, scale: jax.Array) -> list[jax.Array]:
         return [_w4a16(x, planes, scale) for planes in layers]
 
+    few = {"W4A16, one row": 1} | {f"W4A16, {rows} rows": rows for rows in (2, 4, 8)}
     programs = all_compiled(
         {
             "copy": (lambda x: x + 1, big),
             "decode attention": (decode_attention, q, cache, cache, lengths),
-            "W4A16, one row": (of_layers, x, layers, group),
-            "bfloat16 product, one row": (jnp.matmul, x, dense),
+            "bfloat16 product, one row": (jnp.matmul, x[:1], dense),
         }
+        | {name: (of_layers, x[:rows], layers, group) for name, rows in few.items()}
     )
     moved = {
         "copy": 2 * big.nbytes,
         "decode attention": 2 * cache.nbytes,
-        "W4A16, one row": len(layers) * (weights.size // 2 + group.nbytes),
         "bfloat16 product, one row": dense.nbytes,
-    }
+    } | dict.fromkeys(few, len(layers) * (weights.size // 2 + group.nbytes))
     seconds = best_seconds(programs, repeats, calls=20)
     copied = moved["copy"] / seconds["copy"]
     return [
@@ -323,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", default="4096,16384,65536")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--width", type=int, default=WIDTH, help="of attention's heads")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to run, of the default")
     parser.add_argument(
         "--scale", type=int, default=1, help="divides the sizes of the bandwidth part"
@@ -330,13 +331,15 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     tables: dict[str, list[Row]] = {}
 
+    device, command = jax.devices()[0], "python -m experiments.kernels.gpu"
+
     def add(table: str, rows: list[Row]) -> None:
         tables.setdefault(table, []).extend(rows)
         print(report.markdown(rows), flush=True)
         report.write(
-            f"kernels_{jax.devices()[0].platform}",
-            title=f"Kernels on {jax.devices()[0].device_kind}",
-            command=f"python -m experiments.kernels.gpu --tokens {arguments.tokens} "
+            f"kernels_{device.platform}",
+            title=f"Kernels on {device.device_kind}",
+            command=f"{command} --tokens {arguments.tokens} --width {arguments.width} "
             f"--repeats {arguments.repeats}",
             **tables,
         )
@@ -349,12 +352,19 @@ def main(argv: list[str] | None = None) -> None:
     if "memory" in parts:
         add("programs_bound_by_memory", bandwidth(arguments.repeats, scale=scale))
     for tokens in map(int, arguments.tokens.split(",")) if "attention" in parts else ():
-        add("attention", attention(tokens, arguments.repeats))
+        add("attention", attention(tokens, arguments.width, arguments.repeats))
+    failed = []
     if "check" in parts:
-        add("against_the_reference", check())
-    if failed := [
-        row["kernel"] for row in tables.get("against_the_reference", ()) if row["failed"]
-    ]:
+        rows = check()
+        print(report.markdown(rows), flush=True)
+        report.write(
+            f"kernels_{device.platform}_values",
+            title=f"Values of kernels on {device.device_kind}",
+            command=f"{command} --parts check",
+            against_the_reference=rows,
+        )
+        failed = [row["kernel"] for row in rows if row["failed"]]
+    if failed:
         raise SystemExit(f"these kernels fail: {', '.join(failed)}")
 
 
