@@ -8,7 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := $(wildcard constraints/python$(VERSION).txt)
 INSTALL := -m pip install --quiet $(CONSTRAINTS:%=--constraint %)
 
-.PHONY: demo demo-llm test lint aot docs constraints newest clean
+.PHONY: demo demo-llm test lint aot aot-gpu docs constraints newest clean
 
 demo: $(VENV)/.core
 	$(BIN)/effjax demo
@@ -29,6 +29,10 @@ lint: $(VENV)/.test
 aot: $(VENV)-tpu/.aot
 	$(VENV)-tpu/bin/python -c "import libtpu"
 	$(VENV)-tpu/bin/python -m pytest -q -n 2 -m aot_tpu tests
+
+# GPU programs compiled ahead of time, by JAX's CUDA plugin without CUDA's libraries.
+aot-gpu: $(VENV)-gpu/.aot
+	$(VENV)-gpu/bin/python -m experiments.kernels.gpu_compile
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m effjax.cli methods --markdown > docs/methods.md
@@ -72,12 +76,22 @@ $(VENV)-tpu/.aot: pyproject.toml $(CONSTRAINTS)
 	$(VENV)-tpu/bin/python $(INSTALL) --editable ".[test,tpu]"
 	touch $@
 
+$(VENV)-gpu/.aot: pyproject.toml $(CONSTRAINTS)
+	$(unconstrained)
+	$(PYTHON) -m venv $(VENV)-gpu
+	$(VENV)-gpu/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-gpu/bin/python $(INSTALL) --editable .
+	jax=$$($(VENV)-gpu/bin/python -c "import jax; print(jax.__version__)"); \
+	$(VENV)-gpu/bin/python -m pip install --quiet --no-deps jax-cuda13-pjrt==$$jax \
+	    jax-cuda13-plugin==$$jax nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.core
 	$(BIN)/python $(INSTALL) --editable ".[docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu .venv-newest demo dist .site
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-gpu .venv-newest demo dist .site
 
 define unconstrained
 $(if $(CONSTRAINTS),,@echo "no constraints for Python $(VERSION): installing the newest versions")

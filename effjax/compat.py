@@ -6,6 +6,7 @@ Everything version-dependent stands here, so that the rest of the library reads 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import re
 from collections.abc import Iterator
@@ -99,6 +100,9 @@ def without_compilation_cache() -> Iterator[None]:
 
 def load_executable(data: bytes, device: Any) -> Any:
     """What `executable.serialize()` gave, ready to run on one device."""
+    if device.platform == "gpu":  # brings the functions that Mosaic's kernels call
+        with contextlib.suppress(ImportError):
+            importlib.import_module("jax.experimental.mosaic.gpu")
     devices = jax.sharding.SingleDeviceSharding(device)._internal_device_list  # no public way
     return device.client.deserialize_executable(data, executable_devices=devices)
 

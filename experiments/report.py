@@ -7,6 +7,8 @@ Each experiment writes `experiments/results/<name>.json` with the command that m
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import platform
 from pathlib import Path
@@ -99,7 +101,8 @@ def peers() -> str:
             | {name: own.get(name, "") for name in columns}
             for (what, pair, aim), own in found.items()
         ]
-        text += [f"**{part}**", markdown(rows)]
+        told = inspect.getdoc(importlib.import_module(f"experiments.peers.{part}")) or ""
+        text += [f"**{part}**", told, markdown(rows)]
         text += [
             f"{name}: {own['machine']}, "
             + ", ".join(f"{package} {version}" for package, version in own["versions"].items())

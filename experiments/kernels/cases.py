@@ -101,7 +101,9 @@ def _coded_rings(
     return flat_decode_attention(q, k, v, lengths, **places, **scales, **options)
 
 
-def _int8_product(m: int, k: int, n: int) -> Case:
+def int8_product(m: int, k: int, n: int) -> Case:
+    """Codes [m, k] times codes [k, n], with scales and zero points."""
+
     def product(x: Any, w: Any, x_scale: Any, w_scale: Any, zero: Any, **options: Any) -> jax.Array:
         return int8_matmul(x, w, x_scale=x_scale, w_scale=w_scale, w_zero=zero, **options)
 
@@ -110,7 +112,9 @@ def _int8_product(m: int, k: int, n: int) -> Case:
     return product, (*codes, *scales)
 
 
-def _packed_product(m: int, k: int, n: int, bits: int, group: int, dtype: Any) -> Case:
+def packed_product(m: int, k: int, n: int, bits: int, group: int, dtype: Any) -> Case:
+    """Floats or codes [m, k] times packed weights [k, n] in groups, with zero points."""
+
     def product(x: Any, planes: Any, scale: Any, zero: Any, x_scale: Any, **options: Any):
         quantizer = {"bits": bits, "group_size": group, "scale": scale, "zero": zero}
         return packed_matmul(x, planes, x_scale=x_scale, **quantizer, **options)
@@ -216,11 +220,11 @@ DECODE: dict[str, Case] = {
 }
 
 PRODUCTS: dict[str, Case] = {
-    "W8A8, DiT-XL": _int8_product(4096, 1152, 4608),
-    "W8A8, uneven": _int8_product(1000, 200, 1000),
-    "W4A16 GEMV, Llama": _packed_product(1, 4096, 14336, 4, 128, _bf16),
-    "W3A16, 8 rows, Qwen": _packed_product(8, 3584, 18944, 3, 128, _bf16),
-    "W4A8, uneven": _packed_product(1000, 1152, 600, 4, 64, jnp.int8),
+    "W8A8, DiT-XL": int8_product(4096, 1152, 4608),
+    "W8A8, uneven": int8_product(1000, 200, 1000),
+    "W4A16 GEMV, Llama": packed_product(1, 4096, 14336, 4, 128, _bf16),
+    "W3A16, 8 rows, Qwen": packed_product(8, 3584, 18944, 3, 128, _bf16),
+    "W4A8, uneven": packed_product(1000, 1152, 600, 4, 64, jnp.int8),
 }
 
 CODES: dict[str, Case] = {

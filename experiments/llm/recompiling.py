@@ -3,9 +3,10 @@
     python -m experiments.llm.recompiling      (--quick: in a minute)
 
 Texts of random lengths go through the bundled language model, one after the other, in a process
-of their own for exact shapes (`buckets=None`, which compiles for every length) and for powers of
-two. Programs are all that XLA compiles meanwhile, small ones included; those of the network are
-counted beside them. Memory is the resident set: what it grows by after the first quarter of texts.
+of their own for powers of two, and in several for exact shapes (`buckets=None`, which compiles for
+every length): one process may not map the memory of so many programs. Programs are all that XLA
+compiles meanwhile, small ones included; those of the network are counted beside them. Memory is the
+resident set: what it grows by for a text after the first quarter of a process' texts.
 Batches of images go through the bundled DiT, warm calls in turns. JAX's cache on disk is off.
 Beside that, what XLA sets aside to score 4,096 tokens over the words of Qwen2.5.
 """
@@ -39,6 +40,7 @@ from experiments.kernels.timing import best_seconds
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 MODES: dict[str, Buckets] = {"exact": None, "powers of two": POWERS}
+EXACT_TEXTS = 25  # of one process
 
 
 class Programs:
@@ -63,17 +65,19 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def read_texts(mode: str, count: int, longest: int, most_new: int) -> dict[str, Any]:
-    """Continue texts of random tokens and lengths, each once."""
+def read_texts(mode: str, own: range, longest: int, most_new: int) -> dict[str, Any]:
+    """Continue texts of random tokens and lengths, each once: those of these numbers."""
     pipe = effjax.pipeline(WEIGHTS / "llama_texts", compute_dtype="float32", progress=False)
     limit = pipe.forward.config.max_length
     rng = np.random.default_rng(0)
     programs, made, memory = Programs(), [], []
     began = time.perf_counter()
-    for _ in range(count):
+    for number in range(own.stop):
         new = int(rng.integers(1, most_new + 1))
         length = min(int(rng.integers(1, longest + 1)), limit - new)
         prompt = rng.integers(3, pipe.forward.config.vocab_size, length)
+        if number not in own:
+            continue
         out = generate(pipe.forward, pipe.params, [prompt], max_new_tokens=new, buckets=MODES[mode])
         made.append(out.tokens[0].tolist())
         memory.append(resident())
@@ -83,34 +87,47 @@ def read_texts(mode: str, count: int, longest: int, most_new: int) -> dict[str, 
         "tokens": made,
         "row": {
             "shapes": mode,
-            "texts": count,
+            "texts": len(own),
             "programs": programs.new(),
             "of_the_network": network,
             "seconds": seconds,
-            "MiB_more_after_a_quarter": memory[-1] - memory[count // 4],
+            "MiB_more_a_text": (memory[-1] - memory[len(own) // 4]) / (len(own) * 3 / 4),
         },
     }
 
 
 def texts(count: int, longest: int, most_new: int) -> report.Rows:
-    """Both modes, each in its own process."""
+    """Both modes, in processes of their own."""
     found = {}
     for mode in MODES:
-        own = ["--child", mode, "--texts", str(count)]
-        own += ["--longest", str(longest), "--new", str(most_new)]
-        command = [sys.executable, "-m", "experiments.llm.recompiling", *own]
-        environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        found[mode] = json.loads(done.stdout.splitlines()[-1])
-        print(report.markdown([found[mode]["row"]]), flush=True)
+        each = EXACT_TEXTS if mode == "exact" else count
+        parts = [
+            _in_a_process(mode, range(first, min(first + each, count)), longest, most_new)
+            for first in range(0, count, each)
+        ]
+        row: dict[str, Any] = {"shapes": mode}
+        for name in ("texts", "programs", "of_the_network", "seconds"):
+            row[name] = sum(part["row"][name] for part in parts)
+        row["MiB_more_a_text"] = max(part["row"]["MiB_more_a_text"] for part in parts)
+        found[mode] = {"tokens": [made for part in parts for made in part["tokens"]], "row": row}
+        print(report.markdown([row]), flush=True)
     exact, rounded = found.values()
     equal = np.mean([a == b for a, b in zip(exact["tokens"], rounded["tokens"])])
     for each in found.values():
         each["row"]["seconds_of_exact"] = each["row"]["seconds"] / exact["row"]["seconds"]
         each["row"]["equal_texts"] = float(equal)
     return [exact["row"], rounded["row"]]
+
+
+def _in_a_process(mode: str, own: range, longest: int, most_new: int) -> dict[str, Any]:
+    options = ["--child", mode, "--first", str(own.start), "--texts", str(own.stop)]
+    options += ["--longest", str(longest), "--new", str(most_new)]
+    command = [sys.executable, "-m", "experiments.llm.recompiling", *options]
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def images(most: int, steps: int, repeats: int) -> tuple[report.Rows, report.Rows]:
@@ -209,10 +226,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     sizes = (given.texts, given.longest, given.new)
     if given.child:
-        print(json.dumps(read_texts(given.child, *sizes)))
+        own = range(given.first, given.texts)
+        print(json.dumps(read_texts(given.child, own, given.longest, given.new)))
         return
     if given.quick:
         sizes, given.images, given.steps, given.repeats = (4, 60, 4), 3, 2, 1

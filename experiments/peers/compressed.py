@@ -1,4 +1,9 @@
-"""The demo's programs against its dense one: DiTFastAttn, and W8A8 on top, on the tiny DiT."""
+"""The demo's programs against its dense one: DiTFastAttn, and W8A8 on top, on the tiny DiT.
+
+At 64 tokens and a width of 128 there is little to save: what layers keep is copied where strategies
+branch, and masks cut what XLA fuses of attention. W8A8 rotates the inputs of every layer; with
+`fold=True` q, k and v share one rotation, which this does not measure.
+"""
 
 from __future__ import annotations
 

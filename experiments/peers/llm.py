@@ -1,7 +1,8 @@
 """A model of Qwen2.5-0.5B's shape against transformers: reading prompts, making tokens.
 
 Reading gives the logits of the last token. Tokens are made greedily from a context of 128;
-transformers' model is called in a plain loop, without what its `generate` does around it.
+transformers' model is called in a plain loop, without what its `generate` does around it. Ratios of
+float32 go by the host: an aim of 0.6 was met on an AMD EPYC.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Products of one row and of many with a layer's matrix, as bfloat16 and as codes."""
+"""Products of one row and of many with a layer's matrix, as bfloat16 and as codes.
+
+One row of float32 runs at the pace of memory, and unpacking four bits at that of arithmetic. Slower
+yet were integer limbs of the row, products of groups in a batch, unrolled tiles, and loops of
+bfloat16. On a GPU these take what starting a call takes: see `experiments.kernels.gpu`.
+"""
 
 from __future__ import annotations
 

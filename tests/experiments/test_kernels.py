@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import report, tpu
-from experiments.kernels import attention_cpu, cases, gpu, tpu_bundles, tpu_table
+from experiments.kernels import attention_cpu, cases, gpu, gpu_compile, tpu_bundles, tpu_table
 from experiments.kernels.timing import best_seconds
 from pallas_kernels import use_implementation
 from pallas_kernels.quantized_attention import quantized_attention
@@ -58,6 +58,19 @@ def test_kernels_on_a_gpu_without_one(results, monkeypatch):
     [row] = tables["against_the_reference"]
     assert row["runs"] == "XLA"
     assert row["largest_difference_over_largest_value"] < 1e-5
+
+
+def test_gpus_that_are_not_there_need_a_compiler(monkeypatch):
+    assert "major: 8 minor: 0" in gpu_compile.description("a100")
+    with pytest.raises(SystemExit):
+        gpu_compile.main(["--gpus", "b100"])
+
+    def unknown(*_, platform, **__):
+        raise NotImplementedError(f"topology not implemented for {platform}")
+
+    monkeypatch.setattr(gpu_compile.topologies, "get_topology_desc", unknown)
+    with pytest.raises(SystemExit, match=r"is not installed \(.* cuda\): make aot-gpu"):
+        gpu_compile.main(["--gpus", "h100"])
 
 
 @pytest.mark.parametrize("name", cases.CASES)
