@@ -19,8 +19,8 @@ def results(monkeypatch, tmp_path):
     return lambda name: json.loads((tmp_path / f"{name}.json").read_text())["tables"]["rows"]
 
 
-def committed(name):
-    return json.loads((report.RESULTS / f"{name}.json").read_text())["tables"]["rows"]
+def committed(name, table="rows"):
+    return json.loads((report.RESULTS / f"{name}.json").read_text())["tables"][table]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,19 @@ def test_better_starts_and_training_rebuild_better():
         values = [rows[name][key] for name in order]
         assert values == sorted(values, reverse=True)
     assert rows["ASVD, trained"]["perplexity"] < rows["ASVD, trained, window of 1"]["perplexity"]
+
+
+def test_buckets_as_committed():
+    """Twelve programs for a hundred texts, with equal tokens, and in a tenth of the time."""
+    exact, rounded = committed("llm_recompiling", "texts")
+    assert (exact["texts"], rounded["texts"], rounded["equal_texts"]) == (100, 100, 1.0)
+    assert rounded["programs"] <= 12
+    assert rounded["seconds_of_exact"] <= 0.1
+    assert rounded["MiB_more_a_text"] < exact["MiB_more_a_text"] / 10
+    _, rounded = committed("llm_recompiling", "batches_of_images")
+    assert rounded["of_the_network"] <= 4
+    warm = committed("llm_recompiling", "warm_calls")
+    assert all(row["largest_difference"] < 1e-3 for row in warm)
 
 
 @pytest.mark.slow
