@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Versions: jax, jaxlib, jax-cuda13-plugin and jax-cuda13-pjrt 0.11.2; Python 3.11 or newer; on Linux
+# Versions: jax, jaxlib, jax-cuda13-plugin and jax-cuda13-pjrt 0.11.2; Python 3.12 or newer; on Linux
 #   for x86-64 without a GPU and without its driver. Downloads half a gigabyte.
 # Expected: compiling for a GPU takes a GPU; or, if a description of one will do, as the option
 #   target_config of topologies.get_topology_desc says, JAX names what is missing.
@@ -17,9 +17,9 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet 'jax==0.11.2' 'jaxlib==0.11.2'
-"$folder/venv/bin/pip" install --quiet --no-deps 'jax-cuda13-plugin==0.11.2' \
-    'jax-cuda13-pjrt==0.11.2' 'nvidia-cuda-nvcc==13.5.37' 'nvidia-nvvm==13.5.37' \
-    'nvidia-nvjitlink==13.5.37'
+export PIP_NO_DEPS=1  # neither cuDNN nor CUDA's other libraries
+"$folder/venv/bin/pip" install --quiet 'jax-cuda13-plugin==0.11.2' 'jax-cuda13-pjrt==0.11.2'
+"$folder/venv/bin/pip" install --quiet 'nvidia-cuda-nvcc==13.5.37' 'nvidia-nvvm==13.5.37' 'nvidia-nvjitlink==13.5.37'
 cat > "$folder/compile.py" <<'END'
 import sys
 

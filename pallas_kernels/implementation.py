@@ -152,17 +152,19 @@ def dispatch(
 def for_hopper() -> bool:
     """Whether the GPU that is traced for, as far as JAX knows one, is a Hopper.
 
-    Not if CUDA is 12.8.0 to 12.9.0, whose assembler gets masks wrong, as JAX's own kernel says.
+    Not under CUDA 12.8 and 12.9: JAX's own kernel says that their assembler gets masks wrong, but
+    for a version that CUDA's number does not tell from others.
     """
+    version = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
+    if 12080 <= version < 12091:
+        return False
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
     if device is not None:
         return re.search(r"\bG?H(20|100|200|800)\b", device.device_kind) is not None
     if jax.default_backend() != "gpu":
         return False
-    version = cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return capability == "9.0" and not 12080 <= version < 12091
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 def _for_one_platform(operation: str, program: Callable[..., PyTree]) -> Callable[..., PyTree]:

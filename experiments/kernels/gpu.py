@@ -42,6 +42,7 @@ TRITON: dict[str, Any] = {"implementation": "pallas_gpu"}  # where Mosaic's kern
 CORES = os.cpu_count() or 1
 RUNNING = threading.Lock()  # one program at a time has the device's memory
 WHOLE = 1 << 29  # logits that a reference may hold
+ALLOWED = 0.04  # of operands in bfloat16, some of which are rounded twice
 DIFFERENCE = "largest_difference_over_largest_value"
 RUNS = {"triton": "Triton", "mosaic_gpu": "Mosaic"}  # by what stands in a lowered program
 
@@ -154,7 +155,8 @@ def _compare(case: tuple[str, Callable[..., Any], Any]) -> Row:
         with RUNNING:
             operands = jax.jit(lambda: jax.tree.map(_example, shapes))()
             found, expected = jax.device_get((program(*operands), own(*operands)))
-        return row | {"compared_with": other, DIFFERENCE: _difference(found, expected)}
+        row |= {"compared_with": other, DIFFERENCE: _difference(found, expected)}
+        return row if row[DIFFERENCE] <= ALLOWED else row | {"failed": "other values"}
     except Exception as reason:  # what fails is told of all of them
         return row | {"failed": _first_line(reason)}
 
@@ -235,7 +237,8 @@ def bandwidth(repeats: int, *, scale: int = 1) -> list[Row]:
     """Programs that read much and compute little, against a copy."""
     big = jnp.zeros((1 << 28) // scale, jnp.float32)
     batch, tokens, width = 8, 32768 // scale, 128
-    cache = jax.random.normal(jax.random.key(0), (batch, tokens, 8, width), jnp.bfloat16)
+    shape = (batch, tokens, 8, width)
+    k, v = (jax.random.normal(jax.random.key(each), shape, jnp.bfloat16) for each in (0, 4))
     q = jax.random.normal(jax.random.key(1), (batch, 1, 32, width), jnp.bfloat16)
     lengths = jnp.full(batch, tokens, jnp.int32)
     inputs, outputs = 8192, 28672 // scale
@@ -249,20 +252,20 @@ def bandwidth(repeats: int, *, scale: int = 1) -> list[Row]:
     def of_layers(x: jax.Array, layers: Any, scale: jax.Array) -> list[jax.Array]:
         return [_w4a16(x, planes, scale) for planes in layers]
 
-    few = {"W4A16, one row": 1} | {f"W4A16, {rows} rows": rows for rows in (2, 4, 8)}
+    few = {f"W4A16, four layers, rows: {rows}": rows for rows in (1, 2, 4, 8)}
     programs = all_compiled(
         {
             "copy": (lambda x: x + 1, big),
-            "decode attention": (decode_attention, q, cache, cache, lengths),
+            "decode attention": (decode_attention, q, k, v, lengths),
             "bfloat16 product, one row": (jnp.matmul, x[:1], dense),
         }
         | {name: (of_layers, x[:rows], layers, group) for name, rows in few.items()}
     )
     moved = {
         "copy": 2 * big.nbytes,
-        "decode attention": 2 * cache.nbytes,
+        "decode attention": 2 * k.nbytes,
         "bfloat16 product, one row": dense.nbytes,
-    } | dict.fromkeys(few, len(layers) * (weights.size // 2 + group.nbytes))
+    } | dict.fromkeys(few, len(layers) * weights.size // 2 + group.nbytes)
     seconds = best_seconds(programs, repeats, calls=20)
     copied = moved["copy"] / seconds["copy"]
     return [
@@ -339,8 +342,9 @@ def main(argv: list[str] | None = None) -> None:
         report.write(
             f"kernels_{device.platform}",
             title=f"Kernels on {device.device_kind}",
-            command=f"{command} --tokens {arguments.tokens} --width {arguments.width} "
-            f"--repeats {arguments.repeats}",
+            command=" ".join(
+                [command, *(f"--{name} {value}" for name, value in vars(arguments).items())]
+            ),
             **tables,
         )
 

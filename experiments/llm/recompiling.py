@@ -82,6 +82,7 @@ def read_texts(mode: str, own: range, longest: int, most_new: int) -> dict[str, 
         made.append(out.tokens[0].tolist())
         memory.append(resident())
     seconds = time.perf_counter() - began
+    quarter = len(own) // 4
     network = sessions._read_first._cache_size() + decoding._decode._cache_size()
     return {
         "tokens": made,
@@ -91,7 +92,7 @@ def read_texts(mode: str, own: range, longest: int, most_new: int) -> dict[str, 
             "programs": programs.new(),
             "of_the_network": network,
             "seconds": seconds,
-            "MiB_more_a_text": (memory[-1] - memory[len(own) // 4]) / (len(own) * 3 / 4),
+            "MiB_more_a_text": (memory[-1] - memory[quarter]) / max(len(own) - 1 - quarter, 1),
         },
     }
 

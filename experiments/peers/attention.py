@@ -1,7 +1,7 @@
 """Dense attention of 16 heads of 64 against `jax.nn`'s, and on a CPU against torch's.
 
-`experiments.kernels.gpu` compares with torch on a GPU. The aim was set on an AMD EPYC, where XLA's
-products keep up with torch's; they do not on a Xeon that has units for matrices of bfloat16.
+`experiments.kernels.gpu` compares with torch on a GPU. What XLA's products are worth decides: they
+do not keep up with torch's on a Xeon that has units for matrices of bfloat16.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Reading gives the logits of the last token. Tokens are made greedily from a context of 128;
 transformers' model is called in a plain loop, without what its `generate` does around it. Ratios of
-float32 go by the host: an aim of 0.6 was met on an AMD EPYC.
+float32 go by the host, by what its memory is worth.
 """
 
 from __future__ import annotations

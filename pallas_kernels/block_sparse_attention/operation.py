@@ -150,7 +150,9 @@ class Problem(NamedTuple):
             assert mask is not None
             return mask
         lengths = heads.q.shape[2], heads.k.shape[2]
-        block = choose_block(mask, *lengths, **program.blocks(heads.q.shape[-1]))
+        block = choose_block(
+            mask, *lengths, **program.blocks(max(heads.q.shape[-1], heads.v.shape[-1]))
+        )
         return (with_rest if self.rest else block_mask)(mask, *lengths, block=block)
 
 

@@ -4,7 +4,7 @@ Packed words are read once for every code that they hold, by the row that holds 
 from the first-level cache, and each code then stands where the product wants it after one shift and
 mask. With few rows too few programs would ask for memory: K is then split over several, whose
 results in float32 are added afterwards. A product of very few rows has a kernel of its own, in
-`gpu_rows`; for very many, and for float32, weights are unpacked once and multiplied by XLA.
+`gpu_rows`; for very many of floats, and for float32, weights are unpacked once, and XLA multiplies.
 
 Tiles have powers of two. x is padded to whole tiles; so are K and N of weights that fill none
 (a copy: let N be a multiple of 64, and K of 128). Formulas and operands are those of
@@ -73,9 +73,9 @@ def packed_matmul(
             floats, codes, bits=bits, out_dtype=out_dtype, interpret=interpret
         )
     x, scale, zero = whole_groups(x, planes, scale, zero, bits=bits)
-    if m >= _MANY_FLOATS or x.dtype == jnp.float32:  # which tensor cores do not multiply
-        total = _by_floats(x, planes, scale, zero, bits=bits)
-        return (total if x_scale is None else total * x_scale).astype(out_dtype)
+    many = m >= _MANY_FLOATS and x.dtype != jnp.int8  # products of codes stay integer ones
+    if many or x.dtype == jnp.float32:  # which tensor cores do not multiply
+        return _by_floats(x, planes, scale, zero, bits=bits).astype(out_dtype)
     rows, columns = _tiles(m, n)
     x, x_scale = _padded((x, x_scale), 0, rows)
     planes, scale, zero = _padded((planes, scale, zero), 1, columns)
@@ -108,14 +108,13 @@ def packed_matmul(
 def _by_floats(
     x: jax.Array, planes: Any, scale: jax.Array, zero: jax.Array | None, *, bits: int
 ) -> jax.Array:
-    """Every code as a number, in the dtype of floats x, and one product of XLA's."""
+    """What every code stands for, rounded to x's dtype, and one product of XLA's."""
     codes = unpack_tile(as_words(planes), bits).astype(jnp.float32)
     codes = codes.reshape(scale.shape[0], -1, scale.shape[1])
     if zero is not None:
         codes += zero[:, None].astype(jnp.float32)
-    dtype = jnp.bfloat16 if x.dtype == jnp.int8 else x.dtype
-    weights = (codes * scale[:, None].astype(jnp.float32)).astype(dtype)
-    return dot(x.astype(dtype), weights.reshape(x.shape[1], -1))
+    weights = (codes * scale[:, None].astype(jnp.float32)).astype(x.dtype)
+    return dot(x, weights.reshape(x.shape[1], -1))
 
 
 def _int8_kernel(x, w, x_scale, w_scale, sums, zero, out, *, tile, turned):
