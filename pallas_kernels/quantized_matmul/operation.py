@@ -8,7 +8,9 @@ for all weights: W = s (q + z), with signed codes q and an integer z, absent whe
 symmetric. Unsigned codes u with W = s (u - z) are q = u - 2^(b-1) with zero point 2^(b-1) - z.
 
 The zero point never touches a weight: it comes in as z sum_k x_k, and group scales multiply the
-groups' products. Codes reach the products as they are, exact in int8 and in bfloat16.
+groups' products. Codes reach the products as they are, exact in int8 and in bfloat16. But for one
+case: on a GPU, float32 x of more than a few rows and other floats of 512 rows and more meet what
+codes stand for, a whole matrix of W in x's dtype, as tensor cores gain nothing from unpacking.
 
 Platforms: `reference` and `xla` everywhere, `pallas_tpu`, `pallas_gpu`. Kernels want N in whole
 tiles: a TPU kernel reads uneven edges in place, the GPU's pads a copy of the weights.
@@ -176,7 +178,7 @@ def packed_matmul(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Product with packed weights, unpacked tile by tile on their way into the product.
+    """Product with packed weights, unpacked tile by tile on their way into it (all at once: above).
 
     Args:
         x: float32 or bfloat16[..., K] (weight-only: W4A16, W3A16), or int8[..., K] codes (W4A8):
