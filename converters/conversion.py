@@ -67,7 +67,7 @@ def convert(
     a language model takes its tokenizer along. What `effjax.save` or a pipeline's `save` wrote is
     converted too, if it has no methods but in leaves that these layouts have.
 
-    Quantised layers keep their codes and are written as compressed-tensors; those with inputs in
+    Quantized layers keep their codes and are written as compressed-tensors; those with inputs in
     an order of their own, which it does not have, become floats, and a warning says so.
 
     Arguments are those of `from_pretrained` and `save_pretrained`, which this equals. `variant` is

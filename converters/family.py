@@ -43,7 +43,7 @@ class Family:
     def layout(self, names: Iterable[str]) -> str:
         """The layout whose table knows most of these tensor names."""
         names = list(names)
-        return max(self.tables, key=lambda layout: self.tables[layout].recognised(names))
+        return max(self.tables, key=lambda layout: self.tables[layout].recognized(names))
 
     def check_counts(self, config: Json, layout: str, names: Iterable[str]) -> None:
         """Refuse a config.json that counts more layers than the tensors of these names make.
@@ -95,7 +95,7 @@ def family_of_names(names: Iterable[str]) -> Family:
     names = list(names)
 
     def known(family: Family) -> int:
-        return family.tables[family.layout(names)].recognised(names)
+        return family.tables[family.layout(names)].recognized(names)
 
     best = max(families(), key=known)
     if 2 * known(best) <= len(names):

@@ -147,7 +147,7 @@ class Table:
         """Whether nothing needs the tensor of this name."""
         return any(_pattern(each).fullmatch(name) for each in self.ignored)
 
-    def recognised(self, names: Iterable[str]) -> int:
+    def recognized(self, names: Iterable[str]) -> int:
         """How many of these tensor names the table knows."""
         sources = [entry.source for entry in (*self.rules, *self.buffers)]
         known = [_pattern(source) for source in (*sources, *self.aliases)]

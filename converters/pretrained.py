@@ -57,8 +57,8 @@ def from_pretrained(
     """Load a model and its parameters from PyTorch weights.
 
     Tensors go one by one from the file to their place; the host never holds a second copy. torch
-    itself is needed for pickles only. Layers that the checkpoint holds quantised
-    (`converters.quantized`) become quantised leaves, with the file's own codes.
+    itself is needed for pickles only. Layers that the checkpoint holds quantized
+    (`converters.quantized`) become quantized leaves, with the file's own codes.
 
     Args:
         repo_or_dir: hub repository ("owner/name"), file in one ("owner/name/file.pt"), directory in
@@ -67,7 +67,7 @@ def from_pretrained(
         variant: which of several sets of weights in a folder, such as "fp16" for
             "model.fp16.safetensors".
         revision: branch, tag or commit of the repository.
-        dtype: float32, bfloat16 or float16 for all parameters; as stored if None. Quantised layers
+        dtype: float32, bfloat16 or float16 for all parameters; as stored if None. Quantized layers
             keep their codes.
         compute_dtype: of the computation; that of `dtype` if None, else that in which most
             parameters are stored.
@@ -83,7 +83,7 @@ def from_pretrained(
         The forward and its parameters.
 
     Raises:
-        ValueError: for what cannot be found, read, recognised or placed; everything that is wrong
+        ValueError: for what cannot be found, read, recognized or placed; everything that is wrong
             with the tensors is listed at once.
         ImportError: for a pickle, if torch is not installed.
     """
@@ -157,7 +157,7 @@ def save_pretrained(
 
     Args:
         forward: the unedited model.
-        params: its parameters: arrays of float32, bfloat16 or float16, and quantised leaves
+        params: its parameters: arrays of float32, bfloat16 or float16, and quantized leaves
             of 4 or 8 bits without mask and rotation, which are written as compressed-tensors.
         dst: directory to make; it appears when it is complete.
         max_shard_bytes: largest weight file.
@@ -183,7 +183,7 @@ def save_pretrained(
     ]
     if wrong:
         raise ValueError(
-            "these parameters are no arrays of float32, bfloat16 or float16 and no quantised "
+            "these parameters are no arrays of float32, bfloat16 or float16 and no quantized "
             "leaves (use effjax.save for other compressed ones):\n  " + "\n  ".join(wrong)
         )
     return write_model(
@@ -276,7 +276,7 @@ def _bytes(leaf: Leaf) -> int:
 
 
 def _place(value: np.ndarray | QTensor, placement: Sharding | QTensor | None) -> Any:
-    """Put an array, or all of a quantised leaf, where it belongs."""
+    """Put an array, or all of a quantized leaf, where it belongs."""
     if isinstance(placement, QTensor):
         return jax.tree.map(place, value, placement)
     return jax.tree.map(functools.partial(place, sharding=placement), value)
@@ -287,7 +287,7 @@ def _placements(
 ) -> dict[str, Sharding | QTensor | None]:
     """A sharding for every parameter; those that do not fit are all named.
 
-    One that cuts a quantised layer's matrix says where each of its parts goes.
+    One that cuts a quantized layer's matrix says where each of its parts goes.
     """
     if sharding is None:
         return dict.fromkeys(leaves)

@@ -1,6 +1,6 @@
 """What the `quantization_config` of a config.json says of layers, read and written.
 
-GPTQ, AWQ and torchao have one scheme for the layers that they quantised, which rules of GPTQModel
+GPTQ, AWQ and torchao have one scheme for the layers that they quantized, which rules of GPTQModel
 change; compressed-tensors has groups of layers, by name or class, and is what is written. Options
 that are not known to be harmless are errors, all named at once.
 """
@@ -63,7 +63,7 @@ class Quantization:
         return next((scheme for targets, scheme in self.groups if "Linear" in targets), None)
 
     def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Layer]:
-        """The quantised layers that a checkpoint holds, by name; all others are floats.
+        """The quantized layers that a checkpoint holds, by name; all others are floats.
 
         Raises:
             ValueError: for layers that are floats by the configuration.
@@ -79,7 +79,7 @@ class Quantization:
         unknown = sorted(layer for layer, scheme in schemes.items() if scheme is None)
         if unknown:
             raise ValueError(
-                f"the file holds codes of {unknown}, which no group or rule of {KEY} quantises"
+                f"the file holds codes of {unknown}, which no group or rule of {KEY} quantizes"
             )
         layers = {}
         for layer, scheme in schemes.items():
@@ -111,7 +111,7 @@ def read_config(config: Any) -> Quantization:
         way = _ELSEWHERE.get(str(method), "convert it to floats with the library that made it")
         raise ValueError(
             f"{KEY} has quant_method={method!r}, which is not read ({', '.join(readers)} are): "
-            f"{way}, or quantise the original model with {_MAKERS}"
+            f"{way}, or quantize the original model with {_MAKERS}"
         )
     wrong: list[str] = []
     read = readers[method](config, wrong)
@@ -298,7 +298,7 @@ def _group_scheme(group: Json, kind: Any, wrong: list[str]) -> Scheme:
     if str(kind) in _FLOAT_FORMATS:
         wrong.append(
             f"format={kind!r} ({_FLOAT_FORMATS[kind]} is not read: load it with transformers' "
-            f"CompressedTensorsConfig(dequantize=True) {_SAVE}, or quantise the original model "
+            f"CompressedTensorsConfig(dequantize=True) {_SAVE}, or quantize the original model "
             f"with {_MAKERS})"
         )
         kind = "pack-quantized"

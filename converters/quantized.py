@@ -1,4 +1,4 @@
-"""Quantised layers in checkpoints of other libraries: GPTQ, AWQ, compressed-tensors, torchao.
+"""Quantized layers in checkpoints of other libraries: GPTQ, AWQ, compressed-tensors, torchao.
 
 A linear layer `b` holds several tensors `b.<name>` in the place of `b.weight` [O, I]. They say
 
@@ -110,7 +110,7 @@ FORMATS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How one layer is quantised.
+    """How one layer is quantized.
 
     Attributes:
         format: in `FORMATS`.
@@ -319,11 +319,11 @@ def _leaf(shape: Shape, scheme: Scheme, ordered: bool) -> QTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A quantised layer of a checkpoint.
+    """A quantized layer of a checkpoint.
 
     Attributes:
         name: of the layer.
-        scheme: how it is quantised.
+        scheme: how it is quantized.
         tensors: what the checkpoint holds of it, by their names in the format.
     """
 

@@ -1,4 +1,4 @@
-"""Quantised leaves as compressed-tensors has them, and those that it has not."""
+"""Quantized leaves as compressed-tensors has them, and those that it has not."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def without_orders(
 
 
 def schemes(binding: Binding, leaves: Mapping[str, Any]) -> dict[str, Scheme]:
-    """How the quantised leaves among parameters are written, by the source they are written as.
+    """How the quantized leaves among parameters are written, by the source they are written as.
 
     Args:
         binding: of the table that is written.
@@ -64,14 +64,14 @@ def schemes(binding: Binding, leaves: Mapping[str, Any]) -> dict[str, Scheme]:
         if not any(isinstance(leaf, QTensor) for leaf in held):
             continue
         if pieces[0].layout is not LAYOUTS["linear"]:
-            problems[pieces[0].target] = "quantised, which only linear layers can be"
+            problems[pieces[0].target] = "quantized, which only linear layers can be"
         kinds = {
             _scheme(leaf, len(held) == 1) if isinstance(leaf, QTensor) else None for leaf in held
         }
         if len(kinds) > 1:
             for piece in pieces:
                 problems.setdefault(
-                    piece.target, f"is a part of {source}, and quantised in another way than others"
+                    piece.target, f"is a part of {source}, and quantized in another way than others"
                 )
             continue
         scheme = _scheme(held[0], len(held) == 1)
@@ -83,7 +83,7 @@ def schemes(binding: Binding, leaves: Mapping[str, Any]) -> dict[str, Scheme]:
         listed = "\n  ".join(f"{name}: {fault}" for name, fault in sorted(problems.items()))
         raise ValueError(
             f"compressed-tensors cannot hold these leaves ({len(problems)} problems); use "
-            f"effjax.save, or quantise them otherwise:\n  {listed}"
+            f"effjax.save, or quantize them otherwise:\n  {listed}"
         )
     return found
 

@@ -31,12 +31,12 @@ class Weights:
     """Parameters by path, read from a checkpoint one at a time.
 
     Attributes:
-        family, layout: what the checkpoint was recognised as.
+        family, layout: what the checkpoint was recognized as.
         forward: the model, without parameters.
         leaves: shapes and dtypes of the parameters as they are read, by path; a `QTensor` of them
-            for a quantised layer.
+            for a quantized layer.
         tensors: of the checkpoint, by name.
-        layers: those that are quantised, by the name of the tensor in whose place they stand.
+        layers: those that are quantized, by the name of the tensor in whose place they stand.
         inspection: what casts parameters, and collects their bad values.
     """
 
@@ -70,7 +70,7 @@ def open_weights(
     compute_dtype: DTypeLike | None = None,
     check_finite: bool = False,
 ) -> Weights:
-    """Recognise a checkpoint and check that it holds one model, completely.
+    """Recognize a checkpoint and check that it holds one model, completely.
 
     Args:
         path: weight file or index; a config.json beside it is read, if there is one.
@@ -118,7 +118,7 @@ def open_weights(
 
 
 def _quantization(path: Path) -> Quantization | None:
-    """What the config.json beside a weight file says of quantised layers, if there are any."""
+    """What the config.json beside a weight file says of quantized layers, if there are any."""
     config_path = path.with_name("config.json")
     config = read_json(config_path) if config_path.is_file() else {}
     if not config.get(quantization_config.KEY):
@@ -166,18 +166,18 @@ def _problems(
     tensors: Mapping[str, Tensor],
     layers: Mapping[str, Layer],
 ) -> list[tuple[str, str]]:
-    """What keeps these tensors and quantised layers from being the model's: (name, fault)."""
+    """What keeps these tensors and quantized layers from being the model's: (name, fault)."""
     expected = binding.source_shapes(shapes)
     buffers = {buffer.source: buffer for buffer in table.buffers}
     problems = []
     for name, shape in expected.items():
         if name in layers:
             if name in tensors:
-                problems.append((name, "stands beside the tensors of a quantised layer"))
+                problems.append((name, "stands beside the tensors of a quantized layer"))
             if binding.sources[name][0].layout is LAYOUTS["linear"]:
                 problems += layers[name].problems(shape)
             else:
-                problems.append((name, "quantised, which only linear layers can be"))
+                problems.append((name, "quantized, which only linear layers can be"))
             continue
         if name not in tensors:
             problems.append((name, f"missing, must be {list(shape)}"))

@@ -27,7 +27,7 @@ _EXAMPLES = """examples:
   effjax demo                                       the whole story on the bundled model
   effjax info facebook/DiT-XL-2-512                 what a checkpoint is
   effjax search MODEL SMALLER --threshold 0.1       search a plan, save the compressed pipeline
-  effjax quantize MODEL SMALLER --bits w4a8 --method vidit_q   quantise, save the pipeline
+  effjax quantize MODEL SMALLER --bits w4a8 --method vidit_q   quantize, save the pipeline
   effjax sample SMALLER --labels 207,360 -o images  generate images
   effjax generate MODEL --prompt "Once upon"        continue texts with a language model
   effjax compress MODEL SMALLER --method snap_kv --set ratio=0.5   give it a smaller cache
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "--lengths", type=_lengths, default="256,512,704", help="of moa; the last one validates"
     )
 
-    quantize = add("quantize", _quantize, "quantise weights and inputs, save the pipeline")
+    quantize = add("quantize", _quantize, "quantize weights and inputs, save the pipeline")
     _pipeline_arguments(quantize)
     quantize.add_argument("destination", type=Path, help="directory of the compressed pipeline")
     quantize.add_argument("--method", default="vidit_q", help="see `effjax methods`")
@@ -362,7 +362,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
     chosen = method(arguments.method)
     uniform = getattr(sys.modules[chosen.transform.__module__], "uniform", None)
     if "leaves" not in chosen.seams or uniform is None:
-        raise ValueError(f"{chosen.name} does not quantise; see `effjax methods`")
+        raise ValueError(f"{chosen.name} does not quantize; see `effjax methods`")
     storage.check_destination(arguments.destination)
     bits = re.fullmatch(r"w(\d+)(?:a(\d+))?", arguments.bits.lower())
     if bits:

@@ -111,7 +111,7 @@ def search(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) ->
 def quantize(
     pipe: TextPipeline, method: Method, plan: Plan, arguments: argparse.Namespace
 ) -> Figures:
-    """Quantise weights, calibrated on texts."""
+    """Quantize weights, calibrated on texts."""
     learned = ()
     if method.calibrate is not None:
         source = world(pipe, arguments.texts, arguments.tokens)

@@ -84,7 +84,7 @@ def use_compilation_cache(folder: Path) -> None:
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """Compile anew: on CPUs, what comes out of the persistent cache cannot be serialised again."""
+    """Compile anew: on CPUs, what comes out of the persistent cache cannot be serialized again."""
     from jax.experimental.compilation_cache import compilation_cache
 
     name = "jax_enable_compilation_cache"

@@ -233,7 +233,7 @@ class State(nnx.Variable):
         """Return the value, which must have this shape and dtype.
 
         Raises:
-            ValueError: if the state was not initialised, or has another shape or dtype.
+            ValueError: if the state was not initialized, or has another shape or dtype.
         """
         if self.empty:
             self._check_creating()
@@ -290,7 +290,7 @@ def switch(
     shapes and dtypes. Pass only the codes that can occur: fewer branches, less to compile.
 
     Args:
-        index: int or int32[]; a traced index that is no key of `branches` takes a neighbouring one.
+        index: int or int32[]; a traced index that is no key of `branches` takes a neighboring one.
         branches: code -> function of (module, *operands).
         module: the module that the branches call; it may hold state.
         operands: trees of arrays.

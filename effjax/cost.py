@@ -182,7 +182,7 @@ def array_bytes(array: Any) -> int:
 
 
 def weight_bytes(params: PyTree) -> int:
-    """Logical bytes of all leaves of a tree of parameters (arrays, shapes, quantised leaves)."""
+    """Logical bytes of all leaves of a tree of parameters (arrays, shapes, quantized leaves)."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return sum(
         leaf.logical_bytes if isinstance(leaf, QTensor) else array_bytes(leaf) for leaf in leaves

@@ -5,7 +5,7 @@
     executables.save("dit-fast", calls)  # dit-fast/executables/cpu-...
     pipe = effjax.pipeline("dit-fast", executables=True)  # in another process
 
-A file is what XLA serialises: machine code, which runs with the rights of the process that loads
+A file is what XLA serializes: machine code, which runs with the rights of the process that loads
 it. So nothing is loaded unless it is asked for. What stands around it is JSON, and no pickle.
 
 An executable is used for calls that it was made for: of the same program with equal static values

@@ -358,6 +358,6 @@ def nest_params(flat: Mapping[str, Any]) -> Params:
 
 
 def parameter_count(params: Params) -> int:
-    """Number of parameters (elements) of a tree of arrays, shapes or quantised leaves."""
+    """Number of parameters (elements) of a tree of arrays, shapes or quantized leaves."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -2,9 +2,9 @@
 
 `recipe.json` lists methods with their plans. Loading runs these transforms on the *shapes* of the
 base model's parameters; what comes out is the template that the tensors must fill. Leaves that were
-quantised before the first method (`converters.from_pretrained`) are described in `recipe.json` too.
+quantized before the first method (`converters.from_pretrained`) are described in `recipe.json` too.
 
-Codes of quantised leaves stand in the file as streams of bits (`effjax.quant.disk`); the metadata
+Codes of quantized leaves stand in the file as streams of bits (`effjax.quant.disk`); the metadata
 of the file says {"bits": b, "shape": [I, O]} under the tensor's name.
 """
 
@@ -133,7 +133,7 @@ def load(
     Args:
         path: the directory.
         dtype: float32, bfloat16 or float16 for all parameters that are floats; as saved if None.
-            Quantised leaves keep their codes, and what belongs to them.
+            Quantized leaves keep their codes, and what belongs to them.
         compute_dtype: of the computation; that of `dtype` if None, else as saved.
         sharding: where to put the parameters; the default device if None.
         progress: show a bar for what takes longer than a second.
@@ -170,7 +170,7 @@ def load(
 
 
 def named_arrays(params: Params) -> dict[str, Any]:
-    """Arrays by name as they are stored, those within a quantised leaf too.
+    """Arrays by name as they are stored, those within a quantized leaf too.
 
     A leaf's codes are one `Codes` (`blocks.0.mlp.fc1.kernel.qvalue`).
     """
@@ -179,7 +179,7 @@ def named_arrays(params: Params) -> dict[str, Any]:
 
 
 def _plain(params: Params) -> set[str]:
-    """Names of the arrays that are no part of a quantised leaf."""
+    """Names of the arrays that are no part of a quantized leaf."""
     return {name for name, leaf in flatten_params(params).items() if not isinstance(leaf, QTensor)}
 
 
@@ -282,7 +282,7 @@ class Recipe(Checked):
 
     Attributes:
         steps: methods, in the order in which they were applied.
-        leaves: descriptions of leaves that were quantised before the first of them, by path.
+        leaves: descriptions of leaves that were quantized before the first of them, by path.
     """
 
     steps: tuple[Step, ...]
@@ -296,7 +296,7 @@ def _replay(
 
     Args:
         base, recipe: what to apply, and to what.
-        imported: descriptions of the leaves that are quantised before, by path.
+        imported: descriptions of the leaves that are quantized before, by path.
 
     Raises:
         ValueError: for descriptions of leaves that the model lacks, or of none.
@@ -314,7 +314,7 @@ def _replay(
 
 
 def _imported(template: Params, params: Params) -> dict[str, dict[str, Any]]:
-    """Descriptions of the quantised leaves that stand where the recipe leaves an array, by path."""
+    """Descriptions of the quantized leaves that stand where the recipe leaves an array, by path."""
     expected, given = flatten_params(template), flatten_params(params)
     return {
         path: leaf.to_dict()

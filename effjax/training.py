@@ -72,7 +72,7 @@ def train(
         raise ValueError(f"training takes 1 or more steps, got {steps}")
     if checkpoints is not None and Path(checkpoints).exists() and not Path(checkpoints).is_dir():
         raise ValueError(f"{checkpoints} is no folder: checkpoints need one, or the name of a new")
-    carry = {"params": params, "average": params, "optimiser": transform.init(params)}
+    carry = {"params": params, "average": params, "optimizer": transform.init(params)}
     log: dict = {"runs": [], "loss": {}, "seconds": 0.0}
     start, manager = 0, None
     if checkpoints is not None:
@@ -121,10 +121,10 @@ def _step(loss: Loss, transform: optax.GradientTransformation) -> Callable:
         params, own = carry["params"], jax.random.fold_in(key, number)
         value, gradients = jax.value_and_grad(loss)(params, batch, own, *constants)
         with relaxed_promotion():
-            updates, state = transform.update(gradients, carry["optimiser"], params)
+            updates, state = transform.update(gradients, carry["optimizer"], params)
             params = optax.apply_updates(params, updates)
             decay = jnp.minimum(0.999, (1 + number) / (10 + number))
             average = optax.incremental_update(params, carry["average"], 1 - decay)
-        return {"params": params, "average": average, "optimiser": state}, value
+        return {"params": params, "average": average, "optimizer": state}, value
 
     return step

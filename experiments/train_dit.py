@@ -1,4 +1,4 @@
-"""Train the bundled tiny DiT on class-labelled glyphs, by flow matching.
+"""Train the bundled tiny DiT on class-labeled glyphs, by flow matching.
 
     python -m experiments.train_dit --checkpoints DIR
 
@@ -65,7 +65,7 @@ def train(
         lambda start: glyphs.batches(seed, batch, start=start),
         steps=steps,
         key=jax.random.key(seed),
-        transform=training.optimiser(steps, learning_rate),
+        transform=training.optimizer(steps, learning_rate),
         checkpoints=checkpoints,
     )
     return forward, trained.average, trained.log

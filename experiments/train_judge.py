@@ -54,7 +54,7 @@ def train(seed: int, steps: int, *, size: int = 128, rate: float = 2e-3) -> Judg
     """Train on `glyphs.FONTS` and `glyphs.JUDGE_FONTS`, `size` images a step; print the loss."""
     graphdef, params = nnx.split(Judge(rngs=nnx.Rngs(seed)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps)
-    optimiser = optax.adamw(schedule, weight_decay=0.02)
+    optimizer = optax.adamw(schedule, weight_decay=0.02)
 
     def loss_of(params: nnx.State, images: Array, labels: Array) -> Array:
         logits = nnx.merge(graphdef, params)(images)
@@ -64,13 +64,13 @@ def train(seed: int, steps: int, *, size: int = 128, rate: float = 2e-3) -> Judg
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: nnx.State, state: optax.OptState, images: Array, labels: Array):
         loss, gradient = jax.value_and_grad(loss_of)(params, images, labels)
-        updates, state = optimiser.update(gradient, state, params)
+        updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss
 
     rng = np.random.default_rng([seed, 0, 1])  # another stream than any batch has
     data = glyphs.batches(seed, size, fonts=glyphs.FONTS + glyphs.JUDGE_FONTS)
     with relaxed_promotion():
-        state = optimiser.init(params)
+        state = optimizer.init(params)
         for index, (images, labels) in zip(range(1, steps + 1), data, strict=False):
             params, state, loss = step(params, state, augment(rng, images), labels)
             if index % 100 == 0 or index == steps:

@@ -155,7 +155,7 @@ def train(
         lambda start: batches(world, seed=seed, steps=steps, start=start),
         steps=steps,
         key=jax.random.key(seed),
-        transform=training.optimiser(steps, learning_rate, hold=0.5),
+        transform=training.optimizer(steps, learning_rate, hold=0.5),
         checkpoints=checkpoints,
     )
     return forward, trained.average, trained.log

@@ -2,7 +2,7 @@
 
     python -m experiments.train_pixart --checkpoints DIR
 
-The blocks start from those of the bundled class-conditional DiT. One combination of class, colour
+The blocks start from those of the bundled class-conditional DiT. One combination of class, color
 and place in eight is never trained on; the judge reads those back. Checkpoints are orbax; a second
 run resumes.
 """
@@ -61,7 +61,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, in lower case as PixArt reads captions."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    words = " ".join((*glyphs.COLOURS, *glyphs.PLACES, *glyphs.CLASSES, "a at the")).lower().split()
+    words = " ".join((*glyphs.COLORS, *glyphs.PLACES, *glyphs.CLASSES, "a at the")).lower().split()
     vocabulary = ["<pad>", "</s>", "<unk>", *dict.fromkeys(words)]
     inner = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
@@ -163,7 +163,7 @@ def train(
         batches,
         steps=steps,
         key=jax.random.key(seed),
-        transform=training.optimiser(steps, learning_rate),
+        transform=training.optimizer(steps, learning_rate),
         checkpoints=checkpoints,
     )
     average = trained.average
@@ -259,9 +259,9 @@ def evaluate(path: Path, *, images: int, steps: int, guidance: float, seed: int)
 
 
 def passes(figures: dict[str, Any]) -> bool:
-    """The gate: letters, colours and places of unseen captions are right."""
+    """The gate: letters, colors and places of unseen captions are right."""
     aligned = figures["alignment"]
-    return aligned["class"] >= 0.8 and aligned["colour"] >= 0.95 and aligned["place"] >= 0.9
+    return aligned["class"] >= 0.8 and aligned["color"] >= 0.95 and aligned["place"] >= 0.9
 
 
 def main(argv: list[str] | None = None) -> int:

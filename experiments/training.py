@@ -27,7 +27,7 @@ from effjax.forward import Params
 from effjax.storage import write_json
 
 
-def optimiser(
+def optimizer(
     steps: int, learning_rate: float, *, hold: float = 0.0
 ) -> optax.GradientTransformation:
     """AdamW with clipped gradients: a short warm-up, level for a share `hold`, cosine decay."""

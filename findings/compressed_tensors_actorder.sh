@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Versions: compressed-tensors 0.18.0 writes, 0.20.0 reads; torch 2.13.0; Python 3.11 or newer.
-# Expected: a quantisation config that one version writes is read by a later one, as the checkpoints
+# Expected: a quantization config that one version writes is read by a later one, as the checkpoints
 #   that it describes stay what they are.
-# Behaviour: the description of a layer whose inputs have an order of their own ("group"), as GPTQ
+# Behavior: the description of a layer whose inputs have an order of their own ("group"), as GPTQ
 #   makes it, is refused from 0.19.0 on; 0.18.0 announces that.
 # Output seen:
 #   0.18.0 wrote "actorder": "group"

@@ -2,7 +2,7 @@
 # Versions: compressed-tensors 0.20.0, torch 2.13.0; Python 3.11 or newer.
 # Expected: symmetric codes of b bits divide the largest magnitude of a token by 2^(b-1) - 1, so that
 #   it is the largest code and comes back as it was.
-# Behaviour: it is divided by (2^b - 1) / 2, that is 127.5 for 8 bits and 7.5 for 4; the largest value,
+# Behavior: it is divided by (2^b - 1) / 2, that is 127.5 for 8 bits and 7.5 for 4; the largest value,
 #   whichever its sign, comes back smaller by 0.4 % and 6.7 %.
 # Output seen:
 #   8 bits: 1 / scale 127.50, 1 -> 0.9961, -1 -> -0.9961

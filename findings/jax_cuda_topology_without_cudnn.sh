@@ -3,7 +3,7 @@
 #   for x86-64 without a GPU and without its driver. Downloads half a gigabyte.
 # Expected: compiling for a GPU takes a GPU; or, if a description of one will do, as the option
 #   target_config of topologies.get_topology_desc says, JAX names what is missing.
-# Behaviour: with the plugin and an assembler alone, JAX says that topologies are not implemented for
+# Behavior: with the plugin and an assembler alone, JAX says that topologies are not implemented for
 #   cuda, as if the plugin were none. What is missing is cuDNN, which only a check at the start wants:
 #   with JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 the same call compiles for an H100, without CUDA's
 #   libraries, driver or GPU, if it is given a topology ("1x1x1") beside the description.

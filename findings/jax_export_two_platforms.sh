@@ -2,7 +2,7 @@
 # Versions: jax 0.10.2 and jaxlib 0.10.2, the same in 0.12.0.1; Python 3.11 or newer.
 # Expected: lax.platform_dependent keeps a Pallas kernel for TPU apart from plain code for CPU, so
 #   the function is exported for ["cpu", "tpu"], as it is for each of the two alone.
-# Behaviour: for both at once the kernel's branch is lowered for the CPU too, and the export fails
+# Behavior: for both at once the kernel's branch is lowered for the CPU too, and the export fails
 #   with a message about a CPU kernel that the function does not have.
 # Output seen:
 #   ['cpu'] exported

@@ -3,7 +3,7 @@
 #   TPU; Python 3.11 or newer.
 # Expected: a product of int8 matrices that XLA compiles for a TPU v4 also compiles in a Pallas kernel,
 #   as it does for a v5e.
-# Behaviour: for a v4 the kernel's compiler refuses the type; the same product outside of a kernel
+# Behavior: for a v4 the kernel's compiler refuses the type; the same product outside of a kernel
 #   compiles.
 # Output seen:
 #   v5e XLA: compiled

@@ -3,7 +3,7 @@
 #   products of bfloat16 (avx512_bf16 or amx_bf16 among its flags).
 # Expected: one row times a matrix of bfloat16 needs no more memory than eight rows, whether or not the
 #   matrix is given transposed.
-# Behaviour: eight rows take 0.1 MiB beside their operands, one row a copy of the whole matrix in
+# Behavior: eight rows take 0.1 MiB beside their operands, one row a copy of the whole matrix in
 #   float32 (and 2 to 5 times as long as eight); eight rows times the transposed matrix copy it too.
 # Output seen:
 #   8 rows x [1024, 4096]: no copy

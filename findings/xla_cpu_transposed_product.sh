@@ -3,7 +3,7 @@
 #   products of bfloat16 (avx512_bf16 or amx_bf16 among its flags).
 # Expected: a product of bfloat16 that is summed in float32 (preferred_element_type) can be
 #   transposed like any other array.
-# Behaviour: it compiles, and fails when it runs: the transposition is folded into the product, and
+# Behavior: it compiles, and fails when it runs: the transposition is folded into the product, and
 #   the form that comes out is one that the CPU has no program for. Rounded to bfloat16 first, or kept
 #   as it is, it runs.
 # Output seen:

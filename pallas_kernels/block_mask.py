@@ -378,15 +378,15 @@ def top_blocks(
 
 
 def tile_map(grid: tuple[int, ...], tile: tuple[int, ...], reach: tuple[int, ...]) -> np.ndarray:
-    """Neighbourhoods of tiles, for tokens that stand in the order of tiles: bool[M, M].
+    """Neighborhoods of tiles, for tokens that stand in the order of tiles: bool[M, M].
 
     A tile of queries sees the tiles that lie at most `reach` tiles away along every axis; near an
-    edge the neighbourhood is moved inwards, so that every tile sees equally many.
+    edge the neighborhood is moved inwards, so that every tile sees equally many.
 
     Args:
         grid: tokens along every axis, such as (frames, rows, columns).
         tile: tokens of a tile along every axis; their product is the block.
-        reach: neighbouring tiles to each side along every axis.
+        reach: neighboring tiles to each side along every axis.
 
     Raises:
         ValueError: if the tiles do not divide the grid, or for a size or reach that is too small.

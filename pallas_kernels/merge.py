@@ -24,7 +24,7 @@ def merge(
     """Merge partial attention results over disjoint sets of keys.
 
     Args:
-        outputs: the parts' normalised outputs, float[..., D] each: a sequence, or one array with
+        outputs: the parts' normalized outputs, float[..., D] each: a sequence, or one array with
             the parts along its first axis.
         log_sum_exps: the parts' log-sum-exps of the scaled scores (natural logarithm), float[...]
             each; -inf for a part without keys, whose output must then be finite and is ignored.

@@ -55,10 +55,10 @@ def quantized_attention(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Any:
-    """Attention of every query to the keys that a mask lets it see, on quantised operands.
+    """Attention of every query to the keys that a mask lets it see, on quantized operands.
 
-    Operands come in floats and are quantised here. Gradients are those of attention without
-    quantisation (straight through).
+    Operands come in floats and are quantized here. Gradients are those of attention without
+    quantization (straight through).
 
     Args:
         q: [B, S, H, D], float32, bfloat16 or float16.
@@ -113,7 +113,7 @@ def quantized_attention(
 
 
 class _Codes(NamedTuple):
-    """The options of `quantized_attention` that say how operands are quantised; static."""
+    """The options of `quantized_attention` that say how operands are quantized; static."""
 
     bits: int
     values: str | None

@@ -187,7 +187,7 @@ def test_methods(capsys):
         (("sample", "FOLDER", "--labels", '"a, b",c'), "no class 'a, b'"),
         (("sample", "FOLDER", "--labels", "a", "--negative-prompt", "b"), "conditioned on classes"),
         (("quantize", "FOLDER", "new", "--group-size", "8"), "leave out --group-size"),
-        (("quantize", "FOLDER", "new", "--method", "dit_fast_attn"), "does not quantise"),
+        (("quantize", "FOLDER", "new", "--method", "dit_fast_attn"), "does not quantize"),
         (("demo", "--steps", "1"), "at least 2 steps"),
         (("info", "FOLDER", "--variant", "fp99"), "no component of"),
         (("sample", "FOLDER", "--labels", ","), "no class ''"),

@@ -78,7 +78,7 @@ def site(tmp_path_factory):
 
 
 def test_the_site_builds_and_its_links_lead_somewhere(site):
-    assert (site / "quantisation" / "index.html").is_file()
+    assert (site / "quantization" / "index.html").is_file()
 
 
 def public_names():

@@ -195,7 +195,7 @@ def test_a_damaged_executable_is_not_run(changed, work):
 
 
 def test_what_is_in_the_compilation_cache_is_saved_whole(tmp_path):
-    """A CPU's executable that came out of the cache lacks parts once it is serialised again."""
+    """A CPU's executable that came out of the cache lacks parts once it is serialized again."""
     program = Program(lambda x: jnp.sin(x).sum(axis=0)[1:] * jnp.cumsum(x[0, :-1]), name="waves")
     x = jnp.ones((8, 8))
     before = jax.config.jax_compilation_cache_dir

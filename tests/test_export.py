@@ -39,7 +39,7 @@ def compressed(subject):
 
 
 def round_trip(exported):
-    pytest.importorskip("flatbuffers", reason="serialised exports need flatbuffers")
+    pytest.importorskip("flatbuffers", reason="serialized exports need flatbuffers")
     return export.deserialize(exported.serialize())
 
 

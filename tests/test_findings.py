@@ -21,7 +21,7 @@ def test_the_form_of_a_finding(script):
     text = script.read_text()
     header, code = re.match(r"#!/usr/bin/env bash\n((?:#[^\n]*\n)+)(.*)", text, re.DOTALL).groups()
     parts = re.findall(r"^# (\w[\w ]*):", header, flags=re.MULTILINE)
-    assert parts == ["Versions", "Expected", "Behaviour", "Output seen"]
+    assert parts == ["Versions", "Expected", "Behavior", "Output seen"]
     assert os.access(script, os.X_OK)
     assert code.startswith(
         "set -euo pipefail\nfolder=$(mktemp -d)\ntrap 'rm -rf \"$folder\"' EXIT\n"

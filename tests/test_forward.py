@@ -174,7 +174,7 @@ def test_static_and_traced_steps_agree(step):
         edited.at(-1)
 
 
-def test_state_is_initialised_for_every_branch_and_flows():
+def test_state_is_initialized_for_every_branch_and_flows():
     forward, params, x = toy()
     edited = forward.edit(MemoryEdit("blocks.0"))
     state = edited.init(params, x)

@@ -202,7 +202,7 @@ def test_negative_prompts(text_pipe):
 
 def test_threads_share_the_remembered_captions(text_pipe):
     shared = dataclasses.replace(text_pipe)
-    words = [f"a {colour} {name}" for colour in ("red", "blue", "green") for name in "ABCDEFGH7"]
+    words = [f"a {color} {name}" for color in ("red", "blue", "green") for name in "ABCDEFGH7"]
     alone = {word: text_pipe.encode([word]) for word in words}
     object.__setattr__(shared, "_captions", Recent(3))  # so that they are dropped all the time
     errors = []

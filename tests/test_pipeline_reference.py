@@ -53,14 +53,14 @@ def test_the_distance_is_that_to_the_true_source(capsys, source, tmp_path):
 
     source.rename(tmp_path / "moved")
     figures = bench(capsys, *asked)  # its own codes, as floats
-    assert figures["reference"]["kind"] == "dequantised"
+    assert figures["reference"]["kind"] == "dequantized"
     assert f"{source} cannot be loaded" in figures["reference"]["reason"]
-    assert figures["psnr_to_dequantised"] > truth + 20
+    assert figures["psnr_to_dequantized"] > truth + 20
     assert not {"dense", "psnr_to_dense"} & set(figures)
     options = ("--batch", "1", "--repeats", "1")
     assert main(["bench", *map(str, asked), *options]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("against dequantised weights")
+    assert told.startswith("against dequantized weights")
     assert "dense" not in told
 
     figures = bench(capsys, *asked, "--reference", tmp_path / "moved")
@@ -82,7 +82,7 @@ def test_edits_leave_the_weights_as_they_are(source):
     assert found.pair[0] == pipe.forward
     chex.assert_trees_all_equal(found.pair[1], pipe.params)
     unknown = reference(dataclasses.replace(pipe.transform(CODES), origin=None))
-    assert unknown.kind == "dequantised"
+    assert unknown.kind == "dequantized"
     assert "give the model as reference" in unknown.reason
 
 
@@ -104,7 +104,7 @@ def test_language_models_are_compared_with_their_source(tmp_path):
     chex.assert_trees_all_equal(found.pair[1], pipe.params)
     shutil.rmtree(tmp_path / "source")
     lost = reference(again)
-    assert lost.kind == "dequantised"
+    assert lost.kind == "dequantized"
     assert lost.pair[0] == pipe.forward
 
 

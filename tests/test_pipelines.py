@@ -131,7 +131,7 @@ def test_dtype_of_parameters_and_computation(folder, tmp_path):
 
 
 def test_dtypes_of_saved_pipelines(pipe, tmp_path):
-    """As saved, or as asked for; quantised leaves keep their codes and scales."""
+    """As saved, or as asked for; quantized leaves keep their codes and scales."""
     transform = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
     half = dataclasses.replace(
         pipe, params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), pipe.params)

@@ -234,17 +234,17 @@ def test_scores_and_perplexity(pipe):
 
 
 def test_compressed_pipelines_are_saved(pipe, tmp_path):
-    quantised = pipe.transform(
+    quantized = pipe.transform(
         round_to_nearest.transform(round_to_nearest.uniform(8, 16)),
         snap_kv.transform(snap_kv.SnapKVPlan(capacity=4, window=2)),
     )
-    quantised.save(tmp_path / "small")
+    quantized.save(tmp_path / "small")
     again = effjax.pipeline(tmp_path / "small")
-    assert again.forward == quantised.forward
-    chex.assert_trees_all_equal(again.params, quantised.params)
-    assert again.settings == quantised.settings
+    assert again.forward == quantized.forward
+    chex.assert_trees_all_equal(again.params, quantized.params)
+    assert again.settings == quantized.settings
     prompt = "a b c d e f g"
-    assert again(prompt) == quantised(prompt)
+    assert again(prompt) == quantized(prompt)
 
 
 def settings_of(directory, tmp_path, generation, **config):

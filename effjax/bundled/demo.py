@@ -113,8 +113,8 @@ def compressed(
     largest = vidit_q.calibrate(
         codes, *dense, sampler, jnp.asarray(labels_for(8)), key=jax.random.fold_in(key, 2)
     )
-    quantised = vidit_q.transform(codes, largest)(*fast)
-    return {"dense": dense, "compressed": fast, "quantised": quantised}, plan, search_seconds
+    quantized = vidit_q.transform(codes, largest)(*fast)
+    return {"dense": dense, "compressed": fast, "quantized": quantized}, plan, search_seconds
 
 
 def run(
@@ -161,7 +161,7 @@ def run(
             "judge_accuracy": judge.accuracy(reader, pictures[name], labels),
             "frechet": judge.frechet(judge.features(reader, pictures[name]), real_features),
         }
-    for name in ("compressed", "quantised"):
+    for name in ("compressed", "quantized"):
         pair = (jnp.asarray(pictures[each]) for each in ("dense", name))
         report[name]["psnr"] = float(metrics.psnr(*pair))
     report |= {
@@ -197,7 +197,7 @@ def table(report: dict[str, Any]) -> str:
         ("judge accuracy, %", "judge_accuracy", 0.01, ".1f"),
         ("Frechet distance to real", "frechet", 1, ".2f"),
     ]
-    dense, *others = (report[name] for name in ("dense", "compressed", "quantised"))
+    dense, *others = (report[name] for name in ("dense", "compressed", "quantized"))
     lines = [f"{'':30}{ROWS[0]:>10}{ROWS[1]:>12}{'ratio':>7}{ROWS[2]:>12}{'ratio':>7}"]
     for title, field, unit, form in rows:
         line = f"{title:30}{dense[field] / unit:>10{form}}"
@@ -257,7 +257,7 @@ STRATEGIES = {
     Strategy.WARS_ASC: ("#e07a5f", "the same on the conditional half, used for both halves"),
     Strategy.AST: ("#f2e9de", "the last output again"),
 }
-"""Colour and meaning of a plan's strategies."""
+"""Color and meaning of a plan's strategies."""
 
 
 def draw_plan(plan: DiTFastAttnPlan, path: Path) -> None:
@@ -267,13 +267,13 @@ def draw_plan(plan: DiTFastAttnPlan, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = [STRATEGIES[strategy][0] for strategy in Strategy]
+    colors = [STRATEGIES[strategy][0] for strategy in Strategy]
     size = (max(6.0, 1.5 + 0.32 * plan.calls), 2.3 + 0.32 * plan.layers)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     norm = BoundaryNorm(np.arange(len(Strategy) + 1) - 0.5, len(Strategy))
-    axes.imshow(np.array(plan.codes), cmap=ListedColormap(colours), norm=norm, aspect="auto")
+    axes.imshow(np.array(plan.codes), cmap=ListedColormap(colors), norm=norm, aspect="auto")
     axes.set_title("What attention does, by layer and network call", fontsize="medium")
     axes.set_xlabel("network call")
     axes.set_ylabel("layer")
@@ -283,8 +283,8 @@ def draw_plan(plan: DiTFastAttnPlan, path: Path) -> None:
         for edge in range(1, edges):
             mark(edge - 0.5, color="white", linewidth=0.8)
     handles = [
-        Patch(facecolor=colour, edgecolor="#33415c", label=f"{strategy.name}: {meaning}")
-        for strategy, (colour, meaning) in STRATEGIES.items()
+        Patch(facecolor=color, edgecolor="#33415c", label=f"{strategy.name}: {meaning}")
+        for strategy, (color, meaning) in STRATEGIES.items()
     ]
     figure.legend(handles=handles, loc="outside lower left", frameon=False)
     figure.savefig(path, dpi=100)

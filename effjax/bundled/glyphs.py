@@ -1,4 +1,4 @@
-"""A procedural world of glyphs: unlimited, free of licences, and identical from a seed.
+"""A procedural world of glyphs: unlimited, free of licenses, and identical from a seed.
 
 Everything is rendered from the TrueType fonts that ship inside matplotlib. Pixels are float32 in
 [-1, 1], black (-1) being the ground, and images are NHWC. All randomness comes from the
@@ -42,12 +42,12 @@ JUDGE_FONTS = (
 HELD_OUT_FONTS = ("cmr10", "cmb10", "cmss10", "cmtt10")
 """Another family, Computer Modern: never trained on, it tells whether the judge can read."""
 
-COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
+COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 RGB = np.array(
     [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], np.float32
-)  # [colour, channel]
+)  # [color, channel]
 _QUARTER = SIDE // 2
 _SUPERSAMPLING = 8
 
@@ -68,7 +68,7 @@ def font_file(font: str) -> Path:
 
 @lru_cache
 def _atlas(fonts: tuple[str, ...], cap_height: int, box: int, jitter: int) -> np.ndarray:
-    """Ink in [0, 1] of every glyph, centred: [font, class, box + 2 * jitter, box + 2 * jitter].
+    """Ink in [0, 1] of every glyph, centered: [font, class, box + 2 * jitter, box + 2 * jitter].
 
     One font has one size, so that `0` and `O` differ by width. Glyphs are drawn large and averaged
     down, which leaves little to the hinting of one FreeType version; the few that are wider than
@@ -111,7 +111,7 @@ def _stamps(
 def batch(
     rng: np.random.Generator, size: int, fonts: tuple[str, ...] = FONTS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `size` class-labelled glyphs, white on black, centred up to a jitter of two pixels.
+    """Draw `size` class-labeled glyphs, white on black, centered up to a jitter of two pixels.
 
     Returns images float32 [B, 32, 32, 1] in [-1, 1] and labels int32 [B], indices into `CLASSES`.
     """
@@ -131,30 +131,30 @@ def batches(
 
 @dataclass(frozen=True)
 class Things:
-    """Glyphs with colour and place: int32 indices [N] into `CLASSES`, `COLOURS` and `PLACES`."""
+    """Glyphs with color and place: int32 indices [N] into `CLASSES`, `COLORS` and `PLACES`."""
 
     labels: np.ndarray
-    colours: np.ndarray
+    colors: np.ndarray
     places: np.ndarray
 
     @property
     def held_out(self) -> np.ndarray:
         """True, bool [N], for the eighth of all combinations that no model is trained on.
 
-        Every class, colour and place occurs in both parts.
+        Every class, color and place occurs in both parts.
         """
-        return (self.labels + 3 * self.colours + self.places) % 8 == 0
+        return (self.labels + 3 * self.colors + self.places) % 8 == 0
 
     def names(self) -> list[tuple[str, str, str]]:
-        """Spell each thing out as (class, colour, place)."""
-        indices = zip(self.labels, self.colours, self.places, strict=True)
+        """Spell each thing out as (class, color, place)."""
+        indices = zip(self.labels, self.colors, self.places, strict=True)
         return [
-            (CLASSES[label], COLOURS[colour], PLACES[place]) for label, colour, place in indices
+            (CLASSES[label], COLORS[color], PLACES[place]) for label, color, place in indices
         ]
 
     def captions(self) -> list[str]:
         """Say what each thing is, such as `a red A at the top left`."""
-        return [f"a {colour} {name} at the {place}" for name, colour, place in self.names()]
+        return [f"a {color} {name} at the {place}" for name, color, place in self.names()]
 
 
 def captioned(
@@ -164,7 +164,7 @@ def captioned(
     fonts: tuple[str, ...] = FONTS,
     held_out: bool | None = None,
 ) -> tuple[np.ndarray, list[str], Things]:
-    """Draw `size` images of one small coloured glyph in one quarter of a black image.
+    """Draw `size` images of one small colored glyph in one quarter of a black image.
 
     Args:
         held_out: only combinations that are `Things.held_out`, or only the others; all if None.
@@ -172,11 +172,11 @@ def captioned(
     Returns images float32 [B, 32, 32, 3], captions such as `a red A at the top left`, and what they
     say as `Things` with one entry per image.
     """
-    labels, colours, places = np.indices((len(CLASSES), len(COLOURS), len(PLACES))).reshape(3, -1)
-    every = Things(*(x.astype(np.int32) for x in (labels, colours, places)))
+    labels, colors, places = np.indices((len(CLASSES), len(COLORS), len(PLACES))).reshape(3, -1)
+    every = Things(*(x.astype(np.int32) for x in (labels, colors, places)))
     allowed = np.full(labels.shape, True) if held_out is None else every.held_out == held_out
     chosen = rng.choice(np.flatnonzero(allowed), size=size)
-    things = Things(every.labels[chosen], every.colours[chosen], every.places[chosen])
+    things = Things(every.labels[chosen], every.colors[chosen], every.places[chosen])
     return _paint(rng, things, np.arange(size), size, fonts), things.captions(), things
 
 
@@ -196,7 +196,7 @@ def question(
     """Draw one image of one to four things, and ask about it.
 
     Returns the image float32 [32, 32, 3], the question and its answer, both in lower case but for
-    the capitals they speak of. Things differ in class, colour and place, so answers are unique.
+    the capitals they speak of. Things differ in class, color and place, so answers are unique.
     """
     things = _still_life(rng)
     one_image = np.zeros_like(things.places)
@@ -207,13 +207,13 @@ def text(rng: np.random.Generator, length: int) -> str:
     """Write `length` ASCII characters: lines that describe a scene, ask about it and answer.
 
     Every answer follows from its own line, such as
-    `a red A is at the top left. a blue 7 is at the bottom left. what colour is the 7? blue.`
+    `a red A is at the top left. a blue 7 is at the bottom left. what color is the 7? blue.`
     """
     written = ""
     while len(written) < length:
         things = _still_life(rng)
-        for name, colour, place in things.names():
-            written += f"a {colour} {name} is at the {place}. "
+        for name, color, place in things.names():
+            written += f"a {color} {name} is at the {place}. "
         asked, answer = _ask(rng, things)
         written += f"{asked} {answer}.\n"
     return written[:length]
@@ -297,33 +297,33 @@ def _paint(
     ink = _stamps(rng, _small_atlas(fonts), things.labels, jitter=1)
     quarters = np.full((images, 2, _QUARTER, 2, _QUARTER, 3), -1, np.float32)
     row, column = np.divmod(things.places, 2)
-    quarters[image, row, :, column] = 2 * ink[..., None] * RGB[things.colours][:, None, None] - 1
+    quarters[image, row, :, column] = 2 * ink[..., None] * RGB[things.colors][:, None, None] - 1
     return quarters.reshape(images, SIDE, SIDE, 3)
 
 
 def _still_life(rng: np.random.Generator) -> Things:
-    """Choose one to four things that share no class, no colour and no place."""
+    """Choose one to four things that share no class, no color and no place."""
     count = rng.integers(1, len(PLACES) + 1)
-    pools = (CLASSES, COLOURS, PLACES)
+    pools = (CLASSES, COLORS, PLACES)
     return Things(*(rng.permutation(len(pool))[:count].astype(np.int32) for pool in pools))
 
 
 def _ask(rng: np.random.Generator, things: Things) -> tuple[str, str]:
     """Ask one of five kinds of question about `things`; returns question and answer."""
     names = things.names()
-    name, colour, place = names[rng.integers(len(names))]
+    name, color, place = names[rng.integers(len(names))]
     match rng.integers(5):
         case 0:
             place = PLACES[rng.integers(len(PLACES))]
-            found = [f"a {colour} {name}" for name, colour, where in names if where == place]
+            found = [f"a {color} {name}" for name, color, where in names if where == place]
             return f"what is at the {place}?", found[0] if found else "nothing"
         case 1:
-            return f"what colour is the {name}?", colour
+            return f"what color is the {name}?", color
         case 2:
             return f"where is the {name}?", f"at the {place}"
         case 3:
             return "how many glyphs are there?", str(len(names))
         case _:
-            colour = COLOURS[rng.integers(len(COLOURS))]
-            there = colour in [shown for _, shown, _ in names]
-            return f"is there a {colour} glyph?", "yes" if there else "no"
+            color = COLORS[rng.integers(len(COLORS))]
+            there = color in [shown for _, shown, _ in names]
+            return f"is there a {color} glyph?", "yes" if there else "no"

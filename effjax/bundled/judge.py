@@ -106,7 +106,7 @@ def accuracy(judge: Judge, images: np.ndarray | Array, labels: np.ndarray | Arra
 def read_scenes(judge: Judge, images: np.ndarray | Array) -> glyphs.Things:
     """The thing that each of the images [N, 32, 32, 3] shows, as `glyphs.captioned` draws them.
 
-    The place is the quarter with most light, the colour that nearest to the light's direction
+    The place is the quarter with most light, the color that nearest to the light's direction
     there, and the class is what the judge reads in that quarter, enlarged to twice its size.
     """
     images = np.asarray(images, np.float32)
@@ -127,11 +127,11 @@ def read_scenes(judge: Judge, images: np.ndarray | Array) -> glyphs.Things:
 
 
 def alignment(judge: Judge, images: np.ndarray | Array, asked: glyphs.Things) -> dict[str, float]:
-    """The part of images [N, 32, 32, 3] that show what was asked: class, colour, place, and all."""
+    """The part of images [N, 32, 32, 3] that show what was asked: class, color, place, and all."""
     seen = read_scenes(judge, images)
     right = {
         "class": seen.labels == asked.labels,
-        "colour": seen.colours == asked.colours,
+        "color": seen.colors == asked.colors,
         "place": seen.places == asked.places,
     }
     right["all"] = np.logical_and.reduce(list(right.values()))
@@ -169,15 +169,15 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
             "0 <= correct <= total, total > 0 and 0 < confidence < 1 are needed"
         )
     z, seen = NormalDist().inv_cdf((1 + confidence) / 2), correct / total
-    centre = seen + z * z / (2 * total)
+    center = seen + z * z / (2 * total)
     spread = z * math.sqrt(seen * (1 - seen) / total + (z / (2 * total)) ** 2)
     scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
 def _covariance(samples: np.ndarray) -> np.ndarray:
-    centred = samples - samples.mean(0)
-    return centred.T @ centred / (len(samples) - 1)
+    centered = samples - samples.mean(0)
+    return centered.T @ centered / (len(samples) - 1)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

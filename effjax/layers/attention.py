@@ -188,7 +188,7 @@ class CausalCore(nnx.Module):
 
 
 class CausalAttention(Projections):
-    """Self-attention of a decoder: rotary positions, grouped keys, optionally normalised heads.
+    """Self-attention of a decoder: rotary positions, grouped keys, optionally normalized heads.
 
     Args:
         rotary, window: see `CausalCore`.

@@ -20,7 +20,7 @@ def convolve(
     stride: int,
     padding: Padding,
 ) -> Float[Array, "B Y X O"]:
-    """Correlate an image with a weight leaf, an array or quantised, in the image's dtype."""
+    """Correlate an image with a weight leaf, an array or quantized, in the image's dtype."""
     if isinstance(weight, QTensor):
         return qconv(x, weight, stride=stride, padding=padding)
     return jax.lax.conv_general_dilated(

@@ -12,7 +12,7 @@ from pallas_kernels.float_matmul import matmul, matmul_transposed
 
 
 def dot(x: Float[Array, "*B I"], weight: Float[Array, "I O"] | QTensor) -> Float[Array, "*B O"]:
-    """Multiply activations by a weight leaf, an array or quantised, in the activations' dtype."""
+    """Multiply activations by a weight leaf, an array or quantized, in the activations' dtype."""
     if isinstance(weight, QTensor):
         return qdot(x, weight)
     return matmul(x, weight.astype(x.dtype))
@@ -30,7 +30,7 @@ class Linear(nnx.Module):
     """y = x W + b, with W [in, out].
 
     Args:
-        init: initialiser of W (Xavier uniform, as in DiT).
+        init: initializer of W (Xavier uniform, as in DiT).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Normalisations: statistics in float32, result in the input's dtype."""
+"""Normalizations: statistics in float32, result in the input's dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
-def _standardise(x: Float[Array, "..."], axes: tuple[int, ...], eps: float) -> Float[Array, "..."]:
+def _standardize(x: Float[Array, "..."], axes: tuple[int, ...], eps: float) -> Float[Array, "..."]:
     mean = jnp.mean(x, axes, keepdims=True)
     variance = jnp.mean(jnp.square(x - mean), axes, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(variance + eps)
@@ -29,7 +29,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-        return _standardise(x.astype(jnp.float32), (-1,), self.eps).astype(x.dtype)
+        return _standardize(x.astype(jnp.float32), (-1,), self.eps).astype(x.dtype)
 
 
 class AffineLayerNorm(nnx.Module):
@@ -47,7 +47,7 @@ class AffineLayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-        y = _standardise(x.astype(jnp.float32), (-1,), self.eps)
+        y = _standardize(x.astype(jnp.float32), (-1,), self.eps)
         scale, bias = (p.get_value().astype(jnp.float32) for p in (self.scale, self.bias))
         return (y * scale + bias).astype(x.dtype)
 
@@ -93,6 +93,6 @@ class GroupNorm(nnx.Module):
         grouped = x.astype(jnp.float32).reshape(
             x.shape[0], -1, self.groups, x.shape[-1] // self.groups
         )
-        y = _standardise(grouped, (1, 3), self.eps).reshape(x.shape)
+        y = _standardize(grouped, (1, 3), self.eps).reshape(x.shape)
         scale, bias = (p.get_value().astype(jnp.float32) for p in (self.scale, self.bias))
         return (y * scale + bias).astype(x.dtype)

@@ -147,7 +147,7 @@ class MidBlock(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution."""
+    """Nearest-neighbor doubling and a 3x3 convolution."""
 
     def __init__(self, channels: int, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.conv = Conv2d(channels, channels, padding=1, param_dtype=param_dtype, rngs=rngs)

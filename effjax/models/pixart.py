@@ -106,7 +106,7 @@ class PixArtBlock(nnx.Module):
     """Self-attention, cross-attention and MLP.
 
     adaLN-single: shifts, scales and gates are a table added to a shared time vector.
-    Cross-attention reads un-normalised tokens and has no gate.
+    Cross-attention reads un-normalized tokens and has no gate.
     """
 
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):

@@ -75,7 +75,7 @@ def shardings(
     """A sharding for every array of a tree of parameters or states.
 
     Args:
-        tree: arrays, shapes and quantised leaves, by (nested) name.
+        tree: arrays, shapes and quantized leaves, by (nested) name.
         mesh: devices; axes that rules name and it lacks are left out.
         rules: the first whose pattern matches the whole path holds; none is whole everywhere.
 
@@ -105,9 +105,9 @@ def shard(
 
 
 def leaf_sharding(leaf: Any, mesh: Mesh, axes: Axes) -> PyTree:
-    """The sharding of one leaf, of each of its parts if it is quantised.
+    """The sharding of one leaf, of each of its parts if it is quantized.
 
-    A part of a quantised leaf is cut along the dimensions that it shares with the matrix: scales of
+    A part of a quantized leaf is cut along the dimensions that it shares with the matrix: scales of
     groups along both, if there are enough groups; masks along the inputs. An order of inputs is
     whole everywhere.
 

@@ -74,7 +74,7 @@ def pipeline(
         variant: which weights, such as "fp16", of the components that have several; the others give
             those that they have.
         dtype: float32, bfloat16 or float16 for the parameters of all components; as stored if
-            None. Quantised layers keep their codes.
+            None. Quantized layers keep their codes.
         compute_dtype: of the computation; that of `dtype` if None, else that in which most
             parameters of a component are stored (as saved, for one that a pipeline's `save` wrote).
         sharding: where parameters go.

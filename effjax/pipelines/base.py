@@ -133,7 +133,7 @@ class BasePipeline(abc.ABC):
         Args:
             directory: where to.
             name: what the card calls it.
-            public: it goes to a hub: say nothing of this machine, and ask for the licence there.
+            public: it goes to a hub: say nothing of this machine, and ask for the license there.
             token: of the hub.
         """
         index: dict[str, Any] = {"_class_name": type(self).__name__, **self._components(directory)}

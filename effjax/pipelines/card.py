@@ -22,7 +22,7 @@ def model_card(
     Args:
         pipe: the pipeline.
         name: of its directory or repository.
-        ask_hub: fetch the card of the model it was made of, which tells the licence; else only one
+        ask_hub: fetch the card of the model it was made of, which tells the license; else only one
             that is on this machine is read.
         token: for a private repository.
     """
@@ -35,7 +35,7 @@ def model_card(
         pipeline_tag=pipe.TASK,
         tags=["effjax", "jax", *methods],
         base_model=origin.model if origin is not None and origin.public else None,
-        **_licence(origin, ask_hub=ask_hub, token=token),
+        **_license(origin, ask_hub=ask_hub, token=token),
     )
     made_of = ""
     if origin is not None and origin.public:
@@ -65,8 +65,8 @@ pipe = effjax.pipeline("{name}")
 """
 
 
-def _licence(origin: Origin | None, *, ask_hub: bool, token: str | bool | None) -> dict[str, Any]:
-    """What the card of the model says of its licence, if it can be had."""
+def _license(origin: Origin | None, *, ask_hub: bool, token: str | bool | None) -> dict[str, Any]:
+    """What the card of the model says of its license, if it can be had."""
     from huggingface_hub import ModelCard
 
     if origin is None:

@@ -22,10 +22,10 @@ class Reference(NamedTuple):
 
     Attributes:
         pair: its forward and parameters.
-        kind: "dense" for weights that no method changed; "dequantised" for floats that were made of
+        kind: "dense" for weights that no method changed; "dequantized" for floats that were made of
             codes, whose rounding is in them.
         model: where the weights come from; None for the pipeline's own.
-        reason: why they are dequantised.
+        reason: why they are dequantized.
     """
 
     pair: Pair
@@ -37,7 +37,7 @@ class Reference(NamedTuple):
         """What it is, for people."""
         if self.kind == "dense":
             return f"the dense model{f', {self.model}' if self.model else ''}"
-        return f"dequantised weights ({self.reason})"
+        return f"dequantized weights ({self.reason})"
 
 
 def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
@@ -70,9 +70,9 @@ def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
         except (ValueError, OSError, ImportError) as error:
             reason = f"{pipe.origin.model} cannot be loaded: {str(error).splitlines()[0]}"
     elif not changing:
-        reason = "it was quantised when it was loaded"
+        reason = "it was quantized when it was loaded"
     restored = restore(own, pipe.forward.config.param_dtype)
-    return Reference((bare, restored), "dequantised", None, reason)
+    return Reference((bare, restored), "dequantized", None, reason)
 
 
 def _bare(pipe: BasePipeline) -> Forward:
@@ -98,8 +98,8 @@ def _loaded(pipe: BasePipeline, origin: Origin) -> Reference:
         raise ValueError(f"{origin.model} is another model: it differs in {', '.join(other)}")
     if _has_codes(params):
         restored = restore(params, config.param_dtype)
-        reason = f"{origin.model} is quantised itself"
-        return Reference((bare, restored), "dequantised", origin.model, reason)
+        reason = f"{origin.model} is quantized itself"
+        return Reference((bare, restored), "dequantized", origin.model, reason)
     if forward.config.param_dtype != config.param_dtype:
         params = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), params)
     return Reference((bare, params), "dense", origin.model)

@@ -1,4 +1,4 @@
-"""Quantised weights and activations: the leaf, its product, quantisers, rotations."""
+"""Quantized weights and activations: the leaf, its product, quantizers, rotations."""
 
 from effjax.quant.convolution import qconv
 from effjax.quant.hadamard import Rotation, hadamard

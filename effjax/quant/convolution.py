@@ -1,4 +1,4 @@
-"""The only place where images meet a quantised convolution.
+"""The only place where images meet a quantized convolution.
 
     y = s_x s_w (sum q_x q_w - z_w sum q_x - z_x sum (q_w - z_w))        sums over a window, int32
 
@@ -23,7 +23,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 def qconv(x: Array, w: QTensor, *, stride: int, padding: Padding, path: Path = "integer") -> Array:
-    """Correlate images with a quantised kernel, in their dtype.
+    """Correlate images with a quantized kernel, in their dtype.
 
     Args:
         x: float[B, H, W, I].
@@ -50,7 +50,7 @@ def qconv(x: Array, w: QTensor, *, stride: int, padding: Padding, path: Path = "
     if w.rows > 2**16:
         raise ValueError(
             f"sums of {w.rows} products of codes, in a window of {list(w.shape[:3])}, can exceed "
-            f"int32; leave this layer unquantised"
+            f"int32; leave this layer unquantized"
         )
     if path == "reference":
         values = x.astype(jnp.float32)

@@ -70,7 +70,7 @@ class Rotation(Checked):
     def factors(self) -> tuple[int, ...]:
         """Orders of the small matrices whose Kronecker product is H, and 1s for blocks.
 
-        Programs join neighbours into the sizes that suit them.
+        Programs join neighbors into the sizes that suit them.
         """
         return _factors(self.width) or (1, *(_factors(_block(self.width)) or ()))
 

@@ -1,4 +1,4 @@
-"""The only place where models multiply by a quantised matrix."""
+"""The only place where models multiply by a quantized matrix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def qdot(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Inputs times a quantised matrix, in x's dtype.
+    """Inputs times a quantized matrix, in x's dtype.
 
     Args:
         x: float[..., I].
@@ -63,7 +63,7 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
     if w.activations is None:
         if not w.packed:
             raise NotImplementedError(
-                "float inputs are multiplied with packed codes: quantise with packed=True, or use "
+                "float inputs are multiplied with packed codes: quantize with packed=True, or use "
                 'path="reference"'
             )
         kernel_dtype = x.dtype if x.dtype != jnp.float16 else jnp.dtype(jnp.float32)
@@ -110,7 +110,7 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
     else:
         raise NotImplementedError(
             f"int8 codes with a scale for every {w.group_size} inputs are multiplied when packed: "
-            f'quantise with packed=True, or use path="reference"'
+            f'quantize with packed=True, or use path="reference"'
         )
     if input_zero is not None:
         out = out - scale * input_zero.astype(jnp.float32) * w.column_sums
@@ -136,7 +136,7 @@ def _by_group(x: Array, w: QTensor, zero: Array | None, **run: Any) -> Array:
     assert w.activations.group_size is not None
     if w.packed:
         raise NotImplementedError(
-            "inputs with a range for every few of them are multiplied with int8 codes: quantise "
+            "inputs with a range for every few of them are multiplied with int8 codes: quantize "
             'weights of 8 bits with packed=False, or use path="reference"'
         )
     codes, scale, _ = _input_codes(x, w)

@@ -1,10 +1,10 @@
-"""Numbers as codes: uniform quantisers, and fake quantisation with bits as data.
+"""Numbers as codes: uniform quantizers, and fake quantization with bits as data.
 
     symmetric    s = max |x| / n                      x = q s          q = -n - 1 ... n
     asymmetric   s = (max - min) / (2^b - 1)          x = (q - z) s    q = -2^(b-1) ... 2^(b-1) - 1
 
 with n = 2^(b-1) - 1, or n + 1/2 in the divisor ("n+1/2", qwix's levels, where "n" is that of the
-papers). Codes are signed; an asymmetric range contains zero unless a quantiser says otherwise.
+papers). Codes are signed; an asymmetric range contains zero unless a quantizer says otherwise.
 Rounding is half to even. Where a range is empty, the scale is 1.
 
 Codes may also be numbers of float8_e4m3fn ("e4m3"), of which the largest is 448: s = max |x| / 448.
@@ -28,7 +28,7 @@ _E4M3 = 448  # its largest number
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer(Checked):
-    """A uniform quantiser.
+    """A uniform quantizer.
 
     Attributes:
         bits: of a code, 2 ... 8.

@@ -1,4 +1,4 @@
-"""Ranges of values, from which quantisers take scales: all that is seen, or a part of it."""
+"""Ranges of values, from which quantizers take scales: all that is seen, or a part of it."""
 
 from __future__ import annotations
 

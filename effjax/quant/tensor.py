@@ -1,4 +1,4 @@
-"""The quantised weight: one leaf in the place of an array, and what its layer does with inputs.
+"""The quantized weight: one leaf in the place of an array, and what its layer does with inputs.
 
     y = x W   with   W = (q - z) s   by channel or by group of inputs
 
@@ -71,7 +71,7 @@ class Activations(Checked):
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class QTensor:
-    """A quantised matrix [I, O]; a pytree that stands where the array did.
+    """A quantized matrix [I, O]; a pytree that stands where the array did.
 
     The kernel of a convolution [R, S, I, O] is held as the matrix [R S I, O].
 
@@ -196,7 +196,7 @@ class QTensor:
                 block=block,
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"this describes no quantised leaf: {values!r} ({error!r})") from error
+            raise ValueError(f"this describes no quantized leaf: {values!r} ({error!r})") from error
 
     def codes(self) -> Array:
         """int8[I, O], or float8_e4m3fn."""
@@ -215,7 +215,7 @@ class QTensor:
         return jnp.repeat(rows, self.block[1], axis=1)[:, : self.shape[-1]]
 
     def restore(self) -> Array:
-        """The array in float32, of unprepared inputs: what was quantised, with its rounding."""
+        """The array in float32, of unprepared inputs: what was quantized, with its rounding."""
         w = self.dequantize()
         if self.rotation is not None:
             w = self.rotation.undo(w.T).T
@@ -322,7 +322,7 @@ def prepare_weights(w: Array, mask: Array | None, rotation: Rotation | None) -> 
 
 
 def restore(params: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """A tree of parameters with arrays of a dtype in the place of its quantised leaves."""
+    """A tree of parameters with arrays of a dtype in the place of its quantized leaves."""
     return jax.tree.map(
         lambda leaf: leaf.restore().astype(dtype) if isinstance(leaf, QTensor) else leaf,
         params,
@@ -342,7 +342,7 @@ def quantize_matrix(
     rotation: Rotation | None = None,
     packed: bool | None = None,
 ) -> QTensor:
-    """Quantise a matrix to the nearest codes, with what its inputs need.
+    """Quantize a matrix to the nearest codes, with what its inputs need.
 
     Args:
         w: float[I, O], or the kernel of a convolution [R, S, I, O], which has a scale for each
@@ -367,7 +367,7 @@ def quantize_matrix(
     shape = w.shape
     if w.ndim not in (2, 4):
         raise ValueError(
-            f"a quantised weight is a matrix [I, O] or a kernel [R, S, I, O]; got {list(shape)}"
+            f"a quantized weight is a matrix [I, O] or a kernel [R, S, I, O]; got {list(shape)}"
         )
     if w.ndim == 4 and (group_size or any(part is not None for part in (order, mask, rotation))):
         raise ValueError(

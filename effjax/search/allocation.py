@@ -1,6 +1,6 @@
 """One candidate for every layer under a budget: small 0/1 programs, and their Pareto front.
 
-    maximise   sum_i sum_c x_ic score_ic      x_ic in {0, 1},  sum_c x_ic = 1
+    maximize   sum_i sum_c x_ic score_ic      x_ic in {0, 1},  sum_c x_ic = 1
     so that    low <= sum_i sum_c x_ic cost_ic <= high     (one or several budgets)
 
 Candidates are bits in MixDQ and ViDiT-Q, spans of attention in MoA. HiGHS solves the programs.

@@ -1,4 +1,4 @@
-"""How much worse samples become when one part of a model is quantised: every candidate is data.
+"""How much worse samples become when one part of a model is quantized: every candidate is data.
 
 One program is compiled. It takes the bits of all layers as an array, rounds weights and inputs to
 them, and samples; a search calls it once for each part and candidate.
@@ -101,7 +101,7 @@ def rounded_samples(
     """Bits int32[layers, 2] to samples, always from the same noise; one compiled program.
 
     Args:
-        forward, params: the model, not quantised.
+        forward, params: the model, not quantized.
         sampler, cond, uncond, key: what is sampled.
         preparations: of the layers, in the order of the bits.
     """
@@ -161,7 +161,7 @@ def sensitivity(
 
 
 def fidelity(dense: Array, other: Array) -> Array:
-    """Minus the share of quantisation noise in the signal of a typical sample.
+    """Minus the share of quantization noise in the signal of a typical sample.
 
     The noise of parts that are rounded one at a time about adds up when all are: sums of it are
     what an allocation should make small. (Sums of decibels are not: each bit is worth six of them
@@ -177,6 +177,6 @@ def fidelity(dense: Array, other: Array) -> Array:
 
 
 def sqnr(dense: Array, other: Array) -> Array:
-    """Ratio of signal to quantisation noise in dB, over the whole batch (MixDQ)."""
+    """Ratio of signal to quantization noise in dB, over the whole batch (MixDQ)."""
     noise = jnp.sum(jnp.square(dense - other))
     return 10 * jnp.log10(jnp.sum(jnp.square(dense)) / jnp.maximum(noise, 1e-20))

@@ -138,7 +138,7 @@ def against_windows(subject: Subject, plan: moa.MoAPlan, count: int) -> report.R
     for length in TESTED:
         documents = subject.lookups(length, count, seed=2)
         slots = np.mean([plan.slots(layer, length) for layer in range(config.num_layers)])
-        # Rounded up to whole blocks: in favour of the baseline.
+        # Rounded up to whole blocks: in favor of the baseline.
         span = float(-(-slots // plan.block) * plan.block)
         window = dataclasses.replace(
             moa.uniform(config.num_layers, config.num_kv_heads, alpha=span, beta=0.0), **SPANS

@@ -17,8 +17,8 @@ from effjax.bundled import demo
 from effjax.samplers import sample_keys
 from experiments.peers.comparison import Row, timed
 
-TITLES = {"compressed": "DiTFastAttn", "quantised": "DiTFastAttn and W8A8"}
-AT_MOST = {"compressed": 0.95, "quantised": 1.1}
+TITLES = {"compressed": "DiTFastAttn", "quantized": "DiTFastAttn and W8A8"}
+AT_MOST = {"compressed": 0.95, "quantized": 1.1}
 
 
 def rows(quick: bool) -> Iterator[Row]:

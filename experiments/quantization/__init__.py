@@ -1,1 +1,1 @@
-"""What quantisation costs in quality, and what it saves in bytes and seconds."""
+"""What quantization costs in quality, and what it saves in bytes and seconds."""

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         print(report.markdown(table), flush=True)
     report.write(
         "quantization_layers",
-        title="Quantised layers by their outliers, W4A8",
+        title="Quantized layers by their outliers, W4A8",
         command=f"python -m experiments.quantization.layers --steps {arguments.steps}",
         mean_relative_error_of_outputs=table,
     )

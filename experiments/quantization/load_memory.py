@@ -1,8 +1,8 @@
-"""Measure the host memory that loading a quantised model takes.
+"""Measure the host memory that loading a quantized model takes.
 
     python -m experiments.quantization.load_memory
 
-A DiT of width 1152 with random weights is quantised and saved; fresh processes load it while a
+A DiT of width 1152 with random weights is quantized and saved; fresh processes load it while a
 thread samples their anonymous memory, as `experiments.converter_memory` does. Its growth must stay
 below 1.1 x the arrays + 2 x the largest of them.
 """
@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     params = testing.random_params(shapes)
     rows = []
     for bits in BITS:
-        quantise = vidit_q.transform(vidit_q.uniform(bits, alpha=None))
+        quantize = vidit_q.transform(vidit_q.uniform(bits, alpha=None))
         with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
             path = Path(temporary) / "model"
-            effjax.save(path, *quantise(forward, params))
+            effjax.save(path, *quantize(forward, params))
             size = sum(file.stat().st_size for file in path.iterdir())
             done = subprocess.run(
                 [sys.executable, "-m", "experiments.quantization.load_memory", "--load", path],
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"more memory than allowed: loading {', '.join(excess)}")
     report.write(
         "quantization_load_memory",
-        title="Host memory while a quantised model is loaded",
+        title="Host memory while a quantized model is loaded",
         command=f"python -m experiments.quantization.load_memory --layers {arguments.layers}",
         loaded=rows,
     )

@@ -1,4 +1,4 @@
-"""What quantisation costs in quality on the bundled tiny models: paired images, dense and coded.
+"""What quantization costs in quality on the bundled tiny models: paired images, dense and coded.
 
     python -m experiments.quantization.quality --cache DIR
 
@@ -203,7 +203,7 @@ def _run(name: str, arguments: argparse.Namespace) -> None:
         print(report.markdown(tables[table][-1:]), flush=True)
         report.write(
             f"quantization_quality_{name}",
-            title=f"Quantised {subject.name}: quality",
+            title=f"Quantized {subject.name}: quality",
             command=f"python -m experiments.quantization.quality --cache DIR --subjects {name} "
             f"--images {arguments.images} --paired {arguments.paired} --steps {arguments.steps}",
             **tables,

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     _, encoder = abstract(T5Encoder, T5Config(param_dtype="bfloat16"))
     report.write(
         "quantization_sizes",
-        title="Bytes of quantised full-size models",
+        title="Bytes of quantized full-size models",
         command=f"python -m experiments.quantization.sizes --layers {arguments.layers} "
         f"--chip {arguments.chip}",
         one_network_call=rows,

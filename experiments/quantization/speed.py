@@ -45,12 +45,12 @@ def programs(tokens: int, inputs: int, outputs: int) -> dict[str, Callable[[], A
             rotation=Rotation(inputs),
         ),
     }
-    dense, quantised = jax.jit(jnp.dot), jax.jit(qdot)
+    dense, quantized = jax.jit(jnp.dot), jax.jit(qdot)
     half = (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
     found: dict[str, Callable[[], Any]] = {
         "float32": lambda: dense(x, w),
         "bfloat16": lambda: dense(*half),
-        **{name: lambda leaf=leaf: quantised(half[0], leaf) for name, leaf in leaves.items()},
+        **{name: lambda leaf=leaf: quantized(half[0], leaf) for name, leaf in leaves.items()},
     }
     return found | (_torch(x32, w32) if jax.default_backend() == "cpu" else {})
 

@@ -95,7 +95,7 @@ def tiny_pixart(*, steps: int, path: Path = train_pixart.WEIGHTS) -> Subject:
 
     def judged(images: np.ndarray) -> dict[str, float]:
         count = len(images)
-        asked = glyphs.Things(things.labels[:count], things.colours[:count], things.places[:count])
+        asked = glyphs.Things(things.labels[:count], things.colors[:count], things.places[:count])
         return judge.alignment(reader, images, asked)
 
     seen, more = (

@@ -106,7 +106,7 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax of logits [..., rows, keys] times values [..., keys, E], and the log-sum-exp.
 
-    Exponentials are normalised after the product, as flash attention does: one pass less over them.
+    Exponentials are normalized after the product, as flash attention does: one pass less over them.
 
     Args:
         logits: float32, -inf where nothing is seen.

@@ -235,7 +235,7 @@ def quantized_decode_attention(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Result:
-    """Attend to quantised keys and values: x = code * scale + offset, made tile by tile.
+    """Attend to quantized keys and values: x = code * scale + offset, made tile by tile.
 
     Codes are int8, or uint8 with two signed 4-bit codes of one head each (`pack_int4`: channels
     0 ... D/2 - 1 in the low nibbles, the others in the high ones); keys and values may differ.

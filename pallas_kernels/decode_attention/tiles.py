@@ -3,7 +3,7 @@
 Attention over a cache is one loop, whatever the cache holds. A cache's keys are a `Side`: the
 arrays that a tile of keys is made of (`Part`s: which axis is the batch, the tokens, the heads) and
 a function (queries, tile of each array) -> scores; its values are another, with (weights, tiles)
--> outputs. Plain, quantised and low-rank caches differ in these functions alone.
+-> outputs. Plain, quantized and low-rank caches differ in these functions alone.
 
 B batch, S queries, H query heads, K key heads, G = H / K, M = S G query rows of a key head (row
 m = s G + g), D and W widths, N length of a cache's token axis.

@@ -1,4 +1,4 @@
-"""Inputs of quantised products: modulated, masked, rotated and coded, in one pass."""
+"""Inputs of quantized products: modulated, masked, rotated and coded, in one pass."""
 
 from pallas_kernels.input_codes.operation import InputCodes, input_codes
 

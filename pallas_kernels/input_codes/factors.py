@@ -15,7 +15,7 @@ Cost = Callable[[tuple[int, ...]], int]
 
 
 def join(factors: Sequence[Any], cost: Cost) -> tuple[Any, ...]:
-    """Factors with neighbours multiplied where a program then costs least.
+    """Factors with neighbors multiplied where a program then costs least.
 
     Args:
         factors: square matrices, in numpy or JAX.
@@ -34,7 +34,7 @@ def joined_orders(orders: tuple[int, ...], cost: Cost) -> tuple[int, ...]:
 
 
 def _cut(orders: tuple[int, ...], cost: Cost) -> list[tuple[int, int]]:
-    """Where runs of neighbours start and stop, for the least cost."""
+    """Where runs of neighbors start and stop, for the least cost."""
     count = len(orders)
     if not count:
         return []

@@ -51,7 +51,7 @@ def input_codes(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> InputCodes:
-    """Modulate, mask, rotate and quantise rows; the module's docstring has the formulas.
+    """Modulate, mask, rotate and quantize rows; the module's docstring has the formulas.
 
     Args:
         x: float32 or bfloat16[..., C], with modulation [B, ..., C].
@@ -59,7 +59,7 @@ def input_codes(
         modulation: adaLN's (shift, scale), float32 or bfloat16[B, C], one for each sample.
         mask: float32[C].
         signs: float32[C], +-1.
-        factors: float32[n, n], small and orthogonal, of which the last acts on neighbouring
+        factors: float32[n, n], small and orthogonal, of which the last acts on neighboring
             channels; the product of their orders divides C. H / sqrt(n) for Hadamard matrices.
         implementation, interpret: as in `dispatch`. No gradients.
 

@@ -1,7 +1,7 @@
 """Codes on TPUs (Mosaic): a grid over samples and tiles of tokens; rows never leave VMEM half done.
 
 A rotation H_a (x) H_b is applied to the transposed tile [a b, tokens]: the product with H_b is of b
-neighbouring sublanes, for the matrix unit; that with H_a adds whole tiles of b rows. The factors
+neighboring sublanes, for the matrix unit; that with H_a adds whole tiles of b rows. The factors
 are joined into two such matrices. Rows beyond an uneven edge are coded too, and clipped.
 """
 

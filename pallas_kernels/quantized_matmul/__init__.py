@@ -1,4 +1,4 @@
-"""Products with quantised matrices."""
+"""Products with quantized matrices."""
 
 from pallas_kernels.quantized_matmul.operation import (
     GROUP_SIZES,

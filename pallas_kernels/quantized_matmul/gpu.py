@@ -1,4 +1,4 @@
-"""Quantised products on GPUs (Triton): a program for each tile of M and N, a loop over K within.
+"""Quantized products on GPUs (Triton): a program for each tile of M and N, a loop over K within.
 
 Packed words are read once for every code that they hold, by the row that holds it: the repeats come
 from the first-level cache, and each code then stands where the product wants it after one shift and

@@ -1,10 +1,10 @@
-"""Products with quantised matrices: W8A8, weights of 2 to 8 bits with group scales, W4A8.
+"""Products with quantized matrices: W8A8, weights of 2 to 8 bits with group scales, W4A8.
 
     int8_matmul     y = s_x s_w (sum_k x_k (q_kn + z_n))             x and q int8, sums in int32
     packed_matmul   y = sum_g s_gn (sum_{k in g} x_k (q_kn + z_gn))  x float, or int8 times s_x
 
 M rows (tokens; any leading axes), K inputs, N outputs, G inputs in a group. One convention holds
-for all weights: W = s (q + z), with signed codes q and an integer z, absent where the quantiser is
+for all weights: W = s (q + z), with signed codes q and an integer z, absent where the quantizer is
 symmetric. Unsigned codes u with W = s (u - z) are q = u - 2^(b-1) with zero point 2^(b-1) - z.
 
 The zero point never touches a weight: it comes in as z sum_k x_k, and group scales multiply the
@@ -36,7 +36,7 @@ _FLOATS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 def quantize_per_token(
     x: jax.Array, *, bits: int = 8, floor: float = 1e-5
 ) -> tuple[jax.Array, jax.Array]:
-    """Quantise each row of activations by its own largest value, symmetrically.
+    """Quantize each row of activations by its own largest value, symmetrically.
 
     n = 2^(bits-1) - 1, scale = max(absmax, floor) / n, codes = clip(round(x / scale), -n - 1, n),
     rounding half to even.
@@ -52,7 +52,7 @@ def quantize_per_token(
     Raises:
         ValueError: for bits outside of 2 ... 8.
 
-    Source: the dynamic quantiser of ViDiT-Q (arXiv 2406.02540) and MBQ (arXiv 2412.19509).
+    Source: the dynamic quantizer of ViDiT-Q (arXiv 2406.02540) and MBQ (arXiv 2412.19509).
     """
     if bits not in range(2, 9):
         raise ValueError(f"activations have 2 ... 8 bits, got bits={bits!r}")
@@ -147,7 +147,7 @@ def dynamic_int8_matmul(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`int8_matmul` of activations float[..., K] that `quantize_per_token` quantises first.
+    """`int8_matmul` of activations float[..., K] that `quantize_per_token` quantizes first.
 
     The result has `out_dtype`, x's own if None. Rounding has no useful gradient: what reaches x
     comes through its scale alone.

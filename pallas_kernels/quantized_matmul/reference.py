@@ -1,4 +1,4 @@
-"""The specification of quantised products: whole matrices, plainly.
+"""The specification of quantized products: whole matrices, plainly.
 
 Operands are grouped as in `pallas_kernels.quantized_matmul.xla`.
 """

@@ -1,4 +1,4 @@
-"""Quantised products on TPUs (Mosaic): a grid over M, N and K, K innermost.
+"""Quantized products on TPUs (Mosaic): a grid over M, N and K, K innermost.
 
 The kernel is the same for one token and for thousands: with few rows there is one tile of M, and
 the grid streams the weights past it. Edges of M and N that fill no tile are clipped by the copies

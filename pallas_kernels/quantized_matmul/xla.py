@@ -1,4 +1,4 @@
-"""Quantised products in XLA, on every platform.
+"""Quantized products in XLA, on every platform.
 
 Shapes and formulas are those of `quantized_matmul`. Here and in the kernels, programs are functions
 of two trees, what has a gradient and what has none, so that one wrapper serves them all:

@@ -51,6 +51,6 @@ def assert_equal_params(given, expected):
 
 @pytest.fixture(scope="module")
 def t5():
-    """Forward and parameters of the encoder whose layers are quantised."""
+    """Forward and parameters of the encoder whose layers are quantized."""
     forward, shapes = abstract(T5Encoder, T5)
     return forward, testing.random_params(shapes)

@@ -1,4 +1,4 @@
-"""The formats of quantised layers once more, each as its own library describes it."""
+"""The formats of quantized layers once more, each as its own library describes it."""
 
 import json
 
@@ -14,7 +14,7 @@ WI, WO = (
     "encoder.block.0.layer.1.DenseReluDense.wi_0",
     "encoder.block.1.layer.1.DenseReluDense.wo",
 )
-LAYERS = (WI, WO, "encoder.block.1.layer.0.SelfAttention.q")  # what is quantised in the tests
+LAYERS = (WI, WO, "encoder.block.1.layer.0.SelfAttention.q")  # what is quantized in the tests
 KERNELS = ("blocks.0.mlp.gate.kernel", "blocks.1.mlp.down.kernel", "blocks.1.attn.to_q.kernel")
 
 

@@ -105,6 +105,6 @@ def test_unknown_layout():
         Table((Rule("a", "b", "linaer"),)).bind(["b"])
 
 
-def test_recognised_counts_known_names_only():
+def test_recognized_counts_known_names_only():
     names = ["stem.bias", "h.3.embed", "positions", "h.x.embed", "h.3.embed.weight", "hx3.embed"]
-    assert TABLE.recognised(names) == 3
+    assert TABLE.recognized(names) == 3

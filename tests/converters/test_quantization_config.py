@@ -1,4 +1,4 @@
-"""Options of quantised checkpoints that are not read, each named with what is."""
+"""Options of quantized checkpoints that are not read, each named with what is."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Quantised layers that are read, against writers that follow the formats."""
+"""Quantized layers that are read, against writers that follow the formats."""
 
 import json
 import re
@@ -343,7 +343,7 @@ def test_everything_wrong_is_named_before_anything_is_read(t5, tmp_path):
         f"{WO}.qweight: misshapen, is int32[12, 63], must be int32[12, 64]",
         "SelfAttention.q.weight: missing, must be [64, 64]",
         "SelfAttention.q.qscale: unexpected",
-        "shared.weight: quantised, which only linear layers can be",
+        "shared.weight: quantized, which only linear layers can be",
         "lm_head.scales: unexpected",
     ):
         assert fault in str(error.value)
@@ -367,7 +367,7 @@ def test_values_that_contradict_the_configuration(t5, tmp_path):
     with pytest.raises(ValueError, match=r"wi_0\.weight_scale: 1 of 192 values are NaN"):
         converters.from_pretrained(directory, check_finite=True)
     only = compressed("pack-quantized", 4, 32, targets=["re:.*wi_0"])
-    with pytest.raises(ValueError, match=r"codes of \['enc.*'\], which no group .* quantises"):
+    with pytest.raises(ValueError, match=r"codes of \['enc.*'\], which no group .* quantizes"):
         converters.from_pretrained(write(t5, directory, only, held))
 
 
@@ -456,7 +456,7 @@ def test_dtypes_and_shardings(t5, tmp_path):
 
 
 def test_fused_and_copied_layers(tmp_path):
-    """Thirds of one matrix become three leaves; copies must be quantised alike."""
+    """Thirds of one matrix become three leaves; copies must be quantized alike."""
     config = DiTConfig(
         sample_size=8, patch_size=2, num_layers=2, num_heads=2, head_dim=32, num_classes=5
     )
@@ -486,7 +486,7 @@ def test_fused_and_copied_layers(tmp_path):
     assert params["time"]["fc2"]["kernel"].bits == 4
 
 
-def test_a_quantised_pixart(tmp_path):
+def test_a_quantized_pixart(tmp_path):
     config = PixArtConfig(
         sample_size=8,
         num_layers=1,

@@ -1,4 +1,4 @@
-"""Quantised leaves that are written as compressed-tensors, and what cannot be."""
+"""Quantized leaves that are written as compressed-tensors, and what cannot be."""
 
 import dataclasses
 import json

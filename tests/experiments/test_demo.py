@@ -40,7 +40,7 @@ def test_the_demo_writes_its_report(tmp_path):
     train_dit.export(tmp_path / "model", forward, testing.random_params(shapes))
     report = demo.run(tmp_path, model=tmp_path / "model", steps=3, images=4, threshold=0.5)
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    for program in ("dense", "compressed", "quantised"):
+    for program in ("dense", "compressed", "quantized"):
         own = FIGURES if program == "dense" else FIGURES | {"psnr"}
         assert set(report[program]) == own
         assert all(math.isfinite(value) for value in report[program].values())
@@ -51,9 +51,9 @@ def test_the_demo_writes_its_report(tmp_path):
     # By hand: 3 calls x 2 layers x (QK^T and PV) x 2 halves x 2 FLOPs x N^2 x width
     assert dense["attention_flops"] == 3 * 2 * 2 * 2 * 2 * 64**2 * 64
     assert dense["state_bytes"] == 0 < compressed["state_bytes"]
-    quantised = report["quantised"]
-    assert quantised["attention_flops"] == compressed["attention_flops"]
-    assert quantised["weight_bytes"] < 0.7 * compressed["weight_bytes"]  # modulations stay floats
+    quantized = report["quantized"]
+    assert quantized["attention_flops"] == compressed["attention_flops"]
+    assert quantized["weight_bytes"] < 0.7 * compressed["weight_bytes"]  # modulations stay floats
     assert compressed["weight_bytes"] == dense["weight_bytes"]
     plan = DiTFastAttnPlan.from_json((tmp_path / "plan.json").read_text())
     assert (plan.layers, plan.calls) == (2, 3)
@@ -83,9 +83,9 @@ def test_the_pictures_have_titles_and_a_legend(tmp_path):
     plan = dit_fast_attn.uniform((3, 1), layers=2, calls=2, tokens=64)
     demo.draw_plan(plan, tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 16)}
-    for colour, _ in demo.STRATEGIES.values():  # those that the plan does not use: in the legend
-        assert tuple(bytes.fromhex(colour[1:])) in colours
+        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 16)}
+    for color, _ in demo.STRATEGIES.values():  # those that the plan does not use: in the legend
+        assert tuple(bytes.fromhex(color[1:])) in colors
 
 
 def test_samples_in_chunks_are_the_samples(monkeypatch):
@@ -127,7 +127,7 @@ def test_the_bundled_text_model_draws_what_it_is_asked_for():
     _, things = train_pixart.unseen(16, 5)
     images = train_pixart.sample(pipe, things, steps=6, guidance=3.0, seed=0, chunk=16)
     right = judge.alignment(judge.load(), images, things)
-    assert right["colour"] == right["place"] == 1.0
+    assert right["color"] == right["place"] == 1.0
     assert right["class"] >= 0.75
 
 

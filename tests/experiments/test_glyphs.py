@@ -1,4 +1,4 @@
-"""The world is what it says it is: identical from a seed, in range, centred, and moving as told."""
+"""The world is what it says it is: identical from a seed, in range, centered, and moving as told."""
 
 from itertools import islice
 
@@ -75,8 +75,8 @@ def test_jitter_reaches_two_pixels_and_no_more():
     boxes = ink_boxes(images[labels == glyphs.CLASSES.index("H")])
     for first, last in (boxes[:, :2].T, boxes[:, 2:].T):
         assert len(np.unique(last - first)) == 1  # never cut off
-        centred = (glyphs.SIDE - (last - first + 1)) // 2
-        assert set(first - centred) == {-2, -1, 0, 1, 2}
+        centered = (glyphs.SIDE - (last - first + 1)) // 2
+        assert set(first - centered) == {-2, -1, 0, 1, 2}
 
 
 def test_widest_glyphs_stay_whole():
@@ -97,10 +97,10 @@ def test_captions_say_what_the_image_shows():
     assert images.dtype == np.float32
     channels = {"red": 0b001, "green": 0b010, "blue": 0b100}
     channels |= {"yellow": 0b011, "magenta": 0b101, "cyan": 0b110}
-    for image, caption, (name, colour, place) in zip(images, captions, things.names(), strict=True):
-        assert caption == f"a {colour} {name} at the {place}"
+    for image, caption, (name, color, place) in zip(images, captions, things.names(), strict=True):
+        assert caption == f"a {color} {name} at the {place}"
         inked = image > -1
-        assert sum(bool(inked[..., c].any()) << c for c in range(3)) == channels[colour]
+        assert sum(bool(inked[..., c].any()) << c for c in range(3)) == channels[color]
         top, left = "top" in place, "left" in place
         rows, columns = slice(16 * (not top), 32 - 16 * top), slice(16 * (not left), 32 - 16 * left)
         assert inked[rows, columns].sum() == inked.sum()
@@ -155,18 +155,18 @@ def test_questions_are_answered_by_their_image():
         assert image.shape == (32, 32, 3)
         quarters = image.reshape(2, 16, 2, 16, 3).transpose(0, 2, 1, 3, 4).reshape(4, -1, 3)
         lit = (quarters > -1).any(1)  # [place, channel]
-        colours = {tuple(c) for c in lit if c.any()}
+        colors = {tuple(c) for c in lit if c.any()}
         kinds.add(asked.split(" ")[0] + asked.split(" ")[1])
         if asked.startswith("how many"):
-            assert answer == str(len(colours))
+            assert answer == str(len(colors))
         elif asked.startswith("is there"):
-            wanted = glyphs.RGB[glyphs.COLOURS.index(asked.split()[3])].astype(bool)
-            assert (answer == "yes") == (tuple(wanted) in colours)
+            wanted = glyphs.RGB[glyphs.COLORS.index(asked.split()[3])].astype(bool)
+            assert (answer == "yes") == (tuple(wanted) in colors)
         elif asked.startswith("what is"):
             place = glyphs.PLACES.index(asked.removeprefix("what is at the ").removesuffix("?"))
             assert (answer == "nothing") == (not lit[place].any())
-        elif asked.startswith("what colour"):
-            assert tuple(glyphs.RGB[glyphs.COLOURS.index(answer)].astype(bool)) in colours
+        elif asked.startswith("what color"):
+            assert tuple(glyphs.RGB[glyphs.COLORS.index(answer)].astype(bool)) in colors
         else:
             assert lit[glyphs.PLACES.index(answer.removeprefix("at the "))].any()
     assert len(kinds) == 5
@@ -195,7 +195,7 @@ def test_every_part_of_a_caption_occurs_in_both_parts_of_the_world():
             assert (things.held_out == held_out).all()
         for values, pool in (
             (things.labels, glyphs.CLASSES),
-            (things.colours, glyphs.COLOURS),
+            (things.colors, glyphs.COLORS),
             (things.places, glyphs.PLACES),
         ):
             assert set(values) == set(range(len(pool)))

@@ -177,10 +177,10 @@ def test_scenes_are_read_back():
     assert min(right.values()) > 0.98
     noisy = images + 0.2 * np.random.default_rng(6).standard_normal(images.shape)
     assert judge.alignment(reader, noisy, things)["all"] > 0.9
-    other = glyphs.Things(things.labels, np.roll(things.colours, 1), things.places)
+    other = glyphs.Things(things.labels, np.roll(things.colors, 1), things.places)
     wrong = judge.alignment(reader, images, other)
     assert wrong["class"] == right["class"]
-    assert wrong["colour"] < 0.3
-    assert wrong["all"] <= wrong["colour"]
+    assert wrong["color"] < 0.3
+    assert wrong["all"] <= wrong["color"]
     with pytest.raises(ValueError, match="scenes are"):
         judge.read_scenes(reader, images[..., :1])

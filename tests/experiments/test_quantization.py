@@ -1,4 +1,4 @@
-"""The quantisation benchmarks' parts: subjects, recipes, planted outliers, sizes, speed."""
+"""The quantization benchmarks' parts: subjects, recipes, planted outliers, sizes, speed."""
 
 import json
 

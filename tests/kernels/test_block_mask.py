@@ -149,7 +149,7 @@ def test_top_blocks_are_the_best_visible_ones():
         assert int(mask.full[place]) == count - (place[2] in best)
 
 
-def test_tiles_see_equally_many_neighbours():
+def test_tiles_see_equally_many_neighbors():
     keep = tile_map((6, 8), (2, 2), (1, 0))
     assert keep.shape == (12, 12)
     assert np.array_equal(keep.sum(1), np.full(12, 3))

@@ -1,4 +1,4 @@
-"""Decode attention over plain, flat, quantised and low-rank caches, and the merge of its parts."""
+"""Decode attention over plain, flat, quantized and low-rank caches, and the merge of its parts."""
 
 from functools import partial
 
@@ -248,7 +248,7 @@ def test_slots_have_no_order_and_equal_capacities_are_a_plain_cache():
     )
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_its_neighbors():
     q, k, v = plain(tokens=40)
     attend = jax.jit(partial(decode_attention, implementation="xla", tile=16))
     both = attend(q, k, v, jnp.array([33, 40]))

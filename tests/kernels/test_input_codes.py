@@ -158,7 +158,7 @@ def test_the_tpu_kernel_joins_factors():
             np.testing.assert_allclose(whole, reduce(jnp.kron, matrices(orders)), atol=1e-6)
 
 
-def test_neighbours_are_joined_where_that_costs_least():
+def test_neighbors_are_joined_where_that_costs_least():
     orders = (4, 4, 32)
     factors = matrices(orders)
     for cost_of, sizes in {

@@ -218,7 +218,7 @@ def test_gradients_are_straight_through():
     exact = partial(block_sparse_attention, mask=Causal(10), implementation="reference")
     gradients = jax.jit(lambda *x: [jax.grad(loss(f), (0, 1, 2))(*x) for f in (quantized, exact)])
     for a, b in zip(*gradients(q, k, v)):
-        assert relative(a, b) < 0.02  # the loss's own gradient is at the quantised output
+        assert relative(a, b) < 0.02  # the loss's own gradient is at the quantized output
 
 
 @pytest.mark.parametrize(("platform", "block"), [("tpu", 128), ("cuda", 64)])

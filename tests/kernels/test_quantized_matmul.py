@@ -1,4 +1,4 @@
-"""Quantised products: every program against the specification, costs, errors, compilation."""
+"""Quantized products: every program against the specification, costs, errors, compilation."""
 
 import itertools
 from functools import partial
@@ -272,7 +272,7 @@ def test_one_group_of_int8_codes_is_w8a8():
     assert relative(out, expected) < CLOSE
 
 
-def test_group_quantiser_of_mbq():
+def test_group_quantizer_of_mbq():
     """Unsigned codes with W = s (u - z), ranges not forced to contain zero."""
     rng = np.random.default_rng(0)
     weights = rng.normal(0.3, 0.1, (256, 12)).astype(np.float32)
@@ -282,7 +282,7 @@ def test_group_quantiser_of_mbq():
     delta = np.maximum(high - low, 1e-5) / 7
     zero = np.clip(-np.round(low / delta), 0, 7)
     unsigned = np.clip(np.round(groups / delta[:, None]) + zero[:, None], 0, 7)
-    dequantised = ((unsigned - zero[:, None]) * delta[:, None]).reshape(256, 12)
+    dequantized = ((unsigned - zero[:, None]) * delta[:, None]).reshape(256, 12)
     x = rng.normal(size=(5, 256)).astype(np.float32)
     out = packed_matmul(
         jnp.asarray(x),
@@ -292,7 +292,7 @@ def test_group_quantiser_of_mbq():
         scale=jnp.asarray(delta),
         zero=jnp.asarray(4 - zero, jnp.int8),
     )
-    np.testing.assert_allclose(out, x @ dequantised, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out, x @ dequantized, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("leading", [(), (2, 3), (0,)])
@@ -368,7 +368,7 @@ def test_quantize_per_token():
         quantize_per_token(x, bits=9)
 
 
-def test_dynamic_quantisation_follows_the_float_product():
+def test_dynamic_quantization_follows_the_float_product():
     x = jax.random.normal(jax.random.key(0), (4, 6, 256))
     operands = int8_operands(1, 256, 32)
     weights = {name: operands[name] for name in ("w_codes", "w_scale", "w_zero")}

@@ -80,7 +80,7 @@ def test_the_second_call_does_not_trace(method, subject):
     assert len(traces) == 1
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(subject, strongest):
+def test_a_sample_does_not_depend_on_its_neighbors(subject, strongest):
     three = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), subject.cond)
     batch = sample(subject, *strongest, cond=three)
     keys = sample_keys(jax.random.key(0), 3)
@@ -184,7 +184,7 @@ def test_cost_falls_along_the_ladder(method, subject):
     assert all(stronger < weaker for weaker, stronger in itertools.pairwise(costs)), costs
 
 
-def test_stateful_neighbours_keep_their_state(method, subject):
+def test_stateful_neighbors_keep_their_state(method, subject):
     """Another stateful edit around the same blocks, with a traced step."""
     from tests.test_forward import MemoryEdit
 
@@ -259,5 +259,5 @@ def test_leaves_are_changed_once():
     one, two, *_ = (method for method in METHODS if method.seams == ("leaves",))
     subject = one.tiny()
     first, second = (method.transform(method.ladder(subject)[0]) for method in (one, two))
-    with pytest.raises(ValueError, match="quantised already"):
+    with pytest.raises(ValueError, match="quantized already"):
         effjax.chain(first, second)(subject.forward, subject.params)

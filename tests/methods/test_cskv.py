@@ -286,7 +286,7 @@ def test_models_and_factors_that_do_not_fit():
     with pytest.raises(ValueError, match="rank 32 is above that"):
         cskv.transform(cskv.CSKVPlan(0.5, 1.0))(wide.forward, wide.params)
     normed = testing.tiny_llama(qk_norm=True)
-    with pytest.raises(ValueError, match="normalises keys"):
+    with pytest.raises(ValueError, match="normalizes keys"):
         cskv.transform(cskv.CSKVPlan())(normed.forward, normed.params)
     other = cskv.factors(cskv.CSKVPlan(0.5, 0.5), *pair)
     with pytest.raises(ValueError, match="another plan or model"):

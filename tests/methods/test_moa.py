@@ -216,7 +216,7 @@ def test_orders_that_cannot_be():
     with pytest.raises(ValueError, match="2 key heads cannot be shared evenly by 3 devices"):
         moa.order_heads(plan, subject.forward, subject.params, tokens=200, devices=3)
     coded = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
-    with pytest.raises(ValueError, match=r"to_q\.kernel is quantised: order the heads before"):
+    with pytest.raises(ValueError, match=r"to_q\.kernel is quantized: order the heads before"):
         moa.order_heads(plan, *coded(subject.forward, subject.params), tokens=200)
 
 

@@ -163,7 +163,7 @@ def test_plans_that_do_not_fit(subject):
     with pytest.raises(ValueError, match="'nowhere' matches no layer; there are"):
         transform(RoundToNearestPlan((("nowhere", 8, 8),)))(subject.forward, subject.params)
     twice = chain(transform(uniform(8)), transform(uniform(4)))
-    with pytest.raises(ValueError, match="is quantised already"):
+    with pytest.raises(ValueError, match="is quantized already"):
         twice(subject.forward, subject.params)
     with pytest.raises(ValueError, match="group_size 100 does not divide"):
         transform(uniform(4, group_size=100))(subject.forward, subject.params)

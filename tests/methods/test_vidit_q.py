@@ -60,7 +60,7 @@ def sample(subject, forward, params):
 
 
 def test_masks_and_rotations_alone_change_nothing(subject, calibration):
-    """Quantisers off: equal to the model within float32's rounding."""
+    """Quantizers off: equal to the model within float32's rounding."""
     preparations = {
         path: Preparation(
             vidit_q.balance(kernel_of(subject, path), largest[0], 0.99),
@@ -421,9 +421,9 @@ def test_it_composes_with_dit_fast_attn_in_both_orders(tmp_path):
     subject = testing.tiny_pixart()
     attention = dit_fast_attn.transform(dit_fast_attn.uniform((3, 1), layers=2, calls=4, tokens=64))
     plan = ranged(subject, 8, 6)
-    quantise = vidit_q.transform(plan, calibrated(subject, plan))
-    one = effjax.chain(attention, quantise)(subject.forward, subject.params)
-    two = effjax.chain(quantise, attention)(subject.forward, subject.params)
+    quantize = vidit_q.transform(plan, calibrated(subject, plan))
+    one = effjax.chain(attention, quantize)(subject.forward, subject.params)
+    two = effjax.chain(quantize, attention)(subject.forward, subject.params)
     chex.assert_trees_all_equal(one[1], two[1])
     images = sample(subject, *one)
     chex.assert_trees_all_close(images, sample(subject, *two), atol=1e-5)
@@ -479,7 +479,7 @@ def test_bad_plans_and_calibrations(subject, calibration):
             key=jax.random.key(0),
         )
     twice = vidit_q.transform(vidit_q.uniform(8), calibration)
-    with pytest.raises(ValueError, match="is quantised already"):
+    with pytest.raises(ValueError, match="is quantized already"):
         twice(*twice(*pair))
     with pytest.raises(ValueError, match="plans for weights of 4 and 8 bits, not 6"):
         vidit_q.pixart_sigma(6)
@@ -520,7 +520,7 @@ def test_the_released_plans_match_a_pixart():
 
 
 def test_without_masks_and_rotations_it_rounds_to_nearest(subject):
-    """The plain quantiser of weights and inputs, to the bit."""
+    """The plain quantizer of weights and inputs, to the bit."""
     pair = (subject.forward, subject.params)
     plain = vidit_q.transform(vidit_q.uniform(4, 8, alpha=None, rotate=False))(*pair)[1]
     nearest = round_to_nearest.transform(round_to_nearest.uniform(4, 8))(*pair)[1]

@@ -250,9 +250,9 @@ def test_what_does_not_fit(method, subject):
         method.fit(plan, *pair, [])
     with pytest.raises(ValueError, match="another model or plan"):
         method.transform(plan, {})(*pair)
-    quantised = method.transform(plan)(*pair)
-    with pytest.raises(ValueError, match="quantised already"):
-        method.transform(plan)(*quantised)
+    quantized = method.transform(plan)(*pair)
+    with pytest.raises(ValueError, match="quantized already"):
+        method.transform(plan)(*quantized)
     elsewhere = type(plan)((("nowhere", 4, 16),))
     with pytest.raises(ValueError, match="matches no layer"):
         method.transform(elsewhere)(*pair)

@@ -114,7 +114,7 @@ def test_what_a_device_holds():
 
 
 @pytest.mark.parametrize(("groups", "cut"), [(1, None), (4, "model"), (2, None)])
-def test_parts_of_a_quantised_leaf(groups, cut):
+def test_parts_of_a_quantized_leaf(groups, cut):
     w = jax.random.normal(jax.random.key(0), (128, 64))
     leaf = quantize_matrix(
         w, Quantizer(4, symmetric=False), group_size=128 // groups, mask=jnp.ones(128), packed=True
@@ -163,7 +163,7 @@ def test_checkpoints_go_straight_to_their_devices(tmp_path):
     assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, params, places))
 
 
-def test_quantised_checkpoints_are_cut_by_parts(tmp_path):
+def test_quantized_checkpoints_are_cut_by_parts(tmp_path):
     subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=4)
     plan = round_to_nearest.uniform(4, 16, group_size=32)
     forward, params = round_to_nearest.transform(plan)(subject.forward, subject.params)

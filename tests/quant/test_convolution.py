@@ -57,7 +57,7 @@ def correlate(x, kernel, stride, padding):
 
 
 def stands_for(x, leaf):
-    """Images as their codes say them, by the formulas of the quantisers."""
+    """Images as their codes say them, by the formulas of the quantizers."""
     how = leaf.activations
     if how is None:
         return np.asarray(x, np.float64)

@@ -1,4 +1,4 @@
-"""Quantisers against their formulas, and fake quantisation against real codes."""
+"""Quantizers against their formulas, and fake quantization against real codes."""
 
 import chex
 import jax
@@ -57,7 +57,7 @@ def test_zeros_have_a_scale():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_fake_quantisation_is_codes_and_back_with_bits_as_data(symmetric):
+def test_fake_quantization_is_codes_and_back_with_bits_as_data(symmetric):
     @jax.jit
     def fake(x, bits):
         return fake_quantize(x, Quantizer(8, symmetric), bits=bits, axes=1)

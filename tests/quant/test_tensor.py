@@ -1,4 +1,4 @@
-"""The quantised leaf: both paths of its product, what it costs, what it refuses."""
+"""The quantized leaf: both paths of its product, what it costs, what it refuses."""
 
 import dataclasses
 import json
@@ -127,7 +127,7 @@ def test_scaling_and_rotation_without_rounding_change_nothing():
 
 
 @pytest.mark.parametrize("case", ["W4A16 groups", "mask and rotation", "W8A8 ordered"])
-def test_what_was_quantised_comes_back_rounded(case):
+def test_what_was_quantized_comes_back_rounded(case):
     leaf = quantize_matrix(W, **CASES[case])
     error = jnp.linalg.norm(leaf.restore() - W) / jnp.linalg.norm(W)
     assert 0 < error < (0.02 if leaf.bits == 8 else 0.12)
@@ -209,7 +209,7 @@ def test_a_leaf_is_described_as_json(case):
 )
 def test_what_describes_no_leaf(change):
     described = quantize_matrix(W, mask=jnp.ones(256)).to_dict()
-    with pytest.raises(ValueError, match="describes no quantised leaf"):
+    with pytest.raises(ValueError, match="describes no quantized leaf"):
         QTensor.from_dict(described | change)
 
 
@@ -262,5 +262,5 @@ def test_products_that_there_are_not():
             Activations(**options, group_size=64)
     with pytest.raises(ValueError, match="ranges of single images are symmetric"):
         quantize_matrix(jnp.ones((3, 3, 4, 4)), activations=UNEVEN)
-    with pytest.raises(ValueError, match="a quantised weight is a matrix"):
+    with pytest.raises(ValueError, match="a quantized weight is a matrix"):
         quantize_matrix(jnp.ones(3))

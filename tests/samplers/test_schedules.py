@@ -378,7 +378,7 @@ def test_files_of_converted_checkpoints():
         ({"_class_name": "PNDMScheduler"}, "one of 'DDIMScheduler', .*; got 'PNDMScheduler'"),
         ({"thresholding": True}, "thresholding=True: only False is supported"),
         ({"trained_betas": [0.1]}, "trained_betas"),
-        ({"colour": "red"}, "colour='red': unknown option"),
+        ({"color": "red"}, "color='red': unknown option"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "'learned_range'"),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "only 2 is supported"),
         (
@@ -393,8 +393,8 @@ def test_unsupported_configs(change, message):
 
 
 def test_all_problems_of_a_config_at_once():
-    config = {"_class_name": "DDIMScheduler", "thresholding": True, "colour": "red"}
-    with pytest.raises(ValueError, match=r"(?s)thresholding.*colour.*Supported options: beta_end"):
+    config = {"_class_name": "DDIMScheduler", "thresholding": True, "color": "red"}
+    with pytest.raises(ValueError, match=r"(?s)thresholding.*color.*Supported options: beta_end"):
         Schedule.from_config(config, steps=10)
 
 

@@ -138,13 +138,13 @@ def factors(
 
     Raises:
         ValueError: for ranks above those of the projections, statistics of another model, or a
-            model whose keys are normalised.
+            model whose keys are normalized.
     """
     made: Factors = {}
     for path, attn in _attentions(forward, params).items():
         if attn.q_norm is not None:
             raise ValueError(
-                "this model normalises keys after their projection (qk_norm), which low-rank "
+                "this model normalizes keys after their projection (qk_norm), which low-rank "
                 "features do not rebuild; use kivi or snap_kv"
             )
         if magnitudes is None:

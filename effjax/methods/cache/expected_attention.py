@@ -92,8 +92,8 @@ class ExpectedCache(EvictingCache):
         share = (counted / total[:, 0])[:, :, None, None]
         queries = q.astype(jnp.float32)
         mean = jnp.sum(share * queries, axis=1)  # [B, H, D]
-        centred = (queries - mean[:, None]) * jnp.sqrt(share)
-        covariance = jnp.einsum("bshi,bshj->bhij", centred, centred)
+        centered = (queries - mean[:, None]) * jnp.sqrt(share)
+        covariance = jnp.einsum("bshi,bshj->bhij", centered, centered)
         ahead = lengths_after(positions)[:, None] + jnp.arange(self.future)
         turn = _mean_rotation(self.core.rotary, ahead)  # [B, D, D]
         mean = jnp.einsum("bij,bhj->bhi", turn, mean)

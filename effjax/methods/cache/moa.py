@@ -21,7 +21,7 @@ other than 8, 16 ... heads are copied for every token). With 8 or 4 bits slots h
 token's and head's with a scale and an offset, which new tokens see and the prompt does not.
 
 The search asks, for every head, what the loss of answers would be if an element of the attention
-map were masked and its row normalised again. To first order, with A = softmax, dA = dLoss / dA:
+map were masked and its row normalized again. To first order, with A = softmax, dA = dLoss / dA:
 
     E_ij = A_ij (sum_n A_in dA_in - dA_ij) / (1 - A_ij + eps)   and E_00 = -A_00 dA_00
 
@@ -415,7 +415,7 @@ def candidates(
 ) -> tuple[MoAPlan, ...]:
     """Plans of which none is better than another at all lengths.
 
-    One length's loss is minimised while those of the others lie in cells of their ranges, for all
+    One length's loss is minimized while those of the others lie in cells of their ranges, for all
     lengths and cells.
 
     Args:
@@ -564,7 +564,7 @@ def order_heads(
         devices: that share the heads.
 
     Raises:
-        ValueError: if devices do not divide the key heads, or projections are quantised already.
+        ValueError: if devices do not divide the key heads, or projections are quantized already.
     """
     config = forward.config
     kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
@@ -583,7 +583,7 @@ def order_heads(
                 if path not in flat or (name == "out" and part == "bias"):
                     continue
                 if isinstance(flat[path], QTensor):
-                    raise ValueError(f"{path} is quantised: order the heads before")
+                    raise ValueError(f"{path} is quantized: order the heads before")
                 axis = 0 if name == "out" else -1
                 flat[path] = _reordered(flat[path], np.asarray(heads), axis)
     return dataclasses.replace(plan, alphas=tuple(alphas), betas=tuple(betas)), nest_params(flat)

@@ -4,7 +4,7 @@ Buys: a share of the prompt's keys and values. What the end of a prompt (the que
 there) looks at is what the answer will need.
 
     A = softmax(Q_w K^T / sqrt(D))            the last w queries of the prompt, causal
-    s_t = mean over queries and query heads of A, smoothed over neighbouring tokens
+    s_t = mean over queries and query heads of A, smoothed over neighboring tokens
     kept: the last w tokens, and those of highest s
 
 Static: how many tokens are kept, w, the smoothing. Dynamic: which. The prompt itself attends to all

@@ -89,14 +89,14 @@ def fit(
     """Scales of the inputs, by the path of the norm or layer that makes them.
 
     Args:
-        forward, params: the model, not quantised.
+        forward, params: the model, not quantized.
         batches: tuples of the forward's inputs, each token of which counts once: no padding.
         points: n, how many exponents are tried.
         progress: show a bar over the places of scales.
 
     Raises:
         ValueError: without batches, with padding in them, if the pattern matches no layer, or a
-            layer is quantised.
+            layer is quantized.
     """
     if not len(batches):
         raise ValueError("there are no batches to calibrate with")
@@ -198,13 +198,13 @@ def _unit(where: Fold) -> str:
 
 
 def transform(plan: AWQPlan, learned: Scales | None = None) -> Transform:
-    """Quantise a model's linear layers.
+    """Quantize a model's linear layers.
 
     Args:
         learned: scales from `fit`; None rounds to nearest, a baseline.
 
     Raises:
-        ValueError: if the pattern matches no layer, a layer is quantised already, or the scales
+        ValueError: if the pattern matches no layer, a layer is quantized already, or the scales
             belong to another model or plan.
     """
 

@@ -9,7 +9,7 @@ much of the lost quality.
 
 Scales of a group are taken when its first input is reached; with `act_order`, where inputs are
 rounded from the largest diag(H) to the smallest, before anything is rounded. Layers are taken block
-by block, with the inputs that the blocks quantised so far give them.
+by block, with the inputs that the blocks quantized so far give them.
 
 Static: bits and groups. Dynamic: codes and scales. Cost: as round_to_nearest; to make, a factor of
 an I x I matrix for each layer.
@@ -100,20 +100,20 @@ def fit(
     How tokens are divided among batches does not matter, but for rounding.
 
     Args:
-        forward, params: the model, not quantised.
+        forward, params: the model, not quantized.
         batches: token ids int32[B, S], or rows of any lengths, of which each token counts once.
         progress: show a bar over the blocks.
 
     Raises:
         ValueError: without batches, for a pattern that matches no layer or one outside of the
-            blocks, or a layer that is quantised.
+            blocks, or a layer that is quantized.
     """
     if not len(batches):
         raise ValueError("there are no batches to calibrate with")
     decided = plan.decided(forward, params, Linear)
     blocks = forward.sites(params, LlamaBlock)
     if outside := [p for p in decided if not any(p.startswith(f"{b.path}.") for b in blocks)]:
-        raise ValueError(f"only layers of a language model's blocks are quantised, not {outside}")
+        raise ValueError(f"only layers of a language model's blocks are quantized, not {outside}")
     start = jax.jit(partial(_first_inputs, forward, blocks[0].path))
     texts = [_with_positions(rows) for rows in batches]
     hidden = [start(params, *text) for text in texts]
@@ -255,13 +255,13 @@ def _spread(
 
 
 def transform(plan: GPTQPlan, learned: Kernels | None = None) -> Transform:
-    """Quantise a model's linear layers.
+    """Quantize a model's linear layers.
 
     Args:
         learned: codes from `fit`; None rounds to nearest, a baseline.
 
     Raises:
-        ValueError: if the pattern matches no layer, a layer is quantised already, or the codes
+        ValueError: if the pattern matches no layer, a layer is quantized already, or the codes
             belong to another model or plan.
     """
 

@@ -1,7 +1,7 @@
 """Round to nearest: weights and inputs to the nearest code.
 
 Buys: weights of 2 to 8 bits, and products of int8 codes where inputs are coded too. The baseline
-that every method of post-training quantisation has to beat.
+that every method of post-training quantization has to beat.
 
     W = (q - z) s, one scale for each output channel, or for each group of inputs
     x = q s, one scale for each token (image, for convolutions), from its largest magnitude
@@ -130,7 +130,7 @@ class RoundToNearestPlan(Plan):
         """Paths of the layers of a kind that get codes.
 
         Raises:
-            ValueError: if a rule's pattern matches none, or a layer is quantised already.
+            ValueError: if a rule's pattern matches none, or a layer is quantized already.
         """
         flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
         paths = [site.path for site in forward.sites(params, kind)]
@@ -140,7 +140,7 @@ class RoundToNearestPlan(Plan):
         found = [path for path in paths if self.bits(path)[0] != FLOAT]
         for path in found:
             if isinstance(flat[f"{path}.kernel"], QTensor):
-                raise ValueError(f"{path} is quantised already; a layer can be quantised once")
+                raise ValueError(f"{path} is quantized already; a layer can be quantized once")
         return found
 
 
@@ -163,10 +163,10 @@ def uniform(
 
 
 def transform(plan: RoundToNearestPlan) -> Transform:
-    """Quantise a model's linear layers and convolutions by the plan.
+    """Quantize a model's linear layers and convolutions by the plan.
 
     Raises:
-        ValueError: if a rule's pattern decides no layer, or a layer is quantised already.
+        ValueError: if a rule's pattern decides no layer, or a layer is quantized already.
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
@@ -208,7 +208,7 @@ def calibrate(
 
     Args:
         plan: its input ranges are replaced.
-        forward: the model, not quantised.
+        forward: the model, not quantized.
         params: its parameters.
         batches: tuples of the forward's inputs; one compiled program for each shape.
         estimate: range of one layer's inputs in one batch: `effjax.quant.ranges`.

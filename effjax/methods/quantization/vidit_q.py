@@ -1,4 +1,4 @@
-"""ViDiT-Q: quantised diffusion transformers, with channels balanced before they are coded.
+"""ViDiT-Q: quantized diffusion transformers, with channels balanced before they are coded.
 
 Buys: weights of 4 or 8 bits and integer products where rounding to nearest fails, because some
 channels of the inputs are much larger than others and a token's one scale must fit them all.
@@ -238,7 +238,7 @@ def calibrate(
 
     Args:
         plan: whose layers and segments.
-        forward, params: the model, not quantised.
+        forward, params: the model, not quantized.
         sampler: with the calls of the plan.
         cond, uncond, key: a small calibration batch (the paper takes 10 to 32 prompts).
         decay: None takes the maximum over samples and calls (second generation); a number averages
@@ -286,30 +286,30 @@ def calibrate(
 
 
 def transform(plan: ViDiTQPlan, calibration: Calibration | None = None) -> Transform:
-    """Quantise a model's linear layers by the plan.
+    """Quantize a model's linear layers by the plan.
 
     Args:
         calibration: from `calibrate`, for plans with masks.
 
     Raises:
-        ValueError: if a pattern decides no layer, a layer is quantised already, or the calibration
+        ValueError: if a pattern decides no layer, a layer is quantized already, or the calibration
             is missing or belongs to another model or plan.
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
-        return _quantise(plan, calibration, forward, params)
+        return _quantize(plan, calibration, forward, params)
 
     def shapes(forward: Forward, params: Params) -> Pair:
         ones = {
             path: jnp.ones((len(plan.segments), flatten_params(params)[f"{path}.kernel"].shape[0]))
             for path in _decided(plan, forward, params)
         }
-        return _quantise(plan, ones, forward, params)
+        return _quantize(plan, ones, forward, params)
 
     return Transform(METHOD.name, plan, apply, shapes)
 
 
-def _quantise(
+def _quantize(
     plan: ViDiTQPlan, calibration: Calibration | None, forward: Forward, params: Params
 ) -> Pair:
     flat = flatten_params({name: value for name, value in params.items() if name != METHODS})
@@ -317,7 +317,7 @@ def _quantise(
     _check_calibration(plan, calibration, paths, {p: flat[f"{p}.kernel"].shape[0] for p in paths})
     for path in paths:
         if isinstance(flat[f"{path}.kernel"], QTensor):
-            raise ValueError(f"{path} is quantised already; a layer can be quantised once")
+            raise ValueError(f"{path} is quantized already; a layer can be quantized once")
     learned = params.get(METHODS, {})
     folded: set[str] = set()
     if plan.fold and calibration is not None:
@@ -343,15 +343,15 @@ def _quantise(
                 )
             part[path] = kernel
         parts.append(part)
-    quantised = nest_params(flat | {f"{path}.kernel": leaf for path, leaf in parts[0].items()})
+    quantized = nest_params(flat | {f"{path}.kernel": leaf for path, leaf in parts[0].items()})
     if learned:
-        quantised[METHODS] = learned
+        quantized[METHODS] = learned
     if len(parts) == 1:
-        return forward, quantised
+        return forward, quantized
     later = {str(segment): part for segment, part in enumerate(parts) if segment}
-    quantised[METHODS] = {**learned, NAME: later}
+    quantized[METHODS] = {**learned, NAME: later}
     assert plan.calls is not None
-    return forward.edit(Segments(plan.boundaries, plan.calls)), quantised
+    return forward.edit(Segments(plan.boundaries, plan.calls)), quantized
 
 
 def _fold(
@@ -433,7 +433,7 @@ def best_alpha(
 
     Args:
         plan: of one segment; the alpha of all its masked layers is replaced.
-        forward, params: the model, not quantised.
+        forward, params: the model, not quantized.
         sampler, cond, uncond, key: what is sampled, always from the same noise.
         calibration: of the plan.
         grid: to try.
@@ -498,7 +498,7 @@ def search(
     This is `sensitivities(...).plan(average_bits, ratios=ratios)`.
 
     Args:
-        forward, params: the model, not quantised.
+        forward, params: the model, not quantized.
         sampler, cond, key: a small batch to score on.
         average_bits: of a weight, up to 0.02.
         ratios: see `Sensitivities.plan`.
@@ -513,7 +513,7 @@ def search(
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivities:
-    """How samples suffer when one part of a model is quantised: measured once, for any budget.
+    """How samples suffer when one part of a model is quantized: measured once, for any budget.
 
     Attributes:
         parts: layers that share bits, by the pattern of the part's rule.
@@ -610,13 +610,13 @@ def sensitivities(
     seed: int = 0,
     progress: bool = True,
 ) -> Sensitivities:
-    """Score final samples with one part of the model quantised at a time, one compiled program.
+    """Score final samples with one part of the model quantized at a time, one compiled program.
 
     A part is the layers of one group in one block, or a single layer (ViDiT-Q, arXiv 2406.02540,
     section 3.4).
 
     Args:
-        forward, params: the model, not quantised.
+        forward, params: the model, not quantized.
         sampler, cond, uncond, key: a small batch to score on; 16 samples tell layers apart where 8
             may not.
         calibration: from `calibrate` on `uniform(8, ...)`; made here if None and alpha is given.
@@ -702,7 +702,7 @@ def _averages(
 
 
 def _decided(plan: ViDiTQPlan, forward: Forward, params: Params) -> list[str]:
-    """Paths of the layers that some segment quantises; every pattern must match a layer."""
+    """Paths of the layers that some segment quantizes; every pattern must match a layer."""
     paths = [site.path for site in forward.sites(params, Linear)]
     for _, rules in plan.segments:
         for pattern, *_ in rules:

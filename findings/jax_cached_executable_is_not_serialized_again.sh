@@ -2,7 +2,7 @@
 # Versions: jax 0.10.2 and jaxlib 0.10.2, the same in 0.12.0.1; Python 3.11 or newer; on a CPU.
 # Expected: what serialize_executable.serialize gives for a compiled function can be loaded and run,
 #   wherever the function's machine code came from.
-# Behaviour: of a function that the persistent compilation cache brought, the bytes hold no machine
+# Behavior: of a function that the persistent compilation cache brought, the bytes hold no machine
 #   code. They are shorter, nothing complains while they are made, and they cannot be loaded.
 # Output seen:
 #   compiled here: loaded, and it runs
@@ -13,7 +13,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet 'jax==0.10.2' 'jaxlib==0.10.2'
-cat > "$folder/serialise.py" <<'END'
+cat > "$folder/serialize.py" <<'END'
 import sys
 
 import jax
@@ -34,8 +34,8 @@ except jax.errors.JaxRuntimeError as error:
     print(f"{str(error).split(':')[0]} error while it is loaded: {found}")
 END
 export JAX_PLATFORMS=cpu
-first=$("$folder/venv/bin/python" "$folder/serialise.py" "$folder/cache")
-second=$("$folder/venv/bin/python" "$folder/serialise.py" "$folder/cache")
+first=$("$folder/venv/bin/python" "$folder/serialize.py" "$folder/cache")
+second=$("$folder/venv/bin/python" "$folder/serialize.py" "$folder/cache")
 echo "compiled here: $first"
 echo "from the cache: $second"
 "$folder/venv/bin/python" - "$first" "$second" <<'END'
