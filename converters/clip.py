@@ -19,8 +19,8 @@ _PROJECTED = "CLIPTextModelWithProjection"
 
 _KEYS: Keys = {
     "vocab_size": ("vocab_size", 49408),
-    "hidden_size": ("width", 512),
-    "intermediate_size": ("hidden", 2048),
+    "hidden_size": ("hidden_size", 512),
+    "intermediate_size": ("intermediate_size", 2048),
     "num_hidden_layers": ("num_layers", 12),
     "num_attention_heads": ("num_heads", 8),
     "max_position_embeddings": ("max_positions", 77),
@@ -47,7 +47,7 @@ def write_config(config: CLIPTextConfig) -> dict[str, Any]:
         "architectures": [_PROJECTED if projected else "CLIPTextModel"],
         "model_type": "clip_text_model",
         **write_keys(config, _KEYS),
-        "projection_dim": config.projection if projected else config.width,
+        "projection_dim": config.projection if projected else config.hidden_size,
         "attention_dropout": 0.0,
     }
 
@@ -61,7 +61,7 @@ def _table(prefix: str) -> Table:
     layer = f"{prefix}encoder.layers.{{i}}"
     return Table(
         rules=(
-            Rule(f"{prefix}embeddings.token_embedding.weight", "table"),
+            Rule(f"{prefix}embeddings.token_embedding.weight", "embed_tokens"),
             Rule(f"{prefix}embeddings.position_embedding.weight", "positions"),
             *_norm(f"{layer}.layer_norm1", "blocks.{i}.norm1"),
             *affine(f"{layer}.self_attn.q_proj", "blocks.{i}.attn.to_q"),

@@ -67,7 +67,7 @@ def convert(
     a language model takes its tokenizer along. What `effjax.save` or a pipeline's `save` wrote is
     converted too, if it has no methods but in leaves that these layouts have.
 
-    Quantized layers keep their codes and are written as compressed-tensors; those with inputs in
+    Quantized layers keep their values and are written as compressed-tensors; those with inputs in
     an order of their own, which it does not have, become floats, and a warning says so.
 
     Arguments are those of `from_pretrained` and `save_pretrained`, which this equals. `variant` is
@@ -167,7 +167,7 @@ def _convert_model(
         )
         return _rewrite(path, dst, add=add, **reading, **writing)
     described, params = recipe.describe(saved)
-    if described.edits or METHODS in params:
+    if described.patches or METHODS in params:
         methods = ", ".join(dict.fromkeys(name for name, _ in described.recipe))
         raise ValueError(
             f"{saved} was compressed by {methods}, which other layouts do not hold: "

@@ -63,13 +63,13 @@ def write_config(config: DiTConfig) -> dict[str, Any]:
 
 
 def positions(config: DiTConfig) -> np.ndarray:
-    """The fixed position table [1, tokens, width] that some checkpoints store."""
-    return sincos_2d(config.width, config.grid, config.grid)[None]
+    """The fixed position table [1, tokens, hidden_size] that some checkpoints store."""
+    return sincos_2d(config.hidden_size, config.grid, config.grid)[None]
 
 
 def positions_shape(config: DiTConfig) -> Shape:
     """Of `positions`."""
-    return (1, config.grid**2, config.width)
+    return (1, config.grid**2, config.hidden_size)
 
 
 _BLOCK = "transformer_blocks.{i}"
@@ -80,7 +80,7 @@ DIFFUSERS = Table(
         *affine("pos_embed.proj", "patch", "conv"),
         *affine(f"{_EMBEDDER}.timestep_embedder.linear_1", "time.fc1"),
         *affine(f"{_EMBEDDER}.timestep_embedder.linear_2", "time.fc2"),
-        Rule(f"{_EMBEDDER}.class_embedder.embedding_table.weight", "label.table"),
+        Rule(f"{_EMBEDDER}.class_embedder.embedding_table.weight", "label.embedding_table"),
         *affine(f"{_BLOCK}.norm1.linear", "blocks.{i}.modulation"),
         *affine(f"{_BLOCK}.attn1.to_q", "blocks.{i}.attn.to_q"),
         *affine(f"{_BLOCK}.attn1.to_k", "blocks.{i}.attn.to_k"),
@@ -123,7 +123,7 @@ ORIGINAL = Table(
         *affine("x_embedder.proj", "patch", "conv"),
         *affine("t_embedder.mlp.0", "time.fc1"),
         *affine("t_embedder.mlp.2", "time.fc2"),
-        Rule("y_embedder.embedding_table.weight", "label.table"),
+        Rule("y_embedder.embedding_table.weight", "label.embedding_table"),
         *affine("blocks.{i}.adaLN_modulation.1", "blocks.{i}.modulation"),
         *affine("blocks.{i}.attn.qkv", "blocks.{i}.attn.to_q", part="0/3"),
         *affine("blocks.{i}.attn.qkv", "blocks.{i}.attn.to_k", part="1/3"),

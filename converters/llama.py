@@ -25,8 +25,8 @@ _CLASSES = {
 # With transformers' defaults, where a config.json leaves something out.
 _KEYS: Keys = {
     "vocab_size": ("vocab_size", 32000),
-    "hidden_size": ("width", 4096),
-    "intermediate_size": ("hidden", 11008),
+    "hidden_size": ("hidden_size", 4096),
+    "intermediate_size": ("intermediate_size", 11008),
     "num_hidden_layers": ("num_layers", 32),
     "num_attention_heads": ("num_heads", 32),
     "max_position_embeddings": ("max_positions", 2048),
@@ -42,7 +42,7 @@ def read_config(config: Json) -> LlamaConfig:
     kind = config["model_type"]
     require(config, hidden_act="silu", partial_rotary_factor=1.0)
     found = read_keys(config, LlamaConfig, _KEYS)
-    width, heads, layers = found["width"], found["num_heads"], found["num_layers"]
+    width, heads, layers = found["hidden_size"], found["num_heads"], found["num_layers"]
     more: Keys = {
         "num_key_value_heads": ("num_kv_heads", heads),
         "head_dim": ("head_dim", width // heads),
@@ -163,7 +163,7 @@ _LAYER = "model.layers.{i}"
 
 TRANSFORMERS = Table(
     rules=(
-        Rule("model.embed_tokens.weight", "table"),
+        Rule("model.embed_tokens.weight", "embed_tokens"),
         Rule(f"{_LAYER}.input_layernorm.weight", "blocks.{i}.norm1.scale"),
         *affine(f"{_LAYER}.self_attn.q_proj", "blocks.{i}.attn.to_q"),
         *affine(f"{_LAYER}.self_attn.k_proj", "blocks.{i}.attn.to_k"),
@@ -176,7 +176,7 @@ TRANSFORMERS = Table(
         *affine(f"{_LAYER}.mlp.up_proj", "blocks.{i}.mlp.up"),
         *affine(f"{_LAYER}.mlp.down_proj", "blocks.{i}.mlp.down"),
         Rule("model.norm.weight", "norm.scale"),
-        Rule("lm_head.weight", "head.kernel", "linear"),
+        Rule("lm_head.weight", "lm_head.kernel", "linear"),
     ),
     # Tied models may hold their embedding under both names.
     aliases={"lm_head.weight": "model.embed_tokens.weight"},

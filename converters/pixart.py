@@ -66,7 +66,7 @@ def write_config(config: PixArtConfig) -> dict[str, Any]:
         **_FIXED,
         **write_keys(config, _KEYS),
         "out_channels": config.out_channels,
-        "cross_attention_dim": config.width,
+        "cross_attention_dim": config.hidden_size,
         "interpolation_scale": int(scale) if scale == int(scale) else scale,
         "use_additional_conditions": False,
         "num_embeds_ada_norm": 1000,
@@ -77,15 +77,15 @@ def write_config(config: PixArtConfig) -> dict[str, Any]:
 
 
 def positions(config: PixArtConfig) -> np.ndarray:
-    """The fixed position table [1, tokens, width] that some checkpoints store."""
+    """The fixed position table [1, tokens, hidden_size] that some checkpoints store."""
     grid = config.sample_size // config.patch_size
-    table = sincos_2d(config.width, grid, grid, base=grid, interpolation=config.interpolation)
+    table = sincos_2d(config.hidden_size, grid, grid, base=grid, interpolation=config.interpolation)
     return table[None]
 
 
 def positions_shape(config: PixArtConfig) -> Shape:
     """Of `positions`."""
-    return (1, (config.sample_size // config.patch_size) ** 2, config.width)
+    return (1, (config.sample_size // config.patch_size) ** 2, config.hidden_size)
 
 
 _BLOCK = "transformer_blocks.{i}"
@@ -96,9 +96,9 @@ DIFFUSERS = Table(
         *affine("adaln_single.emb.timestep_embedder.linear_1", "time.embed.fc1"),
         *affine("adaln_single.emb.timestep_embedder.linear_2", "time.embed.fc2"),
         *affine("adaln_single.linear", "time.proj"),
-        *affine("caption_projection.linear_1", "caption.fc1"),
-        *affine("caption_projection.linear_2", "caption.fc2"),
-        Rule(f"{_BLOCK}.scale_shift_table", "blocks.{i}.table"),
+        *affine("caption_projection.linear_1", "caption_projection.fc1"),
+        *affine("caption_projection.linear_2", "caption_projection.fc2"),
+        Rule(f"{_BLOCK}.scale_shift_table", "blocks.{i}.scale_shift_table"),
         *affine(f"{_BLOCK}.attn1.to_q", "blocks.{i}.attn.to_q"),
         *affine(f"{_BLOCK}.attn1.to_k", "blocks.{i}.attn.to_k"),
         *affine(f"{_BLOCK}.attn1.to_v", "blocks.{i}.attn.to_v"),
@@ -109,7 +109,7 @@ DIFFUSERS = Table(
         *affine(f"{_BLOCK}.attn2.to_out.0", "blocks.{i}.cross.to_out"),
         *affine(f"{_BLOCK}.ff.net.0.proj", "blocks.{i}.mlp.fc1"),
         *affine(f"{_BLOCK}.ff.net.2", "blocks.{i}.mlp.fc2"),
-        Rule("scale_shift_table", "final.table"),
+        Rule("scale_shift_table", "final.scale_shift_table"),
         *affine("proj_out", "final.proj"),
     ),
     buffers=(Buffer("pos_embed.pos_embed", positions, positions_shape, written=False),),

@@ -58,7 +58,7 @@ def from_pretrained(
 
     Tensors go one by one from the file to their place; the host never holds a second copy. torch
     itself is needed for pickles only. Layers that the checkpoint holds quantized
-    (`converters.quantized`) become quantized leaves, with the file's own codes.
+    (`converters.quantized`) become quantized leaves, with the file's own quantized values.
 
     Args:
         repo_or_dir: hub repository ("owner/name"), file in one ("owner/name/file.pt"), directory in
@@ -68,7 +68,7 @@ def from_pretrained(
             "model.fp16.safetensors".
         revision: branch, tag or commit of the repository.
         dtype: float32, bfloat16 or float16 for all parameters; as stored if None. Quantized layers
-            keep their codes.
+            keep their quantized values.
         compute_dtype: of the computation; that of `dtype` if None, else that in which most
             parameters are stored.
         token: for private repositories; True for the one that was stored by logging in.
@@ -156,7 +156,7 @@ def save_pretrained(
     """Write a model as PyTorch libraries read it: config.json and safetensors, sharded if large.
 
     Args:
-        forward: the unedited model.
+        forward: the unpatched model.
         params: its parameters: arrays of float32, bfloat16 or float16, and quantized leaves
             of 4 or 8 bits without mask and rotation, which are written as compressed-tensors.
         dst: directory to make; it appears when it is complete.
@@ -171,8 +171,8 @@ def save_pretrained(
     Raises:
         ValueError: for a compressed model, parameters that do not fit, or an occupied `dst`.
     """
-    if forward.edits or METHODS in params:
-        raise ValueError("checkpoints of this layout hold no edits or methods; use effjax.save")
+    if forward.patches or METHODS in params:
+        raise ValueError("checkpoints of this layout hold no patches or methods; use effjax.save")
     forward.module(params)  # names every parameter that does not fit
     leaves = flatten_params(params)
     wrong = [
@@ -223,7 +223,7 @@ def write_model(
     table = family.tables[layout]
     binding = table.bind(leaves)
     shapes = binding.source_shapes({name: tuple(leaf.shape) for name, leaf in leaves.items()})
-    coded = any(isinstance(leaf, QTensor) for leaf in leaves.values())
+    quantized = any(isinstance(leaf, QTensor) for leaf in leaves.values())
     leaves, read = quantized_export.without_orders(leaves, read, config.param_dtype)
     schemes = quantized_export.schemes(binding, leaves)
     specs: dict[str, Spec] = {}
@@ -247,7 +247,7 @@ def write_model(
     described = family.write_config(config)
     if "architectures" not in described:  # how transformers says it
         described = {"_class_name": family.class_name, **described}
-    if coded:
+    if quantized:
         described[quantization_config.KEY] = quantization_config.write_config(binding, schemes)
     with new_directory(Path(os.path.expanduser(dst))) as directory:
         files = write_shards(

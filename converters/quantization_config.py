@@ -79,12 +79,13 @@ class Quantization:
         unknown = sorted(layer for layer, scheme in schemes.items() if scheme is None)
         if unknown:
             raise ValueError(
-                f"the file holds codes of {unknown}, which no group or rule of {KEY} quantizes"
+                f"the file holds quantized values of {unknown}, which no group or rule of {KEY} "
+                "quantizes"
             )
         layers = {}
         for layer, scheme in schemes.items():
             assert scheme is not None
-            if scheme.layout.codes == "weight" and f"{layer}.weight" in tensors:
+            if scheme.layout.qvalues == "weight" and f"{layer}.weight" in tensors:
                 found[layer]["weight"] = tensors[f"{layer}.weight"]
             layers[layer] = Layer(layer, scheme, found[layer])
         return layers
@@ -342,7 +343,7 @@ _ORDERS = ("group", "dynamic", True, "weight", "static", False, None)
 
 
 def _inputs(config: Json, wrong: list[str], floats: bool) -> Activations | None:
-    """Inputs of compressed-tensors, which divides a token's range by 127.5, half its codes."""
+    """Inputs of compressed-tensors, which divides a token's range by 127.5, half its values."""
     if not config:
         return None
 

@@ -4,7 +4,8 @@ A linear layer `b` holds several tensors `b.<name>` in the place of `b.weight` [
 
     W = (q - z) s     with one s and z for each output and each of G groups of inputs
 
-                    codes q                   zero points z                  scales s [G, O]
+                    quantized values q                  zero points z                  scales s [G,
+                    O]
     gptq            qweight [I n/32, O]       qzeros [G, O n/32]             scales
     awq             qweight [I, O n/32]       qzeros [G, O n/32]             scales
                                                                              scales s [O, G]
@@ -14,23 +15,26 @@ A linear layer `b` holds several tensors `b.<name>` in the place of `b.weight` [
     fp8             weight float8[O, I]                                      weight_scale_inv
     torchao         _weight_qdata int8[O, I]  _weight_zero_point int8[O, G]  _weight_scale
 
-Codes of n bits stand in int32 words, from the lowest bits on, along the axis that is divided; those
-of 3 bits cross from word to word, so that an axis is one stream of bits (`effjax.quant.disk`). In
-words, codes and zero points are unsigned: 2^(n-1) is subtracted from both. Further:
+Quantized values of n bits stand in int32 words, from the lowest bits on, along the axis that is
+divided; those of 3 bits cross from word to word, so that an axis is one stream of bits
+(`effjax.quant.disk`). In
+words, quantized values and zero points are unsigned: 2^(n-1) is subtracted from both. Further:
 
     gptq  Version 1 stores z - 1. It was subtracted from whole words, borrows and all, which matters
           where z is 0; not so for 3 bits. Version 2 ("gptq_v2") stores z.
-    gptq_p  Every 32 consecutive codes are n words: of their low bits, then of the bits above
+    gptq_p  Every 32 consecutive quantized values are n words: of their low bits, then of the bits
+        above
           (`pallas_kernels.packing.plane_widths`). Zero points as in version 2.
     awq   Eight consecutive outputs stand in a word in the order 0, 2, 4, 6, 1, 3, 5, 7.
     pack-quantized  `weight_shape` is [O, I]. Older files have zero points as int8 [O, G].
-    torchao  Of its tensor types those with plain int8 codes, of 2 to 8 bits: Int8Tensor and
+    torchao  Of its tensor types those with plain int8 values, of 2 to 8 bits: Int8Tensor and
           IntxUnpackedToInt8Tensor. Symmetric layers have zero points too, all zero.
     float8  Numbers of float8_e4m3fn, W = q s with one s for each block of the matrix, [O / 128,
           I / 128] say, the last ones cut; or one for each output, or for all. The name
           `weight_scale_inv` is DeepSeek-V3's for a factor; GPTQModel's is a divisor.
     g_idx, weight_g_idx  The group of each input, where groups are not consecutive inputs (desc_act,
-          or actorder=group). Codes stand in the order of inputs here, in that of groups in a leaf.
+          or actorder=group). Quantized values stand in the order of inputs here, in that of groups
+          in a leaf.
 
 Sources: AutoGPTQ and GPTQModel (`nn_modules/qlinear`), AutoAWQ (`utils/packing_utils.py`),
 compressed-tensors (`compressors/pack_quantized`, `naive_quantized`), torchao
@@ -51,7 +55,7 @@ import numpy as np
 
 from converters.names import Piece
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
-from effjax.quant.disk import Codes, pack_bits, signed, unpack_bits
+from effjax.quant.disk import QValues, pack_bits, signed, unpack_bits
 from effjax.storage import FLOATS, Shape, Spec, Tensor
 from pallas_kernels.packing import plane_widths
 
@@ -63,17 +67,17 @@ class Format(NamedTuple):
     """Which tensors a format keeps of a layer.
 
     Attributes:
-        codes, zeros, scale: their names; None for zero points that there are not.
-        packed: along which axis words hold codes; None if they are int8 or float8.
+        quantized values, zeros, scale: their names; None for zero points that there are not.
+        packed: along which axis words hold quantized values; None if they are int8 or float8.
         transposed: tensors are [O, ...], as torch's weights are; else [..., O].
         order: outputs within a word, by their places.
         planes: words hold bits of one plane each (`pallas_kernels.packing.plane_widths`), by
-            blocks of 32 codes, and no stream.
+            blocks of 32 quantized values, and no stream.
         groups: name of the group of each input.
         shape: name of the tensor that holds [O, I].
     """
 
-    codes: str
+    qvalues: str
     zeros: str | None
     scale: str
     packed: Literal["inputs", "outputs"] | None
@@ -86,7 +90,7 @@ class Format(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """Of all tensors that a layer may hold."""
-        held = (self.codes, self.zeros, self.scale, self.groups, self.shape)
+        held = (self.qvalues, self.zeros, self.scale, self.groups, self.shape)
         return tuple(name for name in held if name)
 
 
@@ -114,15 +118,15 @@ class Scheme:
 
     Attributes:
         format: in `FORMATS`.
-        bits: of a weight's code.
+        bits: of a weight.
         group_size: inputs that share a scale; None for all.
         symmetric: whether all zero points are zero.
-        activations: how inputs become codes; None leaves them floats.
+        activations: how inputs become quantized values; None leaves them floats.
         minus_one: whether zero points are stored minus one, as in version 1 of GPTQ.
         ordered: whether the group of each input must be there.
-        block: (inputs, outputs) that share a scale, of float8 codes, None for all of them; None for
-            integer codes.
-        divides: whether codes are divided by scales.
+        block: (inputs, outputs) that share a scale, of float8 values, None for all of them; None
+            for integer values.
+        divides: whether quantized values are divided by scales.
     """
 
     format: str
@@ -140,14 +144,14 @@ class Scheme:
         return FORMATS[self.format]
 
     def words(self, count: int) -> int:
-        """Words along an axis of this many codes."""
+        """Words along an axis of this many quantized values."""
         return -(-count * self.bits // 32)
 
     def groups(self, inputs: int) -> int:
         return inputs // (self.group_size or inputs)
 
     def blocks(self, shape: Shape) -> tuple[int, int]:
-        """(inputs, outputs) that share a scale of a matrix [I, O] of float8 codes."""
+        """(inputs, outputs) that share a scale of a matrix [I, O] of float8 values."""
         inputs, outputs = self.block or (None, None)
         return min(inputs or shape[0], shape[0]), min(outputs or shape[1], shape[1])
 
@@ -167,24 +171,24 @@ class Scheme:
             shapes = {1: [(1,), (), (1, 1)]}.get(rows * columns, [(columns, rows)])
             shapes += [(columns,)] if rows == 1 < columns else []
             scales = tuple(Spec(each, dtype) for each in shapes for dtype in FLOATS)
-            codes = Spec((outputs, inputs), FLOAT8)
-            return {layout.codes: ((codes,), True), layout.scale: (scales, True)}
+            qvalues = Spec((outputs, inputs), FLOAT8)
+            return {layout.qvalues: ((qvalues,), True), layout.scale: (scales, True)}
 
         def oriented(rows: int, columns: int) -> Shape:
             return (columns, rows) if layout.transposed else (rows, columns)
 
         whole = Spec(oriented(groups, outputs), INT8)
         if layout.packed is None:
-            codes, zeros = [Spec(oriented(inputs, outputs), INT8)], [whole]
+            qvalues, zeros = [Spec(oriented(inputs, outputs), INT8)], [whole]
         else:
             rows, columns = inputs, self.words(outputs)
             if layout.packed == "inputs":
                 rows, columns = self.words(inputs), outputs
-            codes = [Spec(oriented(rows, columns), INT32)]
+            qvalues = [Spec(oriented(rows, columns), INT32)]
             zeros = [Spec(oriented(groups, self.words(outputs)), INT32)]
             zeros += [whole] if self.format == "pack-quantized" else []
         found = {
-            layout.codes: (codes, True),
+            layout.qvalues: (qvalues, True),
             str(layout.zeros): (zeros, not self.symmetric or self.layout.zeros == "qzeros"),
             layout.scale: ([Spec(oriented(groups, outputs), dtype) for dtype in FLOATS], True),
         }
@@ -196,14 +200,16 @@ class Scheme:
 
     # Reading: tensors by name to arrays [inputs or groups, O].
 
-    def codes(self, held: Mapping[str, np.ndarray], outputs: int, inputs: np.ndarray) -> np.ndarray:
-        """Signed codes int8[inputs, O], or float8, of the inputs that are named."""
-        codes = self._oriented(held[self.layout.codes])
+    def qvalues(
+        self, held: Mapping[str, np.ndarray], outputs: int, inputs: np.ndarray
+    ) -> np.ndarray:
+        """Signed values int8[inputs, O], or float8, of the inputs that are named."""
+        qvalues = self._oriented(held[self.layout.qvalues])
         if self.layout.packed is None:
-            return codes[inputs]
+            return qvalues[inputs]
         if self.layout.packed == "outputs":
-            return self._signed(self._fields(codes[inputs])[:, :outputs])
-        words = codes.view(np.uint32)
+            return self._signed(self._fields(qvalues[inputs])[:, :outputs])
+        words = qvalues.view(np.uint32)
         if self.layout.planes:
             return self._signed(self._of_planes(words, inputs))
         word, low = np.divmod(inputs * self.bits, 32)
@@ -245,7 +251,7 @@ class Scheme:
         return signed(fields ^ np.uint8(2 ** (self.bits - 1)), self.bits)
 
     def _of_planes(self, words: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Unsigned codes uint8[places, columns] at these places of words uint32[words, columns]."""
+        """Unsigned values uint8[places, columns] at places of words uint32[words, columns]."""
         block, place = np.divmod(places, 32)
         first, low = block * self.bits, 0
         fields = np.zeros((len(places), words.shape[1]), np.uint8)
@@ -257,7 +263,7 @@ class Scheme:
         return fields
 
     def _fields(self, words: np.ndarray) -> np.ndarray:
-        """Unsigned codes uint8[rows, codes] of words int32[rows, words]."""
+        """Unsigned values uint8[rows, quantized values] of words int32[rows, words]."""
         stream = np.ascontiguousarray(words, "<i4").view(np.uint8)
         fields = unpack_bits(stream, self.bits, words.shape[1] * 32 // self.bits)
         if self.layout.order is None:
@@ -284,14 +290,14 @@ class Scheme:
         if name == self.layout.zeros:
             zeros = np.concatenate([leaf.zero_point for leaf in leaves], axis=1).astype(np.int8)
             return (zeros if self.layout.packed is None else self._words(zeros)).T
-        codes = [Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).unpacked() for leaf in leaves]
-        whole = np.concatenate(codes, axis=1).T
+        qvalues = [QValues(leaf.qvalue, leaf.matrix_shape, leaf.bits).unpacked() for leaf in leaves]
+        whole = np.concatenate(qvalues, axis=1).T
         return whole if self.layout.packed is None else self._words(whole)
 
-    def _words(self, codes: np.ndarray) -> np.ndarray:
-        """int32[rows, words] of signed codes int8[rows, codes]."""
-        fields = codes.view(np.uint8) ^ np.uint8(2 ** (self.bits - 1))
-        stream = np.zeros((len(codes), 4 * self.words(codes.shape[1])), np.uint8)
+    def _words(self, qvalues: np.ndarray) -> np.ndarray:
+        """int32[rows, words] of signed values int8[rows, quantized values]."""
+        fields = qvalues.view(np.uint8) ^ np.uint8(2 ** (self.bits - 1))
+        stream = np.zeros((len(qvalues), 4 * self.words(qvalues.shape[1])), np.uint8)
         packed = pack_bits(fields, self.bits)
         stream[:, : packed.shape[1]] = packed
         return stream.view("<i4")
@@ -310,7 +316,7 @@ def _leaf(shape: Shape, scheme: Scheme, ordered: bool) -> QTensor:
             Quantizer(scheme.bits, scheme.symmetric),
             group_size=scheme.group_size,
             activations=scheme.activations,
-            order=order,
+            perm=order,
         ),
         jax.ShapeDtypeStruct(shape, np.float32),
         jax.ShapeDtypeStruct(shape[:1], np.int32) if ordered else None,
@@ -358,7 +364,9 @@ class Layer:
         if shape[1] % (scheme.group_size or 1):
             return [(self.name, f"groups of {scheme.group_size} do not divide {shape[1]} inputs")]
         if layout.planes and any(size % 32 for size in shape):
-            return [(self.name, f"planes of 32 codes do not divide a layer {list(shape)}")]
+            return [
+                (self.name, f"planes of 32 quantized values do not divide a layer {list(shape)}")
+            ]
         problems = []
         for name, (specs, must) in scheme.specs(shape).items():
             if name not in self.tensors:
@@ -371,7 +379,7 @@ class Layer:
                 problems.append((f"{self.name}.{name}", fault))
         if problems:
             return problems
-        small = {name: self.tensors[name].read() for name in self.tensors if name != layout.codes}
+        small = {name: self.tensors[name].read() for name in self.tensors if name != layout.qvalues}
         if scheme.symmetric and layout.zeros in small and scheme.zeros(small, shape[0]).any():
             fault = "holds zero points that are not in the middle, but the layer is symmetric"
             said = {"gptq": "sym, or checkpoint_format (gptq or gptq_v2),", "awq": "zero_point"}
@@ -396,29 +404,31 @@ class Layer:
         inputs = np.arange(shape[0]) if order is None else order
 
         def rows(begin: int, end: int) -> np.ndarray:
-            codes = scheme.codes(held, parts * shape[1], inputs[begin:end])[:, outputs]
+            qvalues = scheme.qvalues(held, parts * shape[1], inputs[begin:end])[:, outputs]
             half = 2 ** (scheme.bits - 1)
-            if scheme.bits < 8 and not (-half <= codes.min() and codes.max() < half):
+            if scheme.bits < 8 and not (-half <= qvalues.min() and qvalues.max() < half):
                 raise ValueError(
-                    f"{self.name}.{scheme.layout.codes} holds {codes.min()} ... {codes.max()}, "
-                    f"but codes of {scheme.bits} bits are {-half} ... {half - 1}; is the number "
+                    f"{self.name}.{scheme.layout.qvalues} holds {qvalues.min()} ... "
+                    f"{qvalues.max()}, "
+                    f"but quantized values of {scheme.bits} bits are {-half} ... {half - 1}; is "
+                    "the number "
                     f"of bits in its configuration wrong?"
                 )
-            return codes
+            return qvalues
 
         zeros = None
         if not scheme.symmetric:
             zeros = scheme.zeros(held, parts * shape[1])[:, outputs].copy()
         scale, column_sums = self._scale(held, shape, part, parts), None
         if leaf.column_sums is not None:
-            codes = rows(0, shape[0]).reshape(len(scale), -1, shape[1])
-            sums = codes.sum(axis=1, dtype=np.int64)
+            qvalues = rows(0, shape[0]).reshape(len(scale), -1, shape[1])
+            sums = qvalues.sum(axis=1, dtype=np.int64)
             if zeros is not None:
-                sums = sums - codes.shape[1] * zeros
+                sums = sums - qvalues.shape[1] * zeros
             column_sums = np.sum(sums * scale, axis=0, dtype=np.float32)
         return dataclasses.replace(
             leaf,
-            qvalue=Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits).fill(rows),
+            qvalue=QValues(leaf.qvalue, leaf.matrix_shape, leaf.bits).fill(rows),
             scale=scale,
             zero_point=zeros,
             order=order,

@@ -23,20 +23,19 @@ def without_orders(
 
     compressed-tensors has had no place for such an order since 0.19; a warning names them.
     """
-    ordered = [
-        name
-        for name, leaf in leaves.items()
-        if isinstance(leaf, QTensor) and leaf.order is not None
+    permuted = [
+        name for name, leaf in leaves.items() if isinstance(leaf, QTensor) and leaf.perm is not None
     ]
-    if not ordered:
+    if not permuted:
         return leaves, read
     warnings.warn(
-        f"{len(ordered)} layers are written as {dtype}, not as codes, for their inputs stand in "
+        f"{len(permuted)} layers are written as {dtype}, not as quantized values, for their "
+        "inputs stand in "
         f"an order of their own (desc_act), which compressed-tensors no longer has; effjax.save "
-        f"keeps their codes: {', '.join(ordered[:3])}{' ...' if ordered[3:] else ''}",
+        f"keeps their quantized values: {', '.join(permuted[:3])}{' ...' if permuted[3:] else ''}",
         stacklevel=4,
     )
-    floats = {name: jax.ShapeDtypeStruct(leaves[name].shape, dtype) for name in ordered}
+    floats = {name: jax.ShapeDtypeStruct(leaves[name].shape, dtype) for name in permuted}
 
     def values(name: str) -> Any:
         if name not in floats:
@@ -115,9 +114,9 @@ def _scheme(leaf: QTensor, alone: bool) -> Scheme:
 def _fault(leaf: QTensor) -> str | None:
     """Why a leaf cannot be written."""
     if leaf.bits not in (4, 8):
-        return f"has codes of {leaf.bits} bits, must be 4 or 8"
-    if leaf.mask is not None or leaf.rotation is not None:
-        return "has inputs that are masked or rotated"
+        return f"has quantized values of {leaf.bits} bits, must be 4 or 8"
+    if leaf.smoothing_scale is not None or leaf.rotation is not None:
+        return "has inputs that are smoothed or rotated"
     if (inputs := leaf.activations) is not None:
         # What divides the ranges of tokens the format does not say: n + 1/2 here, n in vLLM.
         tokens = inputs.dynamic and (inputs.group_size is None or inputs.quantizer.floats)

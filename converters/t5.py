@@ -13,9 +13,9 @@ from effjax.models.t5 import T5Config, T5Encoder
 
 _KEYS: Keys = {
     "vocab_size": ("vocab_size", 32128),
-    "d_model": ("width", 512),
+    "d_model": ("hidden_size", 512),
     "d_kv": ("head_dim", 64),
-    "d_ff": ("hidden", 2048),
+    "d_ff": ("intermediate_size", 2048),
     "num_layers": ("num_layers", 6),
     "num_heads": ("num_heads", 8),
     "relative_attention_num_buckets": ("buckets", 32),
@@ -53,7 +53,7 @@ _MLP = "encoder.block.{i}.layer.1.DenseReluDense"
 
 TRANSFORMERS = Table(
     rules=(
-        Rule("shared.weight", "table"),
+        Rule("shared.weight", "embed_tokens"),
         Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "positions"),
         Rule("encoder.block.{i}.layer.0.layer_norm.weight", "blocks.{i}.norm1.scale"),
         Rule(f"{_ATTENTION}.q.weight", "blocks.{i}.attn.to_q.kernel", "linear"),

@@ -57,7 +57,7 @@ class Weights:
             value = layer.read(leaf.shape, piece.part, piece.parts)
             self.inspection.look(f"{layer.name}.{layer.scheme.layout.scale}", value.scale)
             if value.block is not None:
-                self.inspection.look(f"{layer.name}.{layer.scheme.layout.codes}", value.qvalue)
+                self.inspection.look(f"{layer.name}.{layer.scheme.layout.qvalues}", value.qvalue)
             return value
         value = piece.read(self.tensors[piece.source].read())
         return self.inspection.cast(piece.source, value, leaf.dtype)

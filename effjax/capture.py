@@ -1,8 +1,9 @@
-"""What calibrations need: values of sites, their running statistics, gradients at them.
+"""What calibrations need: values of target modules, their running statistics, gradients at them.
 
-`Tap` and `Observe` are edits like any other. They wrap sites in modules that only look at one value
-of each call and remember it in state, so they see what the sites compute under the edits made
-before them, also inside `switch` branches, and work in any loop that carries state.
+`Tap` and `Observe` are patches like any other. They wrap target modules in modules that only look
+at one value of each call and remember it in state, so they see what the target modules compute
+under the patches made before them, also inside `switch` branches, and work in any loop that carries
+state.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from flax import nnx
 
 from effjax.context import Context, Guidance, PyTree, State, Step
 from effjax.forward import Forward, Params, StateDict
-from effjax.sites import Site, Wrapper, sites, wrap
+from effjax.targets import TargetModule, Wrapper, target_modules, wrap
 
 Kind = type | tuple[type, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """Edit: remember the value of the last call of each chosen site, as state `tap_{what}`.
+    """Patch: remember the value of the last call of each chosen module, as state `tap_{what}`.
 
     Attributes:
         kind: type of the original modules.
-        pattern: regular expression that the whole path of a site must match.
+        pattern: regular expression that the whole path of a target module must match.
         what: "output", "input" (the first positional one), "input1", "input2", ...
     """
 
@@ -41,13 +42,13 @@ class Tap:
     what: str = "output"
 
     def __call__(self, module: nnx.Module, context: Context) -> None:
-        for site in chosen(module, self.kind, self.pattern):
-            wrap(module, site.path, _Recorder, site.path, self.what)
+        for target in chosen(module, self.kind, self.pattern):
+            wrap(module, target.path, _Recorder, target.path, self.what)
 
 
 @dataclasses.dataclass(frozen=True)
 class Observe:
-    """Edit: accumulate statistics of each chosen site over calls; see `read_statistics`.
+    """Patch: accumulate statistics of each chosen target module over calls; see `read_statistics`.
 
     Attributes:
         kind, pattern, what: as in `Tap`.
@@ -64,8 +65,8 @@ class Observe:
             raise ValueError(f'statistics are per "channel" or per "tensor", not per {self.per!r}')
 
     def __call__(self, module: nnx.Module, context: Context) -> None:
-        for site in chosen(module, self.kind, self.pattern):
-            wrap(module, site.path, _Observer, site.path, self.what, self.per)
+        for target in chosen(module, self.kind, self.pattern):
+            wrap(module, target.path, _Observer, target.path, self.what, self.per)
 
 
 class Statistics(NamedTuple):
@@ -99,7 +100,7 @@ def tap(
     step: Step | None = None,
     guidance: Guidance | None = None,
 ) -> dict[str, jax.Array]:
-    """Values of chosen sites in one call; a pure function, to be used under `jit` if large.
+    """Values of chosen modules in one call; a pure function, to be used under `jit` if large.
 
     Args:
         inputs: the forward's inputs.
@@ -107,23 +108,24 @@ def tap(
         state, step, guidance: as in `Forward.__call__`; the forward's initial state if None.
 
     Returns:
-        Value by site path. A site that the branches taken at this step do not call holds NaN (zero
-        if its dtype has none).
+        Value by target module path. A target module that the branches taken at this step do not
+        call holds NaN (zero if its dtype has none).
 
     Raises:
-        ValueError: if no site matches, if a site is called twice, or is never called.
+        ValueError: if no target module matches, if a target module is called twice, or is never
+            called.
         TypeError: if a value is no array.
     """
-    edit = Tap(kind, pattern, what)
+    patch = Tap(kind, pattern, what)
     options = {"state": state, "step": step, "guidance": guidance}
-    return tapped_call(forward, params, inputs, edit, **options)[2]
+    return tapped_call(forward, params, inputs, patch, **options)[2]
 
 
 def tapped_call(
     forward: Forward,
     params: Params,
     inputs: tuple[PyTree, ...],
-    edit: Tap,
+    patch: Tap,
     *,
     state: StateDict | None = None,
     step: Step | None = None,
@@ -132,10 +134,10 @@ def tapped_call(
     """A call of the forward that also gives what a `Tap` saw; arguments as for `tap`.
 
     Returns:
-        Outputs, the state after the call, and the values by site path.
+        Outputs, the state after the call, and the values by target module path.
     """
-    tapped, name = forward.edit(edit), f"tap_{edit.what}"
-    initial, recorded = _initial_record(tapped, edit, params, inputs, guidance)
+    tapped, name = forward.patch(patch), f"tap_{patch.what}"
+    initial, recorded = _initial_record(tapped, patch, params, inputs, guidance)
     before = initial | {f"{path}.{name}": value for path, value in recorded.items()}
     outputs, after = tapped(params, before | (state or {}), *inputs, step=step, guidance=guidance)
     values = {path: after.pop(f"{path}.{name}") for path in recorded}
@@ -154,10 +156,10 @@ def statistics(
     step: Step | None = None,
     guidance: Guidance | None = None,
 ) -> dict[str, Statistics]:
-    """Statistics of chosen sites over batches of inputs, by site path.
+    """Statistics of chosen target modules over batches of inputs, by target module path.
 
     Each batch starts from the forward's initial state. For statistics along a sampler's trajectory,
-    give the sampler `forward.edit(Observe(...))`, and its last state to `read_statistics`.
+    give the sampler `forward.patch(Observe(...))`, and its last state to `read_statistics`.
 
     Args:
         batches: tuples of the forward's inputs; one compiled program for each shape.
@@ -165,17 +167,18 @@ def statistics(
         step, guidance: as in `Forward.__call__`.
 
     Raises:
-        ValueError: if there is no batch, no site matches, or a chosen site is never called.
+        ValueError: if there is no batch, no target module matches, or a chosen target module is
+            never called.
         TypeError: if a value is no array.
     """
-    edit = Observe(kind, pattern, what, per)
-    observing = forward.edit(edit)
+    patch = Observe(kind, pattern, what, per)
+    observing = forward.patch(patch)
     observed: StateDict = {}
     for inputs in batches:
         if not observed:
             initial = observing.init(params, *_checked(inputs), guidance=guidance)
             observed = {key: value for key, value in initial.items() if ".observe_" in key}
-            _called(observing, params, edit, read_statistics(observed, what=what))
+            _called(observing, params, patch, read_statistics(observed, what=what))
         observed = _observe(observing, params, observed, _checked(inputs), step, guidance=guidance)
     if not observed:
         raise ValueError("statistics need at least one batch of inputs")
@@ -185,7 +188,7 @@ def statistics(
 def read_statistics(
     state: Mapping[str, jax.Array], *, what: str = "output"
 ) -> dict[str, Statistics]:
-    """What `Observe` edits of this `what` accumulated in a state, by site path."""
+    """What `Observe` patches of this `what` accumulated in a state, by target module path."""
     fields: dict[str, dict[str, jax.Array]] = {}
     for key, value in state.items():
         if found := re.fullmatch(rf"(.+)\.observe_{what}_(\w+)", key):
@@ -206,10 +209,10 @@ def gradients(
     step: Step | None = None,
     guidance: Guidance | None = None,
 ) -> dict[str, jax.Array]:
-    """Gradients of `loss(outputs)` with respect to values at chosen sites, by site path.
+    """Gradients of `loss(outputs)` with respect to values at chosen modules, by target module path.
 
-    A zero is added to each value, and the loss differentiated with respect to it. A site that is
-    not called at this step has gradient zero.
+    A zero is added to each value, and the loss differentiated with respect to it. A target module
+    that is not called at this step has gradient zero.
 
     Args:
         loss: function of the forward's outputs that returns a scalar.
@@ -219,33 +222,38 @@ def gradients(
         ValueError: as `tap`.
         TypeError: if a value is no array of floating dtype.
     """
-    edit = Tap(kind, pattern, what)
-    initial, recorded = _initial_record(forward.edit(edit), edit, params, inputs, guidance)
+    patch = Tap(kind, pattern, what)
+    initial, recorded = _initial_record(forward.patch(patch), patch, params, inputs, guidance)
     if fixed := [p for p, v in recorded.items() if not jnp.issubdtype(v.dtype, jnp.inexact)]:
         raise TypeError(f"no gradient at {fixed}: their {what} is not of a floating dtype")
     taps = {f"{path}.tap_{what}" for path in recorded}
     before = {key: value for key, value in initial.items() if key not in taps} | (state or {})
 
     def perturbed_loss(perturbations: dict[str, jax.Array]) -> jax.Array:
-        perturbed = forward.edit(partial(_perturb, perturbations, what))
+        perturbed = forward.patch(partial(_perturb, perturbations, what))
         outputs, _ = perturbed(params, before, *inputs, step=step, guidance=guidance)
         return loss(outputs)
 
     return jax.grad(perturbed_loss)({p: jnp.zeros_like(value) for p, value in recorded.items()})
 
 
-def chosen(module: nnx.Module, kind: Kind, pattern: str) -> tuple[Site, ...]:
-    """The callable sites of this kind and pattern.
+def chosen(module: nnx.Module, kind: Kind, pattern: str) -> tuple[TargetModule, ...]:
+    """The callable target modules of this kind and pattern.
 
     Raises:
         ValueError: if there is none, naming some that exist.
     """
-    found = tuple(site for site in sites(module, kind, pattern) if callable(site.module))
+    found = tuple(
+        target for target in target_modules(module, kind, pattern) if callable(target.module)
+    )
     if not found:
-        known = [site.path for site in sites(module, kind)] or [s.path for s in sites(module)]
+        known = [target.path for target in target_modules(module, kind)] or [
+            s.path for s in target_modules(module)
+        ]
         names = kind if isinstance(kind, tuple) else (kind,)
         raise ValueError(
-            f"no site of kind {' | '.join(each.__name__ for each in names)} matches '{pattern}', "
+            f"no target module of kind {' | '.join(each.__name__ for each in names)} matches "
+            f"'{pattern}', "
             f"which must match a whole path. There are {', '.join(known[:12])}"
             f"{', ...' if len(known) > 12 else ''}"
         )
@@ -256,7 +264,7 @@ class _Probe(Wrapper):
     """Looks at one value of each call: `see` gets it and returns what takes its place.
 
     `once` refuses a second call. Each branch of a `switch` works on a copy and counts its own, so
-    that a site may be called in several branches.
+    that a target module may be called in several branches.
     """
 
     once: ClassVar[bool] = True
@@ -288,18 +296,19 @@ class _Probe(Wrapper):
         if not isinstance(value, (jax.Array, np.ndarray)):
             raise TypeError(
                 f"the {self.what} of {self.path} is {type(value).__name__}, not one array; choose "
-                f"another site or value"
+                f"another target module or value"
             )
         if self.once and self.called:
             raise ValueError(
                 f"{self.path} is called more than once in one forward, so its {self.what} is no "
-                f"single value. Choose sites inside or around it, or use Observe."
+                f"single value. Choose target modules inside or around it, or use Observe."
             )
         self.called = not self._shaping()
         return self.see(jnp.asarray(value))
 
     def _shaping(self) -> bool:
-        # While the initial state is shaped, every branch runs, and a site may stand in several.
+        # While the initial state is shaped, every branch runs, and a target module may stand in
+        # several.
         held = [value for value in vars(self).values() if isinstance(value, State)]
         return any(state.get_metadata("creating") for state in held)
 
@@ -364,13 +373,13 @@ def _perturb(
 
 
 def _initial_record(
-    tapped: Forward, edit: Tap, params: Params, inputs: tuple, guidance: Guidance | None
+    tapped: Forward, patch: Tap, params: Params, inputs: tuple, guidance: Guidance | None
 ) -> tuple[StateDict, StateDict]:
-    """Initial state of a tapped forward, and the part that its tap writes, by site path."""
+    """Initial state of a tapped forward, and the part that its tap writes, by module path."""
     state = tapped.init(params, *_checked(inputs), guidance=guidance)
-    suffix, recorded = f".tap_{edit.what}", {}
+    suffix, recorded = f".tap_{patch.what}", {}
     written = {key.removesuffix(suffix) for key in state if key.endswith(suffix)}
-    for path in _called(tapped, params, edit, written):
+    for path in _called(tapped, params, patch, written):
         value = state[path + suffix]
         nothing = jnp.nan if jnp.issubdtype(value.dtype, jnp.inexact) else 0
         recorded[path] = jnp.full_like(value, nothing)
@@ -378,14 +387,14 @@ def _initial_record(
 
 
 def _called(
-    forward: Forward, params: Params, edit: Tap | Observe, called: Collection[str]
+    forward: Forward, params: Params, patch: Tap | Observe, called: Collection[str]
 ) -> list[str]:
-    """Paths of the sites that an edit chose, which must all be among the called ones."""
-    paths = [site.path for site in chosen(forward.module(params), edit.kind, edit.pattern)]
+    """Paths of the target modules that a patch chose, which must all be among the called ones."""
+    paths = [target.path for target in chosen(forward.module(params), patch.kind, patch.pattern)]
     if silent := [path for path in paths if path not in called]:
         raise ValueError(
-            f"this forward never calls {', '.join(silent)}: another edit stands in for it. Choose "
-            f"a site around it, or a narrower pattern."
+            f"this forward never calls {', '.join(silent)}: another patch stands in for it. Choose "
+            f"a target module around it, or a narrower pattern."
         )
     return paths
 

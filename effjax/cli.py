@@ -585,7 +585,7 @@ def _settings(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = {name: value for name, value in asked.items() if value is not None}
     if sizes and not isinstance(pipe, TextToImagePipeline):
         raise ValueError("this model makes images of one size: leave out --height and --width")
-    return {"num_steps": arguments.steps, "guidance_scale": arguments.guidance, **sizes}
+    return {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance, **sizes}
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def quantize(
 
 def compress(pipe: TextPipeline, method: Method, arguments: argparse.Namespace) -> Figures:
     """Give a model a smaller cache, trained if the method trains."""
-    if not issubclass(method.tiny().forward.model, Llama) or "edits" not in method.seams:
+    if not issubclass(method.tiny().forward.model, Llama) or "patches" not in method.seams:
         raise ValueError(f"{method.name} is no cache of a language model; see `effjax methods`")
     plan = method.plan.from_dict(_settings(arguments.set))
     learned = ()
@@ -235,10 +235,10 @@ def bench(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespac
     for round_ in range(arguments.repeats + 1):  # the first one compiles
         for name, pair in pairs.items():
             began = time.perf_counter()
-            session = prefill(*pair, prompts, new=new, buckets=None)
-            jax.block_until_ready(session)
+            prefix = prefill(*pair, prompts, new=new, buckets=None)
+            jax.block_until_ready(prefix)
             read = time.perf_counter()
-            generate(*pair, session=session, max_new_tokens=new)
+            generate(*pair, prefix=prefix, max_new_tokens=new)
             done = time.perf_counter()
             if round_:
                 speeds = {

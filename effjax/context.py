@@ -102,7 +102,7 @@ class Guidance:
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class CacheLength:
     """How long a text may become: what caches are sized by, static.
 
     Attributes:
@@ -129,14 +129,14 @@ class Room:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an edit may use while it builds its wrappers.
+    """What a patch may use while it builds its wrappers.
 
     Attributes:
         step: index of the network call; a Python int is static (it chooses while tracing), a traced
             array is a branch.
         guidance: arrangement of the guided batch, None when the batch is not guided.
         layout: token layout of the model's sequence, None if the model has none.
-        learned: `params["methods"]`: what methods learned, by method name and site.
+        learned: `params["methods"]`: what methods learned, by method name and target module.
         span: the first network call that this trace serves and the one after the last; None if that
             is not known.
         room: how long texts may become, None if nobody said.
@@ -147,7 +147,7 @@ class Context:
     layout: Layout | None = None
     learned: Mapping[str, Mapping[str, PyTree]] = dataclasses.field(default_factory=dict)
     span: tuple[int, int] | None = None
-    room: Room | None = None
+    cache_length: CacheLength | None = None
 
     def segment(self, boundaries: tuple[int, ...]) -> int:
         """Which segment of the network calls this trace serves, static.
@@ -287,28 +287,28 @@ def switch(
 
     A traced index becomes `lax.switch`; each branch works on its own copy of the module, and the
     states that it writes are written back to `module` afterwards. All branches must return the same
-    shapes and dtypes. Pass only the codes that can occur: fewer branches, less to compile.
+    shapes and dtypes. Pass only the indices that can occur: fewer branches, less to compile.
 
     Args:
         index: int or int32[]; a traced index that is no key of `branches` takes a neighboring one.
-        branches: code -> function of (module, *operands).
+        branches: index -> function of (module, *operands).
         module: the module that the branches call; it may hold state.
         operands: trees of arrays.
 
     Raises:
         ValueError: if a static index is not a key of `branches`.
     """
-    codes = sorted(int(code) for code in branches)
+    keys = sorted(int(key) for key in branches)
     if is_static(index):
-        if int(index) not in codes:
-            raise ValueError(f"no branch for code {int(index)}; there are branches for {codes}")
+        if int(index) not in keys:
+            raise ValueError(f"no branch for index {int(index)}; there are branches for {keys}")
         return branches[int(index)](module, *operands)
     held = states(module)
     if any(state.get_metadata("creating") for state in held.values()):
         # Shaping the initial state: every branch must be seen, and nothing is computed.
-        return [branches[code](module, *operands) for code in codes][-1]
-    if len(codes) == 1:
-        return branches[codes[0]](module, *operands)
+        return [branches[key](module, *operands) for key in keys][-1]
+    if len(keys) == 1:
+        return branches[keys[0]](module, *operands)
 
     graphdef, variables = nnx.split(module)
 
@@ -321,8 +321,8 @@ def switch(
         return branch
 
     index = jnp.asarray(index)
-    position = jnp.sum(jnp.stack([index > code for code in codes[:-1]]), dtype=jnp.int32)
-    out, values = jax.lax.switch(position, [on_copy(branches[code]) for code in codes], *operands)
+    position = jnp.sum(jnp.stack([index > key for key in keys[:-1]]), dtype=jnp.int32)
+    out, values = jax.lax.switch(position, [on_copy(branches[key]) for key in keys], *operands)
     for path, state in held.items():
         state.set_value(values[path])
     return out

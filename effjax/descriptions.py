@@ -1,6 +1,6 @@
 """What a compiled program depends on, in words that are equal in every process.
 
-Its call: static values (models, edits, samplers) and the shapes of arguments; and its target:
+Its call: static values (models, patches, samplers) and the shapes of arguments; and its target:
 versions, settings and the device.
 """
 
@@ -84,7 +84,7 @@ def stable(value: Any) -> Any:
     if isinstance(value, np.dtype):
         return str(value)
     if isinstance(value, Forward):  # the rest of it follows from these
-        names = ("model", "config", "edits", "fixed_step", "span", "room")
+        names = ("model", "config", "patches", "fixed_step", "span", "cache_length")
         return {name: stable(getattr(value, name)) for name in names}
     if isinstance(value, np.ndarray):
         return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]

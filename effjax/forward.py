@@ -1,8 +1,8 @@
 """A model as a pure function: `forward(params, state, *inputs) -> (outputs, state)`.
 
-`functional(model)` splits a `flax.nnx.Module` into a `Forward` (structure, configuration, edits: a
-hashable value) and its parameters (a plain nested dict). Edits are applied at trace time to a fresh
-copy of the module, so that nothing outside a call ever changes.
+`functional(model)` splits a `flax.nnx.Module` into a `Forward` (structure, configuration, patches:
+a hashable value) and its parameters (a plain nested dict). Patches are applied at trace time to a
+fresh copy of the module, so that nothing outside a call ever changes.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effjax.context import (
+    CacheLength,
     Context,
     Guidance,
     Layout,
     Model,
     PyTree,
-    Room,
     State,
     Step,
     is_static,
     states,
 )
 from effjax.quant import QTensor
-from effjax.sites import Site, canonical, sites
+from effjax.targets import TargetModule, canonical, target_modules
 
-Edit = Callable[[nnx.Module, Context], None]
+Patch = Callable[[nnx.Module, Context], None]
 Params = dict[str, Any]
 StateDict = dict[str, jax.Array]
 
-METHODS = "methods"  # params[METHODS][method][site]: what a method learned
+METHODS = "methods"  # params[METHODS][method][target module]: what a method learned
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -47,11 +47,11 @@ class Forward:
     forwards hit the same compiled program.
 
     Attributes:
-        model: the class of the unedited module.
-        graphdef: structure of the unedited module.
-        leaves: path and shape of every parameter of the unedited module.
+        model: the class of the unpatched module.
+        graphdef: structure of the unpatched module.
+        leaves: path and shape of every parameter of the unpatched module.
         config: the model's configuration, a frozen dataclass.
-        edits: functions `edit(module, context)` that wrap sites, applied in order.
+        patches: functions `patch(module, context)` that wrap target modules, applied in order.
         fixed_step: the step that `at` fixed, or None.
         span: the calls that `within` promised, or None.
         room: how long texts may become, or None.
@@ -62,10 +62,10 @@ class Forward:
     graphdef: nnx.GraphDef
     leaves: tuple[tuple[tuple, tuple[int, ...]], ...]
     config: Any
-    edits: tuple[Edit, ...] = ()
+    patches: tuple[Patch, ...] = ()
     fixed_step: int | None = None
     span: tuple[int, int] | None = None
-    room: Room | None = None
+    cache_length: CacheLength | None = None
     recipe: tuple[tuple[str, Any], ...] = ()
 
     def _key(self) -> tuple:
@@ -74,7 +74,8 @@ class Forward:
     def __repr__(self) -> str:
         methods = ", ".join(name for name, _ in self.recipe) or "none"
         step = "" if self.fixed_step is None else f", at step {self.fixed_step}"
-        return f"Forward({self.model.__name__}, methods: {methods}, edits: {len(self.edits)}{step})"
+        patches = len(self.patches)
+        return f"Forward({self.model.__name__}, methods: {methods}, patches: {patches}{step})"
 
     def __hash__(self) -> int:
         # Cached: jit hashes its arguments at every call.
@@ -97,11 +98,11 @@ class Forward:
         step: Step | None = None,
         guidance: Guidance | None = None,
     ) -> tuple[PyTree, StateDict]:
-        """Run the edited model.
+        """Run the patched model.
 
         Args:
-            params: nested dict in the unedited model's layout, plus `params["methods"]`.
-            state: `{}` for a model without stateful edits, else from `init` or the last call.
+            params: nested dict in the unpatched model's layout, plus `params["methods"]`.
+            state: `{}` for a model without stateful patches, else from `init` or the last call.
             inputs: the model's inputs.
             step: index of the network call, static (int) or traced (int32[]); 0 if not given.
             guidance: arrangement of a guided batch, None if the batch is not guided.
@@ -122,13 +123,13 @@ class Forward:
 
         Every branch of every step is seen, whatever `at` has fixed.
         """
-        if not self.edits:  # what has no edits keeps nothing: no need to trace it
+        if not self.patches:  # what has no patches keeps nothing: no need to trace it
             return {}
         found: dict[str, tuple] = {}
         first = self.segments(0, 1)[0][0]  # in all segments the same
 
         def shape_states(params: Params, inputs: tuple, step: jax.Array) -> None:
-            module = first.edited(params, inputs, step, guidance)
+            module = first.patched(params, inputs, step, guidance)
             held = _named_states(module)
             for path, variable in held.items():
                 variable.set_metadata(path=path, creating=True)
@@ -141,9 +142,9 @@ class Forward:
         jax.eval_shape(shape_states, params, inputs, jax.ShapeDtypeStruct((), jnp.int32))
         return {path: jnp.full(shape, fill, dtype) for path, (shape, dtype, fill) in found.items()}
 
-    def edit(self, *edits: Edit) -> Forward:
-        """Append edits. Outside jit they must be hashable; inside jit they may hold tracers."""
-        return dataclasses.replace(self, edits=self.edits + edits)
+    def patch(self, *patches: Patch) -> Forward:
+        """Append patches. Outside jit they must be hashable; inside jit they may hold tracers."""
+        return dataclasses.replace(self, patches=self.patches + patches)
 
     def at(self, step: int) -> Forward:
         """Fix the step, so that plans choose while tracing instead of branching."""
@@ -155,14 +156,14 @@ class Forward:
         """Promise that steps lie in start ... stop - 1, where no plan changes parameters."""
         return dataclasses.replace(self, span=(start, stop))
 
-    def with_room(self, prompt: int, new: int, most: int | None = None) -> Forward:
-        """Say how long texts may become, which caches must know; see `Room`."""
-        return dataclasses.replace(self, room=Room(prompt, new, most))
+    def with_cache_length(self, prompt: int, new: int, most: int | None = None) -> Forward:
+        """Say how long texts may become, which caches must know; see `CacheLength`."""
+        return dataclasses.replace(self, cache_length=CacheLength(prompt, new, most))
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Network calls at which some edit changes parameters: samplers scan between them."""
-        found = {call for edit in self.edits for call in getattr(edit, "boundaries", ())}
+        """Network calls at which some patch changes parameters: samplers scan between them."""
+        found = {call for patch in self.patches for call in getattr(patch, "boundaries", ())}
         return tuple(sorted(found))
 
     def segments(self, start: int, stop: int) -> tuple[tuple[Forward, int, int], ...]:
@@ -174,16 +175,16 @@ class Forward:
         return tuple((self.within(a, b), a, b) for a, b in itertools.pairwise(cuts))
 
     def check_calls(self, calls: int) -> None:
-        """Check that every edit is planned for this number of network calls.
+        """Check that every patch is planned for this number of network calls.
 
         Raises:
-            ValueError: if an edit's `calls` differs; samplers call this before they start.
+            ValueError: if a patch's `calls` differs; samplers call this before they start.
         """
-        for edit in self.edits:
-            planned = getattr(edit, "calls", calls)
+        for patch in self.patches:
+            planned = getattr(patch, "calls", calls)
             if planned != calls:
                 raise ValueError(
-                    f"{type(edit).__name__} is planned for {planned} network calls, but the "
+                    f"{type(patch).__name__} is planned for {planned} network calls, but the "
                     f"sampler makes {calls}. Sample with {planned}, or search a plan for {calls}."
                 )
 
@@ -191,14 +192,14 @@ class Forward:
         """Token layout for inputs of these shapes, None if the model has none."""
         return self.module(params).layout(*inputs)
 
-    def sites(
+    def target_modules(
         self, params: Params, kind: type | tuple[type, ...] = nnx.Module, pattern: str = ".*"
-    ) -> tuple[Site, ...]:
-        """List the sites that edits can wrap, with modules that hold `params`."""
-        return sites(self.module(params), kind, pattern)
+    ) -> tuple[TargetModule, ...]:
+        """List the target modules that patches can wrap, with modules that hold `params`."""
+        return target_modules(self.module(params), kind, pattern)
 
     def module(self, params: Params) -> Model:
-        """A fresh, unedited module that holds these parameters (arrays or their shapes)."""
+        """A fresh, unpatched module that holds these parameters (arrays or their shapes)."""
         weights = {name: value for name, value in params.items() if name != METHODS}
         given = flatten_params(weights)
         problems = []
@@ -223,25 +224,25 @@ class Forward:
         # Without the copy, a write in the module would reach the caller's arrays.
         return nnx.merge(self.graphdef, filled, copy=True)
 
-    def edited(
+    def patched(
         self,
         params: Params,
         inputs: tuple[PyTree, ...],
         step: Step = 0,
         guidance: Guidance | None = None,
     ) -> Model:
-        """A fresh module with its edits, as a call at this step makes it; its states are empty."""
+        """A fresh module with its patches, as a call at this step makes it, with empty states."""
         module = self.module(params)
         layout, learned = module.layout(*inputs), params.get(METHODS, {})
-        context = Context(step, guidance, layout, learned, self.span, self.room)
-        for edit in self.edits:
-            edit(module, context)
+        context = Context(step, guidance, layout, learned, self.span, self.cache_length)
+        for patch in self.patches:
+            patch(module, context)
         return module
 
     def loaded(
         self, params: Params, state: StateDict, *inputs: PyTree, step: Step | None = None
     ) -> Model:
-        """What `edited` gives, with a state in it: to ask its wrappers what they hold."""
+        """What `patched` gives, with a state in it: to ask its wrappers what they hold."""
         return self._loaded(params, state, inputs, self._step(step), None)[0]
 
     def _loaded(
@@ -252,13 +253,13 @@ class Forward:
         step: Step,
         guidance: Guidance | None,
     ) -> tuple[Model, dict[str, State]]:
-        module = self.edited(params, inputs, step, guidance)
+        module = self.patched(params, inputs, step, guidance)
         held = _named_states(module)
         _load_state(held, state)
         return module, held
 
     def abstract_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
-        """The unedited model's parameters as shapes, in the configuration's dtype or in `dtype`."""
+        """The unpatched model's parameters as shapes, in the config's dtype or in `dtype`."""
         dtype = jnp.dtype(dtype or self.config.param_dtype)
         return nest_params(
             {canonical(path): jax.ShapeDtypeStruct(shape, dtype) for path, shape in self.leaves}
@@ -276,7 +277,7 @@ class Forward:
 
 jax.tree_util.register_pytree_node(
     Forward,
-    # The hash fails at once for an edit that holds an array, which jit could not cache.
+    # The hash fails at once for a patch that holds an array, which jit could not cache.
     lambda forward: (hash(forward), ((), forward))[1],
     lambda forward, _: forward,
 )
@@ -289,7 +290,7 @@ def functional(model: Model) -> tuple[Forward, Params]:
         model: a model whose variables are all `nnx.Param`.
 
     Raises:
-        ValueError: if the model holds state: base models keep none, caches are edits.
+        ValueError: if the model holds state: base models keep none, caches are patches.
     """
     graphdef, variables = nnx.split(model)
     flat = list(nnx.to_flat_state(variables))
@@ -297,7 +298,7 @@ def functional(model: Model) -> tuple[Forward, Params]:
     if stateful:
         raise ValueError(
             f"{type(model).__name__} holds variables that are no parameters: {stateful}. "
-            f"A base model has no state; a cache is an edit."
+            f"A base model has no state; a cache is a patch."
         )
     leaves = tuple((tuple(path), tuple(leaf.get_value().shape)) for path, leaf in flat)
     params = nest_params({canonical(path): leaf.get_value() for path, leaf in flat})
@@ -310,13 +311,14 @@ def abstract(model_type: type[Model], config: Any) -> tuple[Forward, Params]:
 
 
 def _named_states(module: nnx.Module) -> dict[str, State]:
-    """States by canonical name, independent of the order of edits; duplicates are errors."""
+    """States by canonical name, independent of the order of patches; duplicates are errors."""
     named: dict[str, State] = {}
     for path, variable in states(module).items():
         name = canonical(path)
         if name in named:
             raise ValueError(
-                f"two edits keep a state named {name!r}. Apply the method once to this site, or "
+                f"two patches keep a state named {name!r}. Apply the method once to this target "
+                "module, or "
                 f"rename the state in one of the wrappers."
             )
         named[name] = variable

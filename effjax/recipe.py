@@ -4,7 +4,7 @@
 base model's parameters; what comes out is the template that the tensors must fill. Leaves that were
 quantized before the first method (`converters.from_pretrained`) are described in `recipe.json` too.
 
-Codes of quantized leaves stand in the file as streams of bits (`effjax.quant.disk`); the metadata
+Values of quantized leaves stand in the file as streams of bits (`effjax.quant.disk`); the metadata
 of the file says {"bits": b, "shape": [I, O]} under the tensor's name.
 """
 
@@ -28,7 +28,7 @@ from effjax.context import check_counts
 from effjax.fields import Checked, naming
 from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
 from effjax.quant import QTensor
-from effjax.quant.disk import Codes
+from effjax.quant.disk import QValues
 from effjax.storage import (
     Inspection,
     Spec,
@@ -60,14 +60,14 @@ def save(
 
     Args:
         path: a directory that does not exist yet, or is empty.
-        forward: edited by transforms alone (other edits could not be read back).
+        forward: patched by transforms alone (other patches could not be read back).
         params: its parameters.
         max_shard_bytes: largest weight file; only a single tensor may be larger.
         progress: show a bar for what takes longer than a second.
 
     Raises:
-        ValueError: if the path is taken, if the forward has edits that its recipe does not make, or
-            if the parameters are no arrays, or not those that the recipe makes.
+        ValueError: if the path is taken, if the forward has patches that its recipe does not make,
+            or if the parameters are no arrays, or not those that the recipe makes.
     """
     if forward.fixed_step is not None:
         raise ValueError("save the forward itself, not forward.at(step)")
@@ -77,7 +77,8 @@ def save(
         replayed, template = _replay(base, forward.recipe, imported)
     if replayed != forward:
         raise ValueError(
-            "this forward has edits that do not come from a method's transform, so a recipe could "
+            "this forward has patches that do not come from a method's transform, so a recipe "
+            "could "
             "not bring them back. Save before adding them."
         )
     leaves = named_arrays(params)
@@ -114,7 +115,7 @@ def save(
             notes={
                 name: json.dumps({"bits": leaf.bits, "shape": leaf.shape})
                 for name, leaf in leaves.items()
-                if isinstance(leaf, Codes)
+                if isinstance(leaf, QValues)
             },
         )
 
@@ -133,7 +134,7 @@ def load(
     Args:
         path: the directory.
         dtype: float32, bfloat16 or float16 for all parameters that are floats; as saved if None.
-            Quantized leaves keep their codes, and what belongs to them.
+            Quantized leaves keep their values, and what belongs to them.
         compute_dtype: of the computation; that of `dtype` if None, else as saved.
         sharding: where to put the parameters; the default device if None.
         progress: show a bar for what takes longer than a second.
@@ -157,7 +158,7 @@ def load(
     ) as bar:
         for name, leaf in expected.items():
             stored = tensors[name].read()
-            if isinstance(leaf, Codes):
+            if isinstance(leaf, QValues):
                 inspection.look(name, stored)
                 host = leaf.from_disk(stored)
             else:
@@ -172,7 +173,7 @@ def load(
 def named_arrays(params: Params) -> dict[str, Any]:
     """Arrays by name as they are stored, those within a quantized leaf too.
 
-    A leaf's codes are one `Codes` (`blocks.0.mlp.fc1.kernel.qvalue`).
+    A leaf's quantized values are one `QValues` (`blocks.0.mlp.fc1.kernel.qvalue`).
     """
     paths, _ = jax.tree_util.tree_flatten_with_path(_as_stored(params))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
@@ -187,24 +188,24 @@ def _as_stored(params: Params) -> Params:
     def stored(leaf: Any) -> Any:
         if not isinstance(leaf, QTensor):
             return leaf
-        return dataclasses.replace(leaf, qvalue=Codes(leaf.qvalue, leaf.matrix_shape, leaf.bits))
+        return dataclasses.replace(leaf, qvalue=QValues(leaf.qvalue, leaf.matrix_shape, leaf.bits))
 
     return jax.tree.map(stored, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def _value(leaf: Any) -> Any:
-    return leaf.value if isinstance(leaf, Codes) else leaf
+    return leaf.value if isinstance(leaf, QValues) else leaf
 
 
 def _spec(leaf: Any) -> Spec:
-    if isinstance(leaf, Codes):
+    if isinstance(leaf, QValues):
         return Spec(leaf.disk_shape, leaf.disk_dtype)
     return Spec(tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
 def _to_disk(leaf: Any) -> np.ndarray:
     host = jax.tree.map(to_host, _value(leaf))
-    return dataclasses.replace(leaf, value=host).to_disk() if isinstance(leaf, Codes) else host
+    return dataclasses.replace(leaf, value=host).to_disk() if isinstance(leaf, QValues) else host
 
 
 def describe(
@@ -328,7 +329,7 @@ def _imported(template: Params, params: Params) -> dict[str, dict[str, Any]]:
 def _check(what: str, expected: dict[str, Any], given: dict[str, Spec]) -> None:
     """Report tensors that are missing or unexpected, or of another shape or kind, all at once.
 
-    Floats may be floats of any width, but for what is stored of codes.
+    Floats may be floats of any width, but for what is stored of quantized values.
     """
     problems = [f"missing: {name}" for name in expected if name not in given]
     for name, spec in given.items():

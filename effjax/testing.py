@@ -22,7 +22,7 @@ from effjax.forward import (
 from effjax.generate import Reading
 from effjax.models.dit import DiT, DiTConfig
 from effjax.models.llama import Llama, LlamaConfig
-from effjax.models.pixart import Caption, PixArt, PixArtConfig
+from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
 from effjax.samplers import DDIM, DPMSolver, Sampler
 
 
@@ -107,7 +107,7 @@ def tiny_pixart(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
     states = rng.standard_normal((2, batch, 5, config.caption_channels)).astype(np.float32)
     mask = np.arange(5) < 2 + np.arange(batch)[:, None] % 4
     cond, uncond = (
-        Caption(jnp.asarray(each), jnp.asarray(keep))
+        PromptEmbeddings(jnp.asarray(each), jnp.asarray(keep))
         for each, keep in zip(states, (mask, np.ones_like(mask)))
     )
     return Subject(forward, random_params(shapes), sampler, cond, uncond)
@@ -122,8 +122,8 @@ def tiny_llama(*, batch: int = 2, **options: Any) -> Subject:
     """
     shape = {
         "vocab_size": 50,
-        "width": 16,
-        "hidden": 24,
+        "hidden_size": 16,
+        "intermediate_size": 24,
         "num_layers": 2,
         "num_heads": 4,
         "num_kv_heads": 2,

@@ -119,7 +119,7 @@ class Method:
     Attributes:
         name: name in recipes, on the command line and in the documentation.
         paper: title and arXiv number.
-        seams: which of "leaves", "edits", "loops" it changes.
+        seams: which of "leaves", "patches", "loops" it changes.
         plan: type of its plan.
         transform: plan -> Transform.
         search: function that makes a plan, None if plans are only written by hand.

@@ -131,7 +131,7 @@ def load(directory: Path, dtype: str) -> dict[str, float | int | str]:
     _, params = converters.from_pretrained(directory, dtype=dtype, progress=False)
     sampler.stop()
     flat = flatten_params(params)
-    for path in (*list(flat)[:3], "blocks.0.mlp.fc1.kernel", "label.table"):
+    for path in (*list(flat)[:3], "blocks.0.mlp.fc1.kernel", "label.embedding_table"):
         expected = random_parameter(path, flat[path].shape).astype(flat[path].dtype)
         np.testing.assert_array_equal(np.asarray(flat[path]), expected, err_msg=path)
     return {

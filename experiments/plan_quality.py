@@ -44,7 +44,7 @@ class Bench:
     def __init__(self, *, steps: int, guidance: float, cache: Path, seed: int = 0):
         pipe = effjax.pipeline(demo.MODEL, dtype="float32", progress=False)
         self.pair = (pipe.forward, pipe.params)
-        self.sampler: Sampler = pipe.sampler(num_steps=steps, guidance_scale=guidance)
+        self.sampler: Sampler = pipe.sampler(num_inference_steps=steps, guidance_scale=guidance)
         self.key = jax.random.key(seed)
         self.cache = cache
         self.reader = judge.load()
@@ -70,10 +70,10 @@ class Bench:
 
     def kept(self, plan: DiTFastAttnPlan) -> float:
         """Executed attention FLOPs as a share of the dense ones."""
-        columns = list(zip(zip(*plan.codes), zip(*plan.need)))
-        edited, params = dit_fast_attn.transform(plan)(*self.pair)
+        columns = list(zip(zip(*plan.strategies), zip(*plan.need)))
+        patched, params = dit_fast_attn.transform(plan)(*self.pair)
         label = jnp.zeros(1, jnp.int32)
-        sparse = sampler_cost(self.sampler, edited, params, label, distinct=columns.__getitem__)
+        sparse = sampler_cost(self.sampler, patched, params, label, distinct=columns.__getitem__)
         dense = sampler_cost(self.sampler, *self.pair, label, distinct=lambda step: 0)
         return sparse.scope("attention").flops / dense.scope("attention").flops
 

@@ -44,8 +44,8 @@ def synthetic_plan(layers: int, calls: int, tokens: int) -> DiTFastAttnPlan:
         for call in range(1, calls):
             pattern = early if call < calls // 4 else late
             row.append(pattern[(call + layer) % len(pattern)])
-        rows.append(tuple(int(code) for code in row))
-    return DiTFastAttnPlan(codes=tuple(rows), tokens=tokens, window=tokens // 8)
+        rows.append(tuple(int(value) for value in row))
+    return DiTFastAttnPlan(strategies=tuple(rows), tokens=tokens, window=tokens // 8)
 
 
 def flops() -> list[dict[str, Any]]:
@@ -56,10 +56,10 @@ def flops() -> list[dict[str, Any]]:
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
     plan = synthetic_plan(config.num_layers, sampler.calls, config.tokens)
     compressed, _ = transform(plan)(forward, params)
-    columns = list(zip(zip(*plan.codes), zip(*plan.need)))
+    columns = list(zip(zip(*plan.strategies), zip(*plan.need)))
     dense = sampler_cost(sampler, forward, params, label, distinct=lambda step: 0)
     sparse = sampler_cost(sampler, compressed, params, label, distinct=columns.__getitem__)
-    closed = 2 * int(attention_macs(plan, batch=2, width=config.width).sum())
+    closed = 2 * int(attention_macs(plan, batch=2, width=config.hidden_size).sum())
     attention = dense.scope("attention").flops
     return [
         {
@@ -93,11 +93,11 @@ def seconds(tokens: int, layers: int, repeats: int) -> list[dict[str, Any]]:
     programs: dict[str, Any] = {}
     for strategy in Strategy:
         row = (int(FULL), int(strategy), int(WARS))  # the last makes FULL keep its residual
-        plan = DiTFastAttnPlan(codes=(row,) * layers, tokens=tokens, window=tokens // 8)
-        edited, _ = transform(plan)(forward, params)
-        state = edited.init(params, *inputs, guidance=guidance)
+        plan = DiTFastAttnPlan(strategies=(row,) * layers, tokens=tokens, window=tokens // 8)
+        patched, _ = transform(plan)(forward, params)
+        state = patched.init(params, *inputs, guidance=guidance)
         run = jax.jit(
-            lambda params, state, *inputs, edited=edited: edited(
+            lambda params, state, *inputs, patched=patched: patched(
                 params, state, *inputs, step=1, guidance=guidance
             )[0]
         )
@@ -120,7 +120,7 @@ def seconds(tokens: int, layers: int, repeats: int) -> list[dict[str, Any]]:
         }
         for name in ("dense", *(strategy.name for strategy in Strategy))
     ]
-    mean = float(np.mean([best[Strategy(code).name] for row in full.codes for code in row]))
+    mean = float(np.mean([best[Strategy(value).name] for row in full.strategies for value in row]))
     rows.append(
         {
             "tokens": tokens,

@@ -25,7 +25,7 @@ from effjax.context import Context, State
 from effjax.layers.attention import AttentionCore
 from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
-from effjax.sites import Wrapper, sites, wrap
+from effjax.targets import Wrapper, target_modules, wrap
 from experiments import report
 from pallas_kernels.block_mask import Band
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -54,9 +54,9 @@ class Drift(Wrapper):
 
 
 def watch(module: nnx.Module, context: Context) -> None:
-    """The edit that puts a `Drift` around every attention core."""
-    for site in sites(module, AttentionCore):
-        wrap(module, site.path, Drift, context)
+    """The patch that puts a `Drift` around every attention core."""
+    for target in target_modules(module, AttentionCore):
+        wrap(module, target.path, Drift, context)
 
 
 class WithoutResidual(DiTFastAttnPlan):
@@ -64,7 +64,7 @@ class WithoutResidual(DiTFastAttnPlan):
 
     @cached_property
     def need(self) -> tuple[tuple[bool, ...], ...]:
-        return tuple((False,) * self.calls for _ in self.codes)
+        return tuple((False,) * self.calls for _ in self.strategies)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.quick:
         arguments.images, arguments.steps = 2, 4
     pipe = effjax.pipeline(demo.MODEL, dtype="float32", progress=False)
-    sampler = pipe.sampler(num_steps=arguments.steps, guidance_scale=demo.GUIDANCE)
+    sampler = pipe.sampler(num_inference_steps=arguments.steps, guidance_scale=demo.GUIDANCE)
     labels = demo.labels_for(arguments.images)
     key = jax.random.key(0)
 
@@ -84,8 +84,10 @@ def main(argv: list[str] | None = None) -> None:
         carry = sampler.init(forward, params, labels, key)
         return sampler.run(forward, params, carry, labels).state
 
-    state = jax.jit(last_state)(pipe.forward.edit(watch), pipe.params)
-    layers = [site.path for site in sites(pipe.forward.module(pipe.params), AttentionCore)]
+    state = jax.jit(last_state)(pipe.forward.patch(watch), pipe.params)
+    layers = [
+        target.path for target in target_modules(pipe.forward.module(pipe.params), AttentionCore)
+    ]
     drift = [
         {
             "layer": path,
@@ -109,11 +111,11 @@ def main(argv: list[str] | None = None) -> None:
             "tokens": pipe.forward.config.tokens,
         }
         plan = dit_fast_attn.uniform(pattern, **shape)
-        bare = WithoutResidual(codes=plan.codes, tokens=plan.tokens, window=plan.window)
+        bare = WithoutResidual(strategies=plan.strategies, tokens=plan.tokens, window=plan.window)
         row: dict[str, Any] = {"dense_call": "first" if every == sampler.calls else f"1 in {every}"}
         for name, each in (("with", plan), ("without", bare)):
-            edited = dit_fast_attn.transform(each)(pipe.forward, pipe.params)
-            images = run(*edited, labels, key)
+            patched = dit_fast_attn.transform(each)(pipe.forward, pipe.params)
+            images = run(*patched, labels, key)
             row[f"relative_error_{name}"] = float(
                 jnp.linalg.norm(images - dense) / jnp.linalg.norm(dense)
             )

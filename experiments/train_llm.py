@@ -36,8 +36,8 @@ WEIGHTS = bundled.WEIGHTS / "llama_texts"
 
 TINY = LlamaConfig(
     vocab_size=1536,
-    width=128,
-    hidden=320,
+    hidden_size=128,
+    intermediate_size=320,
     num_layers=4,
     num_heads=8,
     num_kv_heads=8,
@@ -115,7 +115,7 @@ def initial(shapes: Params, *, seed: int) -> Params:
     for path, leaf in params.items():
         if path.endswith("scale"):
             params[path] = jnp.ones_like(leaf)
-        elif path == "table":
+        elif path == "embed_tokens":
             common = np.random.default_rng(seed).standard_normal((1, leaf.shape[1]))
             params[path] = 0.1 * (leaf * leaf.shape[0] ** 0.5 + common.astype(leaf.dtype))
         else:

@@ -28,7 +28,7 @@ import effjax
 from effjax.bundled import glyphs, judge
 from effjax.context import PyTree
 from effjax.forward import Forward, Params, functional
-from effjax.models.pixart import Caption, PixArt, PixArtConfig
+from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import TextToImagePipeline
 from effjax.samplers import FlowMatchEuler, sample_keys
@@ -53,7 +53,13 @@ TINY = PixArtConfig(
     interpolation=0.5,  # positions count in patches of the class-conditional model, half as large
 )
 TINY_T5 = T5Config(
-    vocab_size=64, width=64, hidden=128, num_layers=2, num_heads=4, head_dim=16, max_distance=32
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    head_dim=16,
+    max_distance=32,
 )
 
 
@@ -107,7 +113,7 @@ def from_class_conditional(forward: Forward, params: Params) -> Params:
             "attn": source["attn"],
             "mlp": source["mlp"],
             "cross": cross,
-            "table": (own - bias).reshape(6, -1),
+            "scale_shift_table": (own - bias).reshape(6, -1),
         }
     time = {"embed": given["time"], "proj": {"kernel": kernel, "bias": bias}}
     return {**params, "blocks": blocks, "time": time}
@@ -152,7 +158,7 @@ def train(
             seen = jnp.where(dropped[:, None], empty_ids, ids)
             seen_mask = jnp.where(dropped[:, None], empty_mask, mask)
             states, _ = encoder(params["text_encoder"], {}, seen, seen_mask)
-            caption = Caption(states, seen_mask)
+            caption = PromptEmbeddings(states, seen_mask)
             return forward(params["transformer"], {}, mixed, times, caption)[0]
 
         return training.flow_matching(images, key, predict)
@@ -218,7 +224,7 @@ def sample(
     chunk: int = 64,
 ) -> np.ndarray:
     """Images float32 [N, 32, 32, 3] of things, in one fused program of `chunk` at a time."""
-    sampler = pipe.sampler(num_steps=steps, guidance_scale=guidance)
+    sampler = pipe.sampler(num_inference_steps=steps, guidance_scale=guidance)
     program = jax.jit(sampler)
     captions, images = things.captions(), []
     for first in trange(0, len(captions), chunk, desc="sampling", leave=False):

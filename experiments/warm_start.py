@@ -56,8 +56,8 @@ def images(quick: bool) -> Callable[[], Any]:
 def texts(quick: bool) -> Callable[[], Any]:
     shape: dict[str, Any] = {
         "vocab_size": 151_936,
-        "width": 896,
-        "hidden": 4864,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
         "num_layers": 24,
         "num_heads": 14,
         "num_kv_heads": 2,
@@ -68,7 +68,13 @@ def texts(quick: bool) -> Callable[[], Any]:
         "tied": True,
     }
     if quick:
-        shape |= {"vocab_size": 512, "width": 64, "hidden": 96, "num_layers": 2, "num_heads": 4}
+        shape |= {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_layers": 2,
+            "num_heads": 4,
+        }
     forward, shapes = abstract(Llama, LlamaConfig(**shape))
     prompt = np.arange(64, dtype=np.int32)[None]
     return partial(generate, forward, weights(shapes), prompt, max_new_tokens=8)

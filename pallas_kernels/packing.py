@@ -1,17 +1,19 @@
-"""Codes of 2 to 8 bits, truly packed along K and laid out so that kernels unpack whole tiles.
+"""Values of 2 to 8 bits, truly packed along K and laid out so that kernels unpack whole tiles.
 
-A code of b bits is a signed integer, -2^(b-1) ... 2^(b-1) - 1, stored in two's complement. Its bits
+A value of b bits is a signed integer, -2^(b-1) ... 2^(b-1) - 1, stored in two's complement. Its
+bits
 are cut into *planes*, low bits first, each 4, 2 or 1 bits wide: 4 = 4, 3 = 2 + 1, 6 = 4 + 2. So an
-odd number of bits costs exactly that many. Codes of 8 bits stay int8.
+odd number of bits costs exactly that many. Values of 8 bits stay int8.
 
-A plane of w bits holds p = 32 / w codes in each uint32 word. Its words come in blocks of eight rows
-that hold 8 p rows of codes:
+A plane of w bits holds p = 32 / w quantized values in each uint32 word. Its words come in blocks of
+eight rows that hold 8 p rows of quantized values:
 
-    code of row 8 s + r of a block  =  bits w s ... w (s + 1) - 1 of the block's word row r
+    value of row 8 s + r of a block  =  bits w s ... w (s + 1) - 1 of the block's word row r
 
 for r = 0 ... 7 and s = 0 ... p - 1. One shift and one mask of the eight word rows thus give eight
-consecutive rows of codes. On a TPU eight rows of 32 bits are one tile of sublanes: unpacking moves
-nothing between sublanes or lanes. K is padded with zero codes to whole blocks.
+consecutive rows of quantized values. On a TPU eight rows of 32 bits are one tile of sublanes:
+    unpacking moves
+nothing between sublanes or lanes. K is padded with zero values to whole blocks.
 """
 
 from __future__ import annotations
@@ -25,31 +27,31 @@ from jax.core import Tracer
 
 from pallas_kernels.tiling import pad_axis, round_up
 
-# Widths of a code's planes, low bits first.
+# Widths of a quantized value's planes, low bits first.
 _WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 Planes = tuple[jax.Array, ...]
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:
-    """Bits of each plane of a code, low bits first.
+    """Bits of each plane of a quantized value, low bits first.
 
     Raises:
         ValueError: for bits outside of 2 ... 8.
     """
     if bits not in _WIDTHS:
-        raise ValueError(f"codes have {sorted(_WIDTHS)} bits, got bits={bits!r}")
+        raise ValueError(f"quantized values have {sorted(_WIDTHS)} bits, got bits={bits!r}")
     return _WIDTHS[bits]
 
 
-def codes_per_row(bits: int) -> tuple[int, ...]:
-    """How many rows of codes lie in one row of each plane's words; 1 for int8."""
+def values_per_row(bits: int) -> tuple[int, ...]:
+    """How many rows of quantized values lie in one row of each plane's words; 1 for int8."""
     return tuple(1 if width == 8 else 32 // width for width in plane_widths(bits))
 
 
 def packed_rows(rows: int, bits: int) -> int:
     """K after padding to whole blocks: a multiple of 128, of 256 where a plane is one bit wide."""
-    return round_up(rows, max(128, 8 * max(codes_per_row(bits))))
+    return round_up(rows, max(128, 8 * max(values_per_row(bits))))
 
 
 def bits_per_weight(
@@ -63,11 +65,11 @@ def bits_per_weight(
     return sum(plane_widths(bits)) + (scale_bits + zero_bits) / group_size
 
 
-def pack(codes: jax.Array, bits: int) -> Planes:
-    """Pack codes along their first axis; the module's docstring gives the layout.
+def pack(qvalues: jax.Array, bits: int) -> Planes:
+    """Pack quantized values along their first axis; the module's docstring gives the layout.
 
     Args:
-        codes: int8[K, N], each -2^(bits-1) ... 2^(bits-1) - 1.
+        qvalues: int8[K, N], each -2^(bits-1) ... 2^(bits-1) - 1.
         bits: 2 ... 8.
 
     Returns:
@@ -75,39 +77,42 @@ def pack(codes: jax.Array, bits: int) -> Planes:
         `packed_rows(K, bits)`.
 
     Raises:
-        ValueError: for bits outside of 2 ... 8, another shape or dtype, or codes that do not fit
-            (checked outside of `jit`; inside, their high bits are lost).
+        ValueError: for bits outside of 2 ... 8, another shape or dtype, or quantized values that do
+            not fit (checked outside of `jit`; inside, their high bits are lost).
     """
     widths = plane_widths(bits)
-    if codes.dtype != jnp.int8:
-        raise ValueError(f"codes must be int8, got {codes.dtype}")
-    if codes.ndim != 2:
-        raise ValueError(f"codes must be [K, N], got shape {codes.shape}; use jax.vmap for more")
+    if qvalues.dtype != jnp.int8:
+        raise ValueError(f"quantized values must be int8, got {qvalues.dtype}")
+    if qvalues.ndim != 2:
+        raise ValueError(
+            f"quantized values must be [K, N], got shape {qvalues.shape}; use jax.vmap for more"
+        )
     half = 2 ** (bits - 1)
-    if not isinstance(codes, Tracer) and codes.size:
-        least, most = int(codes.min()), int(codes.max())
+    if not isinstance(qvalues, Tracer) and qvalues.size:
+        least, most = int(qvalues.min()), int(qvalues.max())
         if least < -half or most >= half:
             raise ValueError(
-                f"codes of {bits} bits lie in {-half} ... {half - 1}, got {least} ... {most}; "
-                f"subtract {half} from unsigned codes and add it to their zero points"
+                f"quantized values of {bits} bits lie in {-half} ... {half - 1}, got {least} ... "
+                f"{most}; "
+                f"subtract {half} from unsigned values and add it to their zero points"
             )
-    codes = pad_axis(codes, 0, packed_rows(1, bits))
+    qvalues = pad_axis(qvalues, 0, packed_rows(1, bits))
     if bits == 8:
-        return (codes,)
+        return (qvalues,)
     planes, low = [], 0
     for width in widths:
         slots = 32 // width
-        field = (codes.astype(jnp.uint32) >> low) & (2**width - 1)
-        field = field.reshape(-1, slots, 8, codes.shape[1])
+        field = (qvalues.astype(jnp.uint32) >> low) & (2**width - 1)
+        field = field.reshape(-1, slots, 8, qvalues.shape[1])
         shifts = width * jnp.arange(slots, dtype=jnp.uint32)[:, None, None]
         words = jnp.sum(field << shifts, axis=1, dtype=jnp.uint32)  # disjoint bits: a bitwise or
-        planes.append(words.reshape(-1, codes.shape[1]))
+        planes.append(words.reshape(-1, qvalues.shape[1]))
         low += width
     return tuple(planes)
 
 
 def unpack(planes: Planes, bits: int, rows: int | None = None) -> jax.Array:
-    """Codes int8[K, N] of `pack`'s planes: the first `rows` of them, or all with the padding.
+    """Values int8[K, N] of `pack`'s planes: the first `rows` of them, or all with the padding.
 
     Raises:
         ValueError: for planes that no `pack` with these bits returns, or too few rows.
@@ -124,7 +129,7 @@ def check_planes(planes: Planes, bits: int) -> int:
     Raises:
         ValueError: for another number of planes, other shapes or dtypes.
     """
-    counts = codes_per_row(bits)
+    counts = values_per_row(bits)
     dtype = jnp.dtype(jnp.int8 if bits == 8 else jnp.uint32)
     given = [f"{plane.dtype}{list(plane.shape)}" for plane in planes]
     rows = [plane.shape[0] * count for plane, count in zip(planes, counts) if plane.ndim == 2]
@@ -138,8 +143,9 @@ def check_planes(planes: Planes, bits: int) -> int:
     if not fits:
         parts = [f"{dtype}[{'K' if count == 1 else f'K/{count}'}, N]" for count in counts]
         raise ValueError(
-            f"codes of {bits} bits are packed as {', '.join(parts)} with K a multiple of "
-            f"{packed_rows(1, bits)}; got {', '.join(given)}. Use pack(codes, {bits})."
+            f"quantized values of {bits} bits are packed as {', '.join(parts)} with K a multiple "
+            "of "
+            f"{packed_rows(1, bits)}; got {', '.join(given)}. Use pack(qvalues, {bits})."
         )
     return rows[0]
 
@@ -153,7 +159,7 @@ def as_words(planes: Sequence[jax.Array]) -> Planes:
 
 
 def unpack_tile(words: Sequence[jax.Array], bits: int) -> jax.Array:
-    """Codes of a tile of whole blocks of every plane, for use in kernels too.
+    """Quantized values of a tile of whole blocks of every plane, for use in kernels too.
 
     Args:
         words: int32[rows / p, N] for each plane, or one int8[rows, N].
@@ -173,7 +179,7 @@ def unpack_tile(words: Sequence[jax.Array], bits: int) -> jax.Array:
 
 
 def unpack_slot(words: Sequence[tuple[jax.Array, int]], bits: int) -> jax.Array:
-    """One code of every element, from a word of each plane.
+    """One value of every element, from a word of each plane.
 
     Args:
         words: int32[...] of each plane and the slot in it, or one int8[...] with slot 0.
@@ -190,15 +196,15 @@ def unpack_slot(words: Sequence[tuple[jax.Array, int]], bits: int) -> jax.Array:
 
 
 def _joined(words: Sequence[tuple[jax.Array, Any]], bits: int, form: Any) -> jax.Array:
-    """Codes from words and how far each is shifted; `form` gives the planes' bits equal shapes."""
-    codes, low = None, 0
+    """Values from words and how far each is shifted; `form` gives the planes' bits equal shapes."""
+    qvalues, low = None, 0
     for (word, shift), width in zip(words, plane_widths(bits), strict=True):
         if low + width == bits:  # the highest bits carry the sign
             field = (word << (32 - width - shift)) >> (32 - width)
         else:
             field = (word >> shift) & (2**width - 1)
         field = form(field)
-        codes = field if codes is None else codes | (field << low)
+        qvalues = field if qvalues is None else qvalues | (field << low)
         low += width
-    assert codes is not None
-    return codes
+    assert qvalues is not None
+    return qvalues

@@ -1,4 +1,4 @@
-"""Attention on integer codes: int8 q k^T, and probabilities times values in int8, float8 or floats.
+"""Attention on integers: int8 q k^T, and probabilities times values in int8, float8 or floats.
 
     k' = k - mean_t(k)                    smoothing: adds the same number to all logits of a query
     q = s_q q_int,  k' = s_k k_int        s = max |x| / n over one or several tokens, n = 127
@@ -8,7 +8,7 @@
 
 The kernels are those of `block_sparse_attention`. Blocks of keys are those of the mask, so that all
 implementations compute the same numbers; with a rule each takes blocks of its own, and results with
-coded probabilities differ by their rounding.
+quantized probabilities differ by their rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pallas_kernels.block_sparse_attention.operation import (
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.tiling import pad_axis
 
-# Codes of values and the largest code of a probability beside them.
+# Quantized values of values and the largest quantized value of a probability beside them.
 VALUES = {"int8": 127, "int4": 7, "float8": 448}
 
 
@@ -64,10 +64,11 @@ def quantized_attention(
         q: [B, S, H, D], float32, bfloat16 or float16.
         k, v: [B, T, K, D] and [B, T, K, E] in q's dtype.
         mask: lists of blocks, or a rule, for which each implementation chooses its own blocks.
-        bits: of the codes of queries and keys: 8, or 4 (kept in int8: the accuracy of 4 bits, not
-            their speed).
-        values: codes of probabilities and values: "int8", "int4" (kept in int8), "float8" (e4m3);
-            None leaves them in v's dtype. GPUs have float8 from compute capability 8.9.
+        bits: of the quantized values of queries and keys: 8, or 4 (kept in int8: the accuracy of 4
+            bits, not their speed).
+        values: quantized values of probabilities and values: "int8", "int4" (kept in int8),
+            "float8" (e4m3); None leaves them in v's dtype. GPUs have float8 from compute capability
+            8.9.
         tokens: how many consecutive queries, and keys, share a scale: (128, 64) in SageAttention,
             (32, 64) in PAROAttention, one by default.
         smooth: subtract the keys' mean over tokens first. Exact in real arithmetic, and what keys
@@ -107,12 +108,12 @@ def quantized_attention(
         implementation=implementation,
         interpret=interpret,
     )
-    codes = _Codes(bits, values, (tokens[0], tokens[1]), smooth)
-    out, lse = _differentiable(problem, codes, q, k, v, (segments, made))
+    qvalues = _Quantized(bits, values, (tokens[0], tokens[1]), smooth)
+    out, lse = _differentiable(problem, qvalues, q, k, v, (segments, made))
     return (out, lse) if return_lse else out
 
 
-class _Codes(NamedTuple):
+class _Quantized(NamedTuple):
     """The options of `quantized_attention` that say how operands are quantized; static."""
 
     bits: int
@@ -123,14 +124,14 @@ class _Codes(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _forward(
-    problem: Problem, codes: _Codes, q: Array, k: Array, v: Array, integers: Any
+    problem: Problem, qvalues: _Quantized, q: Array, k: Array, v: Array, integers: Any
 ) -> tuple[Array, Array]:
     segments, made = integers
     dtype = v.dtype
     q, k, v = heads_first(q, k, v)
     group = q.shape[1] // k.shape[1]
     shift = None
-    if codes.smooth:
+    if qvalues.smooth:
         mean = jnp.mean(k.astype(jnp.float32), axis=2, keepdims=True)
         k = k.astype(jnp.float32) - mean
         shift = jnp.einsum(
@@ -139,14 +140,14 @@ def _forward(
             jnp.repeat(mean[:, :, 0], group, axis=1),
             precision="highest",
         )
-    most = 2 ** (codes.bits - 1) - 1
-    q_codes, q_scale = quantize_tokens(q, most, codes.tokens[0])
-    k_codes, k_scale = quantize_tokens(k, most, codes.tokens[1])
-    v_codes, v_scale = quantize_channels(v, codes.values)
+    most = 2 ** (qvalues.bits - 1) - 1
+    q_qvalues, q_scale = quantize_tokens(q, most, qvalues.tokens[0])
+    k_qvalues, k_scale = quantize_tokens(k, most, qvalues.tokens[1])
+    v_qvalues, v_scale = quantize_channels(v, qvalues.values)
     # The factor on the logits goes into the queries' scales.
     scales = q_scale * problem.arithmetic.scale, k_scale
     inner = problem._replace(arithmetic=problem.arithmetic._replace(scale=1.0))
-    out, lse = attend(inner, Heads(q_codes, k_codes, v_codes, segments, scales), made)
+    out, lse = attend(inner, Heads(q_qvalues, k_qvalues, v_qvalues, segments, scales), made)
     if v_scale is not None:
         out = (out * jnp.repeat(v_scale, group, axis=1)).astype(dtype)
     if shift is not None:
@@ -155,40 +156,40 @@ def _forward(
 
 
 def quantize_tokens(x: Array, most: int, tokens: int) -> tuple[Array, Array]:
-    """Codes int8[B, H, S, D] and scales float32[B, H, S] of heads, by groups of tokens.
+    """Quantized values int8[B, H, S, D] and scales float32[B, H, S] of heads, by groups of tokens.
 
-    scale = max |x| / most, code = round(x / scale), halves away from zero.
+    scale = max |x| / most, qvalue = round(x / scale), halves away from zero.
     """
     x = x.astype(jnp.float32)
     largest = pad_axis(jnp.max(jnp.abs(x), axis=-1), 2, tokens)
     largest = jnp.max(largest.reshape(*x.shape[:2], -1, tokens), axis=-1)
     scale = jnp.repeat(largest, tokens, axis=2)[:, :, : x.shape[2]] / most
-    return _codes(x, scale[..., None]), scale
+    return _qvalues(x, scale[..., None]), scale
 
 
 def quantize_channels(v: Array, values: str | None) -> tuple[Array, Array | None]:
-    """Codes of values [B, K, T, E] and scales float32[B, K, 1, E] of their channels."""
+    """Quantized values of values [B, K, T, E] and scales float32[B, K, 1, E] of their channels."""
     if values is None:
         return v, None
     v = v.astype(jnp.float32)
     scale = jnp.max(jnp.abs(v), axis=2, keepdims=True) / VALUES[values]
     if values == "float8":
         return (v / jnp.where(scale > 0, scale, 1.0)).astype(jnp.float8_e4m3fn), scale
-    return _codes(v, scale), scale
+    return _qvalues(v, scale), scale
 
 
-def _codes(x: Array, scale: Array) -> Array:
+def _qvalues(x: Array, scale: Array) -> Array:
     x = x / jnp.where(scale > 0, scale, 1.0)
     return (jnp.sign(x) * jnp.floor(jnp.abs(x) + 0.5)).astype(jnp.int8)
 
 
 def _forward_and_save(
-    problem: Problem, codes: _Codes, q: Array, k: Array, v: Array, integers: Any
+    problem: Problem, qvalues: _Quantized, q: Array, k: Array, v: Array, integers: Any
 ) -> Any:
-    return _forward(problem, codes, q, k, v, integers), (q, k, v, integers)
+    return _forward(problem, qvalues, q, k, v, integers), (q, k, v, integers)
 
 
-def _backward(problem: Problem, codes: _Codes, saved: Any, gradients: Any) -> Any:
+def _backward(problem: Problem, qvalues: _Quantized, saved: Any, gradients: Any) -> Any:
     q, k, v, (segments, made) = saved
     mask = problem.mask if made is None else made
     assert mask is not None

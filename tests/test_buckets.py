@@ -16,9 +16,9 @@ from effjax.generate import (
     extend,
     generate,
     prefill,
+    prefix_cache,
     score,
     scoring,
-    sessions,
 )
 from effjax.layers import token_scores
 from effjax.models.llama import Llama
@@ -35,7 +35,7 @@ NEW = 6
 KINDS = {"dense": None, "window": None} | {
     name: method
     for name, method in methods().items()
-    if "edits" in method.seams and isinstance(method.tiny().sampler, Reading)
+    if "patches" in method.seams and isinstance(method.tiny().sampler, Reading)
 }
 
 
@@ -108,7 +108,7 @@ def test_no_cache_sees_the_padding(name):
         prefill(forward, params, PROMPTS, new=NEW + 3, buckets=buckets)
         for buckets in (None, POWERS)
     )
-    assert (plain.forward.room.prompt, padded.forward.room.prompt) == (20, 64)
+    assert (plain.forward.cache_length.prompt, padded.forward.cache_length.prompt) == (20, 64)
     check_equal(forward, params, plain, padded)
     if name in ("dense", "window", "snap_kv", "kivi"):  # one of each class
         plain = extend(params, plain, QUESTIONS, buckets=None)
@@ -120,7 +120,7 @@ def check_equal(forward, params, plain, padded):
     chex.assert_trees_all_close(padded.logits[:3], plain.logits, atol=1e-5)
     assert padded.lengths.tolist() == [*plain.lengths.tolist(), 0]
     options = {"max_new_tokens": NEW, "eos": 7}
-    want, got = (generate(forward, params, session=each, **options) for each in (plain, padded))
+    want, got = (generate(forward, params, prefix=each, **options) for each in (plain, padded))
     assert got.rows() == want.rows()
     chex.assert_trees_all_close(got.log_probs, want.log_probs, atol=1e-5)
 
@@ -140,7 +140,7 @@ def test_drawn_texts_are_equal_under_any_buckets(model):
 
 def test_other_lengths_and_batches_run_the_same_programs(model):
     """One program reads, one chooses the first token and one goes on."""
-    programs = sessions._read_first, decoding._begin, decoding._decode
+    programs = prefix_cache._read_first, decoding._begin, decoding._decode
     before = [program._cache_size() for program in programs]
     for length, new in ((3, 5), (40, 1), (64, 64), (17, 30)):
         generate(*model, [[9] * length], max_new_tokens=new, eos=7)
@@ -150,12 +150,12 @@ def test_other_lengths_and_batches_run_the_same_programs(model):
 def test_a_session_has_the_room_that_was_asked_for(model):
     """What is rounded up is not given away: a compressed cache has no slots for it."""
     forward, params = model
-    session = prefill(forward, params, PROMPTS[:2], new=4)
-    assert session.forward.room.total == 128
+    prefix = prefill(forward, params, PROMPTS[:2], new=4)
+    assert prefix.forward.cache_length.total == 128
     with pytest.raises(ValueError, match="20 tokens and room for 24; 5 more do not fit"):
-        generate(forward, params, session=session, max_new_tokens=5)
+        generate(forward, params, prefix=prefix, max_new_tokens=5)
     long = prefill(forward, params, [[3] * 270], new=30)
-    assert long.forward.room.total == forward.config.max_length == 300
+    assert long.forward.cache_length.total == forward.config.max_length == 300
     assert long.state["blocks.0.attn.core.k"].shape[1] == 300
     assert prefill(forward, params, [[3] * 270], new=30, chunk=100).forward == long.forward
 

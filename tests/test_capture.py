@@ -14,7 +14,7 @@ from effjax.layers.embeddings import sincos_2d
 from effjax.layers.linear import Linear
 from effjax.layers.norms import modulate
 from effjax.models.dit import DiT, DiTConfig
-from effjax.sites import Wrapper, wrap
+from effjax.targets import Wrapper, wrap
 
 TRACES = []
 
@@ -152,25 +152,25 @@ class TestTap:
     def test_inside_branches(self, net, x):
         forward, params = net
         w1, b1, *_ = weights(params)
-        edited = forward.edit(ByStep())
-        jitted = jax.jit(lambda step: tap(edited, params, (x,), kind=Linear, step=step))
+        patched = forward.patch(ByStep())
+        jitted = jax.jit(lambda step: tap(patched, params, (x,), kind=Linear, step=step))
         for step, factor in enumerate((1, 2)):
             expected = factor * x @ w1 + b1
             close(jitted(step)["pair.first"], expected)
-            close(tap(edited.at(step), params, (x,), kind=Linear)["pair.first"], expected)
+            close(tap(patched.at(step), params, (x,), kind=Linear)["pair.first"], expected)
         assert jnp.isnan(jitted(2)["pair.first"]).all()
-        close(tap(edited, params, (x,), kind=Pair, step=jnp.int32(2))["pair"], jnp.zeros((5, 2)))
+        close(tap(patched, params, (x,), kind=Pair, step=jnp.int32(2))["pair"], jnp.zeros((5, 2)))
 
     def test_given_state_is_used(self, net, x):
         forward, params = net
-        edited = forward.edit(ByStep(), Tap(Pair, what="input"))
-        _, state = edited(params, edited.init(params, x), x, step=0)
-        assert tap(edited, params, (2 * x,), kind=Linear, state=state).keys() == {
+        patched = forward.patch(ByStep(), Tap(Pair, what="input"))
+        _, state = patched(params, patched.init(params, x), x, step=0)
+        assert tap(patched, params, (2 * x,), kind=Linear, state=state).keys() == {
             "pair.first",
             "pair.second",
         }
         with pytest.raises(ValueError, match=r"pair\.other"):
-            tap(edited, params, (x,), kind=Linear, state={"pair.other": jnp.zeros(())})
+            tap(patched, params, (x,), kind=Linear, state={"pair.other": jnp.zeros(())})
 
     def test_second_call_does_not_retrace(self, net, x):
         forward, params = net
@@ -207,7 +207,7 @@ class TestTap:
 
     def test_a_site_that_is_never_called(self, net, x):
         forward, params = net
-        bypassed = forward.edit(_bypass)
+        bypassed = forward.patch(_bypass)
         for function in (tap, lambda f, p, i, **o: statistics(f, p, [i], **o)):
             with pytest.raises(ValueError, match=r"never calls pair\.first, pair\.second"):
                 function(bypassed, params, (x,), kind=Linear)
@@ -255,7 +255,7 @@ class TestStatistics:
 
     def test_inside_branches_and_along_a_loop(self, net, x):
         forward, params = net
-        observing = forward.edit(ByStep(), Observe(Linear, r"pair\.first", "input"))
+        observing = forward.patch(ByStep(), Observe(Linear, r"pair\.first", "input"))
 
         def body(state, step):
             return observing(params, state, x, step=step)[1], None
@@ -273,7 +273,7 @@ class TestStatistics:
         forward, params = net
         with pytest.raises(ValueError, match="at least one batch"):
             statistics(forward, params, [])
-        with pytest.raises(ValueError, match="no site of kind Linear matches"):
+        with pytest.raises(ValueError, match="no target module of kind Linear matches"):
             statistics(forward, params, [(x,)], kind=Linear, pattern="first")
 
 
@@ -301,9 +301,11 @@ class TestGradients:
     def test_inside_branches(self, net, x):
         forward, params = net
         w1, b1, w2, b2 = weights(params)
-        edited = forward.edit(ByStep())
+        patched = forward.patch(ByStep())
         run = jax.jit(
-            lambda step: gradients(edited, params, jnp.sum, (x,), pattern=r"pair\.first", step=step)
+            lambda step: gradients(
+                patched, params, jnp.sum, (x,), pattern=r"pair\.first", step=step
+            )
         )
         expected = jax.grad(lambda h: ((jnp.sin(h) @ w2 + b2) * 2).sum())(2 * x @ w1 + b1)
         close(run(1)["pair.first"], expected)

@@ -61,7 +61,7 @@ def test_search_sample_bench(capsys, folder, tmp_path):
     arguments = ("--steps", 3, "--guidance", 2.0, "--threshold", 0.05, "--labels", "a,b")
     status, figures, _ = run(capsys, "search", folder, fast, *arguments)
     assert status == 0
-    assert len(figures["plan"]["codes"]) == 2
+    assert len(figures["plan"]["quantized values"]) == 2
 
     asked = ("--labels", '"c", 1', "--images-per-prompt", 2)
     status, figures, _ = run(capsys, "sample", fast, *asked, "-o", tmp_path / "images")
@@ -168,7 +168,7 @@ def test_methods(capsys):
     assert status == 0
     assert figures["dit_fast_attn"]["search"] is True
     assert main(["methods", "--markdown"]) == 0
-    assert "| `dit_fast_attn` | edits | yes |" in capsys.readouterr().out
+    assert "| `dit_fast_attn` | patches | yes |" in capsys.readouterr().out
     assert main(["methods"]) == 0
     assert "arXiv" in capsys.readouterr().out
 
@@ -273,7 +273,7 @@ def test_a_plan_that_cannot_be_saved_is_printed(capsys, folder, tmp_path, monkey
     status, _, error = run(capsys, *words)
     assert status == 1
     plan = next(line for line in error.splitlines() if line.startswith("{"))
-    assert len(dit_fast_attn.DiTFastAttnPlan.from_json(plan).codes) == 2
+    assert len(dit_fast_attn.DiTFastAttnPlan.from_json(plan).qvalues) == 2
     assert "no space left" in error
     assert not (tmp_path / "new").exists()
 

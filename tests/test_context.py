@@ -42,7 +42,7 @@ def test_an_odd_guided_batch_is_an_error():
         Guidance().split(jnp.ones((3, 2)))
 
 
-def test_switch_static_and_traced_agree_and_unknown_codes_are_errors():
+def test_switch_static_and_traced_agree_and_unknown_quantized_values_are_errors():
     forward, params, x = toy()
     module = forward.module(params)
     branches = {1: lambda m, x: m(x), 4: lambda m, x: 2 * m(x), 9: lambda m, x: x}

@@ -24,7 +24,7 @@ from effjax.cost import (
 from effjax.forward import abstract, parameter_count
 from effjax.models.dit import DiT, DiTConfig
 from effjax.samplers import DDIM, Sampler
-from effjax.sites import Wrapper, wrap
+from effjax.targets import Wrapper, wrap
 from pallas_kernels.marks import declared, declared_work, useful, useful_fraction
 
 
@@ -330,7 +330,7 @@ class TestDiT:
     def test_tiny_closed_form(self):
         config = DiTConfig(num_layers=2, num_heads=2, head_dim=8, num_classes=5, sample_size=8)
         forward, params = abstract(DiT, config)
-        B, N, C = 2, config.tokens, config.width
+        B, N, C = 2, config.tokens, config.hidden_size
         inputs = shape(B, 8, 8, 4), shape(B), shape(B, dtype="int32")
         counted = cost(forward, params, {}, *inputs)
 
@@ -383,7 +383,7 @@ class TestSampler:
         dense = sampler_cost(sampler, forward, params, labels, distinct=lambda step: 0)
         assert dense == 5 * call
 
-        skipping, traced = forward.edit(skip_odd), []
+        skipping, traced = forward.patch(skip_odd), []
         counted = sampler_cost(
             sampler,
             skipping,

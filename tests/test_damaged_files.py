@@ -105,7 +105,7 @@ def yarn(path):
 
 
 def packed(path):
-    subject = llama(width=32, hidden=64)
+    subject = llama(hidden_size=32, intermediate_size=64)
     plan = round_to_nearest.uniform(4, group_size=16)
     return dense(path, round_to_nearest.transform(plan)(*pair(subject)))
 
@@ -117,7 +117,7 @@ def fast_dit(path):
     return saved(path, subject, dit_fast_attn.transform(plan))
 
 
-def coded_dit(path):
+def quantized_dit(path):
     subject = testing.tiny_dit(num_layers=1)
     plan = vidit_q.uniform(4, alpha=None, rotate=True)
     return saved(path, subject, vidit_q.transform(plan))
@@ -132,7 +132,7 @@ def images(path):
     made = pair(testing.tiny_dit(num_layers=1))
     scheduler = DDIM(steps=4).to_config()
     ClassConditionalPipeline(*made, scheduler, names={0: "a", 4: "b"}).save(path)
-    return lambda: effjax.pipeline(path, progress=False).sampler(num_steps=2)
+    return lambda: effjax.pipeline(path, progress=False).sampler(num_inference_steps=2)
 
 
 def texts(path):
@@ -149,7 +149,10 @@ BUNDLES = {
     "yarn": yarn,
     "t5": lambda path: dense(
         path,
-        of(T5Encoder, T5Config(vocab_size=20, width=8, hidden=12, num_layers=1, num_heads=2)),
+        of(
+            T5Encoder,
+            T5Config(vocab_size=20, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2),
+        ),
     ),
     "autoencoder": lambda path: dense(
         path,
@@ -159,7 +162,7 @@ BUNDLES = {
     "kivi": lambda path: saved(path, llama(), kivi.transform(kivi.KIVIPlan(group=8))),
     "moa": spans,
     "dit_fast_attn": fast_dit,
-    "vidit_q": coded_dit,
+    "vidit_q": quantized_dit,
     "images": images,
     "texts": texts,
 }

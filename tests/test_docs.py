@@ -49,7 +49,7 @@ def test_the_code_of_the_page_on_pipelines_runs(tmp_path, monkeypatch):
     changes = {
         "facebook/DiT-XL-2-512": "classes",
         "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "texts",
-        "num_steps=20": "num_steps=2",
+        "num_inference_steps=20": "num_inference_steps=2",
         "height=512, width=768": "height=8, width=24",
     }
     for old, new in changes.items():

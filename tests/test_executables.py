@@ -17,7 +17,7 @@ import effjax
 from effjax import compat, descriptions, executables
 from effjax.cli import main
 from effjax.executables import ExecutablesWarning, Program
-from effjax.generate import decoding, generate, sessions
+from effjax.generate import decoding, generate, prefix_cache
 from effjax.methods import dit_fast_attn, vidit_q
 from effjax.samplers import DPMSolver, Sampler, sampler
 from effjax.testing import tiny_dit, tiny_llama
@@ -31,7 +31,7 @@ PROMPTS = [[1, 2, 3], [4, 5]]
 PROGRAMS = (
     sampler._compiled_init,
     sampler._compiled_step,
-    sessions._read_first,
+    prefix_cache._read_first,
     decoding._begin,
     decoding._decode,
 )
@@ -141,9 +141,9 @@ def changed(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "copy")
     (index,) = (tmp_path / "copy" / "executables").glob("*/executables.json")
 
-    def change(edit):
+    def change(patch):
         contents = json.loads(index.read_text())
-        edit(contents)
+        patch(contents)
         index.write_text(json.dumps(contents))
         return tmp_path / "copy"
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import effjax
 from effjax.methods import dit_fast_attn, vidit_q
-from effjax.models.pixart import Caption
+from effjax.models.pixart import PromptEmbeddings
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
 from effjax.quant.hadamard import Rotation
 from effjax.testing import tiny_dit
@@ -123,10 +123,10 @@ def test_what_a_program_takes_survives_the_disk():
         quantize_matrix(jnp.asarray(w), Quantizer(4, symmetric=False), group_size=4),
         quantize_matrix(jnp.asarray(w).reshape(2, 2, 3, 4)),
     ]
-    caption = Caption(jnp.ones((1, 2, 3)), jnp.ones((1, 2), bool))
+    caption = PromptEmbeddings(jnp.ones((1, 2, 3)), jnp.ones((1, 2), bool))
     arguments = (leaves, caption)
     again = round_trip(export.export(jax.jit(lambda x: x), platforms=["cpu"])(arguments))
     assert again.in_tree == jax.tree.structure(((arguments,), {}))
     out, said = again.call(arguments)
     assert all(isinstance(leaf, QTensor) for leaf in out)
-    assert isinstance(said, Caption)
+    assert isinstance(said, PromptEmbeddings)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from effjax.context import Guidance, State, switch, when
 from effjax.forward import abstract, flatten_params, functional, nest_params, parameter_count
-from effjax.sites import Wrapper, sites, wrap
+from effjax.targets import Wrapper, target_modules, wrap
 from tests.tiny import Toy, ToyBlock, ToyConfig, by_hand, toy
 
 
@@ -28,7 +28,7 @@ class Scale(Wrapper):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaleEdit:
+class ScalePatch:
     path: str
 
     def __call__(self, module, context):
@@ -58,7 +58,7 @@ class Memory(Wrapper):
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryEdit:
+class MemoryPatch:
     path: str
 
     def __call__(self, module, context):
@@ -87,10 +87,10 @@ def test_equal_forwards_hit_one_compiled_program():
     assert hash(first) == hash(second)
     run(first, params, x)
     run(second, params, x)
-    run(first.edit(ScaleEdit("blocks.0")), params, x)
-    run(second.edit(ScaleEdit("blocks.0")), params, x)
+    run(first.patch(ScalePatch("blocks.0")), params, x)
+    run(second.patch(ScalePatch("blocks.0")), params, x)
     assert len(traces) == 2
-    assert first.edit(ScaleEdit("blocks.0")) != first
+    assert first.patch(ScalePatch("blocks.0")) != first
     assert toy(layers=1)[0] != first
 
 
@@ -104,19 +104,19 @@ def test_an_edit_that_holds_an_array_fails_at_the_jit_boundary():
         def __call__(self, module, context):
             pass
 
-    bad = forward.edit(Bad(jnp.ones(2)))
+    bad = forward.patch(Bad(jnp.ones(2)))
     with pytest.raises(TypeError, match="unhashable"):
         jax.jit(lambda f, p, x: f(p, {}, x))(bad, params, x)
-    # Inside jit the same edit may hold tracers.
-    jax.jit(lambda a, p, x: forward.edit(Bad(a))(p, {}, x))(jnp.ones(2), params, x)
+    # Inside jit the same patch may hold tracers.
+    jax.jit(lambda a, p, x: forward.patch(Bad(a))(p, {}, x))(jnp.ones(2), params, x)
 
 
 def test_a_call_changes_nothing_outside():
     forward, params, x = toy()
-    edited = forward.edit(MemoryEdit("blocks.0"))
-    state = edited.init(params, x)
+    patched = forward.patch(MemoryPatch("blocks.0"))
+    state = patched.init(params, x)
     before = jax.tree.map(np.asarray, (params, state))
-    edited(params, state, x)
+    patched(params, state, x)
     chex.assert_trees_all_equal(before, (params, state))
 
 
@@ -150,11 +150,11 @@ def test_learned_parameters_reach_the_edit_and_not_the_model():
     forward, params, x = toy()
     seen = {}
 
-    def edit(module, context):
+    def patch(module, context):
         seen.update(context.learned)
 
     params = {**params, "methods": {"lora": {"blocks.0": {"a": jnp.ones(2)}}}}
-    out, _ = forward.edit(edit)(params, {}, x)
+    out, _ = forward.patch(patch)(params, {}, x)
     assert list(seen) == ["lora"]
     chex.assert_trees_all_close(out, by_hand({"blocks": params["blocks"]}, x), atol=1e-6)
 
@@ -162,27 +162,27 @@ def test_learned_parameters_reach_the_edit_and_not_the_model():
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_static_and_traced_steps_agree(step):
     forward, params, x = toy()
-    edited = forward.edit(ScaleEdit("blocks.1"))
-    static, _ = edited.at(step)(params, {}, x)
-    also_static, _ = edited(params, {}, x, step=step)
-    traced, _ = jax.jit(lambda s: edited(params, {}, x, step=s))(step)
+    patched = forward.patch(ScalePatch("blocks.1"))
+    static, _ = patched.at(step)(params, {}, x)
+    also_static, _ = patched(params, {}, x, step=step)
+    traced, _ = jax.jit(lambda s: patched(params, {}, x, step=s))(step)
     chex.assert_trees_all_close((static, static), (also_static, traced), rtol=1e-6)
-    assert "cond" not in str(jax.make_jaxpr(lambda x: edited.at(step)(params, {}, x))(x))
+    assert "cond" not in str(jax.make_jaxpr(lambda x: patched.at(step)(params, {}, x))(x))
     with pytest.raises(ValueError, match="leave out step"):
-        edited.at(step)(params, {}, x, step=step)
+        patched.at(step)(params, {}, x, step=step)
     with pytest.raises(ValueError, match="static step"):
-        edited.at(-1)
+        patched.at(-1)
 
 
 def test_state_is_initialized_for_every_branch_and_flows():
     forward, params, x = toy()
-    edited = forward.edit(MemoryEdit("blocks.0"))
-    state = edited.init(params, x)
+    patched = forward.patch(MemoryPatch("blocks.0"))
+    state = patched.init(params, x)
     assert list(state) == ["blocks.0.total"]  # what no branch touches is not kept
     chex.assert_trees_all_equal(state["blocks.0.total"], jnp.full((2, 1, 3), 0.5))
-    assert list(edited.at(1).init(params, x)) == ["blocks.0.total"]
+    assert list(patched.at(1).init(params, x)) == ["blocks.0.total"]
 
-    run = jax.jit(edited)
+    run = jax.jit(patched)
     out0, state1 = run(params, state, x, step=0)
     first = by_hand({"blocks": {"0": params["blocks"]["0"]}}, x) + 0.5
     mean = jnp.mean(first, axis=1, keepdims=True)
@@ -192,61 +192,64 @@ def test_state_is_initialized_for_every_branch_and_flows():
     out2, _ = run(params, state2, x, step=2)
     chex.assert_trees_all_close(out1, by_hand(params, x), atol=1e-6)
     assert float(jnp.abs(out0 - out2).max()) > 0.1
-    static2, _ = edited(params, state2, x, step=2)
+    static2, _ = patched(params, state2, x, step=2)
     chex.assert_trees_all_close(static2, out2, atol=1e-6)
 
 
 def test_state_errors_name_the_state():
     forward, params, x = toy()
-    edited = forward.edit(MemoryEdit("blocks.0"))
+    patched = forward.patch(MemoryPatch("blocks.0"))
     with pytest.raises(ValueError, match=r"blocks\.0\.total.*missing.*init"):
-        edited(params, {}, x)
-    state = edited.init(params, x)
+        patched(params, {}, x)
+    state = patched.init(params, x)
     with pytest.raises(ValueError, match="does not keep"):
         forward(params, state, x)
     with pytest.raises(ValueError, match="one batch shape"):
-        edited(params, state, x[:1])
+        patched(params, state, x[:1])
 
 
 def test_two_states_of_one_name_are_an_error():
     forward, params, x = toy()
-    edited = forward.edit(MemoryEdit("blocks.0"), MemoryEdit("blocks.0"))
-    with pytest.raises(ValueError, match=r"two edits keep a state named 'blocks\.0\.total'"):
-        edited.init(params, x)
+    patched = forward.patch(MemoryPatch("blocks.0"), MemoryPatch("blocks.0"))
+    with pytest.raises(ValueError, match=r"two patches keep a state named 'blocks\.0\.total'"):
+        patched.init(params, x)
 
 
 def test_state_keys_do_not_depend_on_the_order_of_edits():
     forward, params, x = toy()
-    edits = (MemoryEdit("blocks.0"), MemoryEdit("blocks"), ScaleEdit("blocks.0"))
-    one = forward.edit(*edits).init(params, x)
-    other = forward.edit(*edits[::-1]).init(params, x)
+    patches = (MemoryPatch("blocks.0"), MemoryPatch("blocks"), ScalePatch("blocks.0"))
+    one = forward.patch(*patches).init(params, x)
+    other = forward.patch(*patches[::-1]).init(params, x)
     assert list(one) == list(other) == ["blocks.0.total", "blocks.total"]
 
 
 def test_stateful_modules_nest_inside_branches():
     """A stack cache around a stateful block around a stateful linear, with a traced step."""
     forward, params, x = toy()
-    edited = forward.edit(
-        MemoryEdit("blocks.0.fc"), MemoryEdit("blocks.0"), MemoryEdit("blocks"), ScaleEdit("blocks")
+    patched = forward.patch(
+        MemoryPatch("blocks.0.fc"),
+        MemoryPatch("blocks.0"),
+        MemoryPatch("blocks"),
+        ScalePatch("blocks"),
     )
-    state = edited.init(params, x)
+    state = patched.init(params, x)
     assert list(state) == ["blocks.0.fc.total", "blocks.0.total", "blocks.total"]
     traced, static = state, state
-    run = jax.jit(edited)
+    run = jax.jit(patched)
     for step in (0, 1, 2):
         out_traced, traced = run(params, traced, x, step=step)
-        out_static, static = edited(params, static, x, step=step)
+        out_static, static = patched(params, static, x, step=step)
         chex.assert_trees_all_close(out_traced, out_static, rtol=1e-5)
         chex.assert_trees_all_close(traced, static, rtol=1e-5)
 
 
 def test_forward_under_grad_vmap_and_scan():
     forward, params, x = toy()
-    edited = forward.edit(MemoryEdit("blocks.0"))
-    state = edited.init(params, x)
+    patched = forward.patch(MemoryPatch("blocks.0"))
+    state = patched.init(params, x)
 
     def loss(params):
-        return jnp.sum(edited(params, state, x, step=0)[0])
+        return jnp.sum(patched(params, state, x, step=0)[0])
 
     gradients = jax.grad(loss)(params)
     expected = jax.grad(lambda p: jnp.sum(by_hand(p, x) ** 1))(params)
@@ -257,13 +260,13 @@ def test_forward_under_grad_vmap_and_scan():
     chex.assert_trees_all_close(many[1], by_hand(params, 2 * x), atol=1e-5)
 
     def body(carry, step):
-        out, carry = edited(params, carry, x, step=step)
+        out, carry = patched(params, carry, x, step=step)
         return carry, out
 
     last, outs = jax.lax.scan(body, state, jnp.arange(3))
     by_loop = state
     for step in range(3):
-        out, by_loop = edited(params, by_loop, x, step=step)
+        out, by_loop = patched(params, by_loop, x, step=step)
         chex.assert_trees_all_close(outs[step], out, atol=1e-5)
     chex.assert_trees_all_close(last, by_loop, atol=1e-5)
 
@@ -282,7 +285,7 @@ def test_the_context_carries_layout_and_guidance():
     forward, params, x = toy()
     seen = []
     guidance = Guidance(cond_first=False)
-    forward.edit(lambda module, context: seen.append(context))(
+    forward.patch(lambda module, context: seen.append(context))(
         params, {}, x, step=2, guidance=guidance
     )
     assert seen[0].layout.tokens == x.shape[1]
@@ -300,18 +303,18 @@ def test_check_calls():
         def __call__(self, module, context):
             pass
 
-    forward.edit(Planned(4), ScaleEdit("blocks.0")).check_calls(4)
+    forward.patch(Planned(4), ScalePatch("blocks.0")).check_calls(4)
     with pytest.raises(ValueError, match="planned for 4 network calls"):
-        forward.edit(Planned(4)).check_calls(5)
+        forward.patch(Planned(4)).check_calls(5)
 
 
 def test_forward_sites_hold_the_parameters():
     forward, params, _ = toy()
-    found = forward.sites(params, ToyBlock)
-    assert [site.path for site in found] == ["blocks.0", "blocks.1"]
+    found = forward.target_modules(params, ToyBlock)
+    assert [target.path for target in found] == ["blocks.0", "blocks.1"]
     kernel = found[1].module.fc.kernel.get_value()
     chex.assert_trees_all_equal(kernel, params["blocks"]["1"]["fc"]["kernel"])
-    assert [s.path for s in sites(forward.module(params), pattern=r"blocks\.\d\.fc")] == [
+    assert [s.path for s in target_modules(forward.module(params), pattern=r"blocks\.\d\.fc")] == [
         "blocks.0.fc",
         "blocks.1.fc",
     ]

@@ -19,9 +19,9 @@ from effjax.generate import (
     generate,
     perplexity,
     prefill,
+    prefix_cache,
     process_logits,
     score,
-    sessions,
 )
 from effjax.layers.kv_cache import Caches, as_it_is
 from effjax.methods import moa
@@ -203,14 +203,14 @@ def test_one_context_many_questions(model):
     """The context is read once, the questions do not see each other."""
     forward, params = model
     context, questions = PROMPTS[:2], ([[7, 8, 9], [30]], [[4], [5, 6]])
-    session = prefill(forward, params, context, new=3 + NEW)
+    prefix = prefill(forward, params, context, new=3 + NEW)
     for question in questions:
-        got = generate(forward, params, question, session=session, max_new_tokens=NEW)
+        got = generate(forward, params, question, prefix=prefix, max_new_tokens=NEW)
         joined = [a + b for a, b in zip(context, question)]
         assert got.rows() == generate(forward, params, joined, max_new_tokens=NEW).rows()
-    onward = generate(forward, params, session=session, max_new_tokens=NEW)
+    onward = generate(forward, params, prefix=prefix, max_new_tokens=NEW)
     assert onward.rows() == generate(forward, params, context, max_new_tokens=NEW).rows()
-    twice = extend(params, extend(params, session, [[7], [30]]), [[8], [31]])
+    twice = extend(params, extend(params, prefix, [[7], [30]]), [[8], [31]])
     assert twice.lengths.tolist() == [22, 15]
 
 
@@ -288,7 +288,7 @@ def test_draws_follow_the_distribution():
         ({"max_new_tokens": True}, "at least 1; got True"),
         ({"max_new_tokens": 10**30}, "max_new_tokens must be a whole number"),
         ({"streamer": 3}, "a streamer has the functions put and end, got 3"),
-        ({"session": "context"}, "a session is what prefill gives, got str"),
+        ({"prefix cache": "context"}, "a prefix cache is what prefill gives, got str"),
         ({"temperature": 10**400, "key": 0}, "temperature must be a finite number"),
         ({"temperature": jnp.ones(2), "key": 0}, "temperature must be a finite number"),
         ({"top_k": float("inf"), "key": 0}, "top_k must be a whole number"),
@@ -306,7 +306,7 @@ def test_draws_follow_the_distribution():
         ({"prompts": [[1], []]}, "rows of one or more token ids"),
         ({"prompts": [[1, 40]]}, "knows tokens 0 ... 39, got 40. Is this another"),
         ({"prompts": [[1] * 60]}, "beyond the 64"),
-        ({"prompts": None}, "give prompts, or a session"),
+        ({"prompts": None}, "give prompts, or a prefix cache"),
         ({"eos": 77}, "knows tokens 0 ... 39"),
         ({"chunk": 0}, "chunk must be a whole number of tokens, at least 1"),
         ({"temperature": 1.0, "key": "three"}, "one for each of the 1 samples"),
@@ -323,39 +323,39 @@ def test_bad_requests(untyped, model, options, message):
 
 def test_a_session_has_its_limits(model):
     forward, params = model
-    session = prefill(forward, params, PROMPTS[:2], new=4)
+    prefix = prefill(forward, params, PROMPTS[:2], new=4)
     with pytest.raises(ValueError, match="20 tokens and room for 24; 5 more do not fit"):
-        generate(forward, params, session=session, max_new_tokens=5)
+        generate(forward, params, prefix=prefix, max_new_tokens=5)
     with pytest.raises(ValueError, match="read by another model or into another kind of cache"):
-        generate(*load("qwen2"), session=session, max_new_tokens=1)
-    other = forward.edit(Caches(as_it_is), Caches(as_it_is))
-    with pytest.raises(ValueError, match="its edits"):
-        generate(other, params, session=session, max_new_tokens=1)
+        generate(*load("qwen2"), prefix=prefix, max_new_tokens=1)
+    other = forward.patch(Caches(as_it_is), Caches(as_it_is))
+    with pytest.raises(ValueError, match="its patches"):
+        generate(other, params, prefix=prefix, max_new_tokens=1)
     with pytest.raises(ValueError, match="2 texts, got 1 continuations"):
-        extend(params, session, [[3]])
+        extend(params, prefix, [[3]])
 
 
 def test_a_cache_asks_for_its_room(model):
     forward, params = model
-    cached = forward.edit(Caches(as_it_is))
-    with pytest.raises(ValueError, match=r"forward.with_room\(prompt, new\)"):
+    cached = forward.patch(Caches(as_it_is))
+    with pytest.raises(ValueError, match=r"forward.with_cache_length\(prompt, new\)"):
         cached(params, {}, jnp.ones((1, 2), jnp.int32))
     with pytest.raises(ValueError, match="prompt of 1 or more"):
-        cached.with_room(0, 4)
-    room = cached.with_room(4, 4)
-    state = room.init(params, jnp.ones((1, 1), jnp.int32))
+        cached.with_cache_length(0, 4)
+    cache_length = cached.with_cache_length(4, 4)
+    state = cache_length.init(params, jnp.ones((1, 1), jnp.int32))
     with pytest.raises(ValueError, match="a prompt of 5 tokens does not fit"):
-        room(params, state, jnp.ones((1, 5), jnp.int32))
+        cache_length(params, state, jnp.ones((1, 5), jnp.int32))
 
 
 def test_the_programs_are_compiled_once(model):
     """Other numbers, keys and texts of the same shape run the same programs."""
     options = {"max_new_tokens": NEW, "top_k": 9, "key": jax.random.key(3)}
     generate(*model, PROMPTS, temperature=1.0, **options)
-    before = decoding._decode._cache_size(), sessions._read_first._cache_size()
+    before = decoding._decode._cache_size(), prefix_cache._read_first._cache_size()
     options["key"] = jax.random.key(5)
     generate(*model, [row[::-1] for row in PROMPTS], temperature=0.6, **options)
-    assert (decoding._decode._cache_size(), sessions._read_first._cache_size()) == before
+    assert (decoding._decode._cache_size(), prefix_cache._read_first._cache_size()) == before
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -363,10 +363,10 @@ def test_logits_that_are_not_finite_are_warned_of(model, value):
     """By rows: here the text of token 30."""
     forward, params = model
     broken = params | {"table": params["table"].at[30].set(value)}
-    assert "head" in params  # else token 30 is never finite
-    session = prefill(forward, broken, [[7, 8], [30]], new=NEW)
+    assert "lm_head" in params  # else token 30 is never finite
+    prefix = prefill(forward, broken, [[7, 8], [30]], new=NEW)
     with pytest.warns(NotFiniteWarning, match=r"1 of 2 texts \(rows \[1\]\).*compute_dtype"):
-        generate(forward, broken, session=session, max_new_tokens=1)
+        generate(forward, broken, prefix=prefix, max_new_tokens=1)
     with pytest.warns(NotFiniteWarning, match="log-probabilities of texts: 1 of 2 values"):
         score(forward, broken, [[7, 8], [30, 8]])
 
@@ -384,9 +384,9 @@ def test_a_repetition_penalty_needs_what_occurred():
 
 def test_bytes_of_a_cache_and_what_a_text_uses(model):
     forward, params = model
-    session = prefill(forward, params, [list(range(12)), list(range(6))], new=8, buckets=None)
-    found = cache_bytes(params, session)
-    assert found.allocated == state_bytes(session.state)
+    prefix = prefill(forward, params, [list(range(12)), list(range(6))], new=8, buckets=None)
+    found = cache_bytes(params, prefix)
+    assert found.allocated == state_bytes(prefix.state)
     assert found.useful == pytest.approx(found.allocated * (12 + 6) / 2 / 20, abs=1)
 
 
@@ -397,6 +397,6 @@ def test_slots_of_spans_are_all_used_by_long_texts():
         forward, params = moa.transform(dataclasses.replace(plan, layout=layout))(
             subject.forward, subject.params
         )
-        session = prefill(forward, params, subject.cond[:, :16], new=4, buckets=None)
-        found = cache_bytes(params, session)
-        assert found.allocated == found.useful == state_bytes(session.state)
+        prefix = prefill(forward, params, subject.cond[:, :16], new=4, buckets=None)
+        found = cache_bytes(params, prefix)
+        assert found.allocated == found.useful == state_bytes(prefix.state)

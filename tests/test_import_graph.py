@@ -20,7 +20,7 @@ LAYERS = [
         "effjax.warm",
         "effjax.chips",
     ],
-    ["effjax.context", "effjax.quant", "effjax.sites"],
+    ["effjax.context", "effjax.quant", "effjax.targets"],
     ["effjax.layers"],
     ["effjax.models"],
     [

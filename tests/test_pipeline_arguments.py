@@ -21,7 +21,7 @@ from effjax.pipelines.recent import Recent
 from effjax.samplers import DDIM, DPMSolver
 from experiments import train_pixart
 
-OPTIONS = {"num_steps": 2, "guidance_scale": 3.0, "progress": False}
+OPTIONS = {"num_inference_steps": 2, "guidance_scale": 3.0, "progress": False}
 NAMES = {0: "tench, Tinca tinca", 1: "crane", 2: "maillot", 3: "maillot, tank suit", 4: "crane"}
 
 
@@ -35,7 +35,9 @@ def pipe():
 @pytest.fixture(scope="module")
 def text_pipe():
     subject = testing.tiny_pixart(in_channels=3, out_channels=3)
-    config = T5Config(vocab_size=64, width=12, hidden=24, num_layers=1, num_heads=3, head_dim=4)
+    config = T5Config(
+        vocab_size=64, hidden_size=12, intermediate_size=24, num_layers=1, num_heads=3, head_dim=4
+    )
     forward, shapes = abstract(T5Encoder, config)
     return TextToImagePipeline(
         subject.forward,
@@ -49,7 +51,7 @@ def text_pipe():
 @pytest.fixture(scope="module")
 def samples(pipe):
     """Of the classes 1, 1, 3, 3 by the sampler alone."""
-    sampler = pipe.sampler(num_steps=2, guidance_scale=3.0)
+    sampler = pipe.sampler(num_inference_steps=2, guidance_scale=3.0)
     labels = jnp.array([1, 1, 3, 3])
     return jax.jit(sampler)(pipe.forward, pipe.params, labels, jax.random.key(0))
 
@@ -69,7 +71,7 @@ def test_several_images_of_each_label(pipe, samples):
 
 
 def test_noise_that_is_given_is_what_sampling_starts_from(pipe, samples, untyped):
-    sampler = pipe.sampler(num_steps=2, guidance_scale=3.0)
+    sampler = pipe.sampler(num_inference_steps=2, guidance_scale=3.0)
     labels = jnp.array([1, 1, 3, 3])
     own = sampler.init(pipe.forward, pipe.params, labels, jax.random.key(0)).x
     noise = np.asarray(own / sampler.schedule.initial_scale, np.float64)
@@ -142,9 +144,12 @@ def test_names_that_belong_to_no_class(pipe, untyped):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least"),
         ({"num_images_per_prompt": True}, "num_images_per_prompt.*got True"),
         ({"num_images_per_prompt": 2.0}, r"num_images_per_prompt.*got 2\.0"),
-        ({"num_steps": "2"}, "num_steps must be a whole number of at least 1, got '2'"),
-        ({"num_steps": 0}, "num_steps.*got 0"),
-        ({"num_steps": 1.5}, r"num_steps.*got 1\.5"),
+        (
+            {"num_inference_steps": "2"},
+            "num_inference_steps must be a whole number of at least 1, got '2'",
+        ),
+        ({"num_inference_steps": 0}, "num_inference_steps.*got 0"),
+        ({"num_inference_steps": 1.5}, r"num_inference_steps.*got 1\.5"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number.*got nan"),
         ({"guidance_scale": -1}, "guidance_scale.*got -1"),
         ({"guidance_scale": "4"}, "guidance_scale.*got '4'"),
@@ -184,7 +189,7 @@ def test_bad_options(text_pipe, options, message, untyped):
 def test_what_is_no_key(pipe, key, message, untyped):
     with pytest.raises(TypeError, match=r"key must come from jax\.random\.key\(seed\).*" + message):
         pipe(1, key=key, **OPTIONS)
-    sampler = pipe.sampler(num_steps=2)
+    sampler = pipe.sampler(num_inference_steps=2)
     with pytest.raises(TypeError, match=message):
         sampler.stepwise(pipe.forward, pipe.params, jnp.array([1]), key, progress=False)
 

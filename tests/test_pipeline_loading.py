@@ -60,7 +60,14 @@ def change_index(folder, **entries):
 
 
 def t5(width=12):
-    config = T5Config(vocab_size=64, width=width, hidden=24, num_layers=1, num_heads=3, head_dim=4)
+    config = T5Config(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=3,
+        head_dim=4,
+    )
     forward, shapes = abstract(T5Encoder, config)
     return forward, testing.random_params(shapes, seed=1)
 
@@ -80,7 +87,7 @@ def test_caches_have_the_dtype_of_the_computation(tmp_path):
     for asked, computed in (({}, "bfloat16"), ({"compute_dtype": "float32"}, "float32")):
         pipe = effjax.pipeline(tmp_path / "wide", progress=False, **asked)
         assert {leaf.dtype for leaf in jax.tree.leaves(pipe.params)} == {jnp.dtype("bfloat16")}
-        state = pipe.compress("a b c", new=4).state
+        state = pipe.prefill("a b c", new=4).state
         held = {leaf.dtype for leaf in state.values() if leaf.dtype.kind not in "iub"}
         assert held == {jnp.dtype(computed)}
 
@@ -227,10 +234,10 @@ def test_nothing_prints_its_arrays(texts):
     small = chat.transform(round_to_nearest.transform(round_to_nearest.uniform(4, 16)))
     leaf = small.params["blocks"]["0"]["mlp"]["up"]["kernel"]
     assert repr(leaf) == "QTensor([16, 24], 4 bits)"
-    assert repr(chat.forward) == "Forward(Llama, methods: none, edits: 0)"
-    assert repr(small.forward).startswith("Forward(Llama, methods: round_to_nearest, edits: ")
-    context = small.compress("a b c", new=4)
-    assert repr(context).startswith("Session(Forward(Llama, ")
+    assert repr(chat.forward) == "Forward(Llama, methods: none, patches: 0)"
+    assert repr(small.forward).startswith("Forward(Llama, methods: round_to_nearest, patches: ")
+    context = small.prefill("a b c", new=4)
+    assert repr(context).startswith("PrefixCache(Forward(Llama, ")
     held = sum(leaf.nbytes for leaf in context.state.values())
     assert repr(context).endswith(f"1 texts, {held:,} bytes of cache)")
     assert repr(testing.tiny_dit()).startswith("Subject(Forward(DiT, methods: none")

@@ -38,13 +38,13 @@ def test_the_distance_is_that_to_the_true_source(capsys, source, tmp_path):
     pipe = effjax.pipeline(source, **QUIET)
     small = pipe.transform(CODES)
     small.save(tmp_path / "small")
-    sampler, labels = pipe.sampler(num_steps=2), jnp.zeros(2, jnp.int32)
+    sampler, labels = pipe.sampler(num_inference_steps=2), jnp.zeros(2, jnp.int32)
     run = jax.jit(sampler)
-    dense, coded = (
+    dense, quantized = (
         np.asarray(run(each.forward, each.params, labels, jax.random.key(0)), np.float64)
         for each in (pipe, small)
     )
-    truth = 10 * np.log10(4 / np.mean((dense - coded) ** 2))  # of images in -1 ... 1
+    truth = 10 * np.log10(4 / np.mean((dense - quantized) ** 2))  # of images in -1 ... 1
     asked = (tmp_path / "small", "--steps", 2, "--labels", "0")
     figures = bench(capsys, *asked)
     assert figures["reference"] == {"kind": "dense", "model": str(source)}
@@ -52,7 +52,7 @@ def test_the_distance_is_that_to_the_true_source(capsys, source, tmp_path):
     assert figures["dense"]["weight_bytes"] == sum(x.nbytes for x in jax.tree.leaves(pipe.params))
 
     source.rename(tmp_path / "moved")
-    figures = bench(capsys, *asked)  # its own codes, as floats
+    figures = bench(capsys, *asked)  # its own quantized values, as floats
     assert figures["reference"]["kind"] == "dequantized"
     assert f"{source} cannot be loaded" in figures["reference"]["reason"]
     assert figures["psnr_to_dequantized"] > truth + 20

@@ -58,14 +58,14 @@ def pipe(folder):
 
 
 def test_images_by_name_and_index(pipe):
-    options = {"key": jax.random.key(0), "num_steps": 3, "progress": False}
+    options = {"key": jax.random.key(0), "num_inference_steps": 3, "progress": False}
     seen = []
     images = pipe(["b", 4], callback_on_step_end=lambda step, x: seen.append(step), **options)
     assert [(image.mode, image.size) for image in images] == [("L", (16, 16))] * 2
     assert seen == [0, 1, 2]
     (alone,) = pipe([1], **options)  # the same key: the same image, whatever the batch
     np.testing.assert_allclose(np.asarray(images[0], int), np.asarray(alone, int), atol=1)
-    fused = jax.jit(pipe.sampler(num_steps=3))(
+    fused = jax.jit(pipe.sampler(num_inference_steps=3))(
         pipe.forward, pipe.params, jnp.array([1, 4]), jax.random.key(0)
     )
     np.testing.assert_allclose(
@@ -95,20 +95,20 @@ def test_a_compressed_pipeline_is_saved_and_samples_by_its_plan(pipe, tmp_path):
     assert again.sampler().calls == 3  # the plan's
     assert pipe.sampler().calls == 50
     images = again(["a"], key=jax.random.key(0), progress=False)
-    same = fast(["a"], key=jax.random.key(0), num_steps=3, progress=False)
+    same = fast(["a"], key=jax.random.key(0), num_inference_steps=3, progress=False)
     np.testing.assert_array_equal(np.asarray(images[0]), np.asarray(same[0]))
     with pytest.raises(ValueError, match="planned for 3 network calls"):
-        again(["a"], key=jax.random.key(0), num_steps=4)
+        again(["a"], key=jax.random.key(0), num_inference_steps=4)
 
 
 def test_latents_are_decoded(tmp_path):
     write_pipeline(tmp_path, vae=True, channels=4)
     pipe = effjax.pipeline(tmp_path, progress=False)
-    (image,) = pipe(["c"], key=jax.random.key(0), num_steps=2, progress=False)
+    (image,) = pipe(["c"], key=jax.random.key(0), num_inference_steps=2, progress=False)
     assert (image.mode, image.size) == ("RGB", (32, 32))
     pipe.save(tmp_path / "copy")
     again = effjax.pipeline(tmp_path / "copy", progress=False)
-    (same,) = again(["c"], key=jax.random.key(0), num_steps=2, progress=False)
+    (same,) = again(["c"], key=jax.random.key(0), num_inference_steps=2, progress=False)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(same))
 
 
@@ -131,7 +131,7 @@ def test_dtype_of_parameters_and_computation(folder, tmp_path):
 
 
 def test_dtypes_of_saved_pipelines(pipe, tmp_path):
-    """As saved, or as asked for; quantized leaves keep their codes and scales."""
+    """As saved, or as asked for; quantized leaves keep their quantized values and scales."""
     transform = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
     half = dataclasses.replace(
         pipe, params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), pipe.params)
@@ -206,7 +206,9 @@ def write_text_pipeline(path):
     """A tiny random text-to-image pipeline of pixels that reads the glyphs' captions."""
     subject = testing.tiny_pixart(in_channels=3, out_channels=3)
     converters.save_pretrained(subject.forward, subject.params, path / "transformer")
-    config = T5Config(vocab_size=64, width=12, hidden=24, num_layers=1, num_heads=3, head_dim=4)
+    config = T5Config(
+        vocab_size=64, hidden_size=12, intermediate_size=24, num_layers=1, num_heads=3, head_dim=4
+    )
     forward, shapes = abstract(T5Encoder, config)
     encoder = (forward, testing.random_params(shapes))
     converters.save_pretrained(*encoder, path / "text_encoder", layout="transformers")
@@ -231,7 +233,7 @@ def text_pipe(text_folder):
 
 
 def test_images_by_prompt(text_pipe):
-    options = {"key": jax.random.key(0), "num_steps": 2, "progress": False}
+    options = {"key": jax.random.key(0), "num_inference_steps": 2, "progress": False}
     one, two = text_pipe(["a red A", "A Blue 7 "], **options)
     assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() > 0
     assert (one.mode, one.size) == ("RGB", (16, 16))
@@ -244,7 +246,7 @@ def test_images_by_prompt(text_pipe):
 
 
 def test_images_of_other_sizes(text_pipe):
-    options = {"key": jax.random.key(0), "num_steps": 2, "progress": False}
+    options = {"key": jax.random.key(0), "num_inference_steps": 2, "progress": False}
     (wide,) = text_pipe("a red a", height=8, width=24, **options)
     assert wide.size == (24, 8)
     (own,), (same,) = text_pipe("a red a", **options), text_pipe("a red a", width=16, **options)
@@ -268,7 +270,7 @@ def test_a_plan_is_for_one_size(text_pipe):
 def test_shifts_by_size_follow_the_size(text_pipe):
     scheduler = FlowMatchEuler(steps=4, mu=0.5).to_config() | {"use_dynamic_shifting": True}
     pipe = dataclasses.replace(text_pipe, scheduler=scheduler)
-    own, wide = pipe.sampler(num_steps=4), pipe.sampler(num_steps=4, width=64)
+    own, wide = pipe.sampler(num_inference_steps=4), pipe.sampler(num_inference_steps=4, width=64)
     assert own.schedule == own.schedule.for_tokens(64)
     assert wide.schedule == own.schedule.for_tokens(256)
     assert wide.sample_shape(pipe.forward) == (16, 64, 3)

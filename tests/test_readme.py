@@ -17,7 +17,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
     code, _ = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     changes = {
         '"facebook/DiT-XL-2-512", dtype="bfloat16"': f'{str(MODEL)!r}, dtype="float32"',
-        "num_steps=50": "num_steps=3",
+        "num_inference_steps=50": "num_inference_steps=3",
         "[207, 360]": '["A", 7]',
     }
     for old, new in changes.items():

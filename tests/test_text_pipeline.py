@@ -174,17 +174,17 @@ def test_streams_into_transformers_streamers(pipe, capsys):
 
 
 def test_one_text_many_questions(pipe):
-    context = pipe.compress("a b c d e f", new=20)
+    context = pipe.prefill("a b c d e f", new=20)
     for question in ("g h", "i"):
-        assert pipe(question, context=context) == pipe(f"a b c d e f {question}")
-    assert pipe("", context=context) == pipe("a b c d e f")
+        assert pipe(question, prefix=context) == pipe(f"a b c d e f {question}")
+    assert pipe("", prefix=context) == pipe("a b c d e f")
     small = pipe.transform(snap_kv.transform(snap_kv.SnapKVPlan(capacity=4, window=2)))
-    kept = small.compress("a b c d e f", new=20)
-    assert isinstance(small("g h", context=kept), str)
+    kept = small.prefill("a b c d e f", new=20)
+    assert isinstance(small("g h", prefix=kept), str)
     with pytest.raises(ValueError, match="another kind of cache"):
-        pipe("g", context=kept)
+        pipe("g", prefix=kept)
     with pytest.raises(ValueError, match="room for 26; 40 more"):
-        pipe("g", context=context, max_new_tokens=40)
+        pipe("g", prefix=context, max_new_tokens=40)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +209,9 @@ def test_a_continuation_begins_no_text(pipe, around, text, question):
 def test_a_continuation_is_the_whole_text(pipe):
     tokenizer = make_tokenizer("<|role_start|> $A", begin="<|role_start|>")
     own = TextPipeline(pipe.forward, pipe.params, tokenizer, {"max_new_tokens": 6})
-    context = own.compress("a b c d e", new=20)
+    context = own.prefill("a b c d e", new=20)
     assert context.lengths.tolist() == [6]
-    assert own("g h", context=context) == own("a b c d e g h")
+    assert own("g h", prefix=context) == own("a b c d e g h")
 
 
 def test_chats_that_continue_a_context_begin_no_text(pipe):
@@ -220,11 +220,11 @@ def test_chats_that_continue_a_context_begin_no_text(pipe):
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     whole = own.encode(chat)
     assert own.encode(chat, begins=False) == whole[1:]
-    context = own.compress(chat[:1], new=20)
+    context = own.prefill(chat[:1], new=20)
     opened = [1, *tokenizer.convert_tokens_to_ids(["system", "<|role_end|>", "a", "<|turn_end|>"])]
     assert own.encode(chat[:1], add_generation_prompt=False) == opened
     assert context.lengths.tolist() == [5]
-    assert isinstance(own(chat[1:], context=context), str)
+    assert isinstance(own(chat[1:], prefix=context), str)
 
 
 def test_scores_and_perplexity(pipe):

@@ -13,7 +13,7 @@ from effjax import testing
 from effjax.methods import dit_fast_attn
 from effjax.registry import method, methods, model, models
 from effjax.transform import Method, chain, identity
-from tests.test_forward import MemoryEdit
+from tests.test_forward import MemoryPatch
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_two_plans_for_the_same_attention_are_refused(subject):
     transform = dit_fast_attn.transform(plan_for(subject, 1))
     forward, params = chain(transform, transform)(subject.forward, subject.params)
     x = jnp.ones((2, 16, 16, 4))
-    with pytest.raises(ValueError, match="both open the site"):
+    with pytest.raises(ValueError, match="both replace the internals"):
         forward.init(params, x, jnp.ones(2), subject.cond)
 
 
@@ -84,7 +84,7 @@ def test_shards_and_dtypes_round_trip(subject, tmp_path):
 
 def test_saving_is_atomic(subject, tmp_path):
     with pytest.raises(ValueError, match="recipe"):
-        effjax.save(tmp_path / "m", subject.forward.edit(MemoryEdit("blocks.0")), subject.params)
+        effjax.save(tmp_path / "m", subject.forward.patch(MemoryPatch("blocks.0")), subject.params)
     with pytest.raises(ValueError, match=r"at\(step\)"):
         effjax.save(tmp_path / "m", subject.forward.at(1), subject.params)
     broken = {**subject.params, "patch": {"kernel": object(), "bias": object()}}
@@ -164,7 +164,7 @@ def test_bad_recipes_are_explained(saved):
     (saved / "recipe.json").write_text('{"steps": [{"method": "magic", "plan": {}}]}')
     with pytest.raises(ValueError, match="no method 'magic'"):
         effjax.load(saved)
-    plan = {"codes": [[0, 1]], "tokens": 64, "window": 8}
+    plan = {"quantized values": [[0, 1]], "tokens": 64, "window": 8}
     recipe = {"steps": [{"method": "dit_fast_attn", "plan": plan}]}
     (saved / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match="the plan has 1 layers"):

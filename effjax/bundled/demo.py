@@ -135,7 +135,7 @@ def run(
 
     say(f"1/5 converting {model.name} from its PyTorch layout")
     pipe = effjax.pipeline(model, dtype="float32")
-    sampler = pipe.sampler(num_steps=steps, guidance_scale=guidance)
+    sampler = pipe.sampler(num_inference_steps=steps, guidance_scale=guidance)
     dense = (pipe.forward, pipe.params)
 
     programs, plan, search_seconds = compressed(dense, sampler, key, threshold)
@@ -147,7 +147,7 @@ def run(
     real_features = judge.features(reader, real)
     report: dict[str, Any] = {}
     pictures = {}
-    columns = np.array(plan.codes).T
+    columns = np.array(plan.strategies).T
     for name, (forward, params) in programs.items():
         pictures[name], timings = sample(sampler, forward, params, labels, key)
         report[name] = {
@@ -273,7 +273,7 @@ def draw_plan(plan: DiTFastAttnPlan, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     norm = BoundaryNorm(np.arange(len(Strategy) + 1) - 0.5, len(Strategy))
-    axes.imshow(np.array(plan.codes), cmap=ListedColormap(colors), norm=norm, aspect="auto")
+    axes.imshow(np.array(plan.strategies), cmap=ListedColormap(colors), norm=norm, aspect="auto")
     axes.set_title("What attention does, by layer and network call", fontsize="medium")
     axes.set_xlabel("network call")
     axes.set_ylabel("layer")

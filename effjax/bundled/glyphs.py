@@ -148,9 +148,7 @@ class Things:
     def names(self) -> list[tuple[str, str, str]]:
         """Spell each thing out as (class, color, place)."""
         indices = zip(self.labels, self.colors, self.places, strict=True)
-        return [
-            (CLASSES[label], COLORS[color], PLACES[place]) for label, color, place in indices
-        ]
+        return [(CLASSES[label], COLORS[color], PLACES[place]) for label, color, place in indices]
 
     def captions(self) -> list[str]:
         """Say what each thing is, such as `a red A at the top left`."""

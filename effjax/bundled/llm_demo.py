@@ -66,8 +66,8 @@ def answer(model: TextPipeline, document: texts.Document) -> str:
         model.tokenizer.decode(document.tokens[part])
         for part in (slice(0, document.context), slice(document.context, document.context + 2))
     )
-    context = model.compress(told, new=8)
-    return f"{question} ->{model(question, context=context, max_new_tokens=1)}"
+    context = model.prefill(told, new=8)
+    return f"{question} ->{model(question, prefix=context, max_new_tokens=1)}"
 
 
 def table(rows: Rows) -> str:

@@ -9,12 +9,10 @@ kept in is the forward's matter: one without a cache gets a dense one.
 from __future__ import annotations
 
 from effjax.generate.decoding import Generated, Streamer, generate
-from effjax.generate.sampling import Sampling, process_logits
-from effjax.generate.scoring import Reading, perplexity, score
-from effjax.generate.sessions import (
+from effjax.generate.prefix_cache import (
     CacheBytes,
+    PrefixCache,
     Prompts,
-    Session,
     cache_bytes,
     cached,
     caches,
@@ -23,14 +21,16 @@ from effjax.generate.sessions import (
     prefill,
     text_bytes,
 )
+from effjax.generate.sampling import Sampling, process_logits
+from effjax.generate.scoring import Reading, perplexity, score
 
 __all__ = [
     "CacheBytes",
     "Generated",
+    "PrefixCache",
     "Prompts",
     "Reading",
     "Sampling",
-    "Session",
     "Streamer",
     "cache_bytes",
     "cached",

@@ -16,11 +16,10 @@ from effjax.buckets import POWERS, Buckets
 from effjax.executables import Program
 from effjax.finite import NotFiniteWarning
 from effjax.forward import Forward, Params
-from effjax.generate.sampling import Sampling, process_logits
-from effjax.generate.sessions import (
+from effjax.generate.prefix_cache import (
     ADVICE,
+    PrefixCache,
     Prompts,
-    Session,
     check_count,
     check_maker,
     check_room,
@@ -30,6 +29,7 @@ from effjax.generate.sessions import (
     prefill,
     read,
 )
+from effjax.generate.sampling import Sampling, process_logits
 from effjax.samplers import sample_keys
 
 STRIDE = 8  # tokens between two looks at what is made, for streamers and stop functions
@@ -85,7 +85,7 @@ def generate(
     key: Key[Array, "..."] | None = None,
     streamer: Streamer | None = None,
     stop: Callable[[list[int]], bool] | None = None,
-    session: Session | None = None,
+    prefix: PrefixCache | None = None,
     chunk: int | None = None,
     buckets: Buckets = POWERS,
 ) -> Generated:
@@ -93,8 +93,8 @@ def generate(
 
     Args:
         forward, params: a language model, possibly compressed.
-        prompts: token ids, rows of any lengths; with a session they continue its texts, and None
-            continues them with nothing between.
+        prompts: token ids, rows of any lengths; with a prefix cache they continue its texts, and
+            None continues them with nothing between.
         max_new_tokens: the most tokens to make for a row.
         temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; without a temperature,
             and with 0, the most likely token is taken.
@@ -103,11 +103,11 @@ def generate(
             `fold_in(key, i)`, whatever else is in the batch; or one key for each row.
         streamer: receives the prompts and then the tokens, a few at a time.
         stop: ends a row's text as soon as it is true of its new tokens.
-        session: texts that `prefill` has read with this model.
+        prefix cache: texts that `prefill` has read with this model.
         chunk, buckets: see `prefill`.
 
     Raises:
-        ValueError: for numbers out of range, a temperature without a key, a session of another
+        ValueError: for numbers out of range, a temperature without a key, a prefix cache of another
             model, and as `prefill`.
 
     Warns:
@@ -132,29 +132,27 @@ def generate(
         raise ValueError(f"a streamer has the functions put and end, got {streamer!r}")
     ends = np.atleast_1d(np.asarray(eos, np.int32))
     check_tokens(forward, ends)
-    if session is None:
+    if prefix is None:
         if prompts is None:
-            raise ValueError("give prompts, or a session that has read some")
-        session = prefill(
-            forward, params, prompts, new=max_new_tokens, chunk=chunk, buckets=buckets
-        )
+            raise ValueError("give prompts, or a prefix cache that has read some")
+        prefix = prefill(forward, params, prompts, new=max_new_tokens, chunk=chunk, buckets=buckets)
     else:
-        check_maker(session, forward)
+        check_maker(prefix, forward)
         if prompts is not None:
-            session = extend(params, session, prompts, buckets=buckets)
-        check_room(session, max_new_tokens)
-        session = _copied(session)
-    rows, batch = session.texts, len(session.lengths)
+            prefix = extend(params, prefix, prompts, buckets=buckets)
+        check_room(prefix, max_new_tokens)
+        prefix = _copied(prefix)
+    rows, batch = prefix.texts, len(prefix.lengths)
     keys = None if key is None else _row_keys(key, rows, batch)
     if streamer is not None:
         streamer.put(_shown_prompts(prompts, rows))
     stepwise = streamer is not None or stop is not None
     seen, stride = 0, STRIDE if stepwise else max_new_tokens
-    made = _Made.nothing(session)
-    made = _begin(made, session.logits, session.occurred, sampling, keys, ends)
+    made = _Made.nothing(prefix)
+    made = _begin(made, prefix.logits, prefix.occurred, sampling, keys, ends)
     while seen < max_new_tokens:
         limit = np.int32(min(seen + stride, max_new_tokens))
-        session, made = _decode(params, session, made, sampling, keys, ends, limit)
+        prefix, made = _decode(params, prefix, made, sampling, keys, ends, limit)
         count = int(made.count)
         if stop is not None:
             made = _stopped(made, stop, seen)
@@ -170,13 +168,13 @@ def generate(
     return Generated(tokens, lengths, log_probs)
 
 
-def _copied(session: Session) -> Session:
-    """A session that may be donated: nothing of it is the caller's."""
+def _copied(prefix: PrefixCache) -> PrefixCache:
+    """A prefix cache that may be donated: nothing of it is the caller's."""
 
     def copy(leaf: Array) -> Array:
         return jax.device_put(leaf, leaf.sharding, may_alias=False)
 
-    return jax.tree.map(copy, session)
+    return jax.tree.map(copy, prefix)
 
 
 def _row_keys(key: Key[Array, "..."], rows: int, batch: int) -> Key[Array, " B"]:
@@ -212,7 +210,7 @@ def _warn_of_rows(rows: np.ndarray, batch: int) -> None:
 
 
 class _Made(NamedTuple):
-    """New tokens of a batch so far, in buffers that are as wide as the session's room."""
+    """New tokens of a batch so far, in buffers that are as wide as the prefix cache's room."""
 
     tokens: Array
     log_probs: Array
@@ -222,15 +220,15 @@ class _Made(NamedTuple):
     count: Array
 
     @staticmethod
-    def nothing(session: Session) -> _Made:
-        room, batch = session.forward.room, len(session.lengths)
-        assert room is not None
+    def nothing(prefix: PrefixCache) -> _Made:
+        cache_length, batch = prefix.forward.cache_length, len(prefix.lengths)
+        assert cache_length is not None
         # Of numpy: arrays of JAX would be a program for each of their shapes.
         arrays: tuple[Any, ...] = (
-            np.zeros((batch, room.new), np.int32),
-            np.zeros((batch, room.new), np.float32),
+            np.zeros((batch, cache_length.new), np.int32),
+            np.zeros((batch, cache_length.new), np.float32),
             np.zeros(batch, np.int32),
-            np.asarray(session.lengths) == 0,  # padding
+            np.asarray(prefix.lengths) == 0,  # padding
             np.ones(batch, bool),
             np.int32(0),
         )
@@ -278,26 +276,26 @@ _begin = Program(_choose)  # needs no model: one program, whatever room there is
 @partial(Program, donate_argnums=(1, 2))
 def _decode(
     params: Params,
-    session: Session,
+    prefix: PrefixCache,
     made: _Made,
     sampling: Sampling,
     keys: Array | None,
     ends: Array,
     limit: Array,
-) -> tuple[Session, _Made]:
+) -> tuple[PrefixCache, _Made]:
     """Make tokens until `limit`, or until every row is done."""
 
-    def step(carry: tuple[Session, _Made]) -> tuple[Session, _Made]:
-        session, made = carry
-        positions = jnp.where(made.done, -1, session.lengths)
-        session = read(1, params, session, _last(made)[:, None], positions[:, None])
-        return session, _choose(made, session.logits, session.occurred, sampling, keys, ends)
+    def step(carry: tuple[PrefixCache, _Made]) -> tuple[PrefixCache, _Made]:
+        prefix, made = carry
+        positions = jnp.where(made.done, -1, prefix.lengths)
+        prefix = read(1, params, prefix, _last(made)[:, None], positions[:, None])
+        return prefix, _choose(made, prefix.logits, prefix.occurred, sampling, keys, ends)
 
-    def going(carry: tuple[Session, _Made]) -> Array:
+    def going(carry: tuple[PrefixCache, _Made]) -> Array:
         _, made = carry
         return (made.count < limit) & ~jnp.all(made.done)
 
-    return jax.lax.while_loop(going, step, (session, made))
+    return jax.lax.while_loop(going, step, (prefix, made))
 
 
 def _stopped(made: _Made, stop: Callable[[list[int]], bool], seen: int) -> _Made:

@@ -15,7 +15,7 @@ from effjax.buckets import POWERS, Buckets, bucket, sizes_of
 from effjax.context import Step, is_static
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params, StateDict
-from effjax.generate.sessions import (
+from effjax.generate.prefix_cache import (
     ADVICE,
     LEAST,
     Prompts,
@@ -70,7 +70,7 @@ def score(
     positions = np.where(np.arange(columns) < lengths[:, None], np.arange(columns), -1)
     first = columns if context is None else context
     if has_cache(forward) or context is not None:
-        forward = cached(forward).with_room(first, columns - first)
+        forward = cached(forward).with_cache_length(first, columns - first)
         check_shortest(forward, shortest)
         state = told(empty_state(forward, params, rows), jnp.asarray(lengths))
     else:
@@ -157,8 +157,8 @@ class Reading:
         count = self.prompt if first else 1
         tokens = jax.lax.dynamic_slice_in_dim(texts, start, count, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(count), tokens.shape)
-        keep = jnp.full((tokens.shape[0], 1), count - 1)
-        inputs = tokens, positions, keep
+        logits_to_keep = jnp.full((tokens.shape[0], 1), count - 1)
+        inputs = tokens, positions, logits_to_keep
         logits, state = self.ready(forward)(params, state, *inputs, step=0 if first else 1)
         return logits, logits, state
 
@@ -167,7 +167,7 @@ class Reading:
 
     def ready(self, forward: Forward) -> Forward:
         """The forward with a cache of this size."""
-        return cached(forward).with_room(self.prompt, self.new)
+        return cached(forward).with_cache_length(self.prompt, self.new)
 
 
 def perplexity(log_probs: np.ndarray) -> float:
@@ -184,8 +184,8 @@ def _score(
     scores, state = forward(params, state, *pieces)
 
     def one(state: StateDict, column: tuple[Array, Array, Array]) -> tuple[StateDict, Array]:
-        token, position, following = (each[:, None] for each in column)
-        scores, state = forward(params, state, token, position, None, following, step=1)
+        token, position, labels = (each[:, None] for each in column)
+        scores, state = forward(params, state, token, position, None, labels, step=1)
         return state, scores[:, 0]
 
     rest = (tokens[:, first:].T, positions[:, first:].T, shifted[:, first:].T)

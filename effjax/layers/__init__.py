@@ -1,1 +1,1 @@
-"""The parts that every model is made of; each can be replaced by an edit."""
+"""The parts that every model is made of; each can be replaced by a patch."""

@@ -1,4 +1,4 @@
-"""Attention in parts that edits can replace alone: projections, core, merge."""
+"""Attention in parts that patches can replace alone: projections, core, merge."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Projections(nnx.Module):
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         *,
         heads: int,
         head_dim: int,
@@ -83,10 +83,10 @@ class Projections(nnx.Module):
         def linear(inputs: int, outputs: int, bias: bool = bias) -> Linear:
             return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, rngs=rngs)
 
-        self.to_q = linear(width, heads * head_dim)
-        self.to_k = linear(width, self.kv_heads * head_dim)
-        self.to_v = linear(width, self.kv_heads * head_dim)
-        self.to_out = linear(heads * head_dim, width, bias if out_bias is None else out_bias)
+        self.to_q = linear(hidden_size, heads * head_dim)
+        self.to_k = linear(hidden_size, self.kv_heads * head_dim)
+        self.to_v = linear(hidden_size, self.kv_heads * head_dim)
+        self.to_out = linear(heads * head_dim, hidden_size, bias if out_bias is None else out_bias)
 
     def split(self, x: Float[Array, "B S I"]) -> Float[Array, "B S K D"]:
         """Part the heads."""
@@ -103,8 +103,8 @@ class Attention(Projections):
     `merge(core(*project(x)))`: a wrapper that opens the module uses these three parts.
     """
 
-    def __init__(self, width: int, **options: Any):
-        super().__init__(width, **options)
+    def __init__(self, hidden_size: int, **options: Any):
+        super().__init__(hidden_size, **options)
         self.core = AttentionCore()
 
     def project(self, x: Float[Array, "B S C"]) -> tuple[Heads, Heads, Heads]:
@@ -122,8 +122,8 @@ class CrossAttention(Projections):
     is attended to evenly.
     """
 
-    def __init__(self, width: int, **options: Any):
-        super().__init__(width, **options)
+    def __init__(self, hidden_size: int, **options: Any):
+        super().__init__(hidden_size, **options)
         self.core = BiasedAttentionCore()
 
     def __call__(
@@ -198,14 +198,14 @@ class CausalAttention(Projections):
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         *,
         rotary: Rotary,
         window: int | None = None,
         norm_eps: float | None = None,
         **options: Any,
     ):
-        super().__init__(width, **options)
+        super().__init__(hidden_size, **options)
         self.q_norm, self.k_norm = (
             None
             if norm_eps is None

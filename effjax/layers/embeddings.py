@@ -27,11 +27,11 @@ def sinusoidal(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Sinusoid -> linear -> SiLU -> linear: times [B] to conditioning vectors [B, width]."""
+    """Sinusoid -> linear -> SiLU -> linear: times [B] to conditioning vectors [B, hidden_size]."""
 
     def __init__(
         self,
-        width: int,
+        hidden_size: int,
         *,
         channels: int = 256,
         shift: float = 0.0,
@@ -43,8 +43,8 @@ class TimestepEmbedding(nnx.Module):
         self.shift = shift
         self.dtype = jnp.dtype(dtype)
         init = nnx.initializers.normal(0.02)
-        self.fc1 = Linear(channels, width, param_dtype=param_dtype, init=init, rngs=rngs)
-        self.fc2 = Linear(width, width, param_dtype=param_dtype, init=init, rngs=rngs)
+        self.fc1 = Linear(channels, hidden_size, param_dtype=param_dtype, init=init, rngs=rngs)
+        self.fc2 = Linear(hidden_size, hidden_size, param_dtype=param_dtype, init=init, rngs=rngs)
 
     def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B C"]:
         frequencies = sinusoidal(t, self.channels, shift=self.shift).astype(self.dtype)
@@ -52,12 +52,12 @@ class TimestepEmbedding(nnx.Module):
 
 
 class ClassEmbedding(nnx.Module):
-    """A row of a table [classes + 1, width] per label; the last row is the null class."""
+    """A row of a table [classes + 1, hidden_size] per label; the last row is the null class."""
 
     def __init__(
         self,
         classes: int,
-        width: int,
+        hidden_size: int,
         *,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -65,21 +65,23 @@ class ClassEmbedding(nnx.Module):
     ):
         self.dtype = jnp.dtype(dtype)
         init = nnx.initializers.normal(0.02)
-        self.table = nnx.Param(init(rngs.params(), (classes + 1, width), jnp.dtype(param_dtype)))
+        self.embedding_table = nnx.Param(
+            init(rngs.params(), (classes + 1, hidden_size), jnp.dtype(param_dtype))
+        )
 
     def __call__(self, labels: Int[Array, " B"]) -> Float[Array, "B C"]:
-        return self.table.get_value()[labels].astype(self.dtype)
+        return self.embedding_table.get_value()[labels].astype(self.dtype)
 
 
 def sincos_2d(
-    width: int,
+    hidden_size: int,
     rows: int,
     columns: int,
     *,
     base: int | None = None,
     interpolation: float = 1.0,
 ) -> np.ndarray:
-    """Fixed 2-D sine-cosine position table, float32 [rows * columns, width], raster order.
+    """Fixed 2-D sine-cosine position table, float32 [rows * columns, hidden_size], raster order.
 
     The first half of the channels encodes the column, the second half the row, each as
     [sin(p w) | cos(p w)] with w_k = 10000^(-k / (width / 4)).
@@ -88,19 +90,21 @@ def sincos_2d(
         base: grid size at which positions count in whole tokens; the grid itself if None.
         interpolation: divides positions (PixArt at 1024 pixels: 2).
     """
-    if width % 4:
-        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {width}")
-    frequencies = 10_000.0 ** -(np.arange(width // 4) / (width / 4))
+    if hidden_size % 4:
+        raise ValueError(
+            f"2-D sine-cosine positions need a width divisible by 4, got {hidden_size}"
+        )
+    frequencies = 10_000.0 ** -(np.arange(hidden_size // 4) / (hidden_size / 4))
 
     def encode(count: int) -> np.ndarray:
         positions = np.arange(count) / (count / (base or count)) / interpolation
         angles = positions[:, None] * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
 
-    by_row = np.broadcast_to(encode(rows)[:, None], (rows, columns, width // 2))
-    by_column = np.broadcast_to(encode(columns)[None], (rows, columns, width // 2))
+    by_row = np.broadcast_to(encode(rows)[:, None], (rows, columns, hidden_size // 2))
+    by_column = np.broadcast_to(encode(columns)[None], (rows, columns, hidden_size // 2))
     table = np.concatenate([by_column, by_row], axis=-1)
-    return table.reshape(rows * columns, width).astype(np.float32)
+    return table.reshape(rows * columns, hidden_size).astype(np.float32)
 
 
 class PatchEmbed(nnx.Module):
@@ -109,7 +113,7 @@ class PatchEmbed(nnx.Module):
     def __init__(
         self,
         in_channels: int,
-        width: int,
+        hidden_size: int,
         *,
         patch: int,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -117,18 +121,19 @@ class PatchEmbed(nnx.Module):
     ):
         self.patch = patch
         init = nnx.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3)
-        shape = (patch, patch, in_channels, width)
+        shape = (patch, patch, in_channels, hidden_size)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.dtype(param_dtype)))
-        self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((hidden_size,), param_dtype))
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B S C"]:
-        batch, height, width, channels = x.shape
+        batch, height, hidden_size, channels = x.shape
         p = self.patch
-        if height % p or width % p:
+        if height % p or hidden_size % p:
             raise ValueError(
-                f"height and width must be multiples of the patch size {p}; got {height} x {width}"
+                f"height and width must be multiples of the patch size {p}; got {height} x "
+                f"{hidden_size}"
             )
-        x = x.reshape(batch, height // p, p, width // p, p, channels)
+        x = x.reshape(batch, height // p, p, hidden_size // p, p, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
         kernel = self.kernel.get_value()
         return dot(x, kernel.reshape(-1, kernel.shape[-1])) + self.bias.get_value().astype(x.dtype)

@@ -6,7 +6,8 @@ stores the new tokens and attends to all that it holds. Where a token goes follo
 position, row by row, so rows may have different lengths; tokens with position -1 are padding and
 leave no trace.
 
-Shapes are static: the forward's `Room` says how long texts may become. How much is kept of a text
+Shapes are static: the forward's `CacheLength` says how long texts may become. How much is kept of a
+    text
 goes by its own length, as if it were alone; its row may have more slots, which stay empty. A kind
 declares what it can:
 
@@ -31,10 +32,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from effjax.context import Context, Room, State, is_static
+from effjax.context import CacheLength, Context, State, is_static
 from effjax.fields import Range
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.sites import Wrapper, original, sites, wrap
+from effjax.targets import Wrapper, original, target_modules, wrap
 from pallas_kernels.block_mask import EVERYTHING, Causal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.decode_attention import decode_attention
@@ -55,12 +56,12 @@ class KVCache(Wrapper, abc.ABC):
         room: how long texts may become.
     """
 
-    opens = True
+    replaces_internals = True
 
-    def __init__(self, inner: nnx.Module, *, first: bool, room: Room):
+    def __init__(self, inner: nnx.Module, *, first: bool, cache_length: CacheLength):
         super().__init__(inner)
         self.first = first
-        self.room = room
+        self.cache_length = cache_length
 
     @property
     def multi_token_append(self) -> bool:
@@ -111,10 +112,11 @@ class KVCache(Wrapper, abc.ABC):
         positions: Positions | None,
     ) -> Heads:
         """Attend within a text's first tokens, and store what is kept of them."""
-        if q.shape[1] > self.room.prompt:
+        if q.shape[1] > self.cache_length.prompt:
             raise ValueError(
                 f"a prompt of {q.shape[1]} tokens does not fit: there is room for "
-                f"{self.room.prompt}. Make more with forward.with_room(prompt, new)."
+                f"{self.cache_length.prompt}. Make more with forward.with_cache_length(prompt, "
+                "new)."
             )
         self.store(q, k, v, x, _known(positions, q))
         return self.attend_prompt(q, k, v, x, positions)
@@ -165,15 +167,15 @@ Kind = tuple[type[KVCache], dict[str, Any]]  # and its options
 
 @dataclasses.dataclass(frozen=True)
 class Caches:
-    """Edit: a cache at every attention core.
+    """Patch: a cache at every attention core.
 
     Attributes:
         choose: (plan, core, room, layer) -> `Kind` for this core, layers counting from 0; a
-            function of a module, so that equal edits are equal.
+            function of a module, so that equal patches are equal.
         plan: what it goes by.
     """
 
-    choose: Callable[[Any, CausalCore, Room, int], Kind]
+    choose: Callable[[Any, CausalCore, CacheLength, int], Kind]
     plan: Any = None
     caches: ClassVar[bool] = True
 
@@ -183,28 +185,31 @@ class Caches:
             self.plan.check_length(tokens)
 
     def __call__(self, module: nnx.Module, context: Context) -> None:
-        found = sites(module, CausalCore)
+        found = target_modules(module, CausalCore)
         if not found:
             raise ValueError(f"{type(module).__name__} has no causal attention to cache")
-        if context.room is None:
+        if context.cache_length is None:
             raise ValueError(
-                "a cache must know how long texts may become: use forward.with_room(prompt, new), "
+                "a cache must know how long texts may become: use "
+                "forward.with_cache_length(prompt, new), "
                 "or the functions of effjax.generate, which do"
             )
         first = is_static(context.step) and int(context.step) == 0
-        for layer, site in enumerate(found):
-            core = site.module
+        for layer, target in enumerate(found):
+            core = target.module
             assert isinstance(core, CausalCore)
             if core.window is not None and self.choose is not as_it_is:
                 raise ValueError(
                     f"layer {layer} of this model sees the last {core.window} tokens only, and its "
                     f"own ring holds no more; other caches are for models whose layers see all"
                 )
-            kind, options = self.choose(self.plan, core, context.room, layer)
-            wrap(module, site.path, kind, first=first, room=context.room, **options)
+            kind, options = self.choose(self.plan, core, context.cache_length, layer)
+            wrap(
+                module, target.path, kind, first=first, cache_length=context.cache_length, **options
+            )
 
 
-def as_it_is(plan: None, core: CausalCore, room: Room, layer: int) -> Kind:
+def as_it_is(plan: None, core: CausalCore, cache_length: CacheLength, layer: int) -> Kind:
     """All that a core's queries see: every token, or those of its window."""
     if core.window is None:
         return DenseCache, {}
@@ -214,9 +219,9 @@ def as_it_is(plan: None, core: CausalCore, room: Room, layer: int) -> Kind:
 class DenseCache(KVCache):
     """Every token's key and value, the token at position p in slot p."""
 
-    def __init__(self, inner: nnx.Module, *, first: bool, room: Room):
-        super().__init__(inner, first=first, room=room)
-        self.slots = room.total
+    def __init__(self, inner: nnx.Module, *, first: bool, cache_length: CacheLength):
+        super().__init__(inner, first=first, cache_length=cache_length)
+        self.slots = cache_length.total
         self.k, self.v = State(), State()
 
     def store(
@@ -266,24 +271,24 @@ class RingCache(KVCache):
         ring: int,
         own: Sizes | None = None,
         first: bool,
-        room: Room,
+        cache_length: CacheLength,
     ):
-        super().__init__(inner, first=first, room=room)
-        self.sinks = min(sinks, room.total)
-        self.ring = max(1, min(ring, room.total - self.sinks))
+        super().__init__(inner, first=first, cache_length=cache_length)
+        self.sinks = min(sinks, cache_length.total)
+        self.ring = max(1, min(ring, cache_length.total - self.sinks))
         self.k, self.v = State(), State()
-        self.own = None if self.slots >= room.total else own
+        self.own = None if self.slots >= cache_length.total else own
         if self.own is not None:
             self.foreseen = State()
 
     @property
     def rollback(self) -> bool:
-        return self.slots >= self.room.total  # else older tokens are overwritten
+        return self.slots >= self.cache_length.total  # else older tokens are overwritten
 
     @property
     def exact_chunked_prefill(self) -> bool:
         window = self.core.window
-        return self.slots >= self.room.total or (window is not None and window <= self.ring)
+        return self.slots >= self.cache_length.total or (window is not None and window <= self.ring)
 
     @property
     def slots(self) -> int:
@@ -300,7 +305,7 @@ class RingCache(KVCache):
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> None:
         if self.own is not None:
-            foresee(self.foreseen, positions, self.room)
+            foresee(self.foreseen, positions, self.cache_length)
         held = self.positions(lengths_after(positions))[:, 0]
         k_turned = self.core.rotary(k, positions)
         for state, new in ((self.k, k_turned), (self.v, v)):
@@ -350,12 +355,18 @@ class EvictingCache(KVCache):
     """
 
     def __init__(
-        self, inner: nnx.Module, *, keep: int, own: Sizes | None = None, first: bool, room: Room
+        self,
+        inner: nnx.Module,
+        *,
+        keep: int,
+        own: Sizes | None = None,
+        first: bool,
+        cache_length: CacheLength,
     ):
-        super().__init__(inner, first=first, room=room)
+        super().__init__(inner, first=first, cache_length=cache_length)
         if keep < 1:
             raise ValueError(f"a cache must keep at least 1 token of a prompt, got {keep}")
-        self.keep = min(keep, room.prompt)
+        self.keep = min(keep, cache_length.prompt)
         self.own = own
         self.k, self.v = State(), State()
         self.held = State(fill=-1.0)  # positions of the kept tokens
@@ -363,11 +374,11 @@ class EvictingCache(KVCache):
 
     @property
     def exact_chunked_prefill(self) -> bool:
-        return self.keep >= self.room.prompt
+        return self.keep >= self.cache_length.prompt
 
     @property
     def slots(self) -> int:
-        return self.keep + self.room.new
+        return self.keep + self.cache_length.new
 
     @abc.abstractmethod
     def scores(
@@ -422,7 +433,7 @@ class EvictingCache(KVCache):
         slot = jnp.arange(self.slots)
         after = slot + dropped[:, None]
         after = jnp.where(after < lengths[:, None], after, -1)[:, None]
-        kept = jnp.pad(held, ((0, 0), (0, 0), (0, self.room.new)), constant_values=-1)
+        kept = jnp.pad(held, ((0, 0), (0, 0), (0, self.cache_length.new)), constant_values=-1)
         count = jnp.sum(held >= 0, axis=2, keepdims=True)
         return jnp.where(slot < count, kept, after)
 
@@ -515,14 +526,14 @@ def lengths_after(positions: Positions) -> Lengths:
     return jnp.max(positions, axis=1) + 1
 
 
-def foresee(state: State, positions: Positions, room: Room) -> Lengths:
+def foresee(state: State, positions: Positions, cache_length: CacheLength) -> Lengths:
     """Tokens that each text is to have, remembered: its prompt's and all that are new in the room.
 
     A state that is above 0 already was told otherwise, see `told`.
     """
     lengths = lengths_after(positions)
     known = state.read(lengths.shape, jnp.int32)
-    state.write(jnp.where(known > 0, known, lengths + room.new))
+    state.write(jnp.where(known > 0, known, lengths + cache_length.new))
     return state.get_value()
 
 

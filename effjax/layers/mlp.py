@@ -30,17 +30,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nnx.Module):
-    """Linear -> activation -> linear, on the last axis: width -> hidden -> outputs.
+    """Linear -> activation -> linear, on the last axis: hidden -> intermediate -> outputs.
 
     Args:
         activation: a key of `ACTIVATIONS`.
-        outputs: `width` if None.
+        outputs: `hidden_size` if None.
     """
 
     def __init__(
         self,
-        width: int,
-        hidden: int,
+        hidden_size: int,
+        intermediate_size: int,
         *,
         outputs: int | None = None,
         activation: str = "gelu_tanh",
@@ -48,12 +48,14 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        self.fc1 = Linear(width, hidden, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, outputs or width, param_dtype=param_dtype, rngs=rngs)
+        self.fc1 = Linear(hidden_size, intermediate_size, param_dtype=param_dtype, rngs=rngs)
+        self.fc2 = Linear(
+            intermediate_size, outputs or hidden_size, param_dtype=param_dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S O"]:
-        hidden = ACTIVATIONS[self.activation](self.fc1(x).astype(jnp.float32))
-        return self.fc2(hidden.astype(x.dtype))
+        intermediate_size = ACTIVATIONS[self.activation](self.fc1(x).astype(jnp.float32))
+        return self.fc2(intermediate_size.astype(x.dtype))
 
 
 class GatedMLP(nnx.Module):
@@ -65,8 +67,8 @@ class GatedMLP(nnx.Module):
 
     def __init__(
         self,
-        width: int,
-        hidden: int,
+        hidden_size: int,
+        intermediate_size: int,
         *,
         activation: str,
         bias: bool = False,
@@ -77,9 +79,9 @@ class GatedMLP(nnx.Module):
             return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, rngs=rngs)
 
         self.activation = activation
-        self.gate = linear(width, hidden)
-        self.up = linear(width, hidden)
-        self.down = linear(hidden, width)
+        self.gate = linear(hidden_size, intermediate_size)
+        self.up = linear(hidden_size, intermediate_size)
+        self.down = linear(intermediate_size, hidden_size)
 
     def inner(self, x: Float[Array, "B S C"]) -> Float[Array, "B S H"]:
         """f(x W_gate) * (x W_up), in float32."""

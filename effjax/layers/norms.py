@@ -37,14 +37,14 @@ class AffineLayerNorm(nnx.Module):
 
     def __init__(
         self,
-        width: int,
+        channels: int,
         *,
         eps: float = 1e-5,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
     ):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
+        self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
         y = _standardize(x.astype(jnp.float32), (-1,), self.eps)
@@ -57,13 +57,13 @@ class RMSNorm(nnx.Module):
 
     def __init__(
         self,
-        width: int,
+        channels: int,
         *,
         eps: float = 1e-6,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
     ):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), param_dtype))
+        self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
         y = x.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""A list of blocks that is itself a callable site, so that a step cache can wrap all of it."""
+"""A list of blocks that is itself a callable module, so that a step cache can wrap all of it."""
 
 from __future__ import annotations
 

@@ -355,7 +355,7 @@ def encode(
     """Latents in model space, float32: the mean, or a sample if there is a key.
 
     Args:
-        forward: an AutoencoderKL's forward, with or without edits that keep no state.
+        forward: an AutoencoderKL's forward, with or without patches that keep no state.
         images: values in -1 ... 1, height and width multiples of `config.downscale`.
     """
     (mean, log_variance), _ = forward(params, {}, None, images)

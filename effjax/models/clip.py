@@ -31,9 +31,9 @@ class CLIPTextConfig(Checked):
 
     Attributes:
         vocab_size: number of token ids.
-        width: channels of a token.
-        hidden: channels inside an MLP.
-        num_layers, num_heads: the width is divided among the heads.
+        hidden_size: channels of a token.
+        intermediate_size: channels inside an MLP.
+        num_layers, num_heads: hidden_size is divided among the heads.
         max_positions: the longest text in tokens.
         activation: of the MLPs: "gelu", or "quick_gelu", which is x * sigmoid(1.702 x).
         end_token: whose first place in a text stands for the whole text. 2, in configurations from
@@ -45,8 +45,8 @@ class CLIPTextConfig(Checked):
     """
 
     vocab_size: Count = 49408
-    width: Count = 768
-    hidden: Count = 3072
+    hidden_size: Count = 768
+    intermediate_size: Count = 3072
     num_layers: Count = 12
     num_heads: Count = 12
     max_positions: Count = 77
@@ -59,9 +59,10 @@ class CLIPTextConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.num_heads:
+        if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"width must be a multiple of num_heads; got {self.width} and {self.num_heads}"
+                f"hidden_size must be a multiple of num_heads; got {self.hidden_size} and "
+                f"{self.num_heads}"
             )
 
 
@@ -83,8 +84,8 @@ class EncodedText(NamedTuple):
 class CLIPAttention(Projections):
     """Self-attention with biases."""
 
-    def __init__(self, width: int, **options: Any):
-        super().__init__(width, **options)
+    def __init__(self, hidden_size: int, **options: Any):
+        super().__init__(hidden_size, **options)
         self.core = BiasedAttentionCore()
 
     def __call__(
@@ -99,18 +100,22 @@ class CLIPBlock(nnx.Module):
     """Attention and MLP, each behind a layer norm."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
-        width, dtype, eps = config.width, jnp.dtype(config.param_dtype), config.norm_eps
-        self.norm1 = AffineLayerNorm(width, eps=eps, param_dtype=dtype)
+        hidden_size, dtype, eps = config.hidden_size, jnp.dtype(config.param_dtype), config.norm_eps
+        self.norm1 = AffineLayerNorm(hidden_size, eps=eps, param_dtype=dtype)
         self.attn = CLIPAttention(
-            width,
+            hidden_size,
             heads=config.num_heads,
-            head_dim=width // config.num_heads,
+            head_dim=hidden_size // config.num_heads,
             param_dtype=dtype,
             rngs=rngs,
         )
-        self.norm2 = AffineLayerNorm(width, eps=eps, param_dtype=dtype)
+        self.norm2 = AffineLayerNorm(hidden_size, eps=eps, param_dtype=dtype)
         self.mlp = MLP(
-            width, config.hidden, activation=config.activation, param_dtype=dtype, rngs=rngs
+            hidden_size,
+            config.intermediate_size,
+            activation=config.activation,
+            param_dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(
@@ -127,16 +132,16 @@ class CLIPText(Model):
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.config = config
-        width, dtype = config.width, jnp.dtype(config.param_dtype)
+        hidden_size, dtype = config.hidden_size, jnp.dtype(config.param_dtype)
         init = nnx.initializers.normal(0.02)
-        self.table = nnx.Param(init(rngs.params(), (config.vocab_size, width), dtype))
-        self.positions = nnx.Param(init(rngs.params(), (config.max_positions, width), dtype))
+        self.embed_tokens = nnx.Param(init(rngs.params(), (config.vocab_size, hidden_size), dtype))
+        self.positions = nnx.Param(init(rngs.params(), (config.max_positions, hidden_size), dtype))
         self.blocks = Stack([CLIPBlock(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = AffineLayerNorm(width, eps=config.norm_eps, param_dtype=dtype)
+        self.norm = AffineLayerNorm(hidden_size, eps=config.norm_eps, param_dtype=dtype)
         self.proj = (
             None
             if config.projection is None
-            else Linear(width, config.projection, bias=False, param_dtype=dtype, rngs=rngs)
+            else Linear(hidden_size, config.projection, bias=False, param_dtype=dtype, rngs=rngs)
         )
 
     def layout(self, ids: Array, *_: Any) -> Layout:
@@ -164,7 +169,7 @@ class CLIPText(Model):
                 f"texts of {length} tokens are longer than the {config.max_positions} that the "
                 f"model was made for; cut them"
             )
-        x = self.table.get_value()[ids].astype(config.dtype)
+        x = self.embed_tokens.get_value()[ids].astype(config.dtype)
         x = x + self.positions.get_value()[:length].astype(config.dtype)
         seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
         if mask is not None:

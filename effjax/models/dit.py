@@ -45,7 +45,7 @@ class DiTConfig(Checked):
         patch_size: side of a patch; the sequence has (sample_size / patch_size)^2 tokens.
         in_channels: channels of the image.
         out_channels: channels of the output: twice `in_channels` if the variance is learned.
-        num_layers, num_heads, head_dim: depth and width; width is num_heads * head_dim.
+        num_layers, num_heads, head_dim: depth and hidden size; that is num_heads * head_dim.
         num_classes: labels are 0 ... num_classes - 1; num_classes itself is the null class.
         norm_eps: epsilon of the norm before the MLP (the other norms use 1e-6).
         time_shift: shift of the time sinusoid: 1 in diffusers, 0 in the original code.
@@ -78,7 +78,7 @@ class DiTConfig(Checked):
                 f"out_channels must be in_channels ({self.in_channels}) or twice that (learned "
                 f"variance); got {self.out_channels}"
             )
-        if self.width % 4:
+        if self.hidden_size % 4:
             raise ValueError(
                 f"num_heads * head_dim must be a multiple of 4; got {self.num_heads} * "
                 f"{self.head_dim}"
@@ -95,7 +95,7 @@ class DiTConfig(Checked):
         return cls(**{**shape, "patch_size": int(patch), **options})
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         return self.num_heads * self.head_dim
 
     @property
@@ -120,20 +120,24 @@ class DiTBlock(nnx.Module):
     """Attention and MLP, each behind an adaptive norm and a gate (adaLN-Zero)."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        width, param_dtype = config.width, config.param_dtype
+        hidden_size, param_dtype = config.hidden_size, config.param_dtype
         self.modulation = Linear(
-            width, 6 * width, param_dtype=param_dtype, init=nnx.initializers.zeros, rngs=rngs
+            hidden_size,
+            6 * hidden_size,
+            param_dtype=param_dtype,
+            init=nnx.initializers.zeros,
+            rngs=rngs,
         )
         self.norm1 = LayerNorm(eps=1e-6)
         self.attn = Attention(
-            width,
+            hidden_size,
             heads=config.num_heads,
             head_dim=config.head_dim,
             param_dtype=param_dtype,
             rngs=rngs,
         )
         self.norm2 = LayerNorm(eps=config.norm_eps)
-        self.mlp = MLP(width, 4 * width, param_dtype=param_dtype, rngs=rngs)
+        self.mlp = MLP(hidden_size, 4 * hidden_size, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S C"], c: Float[Array, "B C"]) -> Float[Array, "B S C"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
@@ -147,12 +151,14 @@ class FinalLayer(nnx.Module):
     """Adaptive norm and projection to patches."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
-        width, param_dtype = config.width, config.param_dtype
+        hidden_size, param_dtype = config.hidden_size, config.param_dtype
         zeros = nnx.initializers.zeros
         outputs = config.patch_size**2 * config.out_channels
-        self.modulation = Linear(width, 2 * width, param_dtype=param_dtype, init=zeros, rngs=rngs)
+        self.modulation = Linear(
+            hidden_size, 2 * hidden_size, param_dtype=param_dtype, init=zeros, rngs=rngs
+        )
         self.norm = LayerNorm(eps=1e-6)
-        self.proj = Linear(width, outputs, param_dtype=param_dtype, init=zeros, rngs=rngs)
+        self.proj = Linear(hidden_size, outputs, param_dtype=param_dtype, init=zeros, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S C"], c: Float[Array, "B C"]) -> Float[Array, "B S P"]:
         shift, scale = jnp.split(self.modulation(nnx.silu(c)), 2, axis=-1)
@@ -169,13 +175,15 @@ class DiT(Model):
         numerics: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         self.patch = PatchEmbed(
             config.in_channels,
-            config.width,
+            config.hidden_size,
             patch=config.patch_size,
             param_dtype=config.param_dtype,
             rngs=rngs,
         )
-        self.time = TimestepEmbedding(config.width, shift=config.time_shift, **numerics, rngs=rngs)
-        self.label = ClassEmbedding(config.num_classes, config.width, **numerics, rngs=rngs)
+        self.time = TimestepEmbedding(
+            config.hidden_size, shift=config.time_shift, **numerics, rngs=rngs
+        )
+        self.label = ClassEmbedding(config.num_classes, config.hidden_size, **numerics, rngs=rngs)
         self.blocks = Stack([DiTBlock(config, rngs=rngs) for _ in range(config.num_layers)])
         self.final = FinalLayer(config, rngs=rngs)
 
@@ -206,7 +214,7 @@ class DiT(Model):
                 f"{list(x.shape[1:])}. Use a checkpoint of that size, or another sample_size."
             )
         tokens = self.patch(x.astype(config.dtype))
-        positions = sincos_2d(config.width, config.grid, config.grid)
+        positions = sincos_2d(config.hidden_size, config.grid, config.grid)
         tokens = tokens + jnp.asarray(positions, config.dtype)
         c = self.time(t) + self.label(labels)
         tokens = self.final(self.blocks(tokens, c), c)

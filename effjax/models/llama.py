@@ -38,9 +38,9 @@ class LlamaConfig(Checked):
 
     Attributes:
         vocab_size: rows of the embedding.
-        width: channels of a token.
-        hidden: channels inside an MLP.
-        num_layers, num_heads, head_dim: num_heads * head_dim may differ from width.
+        hidden_size: channels of a token.
+        intermediate_size: channels inside an MLP.
+        num_layers, num_heads, head_dim: num_heads * head_dim may differ from hidden_size.
         num_kv_heads: heads of keys and values, a divisor of num_heads.
         max_positions: the longest text the model was made for, in tokens; `max_length` counts in
             that its rotation may be stretched.
@@ -57,8 +57,8 @@ class LlamaConfig(Checked):
     """
 
     vocab_size: Count = 32000
-    width: Count = 4096
-    hidden: Count = 11008
+    hidden_size: Count = 4096
+    intermediate_size: Count = 11008
     num_layers: Count = 32
     num_heads: Count = 32
     num_kv_heads: Count = 32
@@ -115,11 +115,11 @@ class LlamaBlock(nnx.Module):
     """Attention and gated MLP, each behind an RMS norm."""
 
     def __init__(self, config: LlamaConfig, layer: int, *, rngs: nnx.Rngs):
-        width, eps, dtype = config.width, config.norm_eps, jnp.dtype(config.param_dtype)
+        hidden_size, eps, dtype = config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)
         rotary = Rotary(config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
-        self.norm1 = RMSNorm(width, eps=eps, param_dtype=dtype)
+        self.norm1 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
         self.attn = CausalAttention(
-            width,
+            hidden_size,
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -131,10 +131,10 @@ class LlamaBlock(nnx.Module):
             param_dtype=dtype,
             rngs=rngs,
         )
-        self.norm2 = RMSNorm(width, eps=eps, param_dtype=dtype)
+        self.norm2 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
         self.mlp = GatedMLP(
-            width,
-            config.hidden,
+            hidden_size,
+            config.intermediate_size,
             activation="silu",
             bias=config.mlp_bias,
             param_dtype=dtype,
@@ -155,15 +155,15 @@ class Llama(Model):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        width, dtype = config.width, jnp.dtype(config.param_dtype)
+        hidden_size, dtype = config.hidden_size, jnp.dtype(config.param_dtype)
         init = nnx.initializers.normal(0.02)
-        self.table = nnx.Param(init(rngs.params(), (config.vocab_size, width), dtype))
+        self.embed_tokens = nnx.Param(init(rngs.params(), (config.vocab_size, hidden_size), dtype))
         self.blocks = Stack([LlamaBlock(config, i, rngs=rngs) for i in range(config.num_layers)])
-        self.norm = RMSNorm(width, eps=config.norm_eps, param_dtype=dtype)
-        self.head = (
+        self.norm = RMSNorm(hidden_size, eps=config.norm_eps, param_dtype=dtype)
+        self.lm_head = (
             None
             if config.tied
-            else Linear(width, config.vocab_size, bias=False, param_dtype=dtype, rngs=rngs)
+            else Linear(hidden_size, config.vocab_size, bias=False, param_dtype=dtype, rngs=rngs)
         )
 
     def layout(self, tokens: Array, *_: Any) -> Layout:
@@ -173,8 +173,8 @@ class Llama(Model):
         self,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"] | None = None,
-        keep: Int[Array, "B N"] | None = None,
-        following: Int[Array, "B N"] | None = None,
+        logits_to_keep: Int[Array, "B N"] | None = None,
+        labels: Int[Array, "B N"] | None = None,
     ) -> Float[Array, "B N V"] | Float[Array, "B N"]:
         """Run the network.
 
@@ -182,30 +182,30 @@ class Llama(Model):
             tokens: ids, 0 ... vocab_size - 1.
             positions: of the tokens in their texts, rising along a row; -1 is padding, at any
                 place. None for 0, 1, 2, ... in every row.
-            keep: columns whose logits are wanted; None for all. The head of a large vocabulary
-                costs more than a layer, and generation needs one column.
-            following: tokens whose log-probabilities are wanted in place of logits, which are then
+            logits_to_keep: columns whose logits are wanted; None for all. The head of a large
+                vocabulary costs more than a layer, and generation needs one column.
+            labels: tokens whose log-probabilities are wanted in place of logits, which are then
                 never held all at once.
 
         Returns:
             Logits [B, N, vocab_size] in `config.dtype`, or log-probabilities float32[B, N]; N = S
-            if `keep` is None. Those of padding mean nothing.
+            if `logits_to_keep` is None. Those of padding mean nothing.
         """
-        x = self.table.get_value()[tokens].astype(self.config.dtype)
+        x = self.embed_tokens.get_value()[tokens].astype(self.config.dtype)
         x = self.blocks(x, positions)
-        if keep is not None:
-            x = jnp.take_along_axis(x, keep[:, :, None], axis=1)
+        if logits_to_keep is not None:
+            x = jnp.take_along_axis(x, logits_to_keep[:, :, None], axis=1)
         x = self.norm(x)
-        if following is None:
+        if labels is None:
             return self.logits(x)
         vocabulary = self.config.vocab_size
-        return token_scores(self.logits, x, following, vocabulary=vocabulary)
+        return token_scores(self.logits, x, labels, vocabulary=vocabulary)
 
     def logits(self, x: Float[Array, "B N C"]) -> Float[Array, "B N V"]:
         """What the head makes of normed tokens."""
-        if self.head is None:
-            return dot_transposed(x, self.table.get_value())
-        return self.head(x)
+        if self.lm_head is None:
+            return dot_transposed(x, self.embed_tokens.get_value())
+        return self.lm_head(x)
 
 
 MODEL = Llama

@@ -24,7 +24,7 @@ from effjax.layers.norms import LayerNorm, modulate
 from effjax.layers.stack import Stack
 
 
-class Caption(NamedTuple):
+class PromptEmbeddings(NamedTuple):
     """Captions as a text encoder gives them: the condition of a text-to-image model.
 
     Attributes:
@@ -36,7 +36,7 @@ class Caption(NamedTuple):
     mask: Bool[Array, "B T"]
 
 
-jax.export.register_namedtuple_serialization(Caption, serialized_name="effjax.Caption")
+jax.export.register_namedtuple_serialization(PromptEmbeddings, serialized_name="effjax.Caption")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PixArtConfig(Checked):
         patch_size: side of a patch.
         in_channels: channels of the latent image.
         out_channels: channels of the output: twice `in_channels` if the variance is learned.
-        num_layers, num_heads, head_dim: depth and width; width is num_heads * head_dim.
+        num_layers, num_heads, head_dim: depth and hidden size; that is num_heads * head_dim.
         caption_channels: width of the text encoder.
         interpolation: divides positions: 1 up to 512 pixels, 2 at 1024, 4 at 2048.
         norm_eps: epsilon of the blocks' norms.
@@ -81,14 +81,14 @@ class PixArtConfig(Checked):
                 f"out_channels must be in_channels ({self.in_channels}) or twice that (learned "
                 f"variance); got {self.out_channels}"
             )
-        if self.width % 4:
+        if self.hidden_size % 4:
             raise ValueError(
                 f"num_heads * head_dim must be a multiple of 4; got {self.num_heads} * "
                 f"{self.head_dim}"
             )
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         return self.num_heads * self.head_dim
 
     @property
@@ -110,23 +110,23 @@ class PixArtBlock(nnx.Module):
     """
 
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
-        width, dtype = config.width, jnp.dtype(config.param_dtype)
+        hidden_size, dtype = config.hidden_size, jnp.dtype(config.param_dtype)
         heads: dict[str, Any] = {"heads": config.num_heads, "head_dim": config.head_dim}
-        init = nnx.initializers.normal(width**-0.5)
-        self.table = nnx.Param(init(rngs.params(), (6, width), dtype))
+        init = nnx.initializers.normal(hidden_size**-0.5)
+        self.scale_shift_table = nnx.Param(init(rngs.params(), (6, hidden_size), dtype))
         self.norm1 = LayerNorm(eps=config.norm_eps)
-        self.attn = Attention(width, **heads, param_dtype=dtype, rngs=rngs)
-        self.cross = CrossAttention(width, **heads, param_dtype=dtype, rngs=rngs)
+        self.attn = Attention(hidden_size, **heads, param_dtype=dtype, rngs=rngs)
+        self.cross = CrossAttention(hidden_size, **heads, param_dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(eps=config.norm_eps)
-        self.mlp = MLP(width, 4 * width, param_dtype=dtype, rngs=rngs)
+        self.mlp = MLP(hidden_size, 4 * hidden_size, param_dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B S C"],
         time: Float[Array, "B 6 C"],
-        caption: Caption,
+        caption: PromptEmbeddings,
     ) -> Float[Array, "B S C"]:
-        table = self.table.get_value().astype(x.dtype)
+        table = self.scale_shift_table.get_value().astype(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table + time, 1, 0)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         x = x + self.cross(x, *caption)
@@ -137,12 +137,16 @@ class SharedTime(nnx.Module):
     """Time to the vector that the last norm reads [B, C], and to the blocks' six [B, 6, C]."""
 
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
-        width, param_dtype = config.width, config.param_dtype
+        hidden_size, param_dtype = config.hidden_size, config.param_dtype
         self.embed = TimestepEmbedding(
-            width, dtype=config.dtype, param_dtype=param_dtype, rngs=rngs
+            hidden_size, dtype=config.dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.proj = Linear(
-            width, 6 * width, param_dtype=param_dtype, init=nnx.initializers.normal(0.02), rngs=rngs
+            hidden_size,
+            6 * hidden_size,
+            param_dtype=param_dtype,
+            init=nnx.initializers.normal(0.02),
+            rngs=rngs,
         )
 
     def __call__(self, t: Float[Array, " B"]) -> tuple[Float[Array, "B C"], Float[Array, "B 6 C"]]:
@@ -154,17 +158,19 @@ class FinalLayer(nnx.Module):
     """Adaptive norm and projection to patches."""
 
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
-        width, dtype = config.width, jnp.dtype(config.param_dtype)
-        init, zeros = nnx.initializers.normal(width**-0.5), nnx.initializers.zeros
+        hidden_size, dtype = config.hidden_size, jnp.dtype(config.param_dtype)
+        init, zeros = nnx.initializers.normal(hidden_size**-0.5), nnx.initializers.zeros
         outputs = config.patch_size**2 * config.out_channels
-        self.table = nnx.Param(init(rngs.params(), (2, width), dtype))
+        self.scale_shift_table = nnx.Param(init(rngs.params(), (2, hidden_size), dtype))
         self.norm = LayerNorm(eps=1e-6)
-        self.proj = Linear(width, outputs, param_dtype=dtype, init=zeros, rngs=rngs)
+        self.proj = Linear(hidden_size, outputs, param_dtype=dtype, init=zeros, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B S C"], time: Float[Array, "B C"]
     ) -> Float[Array, "B S P"]:
-        shift, scale = jnp.moveaxis(self.table.get_value().astype(x.dtype) + time[:, None], 1, 0)
+        shift, scale = jnp.moveaxis(
+            self.scale_shift_table.get_value().astype(x.dtype) + time[:, None], 1, 0
+        )
         return self.proj(modulate(self.norm(x), shift, scale))
 
 
@@ -177,16 +183,16 @@ class PixArt(Model):
         self.config = config
         self.patch = PatchEmbed(
             config.in_channels,
-            config.width,
+            config.hidden_size,
             patch=config.patch_size,
             param_dtype=config.param_dtype,
             rngs=rngs,
         )
         self.time = SharedTime(config, rngs=rngs)
-        self.caption = MLP(
+        self.caption_projection = MLP(
             config.caption_channels,
-            config.width,
-            outputs=config.width,
+            config.hidden_size,
+            outputs=config.hidden_size,
             param_dtype=config.param_dtype,
             rngs=rngs,
         )
@@ -198,7 +204,7 @@ class PixArt(Model):
         return Layout(grid=(1, rows, columns))
 
     def __call__(
-        self, x: Float[Array, "B H W I"], t: Float[Array, " B"], caption: Caption
+        self, x: Float[Array, "B H W I"], t: Float[Array, " B"], caption: PromptEmbeddings
     ) -> Float[Array, "B H W O"]:
         """Run the network.
 
@@ -227,7 +233,7 @@ class PixArt(Model):
         rows, columns = (size // config.patch_size for size in x.shape[1:3])
         tokens = self.patch(x.astype(config.dtype))
         positions = sincos_2d(
-            config.width,
+            config.hidden_size,
             rows,
             columns,
             base=config.sample_size // config.patch_size,
@@ -235,8 +241,8 @@ class PixArt(Model):
         )
         tokens = tokens + jnp.asarray(positions, config.dtype)
         embedded, time = self.time(t)
-        states = self.caption(caption.states.astype(config.dtype))
-        tokens = self.blocks(tokens, time, Caption(states, caption.mask))
+        states = self.caption_projection(caption.states.astype(config.dtype))
+        tokens = self.blocks(tokens, time, PromptEmbeddings(states, caption.mask))
         return unpatchify(self.final(tokens, embedded), rows, columns, patch=config.patch_size)
 
 

@@ -30,9 +30,9 @@ class T5Config(Checked):
 
     Attributes:
         vocab_size: number of token ids.
-        width: channels of a token.
-        hidden: channels inside an MLP.
-        num_layers, num_heads, head_dim: num_heads * head_dim may differ from width.
+        hidden_size: channels of a token.
+        intermediate_size: channels inside an MLP.
+        num_layers, num_heads, head_dim: num_heads * head_dim may differ from hidden_size.
         buckets: of relative positions, half of them for each direction.
         max_distance: positions as far apart as this share the last bucket.
         norm_eps: epsilon of the norms.
@@ -41,8 +41,8 @@ class T5Config(Checked):
     """
 
     vocab_size: Count = 32128
-    width: Count = 4096
-    hidden: Count = 10240
+    hidden_size: Count = 4096
+    intermediate_size: Count = 10240
     num_layers: Count = 24
     num_heads: Count = 64
     head_dim: Count = 64
@@ -64,8 +64,8 @@ class T5Config(Checked):
 class T5Attention(Projections):
     """Self-attention with biases, without a scale."""
 
-    def __init__(self, width: int, **options: Any):
-        super().__init__(width, bias=False, **options)
+    def __init__(self, hidden_size: int, **options: Any):
+        super().__init__(hidden_size, bias=False, **options)
         self.core = BiasedAttentionCore(scale=1.0)
 
     def __call__(
@@ -91,14 +91,24 @@ class T5Block(nnx.Module):
     """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        width, dtype, eps = config.width, config.param_dtype, config.norm_eps
+        hidden_size, dtype, eps = config.hidden_size, config.param_dtype, config.norm_eps
         self.dtype = jnp.dtype(config.dtype)
-        self.norm1 = RMSNorm(width, eps=eps, param_dtype=dtype)
+        self.norm1 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
         self.attn = T5Attention(
-            width, heads=config.num_heads, head_dim=config.head_dim, param_dtype=dtype, rngs=rngs
+            hidden_size,
+            heads=config.num_heads,
+            head_dim=config.head_dim,
+            param_dtype=dtype,
+            rngs=rngs,
         )
-        self.norm2 = RMSNorm(width, eps=eps, param_dtype=dtype)
-        self.mlp = T5MLP(width, config.hidden, activation="gelu_tanh", param_dtype=dtype, rngs=rngs)
+        self.norm2 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
+        self.mlp = T5MLP(
+            hidden_size,
+            config.intermediate_size,
+            activation="gelu_tanh",
+            param_dtype=dtype,
+            rngs=rngs,
+        )
 
     def __call__(
         self, x: Float[Array, "B S C"], bias: Float[Array, "B H S S"]
@@ -116,10 +126,12 @@ class T5Encoder(Model):
         self.config = config
         dtype = jnp.dtype(config.param_dtype)
         init = nnx.initializers.normal(1.0)
-        self.table = nnx.Param(init(rngs.params(), (config.vocab_size, config.width), dtype))
+        self.embed_tokens = nnx.Param(
+            init(rngs.params(), (config.vocab_size, config.hidden_size), dtype)
+        )
         self.positions = nnx.Param(init(rngs.params(), (config.buckets, config.num_heads), dtype))
         self.blocks = Stack([T5Block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=config.param_dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, param_dtype=config.param_dtype)
 
     def layout(self, ids: Array, *_: Any) -> Layout:
         return Layout(grid=(0, 0, 0), text=ids.shape[1])
@@ -135,7 +147,7 @@ class T5Encoder(Model):
             [B, T, width] in `config.dtype`; rows of padding hold values too.
         """
         config = self.config
-        x = self.table.get_value()[ids].astype(jnp.float32)
+        x = self.embed_tokens.get_value()[ids].astype(jnp.float32)
         buckets = relative_buckets(
             ids.shape[1], buckets=config.buckets, max_distance=config.max_distance
         )

@@ -36,8 +36,8 @@ TENSOR_PARALLEL: tuple[Rule, ...] = (
     (rf".*blocks\..*\.({_WIDE})\.kernel", (None, "model")),
     (rf".*blocks\..*\.({_WIDE})\.bias", ("model",)),
     (rf".*blocks\..*\.({_NARROW})\.kernel", ("model", None)),
-    (r"head\.kernel", (None, "model")),
-    (r"table", ("model", None)),
+    (r"lm_head\.kernel", (None, "model")),
+    (r"embed_tokens", ("model", None)),
     # CSKV: every head is rebuilt from all features
     (r"methods\.cskv\..*\.up_[kv]", (None, "model")),
 )
@@ -108,8 +108,8 @@ def leaf_sharding(leaf: Any, mesh: Mesh, axes: Axes) -> PyTree:
     """The sharding of one leaf, of each of its parts if it is quantized.
 
     A part of a quantized leaf is cut along the dimensions that it shares with the matrix: scales of
-    groups along both, if there are enough groups; masks along the inputs. An order of inputs is
-    whole everywhere.
+    groups along both, if there are enough groups; smoothing scales along the inputs. An order of
+    inputs is whole everywhere.
 
     Args:
         leaf: array, shape or `QTensor`.
@@ -123,8 +123,8 @@ def leaf_sharding(leaf: Any, mesh: Mesh, axes: Axes) -> PyTree:
     of = {
         "scale": (inputs, outputs),
         "zero_point": (inputs, outputs),
-        "order": (None,),  # names inputs of all devices
-        "mask": (inputs,),
+        "perm": (None,),  # names inputs of all devices
+        "smoothing_scale": (inputs,),
         "input_scale": (),
         "input_zero_point": (),
         "column_sums": (outputs,),

@@ -74,7 +74,7 @@ def pipeline(
         variant: which weights, such as "fp16", of the components that have several; the others give
             those that they have.
         dtype: float32, bfloat16 or float16 for the parameters of all components; as stored if
-            None. Quantized layers keep their codes.
+            None. Quantized layers keep their values.
         compute_dtype: of the computation; that of `dtype` if None, else that in which most
             parameters of a component are stored (as saved, for one that a pipeline's `save` wrote).
         sharding: where parameters go.
@@ -158,7 +158,7 @@ def _text_to_image(found: Components) -> TextToImagePipeline:
     found.require("text_encoder", "tokenizer")
     shared = _denoiser(found)
     encoder = found.model("text_encoder")
-    width, read = encoder[0].config.width, shared["forward"].config.caption_channels
+    width, read = encoder[0].config.hidden_size, shared["forward"].config.caption_channels
     if width != read:
         raise ValueError(
             f"the text encoder gives {width} channels and the transformer reads {read}: they "

@@ -84,7 +84,7 @@ class BasePipeline(abc.ABC):
         Its README.md is a model card, so that the directory may be uploaded to a hub as it is.
 
         Raises:
-            ValueError: if the path is taken, or for edits that no transform made.
+            ValueError: if the path is taken, or for patches that no transform made.
         """
         path = Path(path)
         with new_directory(path) as directory:

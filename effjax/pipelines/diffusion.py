@@ -22,7 +22,7 @@ from effjax.executables import Program
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
 from effjax.models import autoencoder_kl
-from effjax.models.pixart import Caption
+from effjax.models.pixart import PromptEmbeddings
 from effjax.pipelines import arguments
 from effjax.pipelines.base import BasePipeline, entry, runs_executables
 from effjax.pipelines.images import draw, to_unit
@@ -61,7 +61,7 @@ class Pipeline(BasePipeline):
     def sampler(
         self,
         *,
-        num_steps: int | None = None,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -69,7 +69,8 @@ class Pipeline(BasePipeline):
         """The sampler that a call uses: `jax.jit(sampler)(forward, params, cond, key)`.
 
         Args:
-            num_steps, guidance_scale: those of the plan, else the pipeline's own, if None.
+            num_inference_steps, guidance_scale: those of the plan, else the pipeline's own, if
+                None.
             height, width: of the images in pixels, for models that take several sizes; the size
                 that the model was made for if None.
 
@@ -77,8 +78,12 @@ class Pipeline(BasePipeline):
             ValueError: for a height or width that is not a whole number of patches, for steps that
                 are no whole number of at least 1, and a scale that is not finite or below 0.
         """
-        steps = self._planned("calls", self.STEPS) if num_steps is None else num_steps
-        steps = arguments.count("num_steps", steps)
+        steps = (
+            self._planned("calls", self.STEPS)
+            if num_inference_steps is None
+            else num_inference_steps
+        )
+        steps = arguments.count("num_inference_steps", steps)
         scale = guidance_scale
         scale = self._planned("guidance", self.GUIDANCE) if scale is None else scale
         scale = arguments.scale("guidance_scale", scale)
@@ -219,7 +224,7 @@ class ClassConditionalPipeline(Pipeline):
         *,
         key: jax.Array,
         num_images_per_prompt: int = 1,
-        num_steps: int | None = None,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         latents: jax.Array | np.ndarray | None = None,
         output_type: OutputType = "pil",
@@ -232,7 +237,7 @@ class ClassConditionalPipeline(Pipeline):
             labels: one or more class indices or names.
             key: PRNG key, `jax.random.key(seed)`; the same key gives the same image at its place.
             num_images_per_prompt: images of each label: all of the first, then of the second, ...
-            num_steps: denoising steps; those of the plan, else 50.
+            num_inference_steps: denoising steps; those of the plan, else 50.
             guidance_scale: 1 is no guidance; that of the plan, else 4.0.
             latents: unit noise [images, H, W, C] to start from, in place of the key's; the schedule
                 scales it as it would its own.
@@ -253,7 +258,7 @@ class ClassConditionalPipeline(Pipeline):
         """
         asked = arguments.listed("labels", labels)
         return self._generate(
-            self.sampler(num_steps=num_steps, guidance_scale=guidance_scale),
+            self.sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
             asked,
             lambda: self.conditions(asked),
             key=key,
@@ -297,7 +302,7 @@ class TextToImagePipeline(Pipeline):
 
     text_encoder: Pair = dataclasses.field(kw_only=True)
     tokenizer: Any = dataclasses.field(kw_only=True)
-    _captions: Recent[Caption] = dataclasses.field(
+    _captions: Recent[PromptEmbeddings] = dataclasses.field(
         default_factory=lambda: Recent(_REMEMBERED), init=False, repr=False, compare=False
     )
 
@@ -311,7 +316,7 @@ class TextToImagePipeline(Pipeline):
         *,
         key: jax.Array,
         num_images_per_prompt: int = 1,
-        num_steps: int | None = None,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
         height: int | None = None,
@@ -327,7 +332,7 @@ class TextToImagePipeline(Pipeline):
             prompt: one or more.
             key: PRNG key, `jax.random.key(seed)`; the same key gives the same image at its place.
             num_images_per_prompt: all of the first prompt, then of the second, ...
-            num_steps: denoising steps; those of the plan, else 20.
+            num_inference_steps: denoising steps; those of the plan, else 20.
             guidance_scale: 1 is no guidance; that of the plan, else 4.5.
             negative_prompt: what the images are led away from, if they are guided: one for all, or
                 one for each prompt. None is as "".
@@ -351,7 +356,10 @@ class TextToImagePipeline(Pipeline):
         prompts = arguments.texts("prompt", prompt)
         return self._generate(
             self.sampler(
-                num_steps=num_steps, guidance_scale=guidance_scale, height=height, width=width
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
             ),
             prompts,
             lambda: self.conditions(prompts, negative_prompt=negative_prompt),
@@ -368,7 +376,7 @@ class TextToImagePipeline(Pipeline):
         prompts: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str | None] | None = None,
-    ) -> tuple[Caption, Caption]:
+    ) -> tuple[PromptEmbeddings, PromptEmbeddings]:
         """What a sampler takes for these prompts: `cond` and `uncond`.
 
         Raises:
@@ -393,7 +401,7 @@ class TextToImagePipeline(Pipeline):
         """Tokens of a caption, its padding included."""
         return min(self.tokenizer.model_max_length, _MAX_TOKENS)
 
-    def encode(self, prompts: Sequence[str]) -> Caption:
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Captions [B, max_tokens] of prompts, in lower case; the last few are remembered.
 
         Raises:
@@ -401,11 +409,12 @@ class TextToImagePipeline(Pipeline):
         """
         prompts = [prompt.lower().strip() for prompt in prompts]
         found = self._captions.get(
-            prompts, lambda new: [Caption(*each) for each in zip(*self._encode(new), strict=True)]
+            prompts,
+            lambda new: [PromptEmbeddings(*each) for each in zip(*self._encode(new), strict=True)],
         )
-        return Caption(*(jnp.stack(parts) for parts in zip(*found, strict=True)))
+        return PromptEmbeddings(*(jnp.stack(parts) for parts in zip(*found, strict=True)))
 
-    def _encode(self, prompts: Sequence[str]) -> Caption:
+    def _encode(self, prompts: Sequence[str]) -> PromptEmbeddings:
         length = self.max_tokens
         with _TOKENIZING:
             read = self.tokenizer(list(prompts), padding="max_length", max_length=length)
@@ -418,7 +427,7 @@ class TextToImagePipeline(Pipeline):
         ids = np.asarray(read["input_ids"], np.int32)
         mask = np.asarray(read["attention_mask"], bool)
         states = by_parts(partial(_states, *self.text_encoder), self.buckets, ids, mask)
-        return Caption(states, jnp.asarray(mask))
+        return PromptEmbeddings(states, jnp.asarray(mask))
 
     def _components(self, directory: Path) -> dict[str, Any]:
         recipe.save(directory / "text_encoder", *self.text_encoder)

@@ -61,7 +61,7 @@ def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
     bare = _bare(pipe)
     methods = dict.fromkeys(name for name, _ in pipe.forward.recipe)
     changing = [name for name in methods if "leaves" in method(name).seams]
-    if not changing and not _has_codes(own):
+    if not changing and not _is_quantized(own):
         return Reference((bare, own), "dense")
     reason = "what it was made of is not known; give the model as reference"
     if changing and pipe.origin is not None:
@@ -76,7 +76,7 @@ def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
 
 
 def _bare(pipe: BasePipeline) -> Forward:
-    return dataclasses.replace(pipe.forward, edits=(), recipe=())
+    return dataclasses.replace(pipe.forward, patches=(), recipe=())
 
 
 def _loaded(pipe: BasePipeline, origin: Origin) -> Reference:
@@ -96,7 +96,7 @@ def _loaded(pipe: BasePipeline, origin: Origin) -> Reference:
     if other or forward.model is not pipe.forward.model:
         other = other or ["its class"]
         raise ValueError(f"{origin.model} is another model: it differs in {', '.join(other)}")
-    if _has_codes(params):
+    if _is_quantized(params):
         restored = restore(params, config.param_dtype)
         reason = f"{origin.model} is quantized itself"
         return Reference((bare, restored), "dequantized", origin.model, reason)
@@ -105,6 +105,6 @@ def _loaded(pipe: BasePipeline, origin: Origin) -> Reference:
     return Reference((bare, params), "dense", origin.model)
 
 
-def _has_codes(params: Any) -> bool:
+def _is_quantized(params: Any) -> bool:
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return any(isinstance(leaf, QTensor) for leaf in leaves)

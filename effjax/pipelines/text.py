@@ -15,7 +15,7 @@ import numpy as np
 
 from effjax import generate as generation
 from effjax import recipe
-from effjax.generate import Session, Streamer
+from effjax.generate import PrefixCache, Streamer
 from effjax.pipelines.arguments import check_characters
 from effjax.pipelines.base import BasePipeline, entry, runs_executables
 from effjax.pipelines.settings import GENERATION, GenerationSettings
@@ -76,7 +76,7 @@ class TextPipeline(BasePipeline):
         key: jax.Array | None = None,
         stop: str | Sequence[str] = (),
         streamer: Streamer | None = None,
-        context: Session | None = None,
+        prefix: PrefixCache | None = None,
         **options: Any,
     ) -> Any:
         """Continue a text, or answer in a chat.
@@ -92,7 +92,7 @@ class TextPipeline(BasePipeline):
                 they are written ("<|im_end|>").
             streamer: receives tokens as they are made, such as transformers' `TextStreamer`; those
                 of a stop are among them.
-            context: what `compress` has read, which the prompts continue.
+            prefix: what `prefill` has read, which the prompts continue.
             options: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` of
                 `effjax.generate.Sampling`; of the settings, else none. For chats also what
                 transformers' `apply_chat_template` takes: `tools`, `documents`,
@@ -109,19 +109,19 @@ class TextPipeline(BasePipeline):
         prompts, several = _prompts(prompt)
         stops = _stops(stop)
         template = {name: value for name, value in options.items() if name not in _SAMPLING}
-        rows = [self.encode(each, begins=context is None, **template) for each in prompts]
+        rows = [self.encode(each, begins=prefix is None, **template) for each in prompts]
         if max_new_tokens is None:
             max_new_tokens = self._settings.max_new_tokens or 128
         out = generation.generate(
             self.forward,
             self.params,
-            rows if any(rows) else None,  # nothing is between a context and its continuation
+            rows if any(rows) else None,  # nothing is between a prefix and its continuation
             max_new_tokens=max_new_tokens,
             eos=self.ends,
             key=key,
             streamer=streamer,
             stop=self._stop(stops) if stops else None,
-            session=context,
+            prefix=prefix,
             buckets=self.buckets,
             **self.sampling(options, drawn=key is not None),
         )
@@ -129,13 +129,13 @@ class TextPipeline(BasePipeline):
         return texts if several else texts[0]
 
     @runs_executables
-    def compress(
+    def prefill(
         self, prompt: Prompt, *, new: int = 256, chunk: int | None = None, **template: Any
-    ) -> Session:
+    ) -> PrefixCache:
         """Read a text once, for several prompts that continue it.
 
         A compressed cache compresses it here, without knowing what will be asked. What continues it
-        gets no second token that begins a text: `pipe(question, context=pipe.compress(text))` is
+        gets no second token that begins a text: `pipe(question, prefix=pipe.prefill(text))` is
         `pipe(text + question)`, as far as the tokenizer splits the two at their seam.
 
         Args:

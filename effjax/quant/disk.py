@@ -1,9 +1,9 @@
-"""Codes on disk: a stream of bits that any program can read, and the kernels' planes from it.
+"""Values on disk: a stream of bits that any program can read, and the kernels' planes from it.
 
-A row of codes is one little-endian stream of bits, whatever the machine: code n of b bits, in two's
-complement, is bits b n ... b n + b - 1, and bit k of a row is bit k % 8 of its byte k // 8. A row
-begins with a byte of its own. So eight codes are b bytes, and codes of 8 bits are int8. Codes that
-are float8_e4m3fn stand as they are.
+A row of quantized values is one little-endian stream of bits, whatever the machine: value n of b
+bits, in two's complement, is bits b n ... b n + b - 1, and bit k of a row is bit k % 8 of its byte
+k // 8. A row begins with a byte of its own. So eight quantized values are b bytes, and 8-bit values
+are int8. Quantized values that are float8_e4m3fn stand as they are.
 
 Words of 32 bits in little-endian order are the same stream, which is why the formats of other
 libraries are read with these functions too (`converters.quantized`).
@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.packing import codes_per_row, packed_rows, plane_widths
+from pallas_kernels.packing import packed_rows, plane_widths, values_per_row
 
-Rows = Callable[[int, int], np.ndarray]  # codes int8[end - begin, O] of rows begin ... end - 1
+Rows = Callable[
+    [int, int], np.ndarray
+]  # quantized values int8[end - begin, O] of rows begin ... end - 1
 
 
 def pack_bits(fields: np.ndarray, bits: int) -> np.ndarray:
@@ -54,21 +56,21 @@ def signed(fields: np.ndarray, bits: int) -> np.ndarray:
 
 
 def planes_of(rows: Rows, shape: tuple[int, int], bits: int) -> tuple[np.ndarray, ...]:
-    """The planes that `pallas_kernels.packing.pack` makes of codes [I, O], block by block."""
+    """The planes that `pallas_kernels.packing.pack` makes of values [I, O], block by block."""
     inputs, outputs = shape
-    counts = codes_per_row(bits)
+    counts = values_per_row(bits)
     dtype = np.int8 if bits == 8 else np.uint32
     planes = [np.zeros((packed_rows(inputs, bits) // n, outputs), dtype) for n in counts]
     for begin, end in _blocks(inputs, bits):
-        codes = np.zeros((packed_rows(1, bits), outputs), np.int8)
-        codes[: end - begin] = rows(begin, end)
+        qvalues = np.zeros((packed_rows(1, bits), outputs), np.int8)
+        qvalues[: end - begin] = rows(begin, end)
         if bits == 8:
-            planes[0][begin : begin + len(codes)] = codes
+            planes[0][begin : begin + len(qvalues)] = qvalues
             continue
         low = 0
         for plane, width, n in zip(planes, plane_widths(bits), counts):
-            fields = (codes.view(np.uint8) >> low & (2**width - 1)).reshape(-1, n, 8, outputs)
-            words = plane[begin // n : (begin + len(codes)) // n].reshape(-1, 8, outputs)
+            fields = (qvalues.view(np.uint8) >> low & (2**width - 1)).reshape(-1, n, 8, outputs)
+            words = plane[begin // n : (begin + len(qvalues)) // n].reshape(-1, 8, outputs)
             for slot in range(n):
                 words |= fields[:, slot].astype(np.uint32) << (width * slot)
             low += width
@@ -76,8 +78,8 @@ def planes_of(rows: Rows, shape: tuple[int, int], bits: int) -> tuple[np.ndarray
 
 
 def rows_of(planes: tuple[np.ndarray, ...], bits: int) -> Rows:
-    """Rows of codes from planes; each call begins and ends with whole blocks, or with the rows."""
-    counts = codes_per_row(bits)
+    """Rows of values from planes; each call begins and ends with whole blocks, or with the rows."""
+    counts = values_per_row(bits)
 
     def rows(begin: int, end: int) -> np.ndarray:
         if bits == 8:
@@ -95,13 +97,14 @@ def rows_of(planes: tuple[np.ndarray, ...], bits: int) -> Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Codes:
-    """The codes of one leaf on their way to the disk and back; no pytree.
+class QValues:
+    """The quantized values of one leaf on their way to the disk and back; no pytree.
 
     Attributes:
-        value: `QTensor.qvalue`: codes int8[I, O] (or float8) or planes; arrays or their shapes.
+        value: `QTensor.qvalue`: quantized values int8[I, O] (or float8) or planes; arrays or their
+            shapes.
         shape: (I, O).
-        bits: of a code.
+        bits: of a quantized value.
     """
 
     value: Any
@@ -119,7 +122,7 @@ class Codes:
 
     @property
     def _dtype(self) -> np.dtype:
-        """Of codes that are not packed."""
+        """Of quantized values that are not packed."""
         return np.dtype(np.int8 if isinstance(self.value, tuple) else self.value.dtype)
 
     @property
@@ -133,8 +136,8 @@ class Codes:
         """The value, which is on the host, as it stands in the file."""
         stored = np.empty(self.disk_shape, self.disk_dtype)
         for begin, end in _blocks(self.shape[0], self.bits):
-            codes = self.rows(begin, end)
-            stored[begin:end] = codes if self.bits == 8 else pack_bits(codes, self.bits)
+            qvalues = self.rows(begin, end)
+            stored[begin:end] = qvalues if self.bits == 8 else pack_bits(qvalues, self.bits)
         return stored
 
     def unpacked(self) -> np.ndarray:
@@ -152,16 +155,16 @@ class Codes:
         return self.fill(rows)
 
     def fill(self, rows: Rows) -> np.ndarray | tuple[np.ndarray, ...]:
-        """Codes that `rows` gives as arrays of the value's form, on the host."""
+        """Quantized values that `rows` gives as arrays of the value's form, on the host."""
         if isinstance(self.value, tuple):
             return planes_of(rows, self.shape, self.bits)
         return self._whole(rows)
 
     def _whole(self, rows: Rows) -> np.ndarray:
-        codes = np.empty(self.shape, self._dtype)
+        qvalues = np.empty(self.shape, self._dtype)
         for begin, end in _blocks(self.shape[0], self.bits):
-            codes[begin:end] = rows(begin, end)
-        return codes
+            qvalues[begin:end] = rows(begin, end)
+        return qvalues
 
 
 def _blocks(rows: int, bits: int) -> Iterator[tuple[int, int]]:

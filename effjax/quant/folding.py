@@ -4,8 +4,9 @@
     x m = norm(h) w m                         a norm with learned scale
     x m = (h W + b) m                         a linear layer, also through softmax(q k^T) v
 
-so that a mask costs nothing when the model runs. All layers that read the same inputs share it.
-Nothing folds through a GELU, and adaLN-single (PixArt) adds a vector that all blocks share.
+so that a smoothing scale costs nothing when the model runs. All layers that read the same inputs
+share it. Nothing folds through a GELU, and adaLN-single (PixArt) adds a vector that all blocks
+share.
 """
 
 from __future__ import annotations
@@ -88,15 +89,15 @@ def fits(leaves: Mapping[str, Array], where: Fold) -> bool:
     return all(leaves[f"{reader}.kernel"].shape[0] == made for reader in where.readers)
 
 
-def fold(leaves: Mapping[str, Array], where: Fold, mask: Array) -> dict[str, Array]:
-    """The leaves of which the readers' inputs come out multiplied by a mask.
+def fold(leaves: Mapping[str, Array], where: Fold, smoothing_scale: Array) -> dict[str, Array]:
+    """The leaves of which the readers' inputs come out multiplied by a smoothing scale.
 
-    The readers themselves are left as they are: divide their rows by the mask.
+    The readers themselves are left as they are: divide their rows by the smoothing scale.
 
     Args:
         leaves: parameters by path.
         where: with whole paths.
-        mask: float32[I].
+        smoothing_scale: float32[I].
     """
     out = dict(leaves)
 
@@ -105,17 +106,22 @@ def fold(leaves: Mapping[str, Array], where: Fold, mask: Array) -> dict[str, Arr
             out[name] = (out[name].astype(jnp.float32) * factor).astype(out[name].dtype)
 
     if where.kind == "norm":
-        scale(f"{where.source}.scale", mask)
+        scale(f"{where.source}.scale", smoothing_scale)
         return out
     if where.kind == "linear":
-        scale(f"{where.source}.kernel", mask)
-        scale(f"{where.source}.bias", mask)
+        scale(f"{where.source}.kernel", smoothing_scale)
+        scale(f"{where.source}.bias", smoothing_scale)
         return out
-    width = mask.shape[0]
-    factor = jnp.ones((where.parts, width)).at[where.part : where.part + 2].set(mask).reshape(-1)
+    width = smoothing_scale.shape[0]
+    factor = (
+        jnp.ones((where.parts, width))
+        .at[where.part : where.part + 2]
+        .set(smoothing_scale)
+        .reshape(-1)
+    )
     scale(f"{where.source}.kernel", factor)
     scale(f"{where.source}.bias", factor)
     name = f"{where.source}.bias"  # 1 + scale is multiplied, and 1 stands in no leaf
     gain = slice((where.part + 1) * width, (where.part + 2) * width)
-    out[name] = out[name].at[gain].add((mask - 1).astype(out[name].dtype))
+    out[name] = out[name].at[gain].add((smoothing_scale - 1).astype(out[name].dtype))
     return out

@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array
 
 from effjax.fields import Checked, Count, Natural
-from pallas_kernels.input_codes import xla
-from pallas_kernels.input_codes.factors import join
+from pallas_kernels.quantize_inputs import xla
+from pallas_kernels.quantize_inputs.factors import join
 
 # Largest factor that is multiplied as a dense matrix.
 LARGEST = 256

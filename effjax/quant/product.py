@@ -12,7 +12,7 @@ from jax import Array
 from effjax.quant.quantizer import Quantizer, dequantize
 from effjax.quant.tensor import Activations, QTensor
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.input_codes import input_codes
+from pallas_kernels.quantize_inputs import quantize_inputs
 from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul
 
 Path = Literal["integer", "reference"]
@@ -31,14 +31,15 @@ def qdot(
     Args:
         x: float[..., I].
         w: [I, O].
-        path: "integer" multiplies codes: int8 with int8 where inputs are coded, floats with packed
-            codes else; float8 codes are multiplied as floats. "reference" multiplies what the codes
-            stand for, in float32: the specification.
+        path: "integer" multiplies quantized values: int8 with int8 where inputs are quantized,
+            floats with packed quantized values else; float8 values are multiplied as floats.
+            "reference" multiplies what the quantized values stand for, in float32: the
+            specification.
         implementation, interpret: of the kernels; see `pallas_kernels.implementation`.
 
     Returns:
-        [..., O] in x's dtype. Gradients of the integer path are straight through the codes of the
-        inputs.
+        [..., O] in x's dtype. Gradients of the integer path are straight through the quantized
+        values of the inputs.
 
     Raises:
         ValueError: for inputs of another width, or a path that there is not.
@@ -63,7 +64,7 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
     if w.activations is None:
         if not w.packed:
             raise NotImplementedError(
-                "float inputs are multiplied with packed codes: quantize with packed=True, or use "
+                "float inputs are multiplied with packed values: quantize with packed=True, or use "
                 'path="reference"'
             )
         kernel_dtype = x.dtype if x.dtype != jnp.float16 else jnp.dtype(jnp.float32)
@@ -80,21 +81,21 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
     if w.activations.group_size:
         return _by_group(x, w, zero, **run).astype(x.dtype)
     if _fused(w):
-        codes, scale, sums = input_codes(
-            w.ordered(x if x.dtype != jnp.float16 else x.astype(jnp.float32)),
+        qvalues, scale, sums = quantize_inputs(
+            w.permuted(x if x.dtype != jnp.float16 else x.astype(jnp.float32)),
             bits=w.activations.quantizer.bits,
-            mask=w.mask,
+            smoothing_scale=w.smoothing_scale,
             signs=None if w.rotation is None else jnp.asarray(w.rotation.signs()),
             factors=() if w.rotation is None else tuple(map(jnp.asarray, w.rotation.matrices())),
             **run,
         )
         input_zero = None
     else:
-        codes, scale, input_zero = _input_codes(x, w)
+        qvalues, scale, input_zero = _quantized_inputs(x, w)
         sums = None
     if w.packed:
         out = packed_matmul(
-            codes,
+            qvalues,
             w.qvalue,
             bits=w.bits,
             group_size=w.group_size,
@@ -105,11 +106,11 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
         )
     elif w.group_size == w.shape[0]:
         out = int8_matmul(
-            codes, w.qvalue, x_scale=scale, w_scale=w.scale, w_zero=zero, x_sums=sums, **run
+            qvalues, w.qvalue, x_scale=scale, w_scale=w.scale, w_zero=zero, x_sums=sums, **run
         )
     else:
         raise NotImplementedError(
-            f"int8 codes with a scale for every {w.group_size} inputs are multiplied when packed: "
+            f"int8 values with a scale for every {w.group_size} inputs are multiplied when packed: "
             f'quantize with packed=True, or use path="reference"'
         )
     if input_zero is not None:
@@ -118,9 +119,9 @@ def _integer(how: tuple[Implementation | None, bool], x: Array, w: QTensor) -> A
 
 
 def _float8(x: Array, w: QTensor) -> Array:
-    """The product of what float8 codes stand for, in x's dtype and summed in float32."""
+    """The product of what float8 values stand for, in x's dtype and summed in float32."""
     dtype = x.dtype if x.dtype != jnp.float16 else jnp.dtype(jnp.float32)
-    values = w.prepare(x) if w.activations is None else dequantize(*_input_codes(x, w))
+    values = w.prepare(x) if w.activations is None else dequantize(*_quantized_inputs(x, w))
     out = jnp.matmul(
         values.astype(dtype),
         w.dequantize().astype(dtype),
@@ -136,10 +137,10 @@ def _by_group(x: Array, w: QTensor, zero: Array | None, **run: Any) -> Array:
     assert w.activations.group_size is not None
     if w.packed:
         raise NotImplementedError(
-            "inputs with a range for every few of them are multiplied with int8 codes: quantize "
+            "inputs with a range for every few of them are multiplied with int8 values: quantize "
             'weights of 8 bits with packed=False, or use path="reference"'
         )
-    codes, scale, _ = _input_codes(x, w)
+    qvalues, scale, _ = _quantized_inputs(x, w)
     every, inputs = w.activations.group_size, w.shape[0]
     if w.group_size not in (every, inputs):
         raise NotImplementedError(
@@ -151,7 +152,7 @@ def _by_group(x: Array, w: QTensor, zero: Array | None, **run: Any) -> Array:
         own = slice(start, start + every)
         row = slice(group, group + 1) if w.group_size == every else slice(None)
         out += int8_matmul(
-            codes[..., own],
+            qvalues[..., own],
             w.qvalue[own],
             x_scale=scale[..., own][..., :1],
             w_scale=w.scale[row],
@@ -166,7 +167,7 @@ def _forward(how: Any, x: Array, w: QTensor) -> tuple[Array, Any]:
 
 
 def _backward(how: Any, saved: Any, gradient: Array) -> Any:
-    """Straight through the codes of the inputs."""
+    """Straight through the quantized values of the inputs."""
 
     def smooth(x: Array, w: QTensor) -> Array:
         values = w.prepare(x).astype(jnp.float32)
@@ -182,24 +183,24 @@ def _reference(x: Array, w: QTensor) -> Array:
     if w.activations is None:
         values = w.prepare(x.astype(jnp.float32))
     else:
-        values = dequantize(*_input_codes(x, w))
+        values = dequantize(*_quantized_inputs(x, w))
     return jnp.matmul(values, w.dequantize(), precision="highest").astype(x.dtype)
 
 
 def _fused(w: QTensor) -> bool:
-    """Whether the kernel of `input_codes` prepares and codes the inputs of a leaf."""
+    """Whether the kernel of `quantize_inputs` prepares and quantizes the inputs of a leaf."""
     how = w.activations
     return how == Activations(Quantizer(how.quantizer.bits)) if how is not None else False
 
 
-def _input_codes(x: Array, w: QTensor) -> tuple[Array, Array, Array | None]:
-    """Codes [..., I] of prepared inputs, scales float32[..., 1 or I] and zero points."""
+def _quantized_inputs(x: Array, w: QTensor) -> tuple[Array, Array, Array | None]:
+    """Quantized values [..., I] of prepared inputs, scales float32[..., 1 or I] and zero points."""
     assert w.activations is not None
     quantizer, every = w.activations.quantizer, w.activations.group_size
     values = w.prepare(x.astype(jnp.float32))
     if not w.activations.dynamic:
-        codes = quantizer.quantize(values, w.input_scale, w.input_zero_point)
-        return codes, jnp.broadcast_to(w.input_scale, (*x.shape[:-1], 1)), w.input_zero_point
+        qvalues = quantizer.quantize(values, w.input_scale, w.input_zero_point)
+        return qvalues, jnp.broadcast_to(w.input_scale, (*x.shape[:-1], 1)), w.input_zero_point
     if every is None:
         scale, zero = quantizer.fit_axes(values, -1)
         return quantizer.quantize(values, scale, zero), scale, zero

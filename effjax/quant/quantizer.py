@@ -1,13 +1,14 @@
-"""Numbers as codes: uniform quantizers, and fake quantization with bits as data.
+"""Numbers as quantized values: uniform quantizers, and fake quantization with bits as data.
 
     symmetric    s = max |x| / n                      x = q s          q = -n - 1 ... n
     asymmetric   s = (max - min) / (2^b - 1)          x = (q - z) s    q = -2^(b-1) ... 2^(b-1) - 1
 
 with n = 2^(b-1) - 1, or n + 1/2 in the divisor ("n+1/2", qwix's levels, where "n" is that of the
-papers). Codes are signed; an asymmetric range contains zero unless a quantizer says otherwise.
-Rounding is half to even. Where a range is empty, the scale is 1.
+papers). Quantized values are signed; an asymmetric range contains zero unless a quantizer says
+otherwise. Rounding is half to even. Where a range is empty, the scale is 1.
 
-Codes may also be numbers of float8_e4m3fn ("e4m3"), of which the largest is 448: s = max |x| / 448.
+Quantized values may also be numbers of float8_e4m3fn ("e4m3"), of which the largest is 448: s = max
+|x| / 448.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class Quantizer(Checked):
     """A uniform quantizer.
 
     Attributes:
-        bits: of a code, 2 ... 8.
-        symmetric: whether zero is in the middle of the codes.
+        bits: of a quantized value, 2 ... 8.
+        symmetric: whether zero is in the middle of the quantized values.
         levels: what the largest magnitude of a symmetric range is divided by: "n" or "n+1/2"; or
-            "e4m3" for codes of float8_e4m3fn, symmetric and of 8 bits.
+            "e4m3" for quantized values of float8_e4m3fn, symmetric and of 8 bits.
         keeps_zero: whether an asymmetric range is widened to contain zero.
     """
 
@@ -53,7 +54,7 @@ class Quantizer(Checked):
 
     @property
     def floats(self) -> bool:
-        """Whether codes are numbers of float8_e4m3fn."""
+        """Whether quantized values are numbers of float8_e4m3fn."""
         return self.levels == "e4m3"
 
     def fit(self, low: Array, high: Array) -> tuple[Array, Array | None]:
@@ -66,24 +67,24 @@ class Quantizer(Checked):
         return self.fit(jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True))
 
     def quantize(self, x: Array, scale: Array, zero_point: Array | None = None) -> Array:
-        """Codes int8, or float8_e4m3fn, of values."""
+        """Quantized values int8, or float8_e4m3fn, of values."""
         if self.floats:
             return jnp.clip(x.astype(jnp.float32) / scale, -_E4M3, _E4M3).astype(FLOAT8)
         half = 2 ** (self.bits - 1)
-        codes = jnp.round(x.astype(jnp.float32) / scale)
+        qvalues = jnp.round(x.astype(jnp.float32) / scale)
         if zero_point is not None:
-            codes += zero_point.astype(jnp.float32)
-        return jnp.clip(codes, -half, half - 1).astype(jnp.int8)
+            qvalues += zero_point.astype(jnp.float32)
+        return jnp.clip(qvalues, -half, half - 1).astype(jnp.int8)
 
 
-def dequantize(codes: Array, scale: Array, zero_point: Array | None = None) -> Array:
-    """Values float32[...] of codes, (codes - zero_point) scale.
+def dequantize(qvalues: Array, scale: Array, zero_point: Array | None = None) -> Array:
+    """Values float32[...] of quantized values, (qvalue - zero_point) scale.
 
     Args:
-        codes: integers [...].
-        scale, zero_point: float32 and int32 that broadcast to the codes; None for zeros.
+        qvalues: integers [...].
+        scale, zero_point: float32 and int32 that broadcast to the quantized values; None for zeros.
     """
-    values = codes.astype(jnp.float32)
+    values = qvalues.astype(jnp.float32)
     if zero_point is not None:
         values -= zero_point.astype(jnp.float32)
     return values * scale
@@ -98,7 +99,7 @@ def fake_quantize(
     low: Array | None = None,
     high: Array | None = None,
 ) -> Array:
-    """Values rounded to what codes can say, in x's dtype.
+    """Values rounded to what quantized values can say, in x's dtype.
 
     The gradient is straight through: that of the identity within the range, zero beyond it.
 
@@ -114,7 +115,7 @@ def fake_quantize(
         ValueError: unless either axes or a range is given, or for levels of floats.
     """
     if quantizer.floats:
-        raise ValueError('only integer codes are faked; levels are "n" or "n+1/2", not "e4m3"')
+        raise ValueError('only integer values are faked; levels are "n" or "n+1/2", not "e4m3"')
     if (axes is None) == (low is None) or (low is None) != (high is None):
         raise ValueError("give either axes, which share a range, or the range's low and high")
     width = jnp.asarray(quantizer.bits if bits is None else bits).astype(jnp.float32)
@@ -131,8 +132,8 @@ def fake_quantize(
     # Without rounding, the gradient of clipping is the straight-through one.
     clipped = jnp.clip(values, least, most)
     rounded = (jnp.round(clipped / scale + offset) - offset) * scale
-    coded = clipped + jax.lax.stop_gradient(rounded - clipped)
-    return jnp.where(width >= 16, values, coded).astype(x.dtype)
+    quantized = clipped + jax.lax.stop_gradient(rounded - clipped)
+    return jnp.where(width >= 16, values, quantized).astype(x.dtype)
 
 
 def _fit(quantizer: Quantizer, bits: Array, low: Array, high: Array) -> tuple[Array, Array | None]:

@@ -41,11 +41,11 @@ def percentile(x: Array, axes: Axes = None, *, percent: float = 99.9) -> Range:
 
 
 def least_squares(x: Array, quantizer: Quantizer, axes: Axes = None, *, steps: int = 40) -> Range:
-    """The range, of several shrunken ones, whose codes have the least mean squared error.
+    """The range, of several shrunken ones, whose values have the least mean squared error.
 
     Args:
         x: float[...].
-        quantizer: whose codes.
+        quantizer: whose quantized values.
         axes: which axes share a range.
         steps: ranges to try, from all that is seen down to a `steps`th of it.
     """
@@ -53,8 +53,8 @@ def least_squares(x: Array, quantizer: Quantizer, axes: Axes = None, *, steps: i
     full = minmax(x, axes)
 
     def error(share: Array) -> Array:
-        coded = fake_quantize(x, quantizer, low=share * full.low, high=share * full.high)
-        return jnp.mean(jnp.square(coded - x), axes, keepdims=True)
+        quantized = fake_quantize(x, quantizer, low=share * full.low, high=share * full.high)
+        return jnp.mean(jnp.square(quantized - x), axes, keepdims=True)
 
     shares = jnp.arange(steps, 0, -1) / steps
     best = shares[jnp.argmin(jax.lax.map(error, shares), axis=0)]

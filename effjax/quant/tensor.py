@@ -2,10 +2,10 @@
 
     y = x W   with   W = (q - z) s   by channel or by group of inputs
 
-and, where inputs are prepared for it, x -> rotate(x[order] m), whose inverse is in W already.
-Codes are int8, or packed planes of 2 to 8 bits (`pallas_kernels.packing`); or they are numbers of
-float8_e4m3fn, W = q s by blocks of inputs and outputs. Names and signs are those of `qwix.QArray`,
-into which `to_qwix` turns a leaf.
+and, where inputs are prepared for it, x -> rotate(x[perm] m), whose inverse is in W already.
+Quantized values are int8, or packed planes of 2 to 8 bits (`pallas_kernels.packing`); or they are
+numbers of float8_e4m3fn, W = q s by blocks of inputs and outputs. Names and signs are those of
+`qwix.QArray`, into which `to_qwix` turns a leaf.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pallas_kernels.packing import pack, unpack
 
 @dataclasses.dataclass(frozen=True)
 class Activations(Checked):
-    """How a layer's inputs become codes; static.
+    """How a layer's inputs become quantized values; static.
 
     Attributes:
         quantizer: of the inputs.
@@ -61,8 +61,8 @@ class Activations(Checked):
         "qvalue",
         "scale",
         "zero_point",
-        "order",
-        "mask",
+        "perm",
+        "smoothing_scale",
         "input_scale",
         "input_zero_point",
         "column_sums",
@@ -76,28 +76,28 @@ class QTensor:
     The kernel of a convolution [R, S, I, O] is held as the matrix [R S I, O].
 
     Attributes:
-        qvalue: codes int8[I, O], or the planes of `pallas_kernels.packing.pack`; or
+        qvalue: quantized values int8[I, O], or the planes of `pallas_kernels.packing.pack`; or
             float8_e4m3fn[I, O].
-        scale: float32[G, O], one for each output and I / G consecutive inputs; of float8 codes one
+        scale: float32[G, O], one for each output and I / G consecutive inputs; of float8 values one
             for each block, those at the edges cut: float32[ceil(I / block[0]), ceil(O / block[1])].
         zero_point: int32[G, O]; None if symmetric.
-        order: int32[I], a permutation: row i of the codes is of input order[i], as in GPTQ's
+        perm: int32[I]: row i of the quantized values is of input perm[i], argsort(g_idx) of GPTQ's
             desc_act, where inputs of a group stand apart; None if row i is of input i.
-        mask: float32[I] that inputs are multiplied by; None for ones.
+        smoothing_scale: float32[I] that inputs are multiplied by; None for ones.
         input_scale, input_zero_point: float32[] and int32[] of calibrated activations.
         column_sums: float32[O] of the matrix, which zero points of activations need.
         shape: of the array: (I, O) or (R, S, I, O).
-        bits: of a weight's code.
-        activations: how inputs become codes; None leaves them floats.
-        rotation: of the inputs, after the mask; None for none.
-        block: (inputs, outputs) that share a scale, of float8 codes; None for integers.
+        bits: of a weight.
+        activations: how inputs become quantized values; None leaves them floats.
+        rotation: of the inputs, after the smoothing scale; None for none.
+        block: (inputs, outputs) that share a scale, of float8 values; None for integers.
     """
 
     qvalue: Any
     scale: Any
     zero_point: Any
-    order: Any
-    mask: Any
+    perm: Any
+    smoothing_scale: Any
     input_scale: Any
     input_zero_point: Any
     column_sums: Any
@@ -109,14 +109,14 @@ class QTensor:
 
     def __repr__(self) -> str:
         # Of what is static: transformations put other things in the places of arrays.
-        coded = f", inputs: {self.activations}" if self.activations else ""
+        quantized = f", inputs: {self.activations}" if self.activations else ""
         turned = f", {self.rotation}" if self.rotation else ""
         blocks = f" of float8, blocks {self.block}" if self.block else ""
-        return f"QTensor({list(self.shape)}, {self.bits} bits{blocks}{coded}{turned})"
+        return f"QTensor({list(self.shape)}, {self.bits} bits{blocks}{quantized}{turned})"
 
     @property
     def packed(self) -> bool:
-        """Whether codes are packed planes."""
+        """Whether quantized values are packed planes."""
         return isinstance(self.qvalue, tuple)
 
     @property
@@ -144,10 +144,10 @@ class QTensor:
 
     @property
     def logical_bytes(self) -> int:
-        """Bytes of codes at their bits, and of everything beside them."""
+        """Bytes of quantized values at their bits, and of everything beside them."""
         beside = jax.tree.leaves(dataclasses.replace(self, qvalue=()))
-        codes = -(-math.prod(self.shape) * self.bits // 8)
-        return codes + sum(math.prod(x.shape) * x.dtype.itemsize for x in beside)
+        qvalues = -(-math.prod(self.shape) * self.bits // 8)
+        return qvalues + sum(math.prod(x.shape) * x.dtype.itemsize for x in beside)
 
     def to_dict(self) -> dict[str, Any]:
         """What the leaf is, without its numbers, as JSON types."""
@@ -171,41 +171,41 @@ class QTensor:
         """
         try:
             *leading, outputs = shape = tuple(values["shape"])
-            rows, bits, coded = math.prod(leading), values["bits"], values["activations"]
+            rows, bits, quantized = math.prod(leading), values["bits"], values["activations"]
             if bits not in BITS or type(bits) is not int:
                 raise ValueError(f"{bits} bits")
             block, scales = _scales(values, rows, outputs)
             if block is not None and (bits != 8 or values["packed"] or len(leading) != 1):
-                raise ValueError(f"float8 codes of {list(shape)}, {bits} bits or packed")
+                raise ValueError(f"float8 values of {list(shape)}, {bits} bits or packed")
             dims = {"G": scales[0], "I": rows, "O": outputs}
             parts: dict[str, Any] = dict.fromkeys(_PARTS)
             for name in values["parts"]:
                 axes, dtype = _PARTS[name]
                 parts[name] = jax.ShapeDtypeStruct(tuple(dims[axis] for axis in axes), dtype)
-            codes = jax.ShapeDtypeStruct((rows, outputs), FLOAT8 if block else jnp.int8)
+            qvalues = jax.ShapeDtypeStruct((rows, outputs), FLOAT8 if block else jnp.int8)
             return cls(
-                qvalue=jax.eval_shape(partial(pack, bits=bits), codes)
+                qvalue=jax.eval_shape(partial(pack, bits=bits), qvalues)
                 if values["packed"]
-                else codes,
+                else qvalues,
                 scale=jax.ShapeDtypeStruct(scales, jnp.float32),
                 **parts,
                 shape=shape,
                 bits=bits,
-                activations=coded and _activations(coded),
+                activations=quantized and _activations(quantized),
                 rotation=values["rotation"] and Rotation(**values["rotation"]),
                 block=block,
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"this describes no quantized leaf: {values!r} ({error!r})") from error
 
-    def codes(self) -> Array:
+    def qvalues(self) -> Array:
         """int8[I, O], or float8_e4m3fn."""
         return unpack(self.qvalue, self.bits, self.rows) if self.packed else self.qvalue
 
     def dequantize(self) -> Array:
-        """The matrix float32[I, O] that the codes stand for, of prepared inputs."""
+        """The matrix float32[I, O] that the quantized values stand for, of prepared inputs."""
         zero = None if self.zero_point is None else self._spread(self.zero_point)
-        return dequantize(self.codes(), self._spread(self.scale), zero)
+        return dequantize(self.qvalues(), self._spread(self.scale), zero)
 
     def _spread(self, part: Array) -> Array:
         """The value of its group or block for each element of the matrix, or of its rows."""
@@ -219,40 +219,40 @@ class QTensor:
         w = self.dequantize()
         if self.rotation is not None:
             w = self.rotation.undo(w.T).T
-        if self.mask is not None:
-            w = w * self.mask[:, None]
-        if self.order is not None:
-            w = w[jnp.argsort(self.order)]
+        if self.smoothing_scale is not None:
+            w = w * self.smoothing_scale[:, None]
+        if self.perm is not None:
+            w = w[jnp.argsort(self.perm)]
         return w.reshape(self.shape)
 
-    def ordered(self, x: Array) -> Array:
-        """Inputs [..., I] in the order of the codes' rows."""
-        return x if self.order is None else jnp.take(x, self.order, axis=-1, unique_indices=True)
+    def permuted(self, x: Array) -> Array:
+        """Inputs [..., I] in the order of the quantized values' rows."""
+        return x if self.perm is None else jnp.take(x, self.perm, axis=-1, unique_indices=True)
 
     def prepare(self, x: Array) -> Array:
-        """Inputs [..., I] as the codes expect them: ordered, masked, then rotated."""
-        return prepare_inputs(self.ordered(x), self.mask, self.rotation)
+        """Inputs [..., I] as the quantized values expect them: ordered, smoothed, then rotated."""
+        return prepare_inputs(self.permuted(x), self.smoothing_scale, self.rotation)
 
     def to_qwix(self) -> Any:
         """As a `qwix.QArray` [I, O], whose zero points are int8 (ranges must contain zero).
 
         Raises:
-            ValueError: if inputs are prepared or coded, which a QArray does not know, or for the
-                kernel of a convolution or float8 codes.
+            ValueError: if inputs are prepared or quantized, which a QArray does not know, or for
+                the kernel of a convolution or float8 values.
         """
         if self.block is not None:
-            raise ValueError("a qwix.QArray is made of integer codes here, not of float8")
+            raise ValueError("a qwix.QArray is made of integer values here, not of float8")
         if self.ndim != 2:
             raise ValueError(f"a qwix.QArray is made of a matrix, not of a kernel {self.shape}")
-        prepared = (self.order, self.mask, self.rotation, self.activations)
+        prepared = (self.perm, self.smoothing_scale, self.rotation, self.activations)
         if any(part is not None for part in prepared):
             raise ValueError(
-                "a qwix.QArray knows nothing of orders, masks, rotations and activations"
+                "a qwix.QArray knows nothing of orders, smoothing scales, rotations and activations"
             )
         from qwix import QArray
 
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.int8)
-        return QArray(self.codes(), self.scale, zero, f"int{self.bits}")
+        return QArray(self.qvalues(), self.scale, zero, f"int{self.bits}")
 
 
 def _activations(values: Mapping[str, Any]) -> Activations:
@@ -267,8 +267,11 @@ def _static_to_json(static: tuple[Any, ...]) -> bytes:
 
 def _static_from_json(text: bytes | bytearray) -> tuple[Any, ...]:
     shape, bits, activations, rotation, block = json.loads(text)
-    coded, rotated = activations and _activations(activations), rotation and Rotation(**rotation)
-    return tuple(shape), bits, coded, rotated, block and tuple(block)
+    quantized, rotated = (
+        activations and _activations(activations),
+        rotation and Rotation(**rotation),
+    )
+    return tuple(shape), bits, quantized, rotated, block and tuple(block)
 
 
 # So that an exported program may take leaves as arguments.
@@ -283,7 +286,7 @@ jax.export.register_pytree_node_serialization(
 def _scales(
     values: Mapping[str, Any], rows: int, outputs: int
 ) -> tuple[tuple[int, int] | None, tuple[int, int]]:
-    """Of a description: the block of float8 codes that share a scale, and the scales' shape."""
+    """Of a description: the block of float8 values that share a scale, and the scales' shape."""
     if values.get("block") is None:
         groups, rest = divmod(rows, values["group_size"])
         if rest:
@@ -293,31 +296,31 @@ def _scales(
     if type(high) is not int or type(wide) is not int or min(high, wide) < 1:
         raise ValueError(f"blocks of {high!r} x {wide!r}")
     if "zero_point" in values["parts"]:
-        raise ValueError("zero points of float8 codes")
+        raise ValueError("zero points of float8 values")
     return (high, wide), (-(-rows // high), -(-outputs // wide))
 
 
-# Axes and dtypes of what a leaf may hold beside its codes and scales.
+# Axes and dtypes of what a leaf may hold beside its quantized values and scales.
 _PARTS: dict[str, tuple[str, Any]] = {
     "zero_point": ("GO", jnp.int32),
-    "order": ("I", jnp.int32),
-    "mask": ("I", jnp.float32),
+    "perm": ("I", jnp.int32),
+    "smoothing_scale": ("I", jnp.float32),
     "input_scale": ("", jnp.float32),
     "input_zero_point": ("", jnp.int32),
     "column_sums": ("O", jnp.float32),
 }
 
 
-def prepare_inputs(x: Array, mask: Array | None, rotation: Rotation | None) -> Array:
-    """Inputs float[..., I] times a mask float32[I], then rotated; None leaves a step out."""
-    if mask is not None:
-        x = (x.astype(jnp.float32) * mask).astype(x.dtype)
+def prepare_inputs(x: Array, smoothing_scale: Array | None, rotation: Rotation | None) -> Array:
+    """Inputs float[..., I] times a scale float32[I], then rotated; None leaves a step out."""
+    if smoothing_scale is not None:
+        x = (x.astype(jnp.float32) * smoothing_scale).astype(x.dtype)
     return x if rotation is None else rotation.apply(x)
 
 
-def prepare_weights(w: Array, mask: Array | None, rotation: Rotation | None) -> Array:
+def prepare_weights(w: Array, smoothing_scale: Array | None, rotation: Rotation | None) -> Array:
     """The matrix [I, O] whose product with prepared inputs is that of w with the inputs."""
-    w = w if mask is None else w / mask[:, None]
+    w = w if smoothing_scale is None else w / smoothing_scale[:, None]
     return w if rotation is None else rotation.apply(w.T).T  # x m R R^T W / m
 
 
@@ -337,31 +340,32 @@ def quantize_matrix(
     group_size: int | None = None,
     activations: Activations | None = None,
     input_range: tuple[Array, Array] | None = None,
-    order: Array | None = None,
-    mask: Array | None = None,
+    perm: Array | None = None,
+    smoothing_scale: Array | None = None,
     rotation: Rotation | None = None,
     packed: bool | None = None,
 ) -> QTensor:
-    """Quantize a matrix to the nearest codes, with what its inputs need.
+    """Quantize a matrix to the nearest quantized values, with what its inputs need.
 
     Args:
         w: float[I, O], or the kernel of a convolution [R, S, I, O], which has a scale for each
-            output and takes no groups, order, mask or rotation.
-        quantizer: of the weights; symmetric 8 bits if None. Levels "e4m3" give float8 codes.
+            output and takes no groups, order, smoothing scale or rotation.
+        quantizer: of the weights; symmetric 8 bits if None. Levels "e4m3" give float8 values.
         group_size: inputs that share a scale; all of a channel if None.
-        activations: how inputs become codes; None leaves them floats.
+        activations: how inputs become quantized values; None leaves them floats.
         input_range: float[] low and high of (prepared) inputs, for activations that are not
             dynamic.
-        order: int[I]: the inputs are taken in this order, and the rows of the matrix too, so that
+        perm: int[I]: the inputs are taken in this order, and the rows of the matrix too, so that
             groups are of inputs that follow each other in it.
-        mask: float[I]: inputs, in their order, will be multiplied by it, and the matrix is divided
-            by it.
-        rotation: of inputs of width I, after the mask.
-        packed: pack the codes; None packs integers that are not products of int8 codes by channel.
+        smoothing_scale: float[I]: inputs, in their order, will be multiplied by it, and the matrix
+            is divided by it.
+        rotation: of inputs of width I, after the smoothing scale.
+        packed: pack the quantized values; None packs integers that are not products of int8 values
+            by channel.
 
     Raises:
-        ValueError: for a matrix, group, order, mask, rotation or range that does not fit, and for
-            float8 codes of a convolution, packed, or with inputs of integer codes.
+        ValueError: for a matrix, group, order, smoothing scale, rotation or range that does not
+            fit, and for float8 values of a convolution, packed, or with inputs of integer values.
     """
     quantizer = quantizer or Quantizer()
     shape = w.shape
@@ -369,14 +373,16 @@ def quantize_matrix(
         raise ValueError(
             f"a quantized weight is a matrix [I, O] or a kernel [R, S, I, O]; got {list(shape)}"
         )
-    if w.ndim == 4 and (group_size or any(part is not None for part in (order, mask, rotation))):
+    if w.ndim == 4 and (
+        group_size or any(part is not None for part in (perm, smoothing_scale, rotation))
+    ):
         raise ValueError(
             f"the kernel of a convolution, {list(shape)}, has one scale for each output; leave out "
-            f"group_size, order, mask and rotation"
+            f"group_size, order, smoothing scale and rotation"
         )
     floats = quantizer.floats
     if floats and (len(shape) != 2 or packed):
-        raise ValueError("float8 codes are those of a matrix, and are not packed")
+        raise ValueError("float8 values are those of a matrix, and are not packed")
     if activations is not None and activations.quantizer.floats != floats:
         raise ValueError(
             'inputs and weights are both float8 (levels="e4m3") or both integers; got '
@@ -387,12 +393,13 @@ def quantize_matrix(
     group_size = group_size or inputs
     if inputs % group_size:
         raise ValueError(f"group_size {group_size} does not divide the {inputs} inputs")
-    if order is not None and order.shape != (inputs,):
+    if perm is not None and perm.shape != (inputs,):
+        raise ValueError(f"perm must have one place for each of {inputs} inputs, got {perm.shape}")
+    if smoothing_scale is not None and smoothing_scale.shape != (inputs,):
         raise ValueError(
-            f"order must have one place for each of {inputs} inputs, got {order.shape}"
+            f"smoothing scale must have one factor for each of {inputs} inputs, got "
+            f"{smoothing_scale.shape}"
         )
-    if mask is not None and mask.shape != (inputs,):
-        raise ValueError(f"mask must have one factor for each of {inputs} inputs, got {mask.shape}")
     if rotation is not None and rotation.width != inputs:
         raise ValueError(f"a rotation of width {rotation.width} does not fit {inputs} inputs")
     if activations is not None and inputs % (activations.group_size or 1):
@@ -413,12 +420,12 @@ def quantize_matrix(
                 "and calibrate asymmetric ones (dynamic=False)"
             )
     w = w.astype(jnp.float32)
-    mask = None if mask is None else mask.astype(jnp.float32)
-    w = w if order is None else w[order]
-    w = prepare_weights(w, mask, rotation)
+    smoothing_scale = None if smoothing_scale is None else smoothing_scale.astype(jnp.float32)
+    w = w if perm is None else w[perm]
+    w = prepare_weights(w, smoothing_scale, rotation)
     groups = w.reshape(-1, group_size, outputs)
     scale, zero = quantizer.fit_axes(groups, 1)
-    codes = quantizer.quantize(groups, scale, zero).reshape(inputs, outputs)
+    qvalues = quantizer.quantize(groups, scale, zero).reshape(inputs, outputs)
     scale, zero = jax.tree.map(lambda x: x[:, 0], (scale, zero))
     input_scale = input_zero = None
     if activations is not None and input_range is not None:
@@ -429,11 +436,11 @@ def quantize_matrix(
         if len(shape) == 2 and not floats:
             packed = packed or activations is None or group_size != inputs
     tensor = QTensor(
-        qvalue=codes,
+        qvalue=qvalues,
         scale=scale,
         zero_point=zero,
-        order=None if order is None else order.astype(jnp.int32),
-        mask=mask,
+        perm=None if perm is None else perm.astype(jnp.int32),
+        smoothing_scale=smoothing_scale,
         input_scale=input_scale,
         input_zero_point=input_zero,
         column_sums=None,
@@ -445,6 +452,6 @@ def quantize_matrix(
     )
     return dataclasses.replace(
         tensor,
-        qvalue=pack(codes, quantizer.bits) if packed else codes,
+        qvalue=pack(qvalues, quantizer.bits) if packed else qvalues,
         column_sums=jnp.sum(tensor.dequantize(), axis=0) if offset else None,
     )

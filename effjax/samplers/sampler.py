@@ -125,7 +125,7 @@ class Sampler:
         """Sample in one `lax.scan`.
 
         Args:
-            forward: the network, possibly edited; it must not be fixed at one step.
+            forward: the network, possibly patched; it must not be fixed at one step.
             params: its parameters.
             cond: conditions, a tree of arrays [B, ...] (labels int32[B] for class models).
             key: one key (`jax.random.key`), or keys [B] from `sample_keys`. Sample i depends on the

@@ -23,7 +23,7 @@ from effjax.quant import Quantizer, fake_quantize
 from effjax.quant.hadamard import Rotation
 from effjax.quant.tensor import prepare_inputs, prepare_weights
 from effjax.samplers import Sampler
-from effjax.sites import Wrapper, wrap
+from effjax.targets import Wrapper, wrap
 
 FLOAT = 16
 
@@ -73,7 +73,7 @@ class _Rounded(Wrapper):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rounding:
-    """Edit: round weights (by channel, asymmetric) and inputs (by token) of linear layers.
+    """Patch: round weights (by channel, asymmetric) and inputs (by token) of linear layers.
 
     Attributes:
         bits: int32[layers, 2], of weights and inputs; 16 leaves them as they are.
@@ -108,7 +108,7 @@ def rounded_samples(
 
     @jax.jit
     def sample(params: Params, bits: Array) -> Array:
-        rounded = forward.edit(Rounding(bits, preparations))
+        rounded = forward.patch(Rounding(bits, preparations))
         return sampler(rounded, params, cond, key, uncond=uncond)
 
     return lambda bits: sample(params, bits)

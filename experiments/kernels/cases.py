@@ -22,8 +22,8 @@ from pallas_kernels.decode_attention import (
     low_rank_decode_attention,
     quantized_decode_attention,
 )
-from pallas_kernels.input_codes import input_codes
 from pallas_kernels.packing import pack
+from pallas_kernels.quantize_inputs import quantize_inputs
 from pallas_kernels.quantized_attention import quantized_attention
 from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul
 from pallas_kernels.residual_attention import dense_and_sparse_attention
@@ -82,17 +82,17 @@ def _cache(tokens: int, width: int) -> tuple[Any, ...]:
 
 def _int4_cache(tokens: int, *, by_token: bool = False) -> tuple[Any, ...]:
     q, _, _, lengths = _cache(tokens, 128)
-    codes = _struct((8, tokens, 8, 64), jnp.uint8)
+    qvalues = _struct((8, tokens, 8, 64), jnp.uint8)
     of_values = _struct((8, tokens, 8, 1), _bf16)
     of_keys = of_values if by_token else _struct((8, tokens // 32, 8, 128), _bf16)
-    return q, codes, codes, lengths, *(of_keys, of_values) * 2
+    return q, qvalues, qvalues, lengths, *(of_keys, of_values) * 2
 
 
 _CAPACITIES = [128, 8192, 1024, 512, 256, 4096, 2048, 192] * 4
 _STARTS = [sum(_CAPACITIES[:head]) for head in range(32)]
 
 
-def _coded_rings(
+def _quantized_rings(
     q: Any, k: Any, v: Any, lengths: Any, k_scale: Any, v_scale: Any, k_offset: Any, v_offset: Any,
     **options: Any,
 ) -> jax.Array:  # fmt: skip
@@ -102,18 +102,18 @@ def _coded_rings(
 
 
 def int8_product(m: int, k: int, n: int) -> Case:
-    """Codes [m, k] times codes [k, n], with scales and zero points."""
+    """Quantized values [m, k] times quantized values [k, n], with scales and zero points."""
 
     def product(x: Any, w: Any, x_scale: Any, w_scale: Any, zero: Any, **options: Any) -> jax.Array:
         return int8_matmul(x, w, x_scale=x_scale, w_scale=w_scale, w_zero=zero, **options)
 
-    codes = _struct((m, k), jnp.int8), _struct((k, n), jnp.int8)
+    qvalues = _struct((m, k), jnp.int8), _struct((k, n), jnp.int8)
     scales = _struct((m, 1), jnp.float32), _struct((n,), jnp.float32), _struct((n,), jnp.int32)
-    return product, (*codes, *scales)
+    return product, (*qvalues, *scales)
 
 
 def packed_product(m: int, k: int, n: int, bits: int, group: int, dtype: Any) -> Case:
-    """Floats or codes [m, k] times packed weights [k, n] in groups, with zero points."""
+    """Floats or quantized values [m, k] times packed weights [k, n] in groups, with zero points."""
 
     def product(x: Any, planes: Any, scale: Any, zero: Any, x_scale: Any, **options: Any):
         quantizer = {"bits": bits, "group_size": group, "scale": scale, "zero": zero}
@@ -125,19 +125,23 @@ def packed_product(m: int, k: int, n: int, bits: int, group: int, dtype: Any) ->
     return product, (_struct((m, k), dtype), planes, scale, zero, x_scale)
 
 
-def _coded(shape: tuple[int, int, int], *, rotated: bool = False, modulated: bool = False) -> Case:
+def _quantized(
+    shape: tuple[int, int, int], *, rotated: bool = False, modulated: bool = False
+) -> Case:
     batch, _, width = shape
 
-    def coded(x: Any, mask: Any, modulation: Any, **options: Any) -> jax.Array:
+    def quantized(x: Any, smoothing_scale: Any, modulation: Any, **options: Any) -> jax.Array:
         if rotated:
             rotation = Rotation(width)
             options["signs"] = jnp.asarray(rotation.signs())
             options["factors"] = tuple(map(jnp.asarray, rotation.matrices()))
-        found = input_codes(x, mask=mask, modulation=modulation, **options)
-        return found.codes.astype(jnp.float32) * found.scale
+        found = quantize_inputs(
+            x, smoothing_scale=smoothing_scale, modulation=modulation, **options
+        )
+        return found.qvalues.astype(jnp.float32) * found.scale
 
     pair = (_struct((batch, width), _bf16),) * 2 if modulated else None
-    return coded, (_struct(shape, _bf16), _struct((width,), jnp.float32), pair)
+    return quantized, (_struct(shape, _bf16), _struct((width,), jnp.float32), pair)
 
 
 ATTENTION: dict[str, Case] = {
@@ -198,7 +202,7 @@ DECODE: dict[str, Case] = {
         ),
     ),
     "decode, int4 rings of each head": (
-        _coded_rings,
+        _quantized_rings,
         (
             _struct((8, 1, 32, 128), _bf16),
             *[_struct((8, sum(_CAPACITIES), 64), jnp.uint8)] * 2,
@@ -228,10 +232,12 @@ PRODUCTS: dict[str, Case] = {
 }
 
 CODES: dict[str, Case] = {
-    "codes, modulated, DiT-XL": _coded((2, 1024, 1152), modulated=True),
-    "codes, rotated, 1152 channels": _coded((1, 4096, 1152), rotated=True),
-    "codes, rotated, 4608 channels": _coded((1, 4096, 4608), rotated=True),
-    "codes, modulated and rotated, uneven": _coded((2, 300, 1152), rotated=True, modulated=True),
+    "quantized values, modulated, DiT-XL": _quantized((2, 1024, 1152), modulated=True),
+    "quantized values, rotated, 1152 channels": _quantized((1, 4096, 1152), rotated=True),
+    "quantized values, rotated, 4608 channels": _quantized((1, 4096, 4608), rotated=True),
+    "quantized values, modulated and rotated, uneven": _quantized(
+        (2, 300, 1152), rotated=True, modulated=True
+    ),
 }
 
 CASES = {**ATTENTION, **RESIDUAL, **QUANTIZED_ATTENTION, **DECODE, **PRODUCTS, **CODES}

@@ -289,21 +289,21 @@ def _w4a16(x: jax.Array, planes: Any, scale: jax.Array, **options: Any) -> jax.A
 
 
 def products(repeats: int, *, scale: int = 1) -> list[Row]:
-    """Products of many rows, by codes against bfloat16."""
+    """Products of many rows, by quantized values against bfloat16."""
     rows = []
     for m, k, n in ((4096, 1152, 4608), (4096, 4096, 14336)):
         m, n = m // scale, n // scale
         keys = jax.random.split(jax.random.key(0), 2)
         x, w = (jax.random.normal(key, shape) for key, shape in zip(keys, ((m, k), (k, n))))
         halves = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-        codes = [jnp.clip(jnp.round(each * 32), -127, 127).astype(jnp.int8) for each in (x, w)]
+        qvalues = [jnp.clip(jnp.round(each * 32), -127, 127).astype(jnp.int8) for each in (x, w)]
         scales = jnp.ones((m, 1)) / 32, jnp.ones(n) / 32
-        packed = pack(codes[1] >> 4, bits=4), jnp.ones((k // 128, n), jnp.bfloat16)
+        packed = pack(qvalues[1] >> 4, bits=4), jnp.ones((k // 128, n), jnp.bfloat16)
         programs = all_compiled(
             {
                 "bfloat16": (jnp.matmul, *halves),
-                "W8A8": (_w8a8, *codes, *scales),
-                "W8A8, by XLA": (partial(_w8a8, implementation="xla"), *codes, *scales),
+                "W8A8": (_w8a8, *qvalues, *scales),
+                "W8A8, by XLA": (partial(_w8a8, implementation="xla"), *qvalues, *scales),
                 "W4A16": (_w4a16, halves[0], *packed),
                 "W4A16, by XLA": (partial(_w4a16, implementation="xla"), halves[0], *packed),
             }

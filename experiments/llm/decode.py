@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from effjax.cost import state_bytes
 from effjax.forward import Forward, Params, abstract
-from effjax.generate import Session, cached, generate
+from effjax.generate import PrefixCache, cached, generate
 from effjax.methods import cskv, kivi, moa, streaming_llm
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.testing import random_params
@@ -46,12 +46,12 @@ def moa_plan() -> moa.MoAPlan:
     return moa.MoAPlan((alphas,), (betas,))
 
 
-def filled(forward: Forward, params: Params, length: int, new: int) -> Session:
-    """A session whose text has `length` tokens, keys and values of zeros."""
-    forward = cached(forward).with_room(length, new)
+def filled(forward: Forward, params: Params, length: int, new: int) -> PrefixCache:
+    """A prefix cache whose text has `length` tokens, keys and values of zeros."""
+    forward = cached(forward).with_cache_length(length, new)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     vocabulary = forward.config.vocab_size
-    return Session(
+    return PrefixCache(
         forward,
         forward.init(params, token, token),
         jnp.full((1,), length, jnp.int32),
@@ -84,12 +84,14 @@ def main(argv: list[str] | None = None) -> None:
         programs, held = {}, {}
         for name, transform in kinds.items():
             own, params = transform(forward, base)
-            session = filled(own, params, length, arguments.new)
-            held[name] = state_bytes(session.state)
+            prefix = filled(own, params, length, arguments.new)
+            held[name] = state_bytes(prefix.state)
 
-            def run(own: Forward = own, params: Params = params, session: Session = session) -> Any:
+            def run(
+                own: Forward = own, params: Params = params, prefix: PrefixCache = prefix
+            ) -> Any:
                 new = arguments.new
-                return generate(own, params, session=session, max_new_tokens=new).tokens
+                return generate(own, params, prefix=prefix, max_new_tokens=new).tokens
 
             programs[name] = run
         seconds = best_seconds(programs, arguments.repeats)

@@ -31,8 +31,8 @@ from effjax.buckets import POWERS, Buckets, bucket
 from effjax.bundled import WEIGHTS
 from effjax.cost import memory_of
 from effjax.forward import abstract
-from effjax.generate import decoding, generate, scoring, sessions
-from effjax.generate.sessions import LEAST
+from effjax.generate import decoding, generate, prefix_cache, scoring
+from effjax.generate.prefix_cache import LEAST
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.samplers import sampler
 from experiments import report
@@ -83,7 +83,7 @@ def read_texts(mode: str, own: range, longest: int, most_new: int) -> dict[str, 
         memory.append(resident())
     seconds = time.perf_counter() - began
     quarter = len(own) // 4
-    network = sessions._read_first._cache_size() + decoding._decode._cache_size()
+    network = prefix_cache._read_first._cache_size() + decoding._decode._cache_size()
     return {
         "tokens": made,
         "row": {
@@ -134,7 +134,7 @@ def _in_a_process(mode: str, own: range, longest: int, most_new: int) -> dict[st
 def images(most: int, steps: int, repeats: int) -> tuple[report.Rows, report.Rows]:
     """Programs of batches 1 ... most, and seconds of their warm calls, in turns."""
     pipe = effjax.pipeline(WEIGHTS / "dit_glyphs", compute_dtype="float32", progress=False)
-    options = {"num_steps": steps, "progress": False, "output_type": "np"}
+    options = {"num_inference_steps": steps, "progress": False, "output_type": "np"}
     programs, counts, made = Programs(), [], {}
 
     def run(mode: str, batch: int) -> Any:
@@ -193,8 +193,8 @@ def scores() -> report.Rows:
     for dtype in ("float32", "bfloat16"):
         config = LlamaConfig(
             vocab_size=words,
-            width=64,
-            hidden=64,
+            hidden_size=64,
+            intermediate_size=64,
             num_layers=1,
             num_heads=1,
             num_kv_heads=1,

@@ -215,7 +215,7 @@ LOWER = cskv.CSKVPlan(0.07, 0.13)  # 2 and 4: 0.094
 
 
 def four(plan: cskv.CSKVPlan) -> cskv.CSKVPlan:
-    """The plan with codes of 4 bits."""
+    """The plan with 4-bit values."""
     return dataclasses.replace(plan, bits=4)
 
 
@@ -228,7 +228,7 @@ def factor_cases(subject: Subject, steps: int, cache: Path | None) -> Cases:
     )
     start = weighted(subject, LOWER)
     trained = kept(cache, "lower", lambda: trained_from(subject, LOWER, start, steps))
-    # As many steps more with and without codes, for a fair comparison.
+    # As many steps more with and without quantized values, for a fair comparison.
     aware = kept(cache, "lower_aware", lambda: trained_from(subject, four(LOWER), trained, steps))
     longer = kept(cache, "lower_longer", lambda: trained_from(subject, LOWER, trained, steps))
     return {

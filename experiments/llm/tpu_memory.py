@@ -50,7 +50,7 @@ def decoding(
         num_layers=layers, max_positions=1 << 18, dtype="bfloat16", param_dtype="bfloat16"
     )
     forward, params = on_shapes(transforms, *abstract(Llama, config))
-    forward = cached(forward).with_room(tokens - 1, 1)
+    forward = cached(forward).with_cache_length(tokens - 1, 1)
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     state = jax.eval_shape(lambda p: forward.init(p, token, token), params)
 

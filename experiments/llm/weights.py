@@ -3,8 +3,9 @@
     python -m experiments.llm.weights
 
 The same questions and held-out passages for every recipe, as in `experiments.llm.retrieval`. AWQ
-and GPTQ see texts of the training part alone. A bit width counts the codes of attention and
-feed-forward layers; bytes are those of all weights, in float32 where they have no codes.
+and GPTQ see texts of the training part alone. A bit width counts the quantized values of attention
+and feed-forward layers; bytes are those of all weights, in float32 where they have no quantized
+values.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ AT_MOST = {"compressed": 0.95, "quantized": 1.1}
 def rows(quick: bool) -> Iterator[Row]:
     steps, images, repeats = (3, 2, 1) if quick else (20, demo.CHUNK, 5)
     pipe = effjax.pipeline(demo.MODEL, dtype="float32")
-    sampler = pipe.sampler(num_steps=steps, guidance_scale=demo.GUIDANCE)
+    sampler = pipe.sampler(num_inference_steps=steps, guidance_scale=demo.GUIDANCE)
     key = jax.random.key(0)
     pairs, _, _ = demo.compressed((pipe.forward, pipe.params), sampler, key)
     inputs = jnp.asarray(demo.labels_for(images)), sample_keys(key, images)

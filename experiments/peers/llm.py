@@ -101,7 +101,7 @@ def decoding(
     """The tokens that follow prompts which were read before, int[B, new]."""
     import torch
 
-    session = jax.block_until_ready(prefill(forward, params, tokens, new=new, buckets=None))
+    prefix = jax.block_until_ready(prefill(forward, params, tokens, new=new, buckets=None))
     ids = torch.tensor(tokens).long().to(theirs.device)
     with torch.inference_mode():
         read = theirs(ids, use_cache=True, logits_to_keep=1)
@@ -122,6 +122,6 @@ def decoding(
         return torch.cat(made, dim=1).cpu().numpy()
 
     def ours() -> Any:
-        return generate(forward, params, session=session, max_new_tokens=new).tokens
+        return generate(forward, params, prefix=prefix, max_new_tokens=new).tokens
 
     return {"effjax": ours, "transformers": other}

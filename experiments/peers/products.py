@@ -1,4 +1,4 @@
-"""Products of one row and of many with a layer's matrix, as bfloat16 and as codes.
+"""Products of one row and of many with a layer's matrix, as bfloat16 and as quantized values.
 
 One row of float32 runs at the pace of memory, and unpacking four bits at that of arithmetic. Slower
 yet were integer limbs of the row, products of groups in a batch, unrolled tiles, and loops of
@@ -26,10 +26,10 @@ def rows(quick: bool) -> Iterator[Row]:
     inputs, outputs, repeats = (128, 64, 1) if quick else (896, 4864, 30)
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.standard_normal((inputs, outputs), np.float32) / inputs**0.5)
-    coded = Activations(Quantizer(8))
+    quantized = Activations(Quantizer(8))
     matrices = {
         "bfloat16": w.astype(jnp.bfloat16),
-        "W8A8": quantize_matrix(w, Quantizer(8, symmetric=False), activations=coded),
+        "W8A8": quantize_matrix(w, Quantizer(8, symmetric=False), activations=quantized),
         "W4A16": quantize_matrix(w, Quantizer(4, symmetric=False), group_size=128, packed=True),
     }
     multiply = jax.jit(dot)

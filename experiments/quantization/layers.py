@@ -2,10 +2,10 @@
 
     python -m experiments.quantization.layers
 
-For every coded layer of the bundled tiny models, and of the same DiT with outlier channels planted
-in its modulations (its function is not changed, the next matrix takes them back): the largest
-channel over the median one, and the mean relative error of the layer's output at W4A8 on inputs
-from the middle of the trajectory, by recipe. Layers are grouped by their outliers.
+For every quantized layer of the bundled tiny models, and of the same DiT with outlier channels
+planted in its modulations (its function is not changed, the next matrix takes them back): the
+largest channel over the median one, and the mean relative error of the layer's output at W4A8 on
+inputs from the middle of the trajectory, by recipe. Layers are grouped by their outliers.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def planted(pair: Pair, *, channels: int = 4, factor: float = 30.0, seed: int = 
     forward, params = pair
     flat = flatten_params(params)
     rng = np.random.default_rng(seed)
-    blocks = [(site.path, type(site.module).__name__) for site in forward.sites(params)]
+    blocks = [
+        (target.path, type(target.module).__name__) for target in forward.target_modules(params)
+    ]
     for where in folds(blocks):
         if where.kind == "adaln":
-            scale = np.ones(forward.config.width, np.float32)
+            scale = np.ones(forward.config.hidden_size, np.float32)
             scale[rng.choice(scale.size, channels, replace=False)] = factor
             flat = fold(flat, where, jnp.asarray(scale))
             for reader in where.readers:
@@ -51,19 +53,19 @@ def planted(pair: Pair, *, channels: int = 4, factor: float = 30.0, seed: int = 
     return forward, nest_params(flat)
 
 
-def errors(x: jax.Array, w: jax.Array, largest: jax.Array) -> dict[str, float]:
+def errors(x: jax.Array, w: jax.Array, absmax: jax.Array) -> dict[str, float]:
     """Relative error of the output by recipe at W4A8."""
     token = Activations(Quantizer(8))
-    mask, rotation = vidit_q.balance(w, largest, ALPHA), Rotation(w.shape[0])
+    smoothing_scale, rotation = vidit_q.balance(w, absmax, ALPHA), Rotation(w.shape[0])
     prepared: Mapping[str, dict[str, Any]] = {
         "static tensor": {
             "activations": Activations(Quantizer(8, symmetric=False), dynamic=False),
-            "input_range": (-jnp.max(largest), jnp.max(largest)),
+            "input_range": (-jnp.max(absmax), jnp.max(absmax)),
         },
         "token": {"activations": token},
-        "scaling": {"activations": token, "mask": mask},
+        "scaling": {"activations": token, "smoothing_scale": smoothing_scale},
         "rotation": {"activations": token, "rotation": rotation},
-        "both": {"activations": token, "mask": mask, "rotation": rotation},
+        "both": {"activations": token, "smoothing_scale": smoothing_scale, "rotation": rotation},
     }
     exact = jnp.matmul(x, w)
     found = {}
@@ -75,7 +77,7 @@ def errors(x: jax.Array, w: jax.Array, largest: jax.Array) -> dict[str, float]:
 
 def rows(subject: Subject) -> list[dict[str, Any]]:
     """The layers of a subject, grouped by their outliers."""
-    largest = calibrated(subject, vidit_q.uniform(8))
+    absmax = calibrated(subject, vidit_q.uniform(8))
     sampler, (forward, params) = subject.sampler, subject.pair
     cond, uncond = subject.calibration
     uncond = sampler.unconditional(forward, cond, uncond)
@@ -96,7 +98,7 @@ def rows(subject: Subject) -> list[dict[str, Any]]:
     )(params)
     layers = []
     for path, x in seen.items():
-        channels = largest[path][0]
+        channels = absmax[path][0]
         ratio = float(jnp.max(channels) / jnp.median(channels))
         own = errors(x.reshape(-1, x.shape[-1]), flatten_params(params)[f"{path}.kernel"], channels)
         layers.append((ratio, own))

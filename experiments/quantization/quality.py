@@ -1,4 +1,4 @@
-"""What quantization costs in quality on the bundled tiny models: paired images, dense and coded.
+"""What quantization costs on the bundled tiny models: paired images, dense and quantized.
 
     python -m experiments.quantization.quality --cache DIR
 
@@ -63,15 +63,15 @@ def qwix_ptq(subject: Subject, weights: int, inputs: int) -> Pair:
     forward, params = subject.pair
     flat = flatten_params(params)
     quantizer = functools.partial(Quantizer, levels="n+1/2")
-    for site in forward.sites(params, Linear, round_to_nearest.LAYERS):
-        name = f"{site.path}.kernel"
-        coded = Activations(quantizer(inputs))
-        flat[name] = quantize_matrix(flat[name], quantizer(weights), activations=coded)
+    for target in forward.target_modules(params, Linear, round_to_nearest.LAYERS):
+        name = f"{target.path}.kernel"
+        quantized = Activations(quantizer(inputs))
+        flat[name] = quantize_matrix(flat[name], quantizer(weights), activations=quantized)
     return forward, nest_params(flat)
 
 
 def calibrated(subject: Subject, plan: vidit_q.ViDiTQPlan) -> dict[str, jax.Array]:
-    """Largest magnitudes of inputs on the subject's calibration batch."""
+    """Absolute maxima of inputs on the subject's calibration batch."""
     return vidit_q.calibrate(
         plan,
         *subject.pair,
@@ -209,7 +209,7 @@ def _run(name: str, arguments: argparse.Namespace) -> None:
             **tables,
         )
 
-    def coded(recipe: str, weights: int, inputs: int) -> Callable[[], Pair]:
+    def quantized(recipe: str, weights: int, inputs: int) -> Callable[[], Pair]:
         return lambda: RECIPES[recipe](subject, weights, inputs)
 
     many, some = arguments.paired, arguments.images
@@ -217,7 +217,7 @@ def _run(name: str, arguments: argparse.Namespace) -> None:
     for weights, inputs in BITS:
         for recipe in RECIPES:
             row = {"recipe": recipe, "bits": f"W{weights}A{inputs}"}
-            add("recipes", row, some, coded(recipe, weights, inputs))
+            add("recipes", row, some, quantized(recipe, weights, inputs))
     table = "searched_bits_at_equal_bytes_inputs_of_8_bits"
     measure = functools.cache(functools.partial(measured, subject))
     mixed = functools.cache(functools.partial(measured, subject, MIXDQ))
@@ -230,7 +230,7 @@ def _run(name: str, arguments: argparse.Namespace) -> None:
         add(table, row, some, functools.partial(searched, subject, mixed, float(bits), RATIOS))
     table = "W8A8_on_many_paired_images"
     add(table, {"recipe": "dense"}, many, lambda: subject.pair)
-    add(table, {"recipe": "ViDiT-Q W8A8"}, many, coded("ViDiT-Q", 8, 8))
+    add(table, {"recipe": "ViDiT-Q W8A8"}, many, quantized("ViDiT-Q", 8, 8))
 
 
 if __name__ == "__main__":

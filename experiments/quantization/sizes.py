@@ -3,7 +3,8 @@
     python -m experiments.quantization.sizes      (the last needs the `tpu` extra)
 
 PixArt-Sigma-XL/2 at 1024 pixels and DiT-XL/2 at 512; all linear layers of the blocks but
-modulations are coded, inputs too. Weights are shapes: nothing is allocated, nothing runs. T5-XXL,
+modulations are quantized, inputs too. Weights are shapes: nothing is allocated, nothing runs.
+    T5-XXL,
 PixArt's text encoder, is counted beside them.
 """
 
@@ -20,7 +21,7 @@ from effjax.cost import compiled_memory, weight_bytes
 from effjax.forward import Forward, Params, abstract
 from effjax.methods.quantization import vidit_q
 from effjax.models.dit import DiT, DiTConfig
-from effjax.models.pixart import Caption, PixArt, PixArtConfig
+from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.transform import on_shapes
 from experiments import report, tpu
@@ -31,7 +32,7 @@ BFLOAT16 = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
 
 
 def models(layers: int) -> dict[str, tuple[Forward, Params, tuple[PyTree, ...], int]]:
-    """Forward, shapes of parameters and of inputs, number of weights that are coded."""
+    """Forward, shapes of parameters and of inputs, number of weights that are quantized."""
     width, hidden = 1152, 4608
 
     def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -39,7 +40,7 @@ def models(layers: int) -> dict[str, tuple[Forward, Params, tuple[PyTree, ...], 
 
     pixart = abstract(PixArt, PixArtConfig(num_layers=layers, **BFLOAT16))
     dit = abstract(DiT, DiTConfig.preset("DiT-XL/2", sample_size=64, num_layers=layers, **BFLOAT16))
-    caption = Caption(shape(300, 4096), shape(300, dtype=bool))
+    caption = PromptEmbeddings(shape(300, 4096), shape(300, dtype=bool))
     time = shape(dtype=jnp.float32)
     mlp = 2 * width * hidden
     return {
@@ -60,17 +61,17 @@ def row(
     name: str, model: tuple[Forward, Params, tuple[PyTree, ...], int], bits: int, chip: str | None
 ) -> dict[str, Any]:
     """One model at one number of bits."""
-    forward, params, inputs, coded = model
+    forward, params, inputs, quantized = model
     whole = weight_bytes(params)
     if bits < vidit_q.FLOAT:
         plan = vidit_q.uniform(bits, 8, layers=LAYERS)
         forward, params = on_shapes([vidit_q.transform(plan)], forward, params)
-    counted = weight_bytes(params) - (whole - 2 * coded)
+    counted = weight_bytes(params) - (whole - 2 * quantized)
     figures: dict[str, Any] = {
         "model": name,
         "bits": "bfloat16" if bits == vidit_q.FLOAT else f"W{bits}A8",
-        "coded_layers_closed_form_GB": coded * bits / 8e9,
-        "coded_layers_counted_GB": counted / 1e9,
+        "quantized_layers_closed_form_GB": quantized * bits / 8e9,
+        "quantized_layers_counted_GB": counted / 1e9,
         "all_weights_GB": weight_bytes(params) / 1e9,
     }
     if chip is not None:

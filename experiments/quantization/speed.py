@@ -1,10 +1,10 @@
-"""Products of coded numbers against products of floats on this machine, in one run.
+"""Products of quantized numbers against products of floats on this machine, in one run.
 
     python -m experiments.quantization.speed      (the `torch` extra adds torch's int8 to a CPU)
 
 The linear layers of PixArt-Sigma-XL: [tokens, 1152] x [1152, 1152 or 4608] and back. The programs
-take turns. `prepared` masks and rotates the inputs as ViDiT-Q does; all coded programs take the
-scales of tokens at run time.
+take turns. `prepared` smooths and rotates the inputs as ViDiT-Q does; all quantized programs take
+the scales of tokens at run time.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def programs(tokens: int, inputs: int, outputs: int) -> dict[str, Callable[[], A
     x32 = rng.standard_normal((tokens, inputs), np.float32)
     w32 = rng.standard_normal((inputs, outputs), np.float32) / inputs**0.5
     x, w = jnp.asarray(x32), jnp.asarray(w32)
-    mask = jnp.exp(jnp.asarray(rng.standard_normal(inputs), jnp.float32) / 8)
-    coded = Activations(Quantizer(8))
+    smoothing_scale = jnp.exp(jnp.asarray(rng.standard_normal(inputs), jnp.float32) / 8)
+    quantized = Activations(Quantizer(8))
     leaves = {
-        "W8A8": quantize_matrix(w, Quantizer(8, symmetric=False), activations=coded),
-        "W4A8": quantize_matrix(w, Quantizer(4, symmetric=False), activations=coded),
+        "W8A8": quantize_matrix(w, Quantizer(8, symmetric=False), activations=quantized),
+        "W4A8": quantize_matrix(w, Quantizer(4, symmetric=False), activations=quantized),
         "W8A8, prepared": quantize_matrix(
             w,
             Quantizer(8, symmetric=False),
-            activations=coded,
-            mask=mask,
+            activations=quantized,
+            smoothing_scale=smoothing_scale,
             rotation=Rotation(inputs),
         ),
     }
@@ -64,7 +64,7 @@ def _torch(x: np.ndarray, w: np.ndarray) -> dict[str, Callable[[], Any]]:
     layer = torch.nn.Linear(*w.shape, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(w.T))
-    coded = torch.ao.quantization.quantize_dynamic(
+    quantized = torch.ao.quantization.quantize_dynamic(
         torch.nn.Sequential(layer), {torch.nn.Linear}, dtype=torch.qint8
     )
     given = torch.tensor(x)
@@ -76,7 +76,7 @@ def _torch(x: np.ndarray, w: np.ndarray) -> dict[str, Callable[[], Any]]:
 
         return call
 
-    return {"torch float32": run(layer), "torch int8": run(coded)}
+    return {"torch float32": run(layer), "torch int8": run(quantized)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         print(report.markdown(rows[-len(seconds) :]), flush=True)
     report.write(
         f"quantization_speed_{jax.default_backend()}",
-        title=f"Products of codes against products of floats ({jax.default_backend()})",
+        title=f"Products of quantized values against products of floats ({jax.default_backend()})",
         command=f"python -m experiments.quantization.speed --tokens {arguments.tokens} "
         f"--repeats {arguments.repeats}",
         products=rows,

@@ -78,7 +78,7 @@ def tiny_dit(*, steps: int) -> Subject:
     return Subject(
         "tiny DiT",
         (pipe.forward, pipe.params),
-        pipe.sampler(num_steps=steps, guidance_scale=demo.GUIDANCE),
+        pipe.sampler(num_inference_steps=steps, guidance_scale=demo.GUIDANCE),
         conditions,
         (jnp.asarray(demo.labels_for(8)) * 4 + 1, None),
         (jnp.asarray(demo.labels_for(16)) * 2 + 1, None),
@@ -105,7 +105,7 @@ def tiny_pixart(*, steps: int, path: Path = train_pixart.WEIGHTS) -> Subject:
     return Subject(
         "tiny PixArt",
         (pipe.forward, pipe.params),
-        pipe.sampler(num_steps=steps, guidance_scale=train_pixart.GUIDANCE),
+        pipe.sampler(num_inference_steps=steps, guidance_scale=train_pixart.GUIDANCE),
         lambda first, count: pipe.conditions(captions[first : first + count]),
         pipe.conditions(seen),
         pipe.conditions(more),

@@ -13,11 +13,11 @@ class Heads(NamedTuple):
     """Operands; a pytree.
 
     Attributes:
-        q: [B, H, S, D], float, or int8 codes.
-        k, v: [B, K, T, D] and [B, K, T, E]; v may be float8 or int8 codes while k is not.
+        q: [B, H, S, D], float, or int8 values.
+        k, v: [B, K, T, D] and [B, K, T, E]; v may be float8 or int8 values while k is not.
         segments: int32[B, S] and int32[B, T]; a query sees only keys of its own segment.
-        scales: float32[B, H, S] and float32[B, K, T], what the codes of a query and of a key count;
-            None for floats.
+        scales: float32[B, H, S] and float32[B, K, T], what the quantized values of a query and of a
+            key count; None for floats.
         by_row: int32[B, H, P], parameters of the mask's rule for every row and head; None for the
             rule's own.
     """
@@ -46,8 +46,8 @@ class Arithmetic(NamedTuple):
     Attributes:
         scale: factor on the logits q k^T.
         out: name of the output's dtype.
-        levels: largest code of a probability, 127 for int8; each block of keys is coded in units of
-            its largest probability. None leaves them float.
+        levels: largest quantized value of a probability, 127 for int8; each block of keys is
+            quantized in units of its largest probability. None leaves them float.
     """
 
     scale: float

@@ -72,11 +72,11 @@ def accumulate(
     if levels is None:
         weighted = product(weights.astype(values.dtype), values, ((1,), (0,)))
     else:
-        # Codes are in units of the block's largest weight: 2^(own - peak).
+        # Quantized values are in units of the block's largest weight: 2^(own - peak).
         grow = jnp.exp2(own - peak)
         total = grow * total
-        codes = weight_codes(weights, levels, values.dtype)
-        weighted = product(codes, values, ((1,), (0,)))
+        qvalues = weight_qvalues(weights, levels, values.dtype)
+        weighted = product(qvalues, values, ((1,), (0,)))
         weighted *= _across(grow * (1 / levels), weighted.shape[1])
     old = _across(shrink, weighted.shape[1]) * carry.weighted
     return Carry(peak, shrink * carry.total + total, old + weighted)
@@ -95,8 +95,8 @@ def _sums(x: Array, lanes: int) -> Array:
     return reduce(jnp.add, [x[:, first : first + lanes] for first in range(0, x.shape[1], lanes)])
 
 
-def weight_codes(weights: Array, levels: int, dtype: Any) -> Array:
-    """Weights 0 ... 1 as codes 0 ... levels of a dtype, halves rounded up in integers."""
+def weight_qvalues(weights: Array, levels: int, dtype: Any) -> Array:
+    """Weights 0 ... 1 as values 0 ... levels of a dtype, halves rounded up in integers."""
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.floor(weights * levels + 0.5).astype(jnp.int32).astype(dtype)
     return (weights * levels).astype(dtype)

@@ -8,7 +8,7 @@ from jax import Array
 
 from pallas_kernels.block_mask import BlockMask, dense_mask
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
-from pallas_kernels.block_sparse_attention.online_softmax import weight_codes
+from pallas_kernels.block_sparse_attention.online_softmax import weight_qvalues
 from pallas_kernels.tiling import pad_axis
 
 
@@ -34,16 +34,16 @@ def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[Arra
     finite = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
     weights = jnp.exp(logits - finite)
     if arithmetic.levels is not None:
-        weights = _coded(mask, weights, arithmetic.levels, heads.v.dtype)
+        weights = _quantized(mask, weights, arithmetic.levels, heads.v.dtype)
     out = jnp.einsum("bhst,bhte->bhse", weights, v, precision="highest")
     return out.astype(arithmetic.out), lse
 
 
-def _coded(mask: BlockMask, weights: Array, levels: int, dtype: jax.typing.DTypeLike) -> Array:
-    """Weights as codes of a dtype, in units of the largest weight of a query in a block of keys."""
+def _quantized(mask: BlockMask, weights: Array, levels: int, dtype: jax.typing.DTypeLike) -> Array:
+    """Quantized weights, in units of the largest weight of a query in a block of keys."""
     blocks = pad_axis(weights, 3, mask.block_k)
     blocks = blocks.reshape(*weights.shape[:3], -1, mask.block_k)
     largest = jnp.max(blocks, axis=-1, keepdims=True)
-    codes = weight_codes(blocks / jnp.where(largest > 0, largest, 1.0), levels, dtype)
-    coded = codes.astype(jnp.float32) * (largest / levels)
-    return coded.reshape(*weights.shape[:3], -1)[..., : weights.shape[-1]]
+    qvalues = weight_qvalues(blocks / jnp.where(largest > 0, largest, 1.0), levels, dtype)
+    quantized = qvalues.astype(jnp.float32) * (largest / levels)
+    return quantized.reshape(*weights.shape[:3], -1)[..., : weights.shape[-1]]

@@ -18,7 +18,7 @@ import numpy as np
 
 from pallas_kernels.block_mask import EVERYTHING, BlockMask, block_mask
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads, precision
-from pallas_kernels.block_sparse_attention.online_softmax import weight_codes
+from pallas_kernels.block_sparse_attention.online_softmax import weight_qvalues
 from pallas_kernels.block_sparse_attention.steps import (
     Group,
     Steps,
@@ -46,15 +46,19 @@ def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[jax.
     """Output [B, H, S, E] and log-sum-exp float32[B, H, S]."""
     tiles = (_SharedTiles if shares_lists(mask) else _Tiles)(mask, arithmetic.scale, heads)
     values = tiles.of_keys(heads.v)
-    coded = None
+    quantized = None
     if arithmetic.levels is not None:
-        coded = partial(_coded, mask, levels=arithmetic.levels, dtype=heads.v.dtype)
+        quantized = partial(_quantized, mask, levels=arithmetic.levels, dtype=heads.v.dtype)
 
     def step(which: Steps, group: Group) -> tuple[jax.Array, jax.Array]:
         own = tiles.keys(values, which, group)
-        if coded is not None:  # products of codes are exact in float32, and faster on a CPU
+        if (
+            quantized is not None
+        ):  # products of quantized values are exact in float32, and faster on a CPU
             own = own.astype(jnp.float32)
-        return attend(tiles.logits(which, group), own, arithmetic.out, cut=group.cut, coded=coded)
+        return attend(
+            tiles.logits(which, group), own, arithmetic.out, cut=group.cut, quantized=quantized
+        )
 
     out: Kind = (heads.v.shape[-1:], jnp.dtype(arithmetic.out), 0.0)
     made, lse = tiles.rows(step, (out, ((), jnp.float32, -jnp.inf)))
@@ -102,7 +106,7 @@ def attend(
     out: str,
     *,
     cut: bool = False,
-    coded: Callable[[jax.Array], jax.Array] | None = None,
+    quantized: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax of logits [..., rows, keys] times values [..., keys, E], and the log-sum-exp.
 
@@ -113,7 +117,7 @@ def attend(
         values: of these keys.
         out: name of the output's dtype.
         cut: whether a row may see nothing.
-        coded: makes codes of weights; None for weights in the values' dtype.
+        quantized: makes quantized values of weights; None for weights in the values' dtype.
     """
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     # Bounds, not selections: XLA fuses them with the products on a CPU. The peak itself counts 1.
@@ -122,7 +126,7 @@ def attend(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     lse = (peak + jnp.log(total))[..., 0]
     total = jnp.maximum(total, 1.0) if cut else total
-    weights = weights.astype(values.dtype) if coded is None else coded(weights)
+    weights = weights.astype(values.dtype) if quantized is None else quantized(weights)
     return (product(weights, values) / total).astype(out), lse
 
 
@@ -133,14 +137,14 @@ def hide(logits: jax.Array, seen: Any) -> jax.Array:
     return jnp.where(seen, logits, -jnp.inf)
 
 
-def _coded(
+def _quantized(
     mask: BlockMask, weights: jax.Array, *, levels: int, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """Weights [..., c * block_k] as codes, in units of a query's largest one in each block."""
+    """Weights [..., c * block_k] as values, in units of a query's largest one in each block."""
     blocks = weights.reshape(*weights.shape[:-1], -1, mask.block_k)
     largest = jnp.max(blocks, axis=-1, keepdims=True)
-    codes = weight_codes(blocks / jnp.where(largest > 0, largest, 1.0), levels, dtype)
-    return (codes.astype(jnp.float32) * (largest / levels)).reshape(weights.shape)
+    qvalues = weight_qvalues(blocks / jnp.where(largest > 0, largest, 1.0), levels, dtype)
+    return (qvalues.astype(jnp.float32) * (largest / levels)).reshape(weights.shape)
 
 
 def backward(
@@ -283,7 +287,7 @@ class _Tiles:
     def logits(self, which: Steps, group: Group) -> jax.Array:
         """float32[..., rows, c * block_k] of one step, -inf where nothing is seen."""
         q, k = self.own(self.q, which, group), self.keys(self.k, which, group)
-        if self.scales is not None:  # products of codes are exact in float32
+        if self.scales is not None:  # products of quantized values are exact in float32
             q, k = q.astype(jnp.float32), k.astype(jnp.float32)
         logits = scores(q, k)
         if self.scales is None:

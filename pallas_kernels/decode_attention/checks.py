@@ -68,11 +68,11 @@ def check_places(
     return starts, capacities
 
 
-def code_bits(codes: Array, name: str) -> int:
-    """Bits of a code, by the dtype of the array that holds them."""
-    bits = {"int8": 8, "uint8": 4}.get(str(codes.dtype))
+def qvalue_bits(qvalues: Array, name: str) -> int:
+    """Bits of a quantized value, by the dtype of the array that holds them."""
+    bits = {"int8": 8, "uint8": 4}.get(str(qvalues.dtype))
     if bits is None:
         raise ValueError(
-            f"{name} must be int8 codes, or uint8 with two 4-bit codes each; got {codes.dtype}"
+            f"{name} must be int8 values, or uint8 with two 4-bit values each; got {qvalues.dtype}"
         )
     return bits

@@ -11,7 +11,7 @@ function                      cache
 ============================  ====================================================================
 `decode_attention`            k [B, T, K, D], v [B, T, K, W]
 `flat_decode_attention`       k, v [B, N, D]: each head has its own stretch of slots on one axis
-`quantized_decode_attention`  int8 or packed int4 codes with scales and offsets
+`quantized_decode_attention`  int8 or packed int4 values with scales and offsets
 `low_rank_decode_attention`   features c [B, T, R] of the keys; k = rotary(c basis), tile by tile
 ============================  ====================================================================
 
@@ -42,7 +42,7 @@ from pallas_kernels.decode_attention.checks import (
     check_places,
     check_queries,
     check_shape,
-    code_bits,
+    qvalue_bits,
 )
 from pallas_kernels.decode_attention.gpu import gpu_refusal, pallas_gpu
 from pallas_kernels.decode_attention.reference import (
@@ -142,11 +142,11 @@ def flat_decode_attention(
 
     Args:
         q: float[B, 1, H, D]: one token, since slots of a ring have no order.
-        k, v: float[B, N, D] and [B, N, W] in q's dtype; with scales codes, as
+        k, v: float[B, N, D] and [B, N, W] in q's dtype; with scales quantized values, as
             `quantized_decode_attention` takes them.
         lengths: int32[B] or int32[B, K] valid slots, clipped to each head's capacity.
         head_start, head_capacity: K host integers each; heads may not overlap.
-        k_scale, v_scale, k_offset, v_offset: float[B, N, 1] of codes, for each slot.
+        k_scale, v_scale, k_offset, v_offset: float[B, N, 1] of quantized values, for each slot.
         scale, return_lse, tile, splits, implementation, interpret: as in `decode_attention`.
 
     Returns:
@@ -166,7 +166,7 @@ def flat_decode_attention(
         )
     (batch, _, _, width), scales = q.shape, (k_scale, k_offset, v_scale, v_offset)
     if k_scale is not None and v_scale is not None:
-        k_bits, v_bits = _code_bits(k, v, width)
+        k_bits, v_bits = _qvalue_bits(k, v, width)
         check_shape(k, "k", (batch, None, width * k_bits // 8))
         check_shape(v, "v", (*k.shape[:2], None))
         for name, x in zip(("k_scale", "k_offset", "v_scale", "v_offset"), scales):
@@ -183,7 +183,9 @@ def flat_decode_attention(
             dtype=q.dtype,
         )
     elif any(x is not None for x in scales):
-        raise ValueError("codes need both k_scale and v_scale, and offsets come with these")
+        raise ValueError(
+            "quantized values need both k_scale and v_scale, and offsets come with these"
+        )
     else:
         check_cache(q, k, "k", (batch, None, width))
         check_cache(q, v, "v", (*k.shape[:2], None))
@@ -235,10 +237,11 @@ def quantized_decode_attention(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Result:
-    """Attend to quantized keys and values: x = code * scale + offset, made tile by tile.
+    """Attend to quantized keys and values: x = qvalue * scale + offset, made tile by tile.
 
-    Codes are int8, or uint8 with two signed 4-bit codes of one head each (`pack_int4`: channels
-    0 ... D/2 - 1 in the low nibbles, the others in the high ones); keys and values may differ.
+    Quantized values are int8, or uint8 with two signed 4-bit values of one head each (`pack_int4`:
+    channels 0 ... D/2 - 1 in the low nibbles, the others in the high ones); keys and values may
+    differ.
 
     Args:
         q: float[B, S, H, D], 1 <= S <= 8.
@@ -260,7 +263,7 @@ def quantized_decode_attention(
     """
     check_queries(q)
     batch, _, _, width = q.shape
-    k_bits, v_bits = _code_bits(k, v, width)
+    k_bits, v_bits = _qvalue_bits(k, v, width)
     check_shape(k, "k", (batch, None, None, width * k_bits // 8))
     check_shape(v, "v", (*k.shape[:3], None))
     tokens, heads, value_width = k.shape[1], k.shape[2], v.shape[3] * 8 // v_bits
@@ -399,20 +402,20 @@ def low_rank_decode_attention(
     )
 
 
-def pack_int4(codes: Array) -> Array:
-    """Two signed 4-bit codes to a uint8: channel i in the low nibble, i + D / 2 in the high one.
+def pack_int4(qvalues: Array) -> Array:
+    """Two signed 4-bit values to a uint8: channel i in the low nibble, i + D / 2 in the high one.
 
     Args:
-        codes: int[..., D], -8 ... 7, D even.
+        qvalues: int[..., D], -8 ... 7, D even.
 
     Raises:
-        ValueError: for an odd last axis or codes that are no integers.
+        ValueError: for an odd last axis or quantized values that are no integers.
     """
-    if codes.shape[-1] % 2 or not jnp.issubdtype(codes.dtype, jnp.integer):
+    if qvalues.shape[-1] % 2 or not jnp.issubdtype(qvalues.dtype, jnp.integer):
         raise ValueError(
-            f"pack_int4 takes integers with an even last axis, got {codes.dtype}{codes.shape}"
+            f"pack_int4 takes integers with an even last axis, got {qvalues.dtype}{qvalues.shape}"
         )
-    low, high = jnp.split(codes.astype(jnp.int32) & 15, 2, axis=-1)
+    low, high = jnp.split(qvalues.astype(jnp.int32) & 15, 2, axis=-1)
     return (low | high << 4).astype(jnp.uint8)
 
 
@@ -469,11 +472,11 @@ def _along(*scales: Array | None) -> list[Array]:
     return [jnp.moveaxis(scale, 1, -1).astype(jnp.float32) for scale in scales if scale is not None]
 
 
-def _code_bits(k: Array, v: Array, width: int) -> tuple[int, int]:
-    """Bits of codes of keys and values."""
-    k_bits, v_bits = code_bits(k, "k"), code_bits(v, "v")
+def _qvalue_bits(k: Array, v: Array, width: int) -> tuple[int, int]:
+    """Bits of quantized values of keys and values."""
+    k_bits, v_bits = qvalue_bits(k, "k"), qvalue_bits(v, "v")
     if (width * k_bits) % 8:
-        raise ValueError(f"two 4-bit codes to the byte need an even head dim, got D = {width}")
+        raise ValueError(f"two 4-bit values to the byte need an even head dim, got D = {width}")
     return k_bits, v_bits
 
 

@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.decode_attention.checks import code_bits
-from pallas_kernels.decode_attention.tiles import code_planes
+from pallas_kernels.decode_attention.checks import qvalue_bits
+from pallas_kernels.decode_attention.tiles import qvalue_planes
 
 
-def dequantize(codes: Array, scale: Array, offset: Array | None = None) -> Array:
-    """float32[B, T, K, D] of codes [B, T, K, D] and scales [B, G, K, D or 1]."""
-    x = jnp.concatenate(code_planes(codes, code_bits(codes, "codes")), axis=-1)
+def dequantize(qvalues: Array, scale: Array, offset: Array | None = None) -> Array:
+    """float32[B, T, K, D] of quantized values [B, T, K, D] and scales [B, G, K, D or 1]."""
+    x = jnp.concatenate(qvalue_planes(qvalues, qvalue_bits(qvalues, "quantized values")), axis=-1)
     every = x.shape[1] // scale.shape[1]
     x = x * jnp.repeat(scale.astype(jnp.float32), every, axis=1)
     return x if offset is None else x + jnp.repeat(offset.astype(jnp.float32), every, axis=1)
 
 
-def flat_dequantize(codes: Array, scale: Array, offset: Array | None = None) -> Array:
-    """float32[B, N, D] of codes [B, N, D] and scales [B, N, 1]."""
+def flat_dequantize(qvalues: Array, scale: Array, offset: Array | None = None) -> Array:
+    """float32[B, N, D] of quantized values [B, N, D] and scales [B, N, 1]."""
     offset = None if offset is None else offset[:, :, None]
-    return dequantize(codes[:, :, None], scale[:, :, None], offset)[:, :, 0]
+    return dequantize(qvalues[:, :, None], scale[:, :, None], offset)[:, :, 0]
 
 
 def rebuild_keys(features: Array, basis: Array, positions: Array, frequencies: Array) -> Array:

@@ -186,7 +186,7 @@ def _plain_outputs(weights: Array, v: Array) -> tuple[Array, ...]:
 
 
 def quantized_keys(width: int, *, bits: int, every: int | None, offset: bool) -> Side:
-    """Codes [B, T, K, W], scales and perhaps offsets [B, T / every, K, W].
+    """Quantized values [B, T, K, W], scales and perhaps offsets [B, T / every, K, W].
 
     `every` is None for one scale over all tokens.
     """
@@ -198,7 +198,7 @@ def quantized_keys(width: int, *, bits: int, every: int | None, offset: bool) ->
 
 
 def token_quantized_keys(roles: tuple[str, ...], width: int, *, bits: int, offset: bool) -> Side:
-    """Codes [B, T, K, W] or [B, N, W], float32 scales and perhaps offsets with the tokens last."""
+    """Values [B, T, K, W] or [B, N, W], float32 scales and perhaps offsets with the tokens last."""
     planes = 8 // bits
     product = partial(_token_quantized_scores, bits=bits)
     return Side(_with_scales(roles, offset), product, (width // planes,) * planes)
@@ -207,7 +207,7 @@ def token_quantized_keys(roles: tuple[str, ...], width: int, *, bits: int, offse
 def quantized_values(
     roles: tuple[str, ...], width: int, *, bits: int, offset: bool, dtype: jnp.dtype
 ) -> Side:
-    """Codes [B, T, K, W] or [B, N, W], float32 scales (and offsets) with the tokens last.
+    """Values [B, T, K, W] or [B, N, W], float32 scales (and offsets) with the tokens last.
 
     Products run in `dtype`.
     """
@@ -221,43 +221,43 @@ def _with_scales(roles: tuple[str, ...], offset: bool) -> tuple[Part, ...]:
     return (Part(roles), *(Part(along),) * (1 + offset))
 
 
-def code_planes(codes: Array, bits: int) -> tuple[Array, ...]:
-    """Signed float32 codes: int8 as it is; of a uint8, the low and the high nibble."""
+def qvalue_planes(qvalues: Array, bits: int) -> tuple[Array, ...]:
+    """Signed float32 quantized values: int8 as it is; of a uint8, the low and the high nibble."""
     if bits == 8:
-        return (codes.astype(jnp.float32),)
-    wide = codes.astype(jnp.int32)
+        return (qvalues.astype(jnp.float32),)
+    wide = qvalues.astype(jnp.int32)
     nibbles = wide & 15, wide >> 4
     return tuple(((nibble ^ 8) - 8).astype(jnp.float32) for nibble in nibbles)
 
 
 def _quantized_scores(
     queries: tuple[Array, ...],
-    codes: Array,
+    qvalues: Array,
     scale: Array | tuple[Array, ...],
     offset: Array | tuple[Array, ...] | None = None,
     *,
     bits: int,
 ) -> Array:
     planes = len(queries)
-    scales = _spread(scale, codes.shape[0], planes)
-    offsets = [0.0] * planes if offset is None else _spread(offset, codes.shape[0], planes)
+    scales = _spread(scale, qvalues.shape[0], planes)
+    offsets = [0.0] * planes if offset is None else _spread(offset, qvalues.shape[0], planes)
     products = [
         dot(q, (plane * scale + offset).astype(q.dtype), (1, 1))
-        for q, plane, scale, offset in zip(queries, code_planes(codes, bits), scales, offsets)
+        for q, plane, scale, offset in zip(queries, qvalue_planes(qvalues, bits), scales, offsets)
     ]
     return sum(products[1:], start=products[0])
 
 
 def _token_quantized_scores(
     queries: tuple[Array, ...],
-    codes: Array,
+    qvalues: Array,
     scale: Array,
     offset: Array | None = None,
     *,
     bits: int,
 ) -> Array:
-    # As with values: a token's scale is a factor on its score, and the codes are exact.
-    planes = code_planes(codes, bits)
+    # As with values: a token's scale is a factor on its score, and the quantized values are exact.
+    planes = qvalue_planes(qvalues, bits)
     products = [dot(q, plane.astype(q.dtype), (1, 1)) for q, plane in zip(queries, planes)]
     scores = sum(products[1:], start=products[0]) * scale
     if offset is not None:
@@ -281,16 +281,17 @@ def _spread(scale: Array | tuple[Array, ...], tokens: int, planes: int) -> list[
 
 def _quantized_outputs(
     weights: Array,
-    codes: Array,
+    qvalues: Array,
     scale: Array,
     offset: Array | None = None,
     *,
     bits: int,
     dtype: jnp.dtype,
 ) -> tuple[Array, ...]:
-    # A token's scale is a factor on its weight: the codes themselves are exact in any dtype.
+    # A token's scale is a factor on its weight: the quantized values themselves are exact in any
+    # dtype.
     scaled = (weights * scale.astype(jnp.float32)).astype(dtype)
-    outputs = [dot(scaled, plane.astype(dtype), (1, 0)) for plane in code_planes(codes, bits)]
+    outputs = [dot(scaled, plane.astype(dtype), (1, 0)) for plane in qvalue_planes(qvalues, bits)]
     if offset is not None:
         constant = jnp.sum(weights * offset.astype(jnp.float32), axis=1, keepdims=True)
         outputs = [output + constant for output in outputs]

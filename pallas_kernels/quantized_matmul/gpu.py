@@ -1,7 +1,9 @@
 """Quantized products on GPUs (Triton): a program for each tile of M and N, a loop over K within.
 
-Packed words are read once for every code that they hold, by the row that holds it: the repeats come
-from the first-level cache, and each code then stands where the product wants it after one shift and
+Packed words are read once for every quantized value that they hold, by the row that holds it: the
+    repeats come
+from the first-level cache, and each quantized value then stands where the product wants it after
+one shift and
 mask. With few rows too few programs would ask for memory: K is then split over several, whose
 results in float32 are added afterwards. A product of very few rows has a kernel of its own, in
 `gpu_rows`; for very many of floats, and for float32, weights are unpacked once, and XLA multiplies.
@@ -36,25 +38,25 @@ _MANY_FLOATS = 512  # rows for which unpacking a whole matrix of bits pays
 _BOTH_MINOR = (((1,), (1,)), ((), ()))
 
 
-def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> jax.Array:
+def int8_matmul(floats: Any, qvalues: Any, *, out_dtype: Any, interpret: bool) -> jax.Array:
     """Tiles of int8 into an int32 accumulator; scales and zero points after the loop.
 
     With many rows w is transposed first: tensor cores multiply integers at their full rate where
     both operands have K as their minor axis.
     """
-    (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
-    m, n = x_codes.shape[0], w_codes.shape[1]
+    (x_scale, w_scale), (x_qvalues, w_qvalues, w_zero, sums) = floats, qvalues
+    m, n = x_qvalues.shape[0], w_qvalues.shape[1]
     turned = m >= _MANY
     rows, columns, inner = tile = _TURNED if turned else (*_tiles(m, n), _INNER)
-    x_codes, w_codes = pad_axis(x_codes, 1, inner), pad_axis(w_codes, 0, inner)
-    x_codes, x_scale, sums = _padded((x_codes, x_scale, sums), 0, rows)
-    w_codes, w_scale, w_zero = _padded((w_codes, w_scale, w_zero), 1, columns)
+    x_qvalues, w_qvalues = pad_axis(x_qvalues, 1, inner), pad_axis(w_qvalues, 0, inner)
+    x_qvalues, x_scale, sums = _padded((x_qvalues, x_scale, sums), 0, rows)
+    w_qvalues, w_scale, w_zero = _padded((w_qvalues, w_scale, w_zero), 1, columns)
     out = _call(
         partial(_int8_kernel, tile=tile, turned=turned),
         "int8_matmul",
-        (x_codes, w_codes.T if turned else w_codes, x_scale, w_scale, sums, w_zero),
-        (rows, columns, x_codes.shape[1]),
-        shape=(x_codes.shape[0], w_codes.shape[1]),
+        (x_qvalues, w_qvalues.T if turned else w_qvalues, x_scale, w_scale, sums, w_zero),
+        (rows, columns, x_qvalues.shape[1]),
+        shape=(x_qvalues.shape[0], w_qvalues.shape[1]),
         out_dtype=out_dtype,
         interpret=interpret,
     )
@@ -62,18 +64,20 @@ def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> 
 
 
 def packed_matmul(
-    floats: Any, codes: Any, *, bits: int, out_dtype: Any, interpret: bool
+    floats: Any, qvalues: Any, *, bits: int, out_dtype: Any, interpret: bool
 ) -> jax.Array:
     """Tiles of words, unpacked in registers, into a float32 accumulator."""
-    (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
-    x = x_codes if x is None else x
+    (x, x_scale, scale), (x_qvalues, planes, zero) = floats, qvalues
+    x = x_qvalues if x is None else x
     m, n = x.shape[0], scale.shape[1]
     if m <= gpu_rows.FEW:
         return gpu_rows.packed_matmul(
-            floats, codes, bits=bits, out_dtype=out_dtype, interpret=interpret
+            floats, qvalues, bits=bits, out_dtype=out_dtype, interpret=interpret
         )
     x, scale, zero = whole_groups(x, planes, scale, zero, bits=bits)
-    many = m >= _MANY_FLOATS and x.dtype != jnp.int8  # products of codes stay integer ones
+    many = (
+        m >= _MANY_FLOATS and x.dtype != jnp.int8
+    )  # products of quantized values stay integer ones
     if many or x.dtype == jnp.float32:  # which tensor cores do not multiply
         return _by_floats(x, planes, scale, zero, bits=bits).astype(out_dtype)
     rows, columns = _tiles(m, n)
@@ -108,12 +112,12 @@ def packed_matmul(
 def _by_floats(
     x: jax.Array, planes: Any, scale: jax.Array, zero: jax.Array | None, *, bits: int
 ) -> jax.Array:
-    """What every code stands for, rounded to x's dtype, and one product of XLA's."""
-    codes = unpack_tile(as_words(planes), bits).astype(jnp.float32)
-    codes = codes.reshape(scale.shape[0], -1, scale.shape[1])
+    """What every quantized value stands for, rounded to x's dtype, and one product of XLA's."""
+    qvalues = unpack_tile(as_words(planes), bits).astype(jnp.float32)
+    qvalues = qvalues.reshape(scale.shape[0], -1, scale.shape[1])
     if zero is not None:
-        codes += zero[:, None].astype(jnp.float32)
-    weights = (codes * scale[:, None].astype(jnp.float32)).astype(x.dtype)
+        qvalues += zero[:, None].astype(jnp.float32)
+    weights = (qvalues * scale[:, None].astype(jnp.float32)).astype(x.dtype)
     return dot(x, weights.reshape(x.shape[1], -1))
 
 
@@ -146,8 +150,8 @@ def _packed_kernel(x, words, scale, zero, x_scale, out, *, bits, tile, steps, st
         index += split * steps
         group = pl.ds(index // steps_per_group, 1)
         x_part = x[here[0], pl.ds(index * inner, inner)]
-        codes = _unpack(words, bits, index * inner + jnp.arange(inner), here[1])
-        product = dot(x_part, codes.astype(x.dtype))
+        qvalues = _unpack(words, bits, index * inner + jnp.arange(inner), here[1])
+        product = dot(x_part, qvalues.astype(x.dtype))
         if zero is not None:
             sums = jnp.sum(x_part.astype(jnp.float32), axis=1, keepdims=True)
             product += sums * zero[group, here[1]].astype(jnp.float32)
@@ -160,10 +164,10 @@ def _packed_kernel(x, words, scale, zero, x_scale, out, *, bits, tile, steps, st
 
 
 def _unpack(words: Any, bits: int, row: jax.Array, columns: Any) -> jax.Array:
-    """Codes [rows, columns] out of the planes' words, wherever the rows stand in their blocks."""
+    """Values [rows, columns] out of the planes' words, wherever the rows stand in their blocks."""
     if bits == 8:
         return words[0][row, columns]
-    codes, low = jnp.zeros((), jnp.int32), 0
+    qvalues, low = jnp.zeros((), jnp.int32), 0
     for plane, width in zip(words, plane_widths(bits)):
         slots = 32 // width
         block = row >> (8 * slots).bit_length() - 1  # powers of two throughout
@@ -173,9 +177,9 @@ def _unpack(words: Any, bits: int, row: jax.Array, columns: Any) -> jax.Array:
             field = (word << (32 - width - shift)) >> (32 - width)
         else:
             field = (word >> shift) & (2**width - 1)
-        codes = codes | (field << low)
+        qvalues = qvalues | (field << low)
         low += width
-    return codes
+    return qvalues
 
 
 def _call(kernel, name, operands, tile, *, shape, out_dtype, interpret):
@@ -213,7 +217,8 @@ def _tiles(m: int, n: int) -> tuple[int, int]:
 def _inner(rows: int, columns: int, group_size: int, planes: Any, dtype: Any) -> int:
     """Rows of K in a step, of one group, whose operands fit shared memory.
 
-    A stage holds x, and of every plane a word for each code; the codes as x's dtype come once.
+    A stage holds x, and of every plane a word for each quantized value; the quantized values as x's
+    dtype come once.
     """
     inner, words = min(_INNER, group_size), planes[0].dtype.itemsize
     of_x, of_words = dtype.itemsize * rows, words * len(planes) * columns

@@ -1,9 +1,11 @@
 """Products of few rows with packed weights on GPUs (Triton), as fast as the weights arrive.
 
 A program takes some columns and a part of K, in steps of whole blocks: every word is loaded once.
-The eight codes that stand in the same bits of a block's eight words are eight consecutive rows of
+The eight quantized values that stand in the same bits of a block's eight words are eight
+consecutive rows of
 K, so x is read in its own order. Sums stay apart for each of the eight until the end: until then
-nothing passes between threads. Codes become float32 by standing in a mantissa: with the exponent of
+nothing passes between threads. Quantized values become float32 by standing in a mantissa: with the
+    exponent of
 2^23 above it, a field u at bit p is the number 2^23 + 2^p u, exactly; x is divided by 2^p. Products
 and sums are float32's whatever x is.
 """
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.packing import as_words, codes_per_row, packed_rows, plane_widths
+from pallas_kernels.packing import as_words, packed_rows, plane_widths, values_per_row
 from pallas_kernels.quantized_matmul.xla import whole_groups
 from pallas_kernels.tiling import pad_axis
 
@@ -26,18 +28,18 @@ FEW = 4  # rows up to which this is faster than tensor cores
 _SPAN, _SPANS = 128, 2  # columns that the threads stand side by side in, and how often in a program
 _WARPS = 8
 _PROGRAMS = 1056  # eight for each multiprocessor of a large GPU
-_AHEAD = True  # words are loaded a step before they are used; int8 codes would fill all registers
+_AHEAD = True  # words are loaded a step before they are used; int8 values would fill all registers
 _LEAST = 4  # steps that a program takes at least
 _MANTISSA = 23
 _EXPONENT = 127 + _MANTISSA << _MANTISSA
 
 
 def packed_matmul(
-    floats: Any, codes: Any, *, bits: int, out_dtype: Any, interpret: bool
+    floats: Any, qvalues: Any, *, bits: int, out_dtype: Any, interpret: bool
 ) -> jax.Array:
     """One program for each tile of columns and part of K; their sums in float32 are added."""
-    (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
-    x = x_codes if x is None else x
+    (x, x_scale, scale), (x_qvalues, planes, zero) = floats, qvalues
+    x = x_qvalues if x is None else x
     m, n = x.shape[0], scale.shape[1]
     span, spans = _columns(m, n, bits)
     columns = span * spans
@@ -84,7 +86,7 @@ def _columns(m: int, n: int, bits: int) -> tuple[int, int]:
 
 def _kernel(x, words, scale, zero, out, *, bits, spans, inner, each, interpret):
     fused, merged = _PLAINLY if interpret else _IN_ONE
-    (m, k), counts = x.shape, codes_per_row(bits)
+    (m, k), counts = x.shape, values_per_row(bits)
     group_size = k // scale.shape[0]
     share = min(group_size, inner)  # rows of a step in the same group
     span, split = spans[0], pl.program_id(1)
@@ -116,8 +118,8 @@ def _kernel(x, words, scale, zero, out, *, bits, spans, inner, each, interpret):
                     if zero is not None:
                         inputs[row] += own
                     own *= 2.0 ** -found[0][1]
-                    for number, (code, _) in enumerate(found):
-                        sums[row][number] = fused(own, code, sums[row][number])
+                    for number, (qvalue, _) in enumerate(found):
+                        sums[row][number] = fused(own, qvalue, sums[row][number])
             # Eight times the same row: each thread reads what it multiplies by.
             group = jnp.full((8,), (index * inner + first) // group_size)
             for number, here in enumerate(columns):
@@ -148,7 +150,7 @@ def _tiles(words, counts, index, inner, columns):
 
 
 def _signs(tiles, bits):
-    """The words with sign bits turned over: codes plus half of their range."""
+    """The words with sign bits turned over: quantized values plus half of their range."""
     if bits == 8:
         return tiles
     width = plane_widths(bits)[-1]
@@ -158,10 +160,10 @@ def _signs(tiles, bits):
 
 
 def _code(tiles, places, bits, exponent, merged) -> tuple[jax.Array, int]:
-    """Codes as float32, times a power of two: the tiles and slots of each plane that hold them."""
+    """Values as float32, times a power of two: the tiles and slots of each plane that hold them."""
     if bits == 8:
-        code = tiles[0][places[0][0]].astype(jnp.int32) + (exponent + 2 ** (_MANTISSA - 1))
-        number = jax.lax.bitcast_convert_type(code, jnp.float32)
+        qvalue = tiles[0][places[0][0]].astype(jnp.int32) + (exponent + 2 ** (_MANTISSA - 1))
+        number = jax.lax.bitcast_convert_type(qvalue, jnp.float32)
         return number - 1.5 * 2**_MANTISSA, 0
     place, field, low = 0, exponent, 0
     for own, (block, slot), width in zip(tiles, places, plane_widths(bits), strict=True):

@@ -4,13 +4,15 @@
     packed_matmul   y = sum_g s_gn (sum_{k in g} x_k (q_kn + z_gn))  x float, or int8 times s_x
 
 M rows (tokens; any leading axes), K inputs, N outputs, G inputs in a group. One convention holds
-for all weights: W = s (q + z), with signed codes q and an integer z, absent where the quantizer is
-symmetric. Unsigned codes u with W = s (u - z) are q = u - 2^(b-1) with zero point 2^(b-1) - z.
+for all weights: W = s (q + z), with signed values q and an integer z, absent where the quantizer is
+symmetric. Unsigned values u with W = s (u - z) are q = u - 2^(b-1) with zero point 2^(b-1) - z.
 
 The zero point never touches a weight: it comes in as z sum_k x_k, and group scales multiply the
-groups' products. Codes reach the products as they are, exact in int8 and in bfloat16. But for one
+groups' products. Quantized values reach the products as they are, exact in int8 and in bfloat16.
+But for one
 case: on a GPU, float32 x of more than a few rows and other floats of 512 rows and more meet what
-codes stand for, a whole matrix of W in x's dtype, as tensor cores gain nothing from unpacking.
+quantized values stand for, a whole matrix of W in x's dtype, as tensor cores gain nothing from
+unpacking.
 
 Platforms: `reference` and `xla` everywhere, `pallas_tpu`, `pallas_gpu`. Kernels want N in whole
 tiles: a TPU kernel reads uneven edges in place, the GPU's pads a copy of the weights.
@@ -38,7 +40,7 @@ def quantize_per_token(
 ) -> tuple[jax.Array, jax.Array]:
     """Quantize each row of activations by its own largest value, symmetrically.
 
-    n = 2^(bits-1) - 1, scale = max(absmax, floor) / n, codes = clip(round(x / scale), -n - 1, n),
+    n = 2^(bits-1) - 1, scale = max(absmax, floor) / n, qvalues = clip(round(x / scale), -n - 1, n),
     rounding half to even.
 
     Args:
@@ -47,7 +49,7 @@ def quantize_per_token(
         floor: smallest absmax, so that a row of zeros has a scale.
 
     Returns:
-        Codes int8[..., K] and scales float32[..., 1].
+        Quantized values int8[..., K] and scales float32[..., 1].
 
     Raises:
         ValueError: for bits outside of 2 ... 8.
@@ -59,13 +61,13 @@ def quantize_per_token(
     most = 2 ** (bits - 1) - 1
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), floor) / most
-    codes = jnp.clip(jnp.round(x / scale), -most - 1, most)
-    return codes.astype(jnp.int8), scale
+    qvalues = jnp.clip(jnp.round(x / scale), -most - 1, most)
+    return qvalues.astype(jnp.int8), scale
 
 
 def int8_matmul(
-    x_codes: jax.Array,
-    w_codes: jax.Array,
+    x_qvalues: jax.Array,
+    w_qvalues: jax.Array,
     *,
     x_scale: jax.Array,
     w_scale: jax.Array,
@@ -78,40 +80,41 @@ def int8_matmul(
     """W8A8: integer products summed in int32, then scaled in float32.
 
     Args:
-        x_codes: int8[..., K].
-        w_codes: int8[K, N].
+        x_qvalues: int8[..., K].
+        w_qvalues: int8[K, N].
         x_scale: float32[..., 1], one for each row.
         w_scale: float32[N] or [1, N], one for each output.
         w_zero: integers [N] or [1, N] of asymmetric weights W = w_scale (q + w_zero); None for
             symmetric ones. 127 K |w_zero| must stay below 2^31.
-        x_sums: int32[..., 1], sums of the rows' codes, which `w_zero` needs; None computes them.
+        x_sums: int32[..., 1], sums of the rows' quantized values, which `w_zero` needs; None
+            computes them.
         out_dtype: float32 or bfloat16.
         implementation, interpret: as in `dispatch`.
 
     Returns:
-        out_dtype[..., N], differentiable in the scales; the codes are constants.
+        out_dtype[..., N], differentiable in the scales; the quantized values are constants.
 
     Raises:
         ValueError: for shapes that disagree, unsupported dtypes, or K beyond 2^17 (int32 sums).
     """
     name = "int8_matmul"
-    _check_dtype(name, "x_codes", x_codes, jnp.int8)
-    _check_dtype(name, "w_codes", w_codes, jnp.int8)
+    _check_dtype(name, "x_qvalues", x_qvalues, jnp.int8)
+    _check_dtype(name, "w_qvalues", w_qvalues, jnp.int8)
     _check_dtype(name, "x_scale", x_scale, jnp.float32)
     _check_dtype(name, "w_scale", w_scale, jnp.float32)
     out_dtype = _check_out(name, out_dtype)
-    _check_matrix(name, "w_codes", w_codes)
-    rows, columns = w_codes.shape
-    _check_rows(name, x_codes, rows)
-    _check_shape(name, "x_scale", x_scale, (*x_codes.shape[:-1], 1))
+    _check_matrix(name, "w_qvalues", w_qvalues)
+    rows, columns = w_qvalues.shape
+    _check_rows(name, x_qvalues, rows)
+    _check_shape(name, "x_scale", x_scale, (*x_qvalues.shape[:-1], 1))
     w_scale = _row(name, "w_scale", w_scale, columns)
     if w_zero is not None:
         _check_integers(name, "w_zero", w_zero)
         w_zero = _row(name, "w_zero", w_zero, columns).astype(jnp.int32)
         if x_sums is None:
-            x_sums = jnp.sum(x_codes, axis=-1, keepdims=True, dtype=jnp.int32)
+            x_sums = jnp.sum(x_qvalues, axis=-1, keepdims=True, dtype=jnp.int32)
         _check_dtype(name, "x_sums", x_sums, jnp.int32)
-        _check_shape(name, "x_sums", x_sums, (*x_codes.shape[:-1], 1))
+        _check_shape(name, "x_sums", x_sums, (*x_qvalues.shape[:-1], 1))
         x_sums = x_sums.reshape(-1, 1)
     if rows > 2**17:
         raise ValueError(
@@ -129,16 +132,16 @@ def int8_matmul(
         implementation,
         {key: partial(program, out_dtype=out_dtype) for key, program in programs.items()},
         (x_scale.reshape(-1, 1), w_scale),
-        (x_codes.reshape(-1, rows), w_codes, w_zero, None if w_zero is None else x_sums),
-        size=x_codes.size * columns,
+        (x_qvalues.reshape(-1, rows), w_qvalues, w_zero, None if w_zero is None else x_sums),
+        size=x_qvalues.size * columns,
         interpret=interpret,
     )
-    return out.reshape(*x_codes.shape[:-1], columns)
+    return out.reshape(*x_qvalues.shape[:-1], columns)
 
 
 def dynamic_int8_matmul(
     x: jax.Array,
-    w_codes: jax.Array,
+    w_qvalues: jax.Array,
     *,
     w_scale: jax.Array,
     w_zero: jax.Array | None = None,
@@ -152,10 +155,10 @@ def dynamic_int8_matmul(
     The result has `out_dtype`, x's own if None. Rounding has no useful gradient: what reaches x
     comes through its scale alone.
     """
-    codes, scale = quantize_per_token(x, bits=x_bits)
+    qvalues, scale = quantize_per_token(x, bits=x_bits)
     return int8_matmul(
-        codes,
-        w_codes,
+        qvalues,
+        w_qvalues,
         x_scale=scale,
         w_scale=w_scale,
         w_zero=w_zero,
@@ -181,9 +184,9 @@ def packed_matmul(
     """Product with packed weights, unpacked tile by tile on their way into it (all at once: above).
 
     Args:
-        x: float32 or bfloat16[..., K] (weight-only: W4A16, W3A16), or int8[..., K] codes (W4A8):
-            then every group's product is an integer one.
-        planes: `packing.pack(codes, bits)` of int8 codes [K, N].
+        x: float32 or bfloat16[..., K] (weight-only: W4A16, W3A16), or int8[..., K] quantized values
+            (W4A8): then every group's product is an integer one.
+        planes: `packing.pack(qvalues, bits)` of int8 values [K, N].
         bits: 2 ... 8.
         scale: float32 or bfloat16[K / G, N], one for each group and output.
         zero: integers [K / G, N] of asymmetric weights W = scale (q + zero), None for symmetric.
@@ -208,7 +211,7 @@ def packed_matmul(
     _check_rows(name, x, rows)
     if packed_rows(rows, bits) != packed:
         raise ValueError(
-            f"{name}: x has K = {rows}, whose codes of {bits} bits fill "
+            f"{name}: x has K = {rows}, whose quantized values of {bits} bits fill "
             f"{packed_rows(rows, bits)} packed rows; the planes hold {packed}"
         )
     group_size = rows if group_size is None else group_size
@@ -253,7 +256,7 @@ def _run(
     implementation: Implementation | None,
     programs: Mapping[str, Callable[..., jax.Array]],
     floats: tuple,
-    codes: tuple,
+    qvalues: tuple,
     *,
     size: int,
     interpret: bool,
@@ -262,25 +265,25 @@ def _run(
     empty = "a product without rows or columns has nothing to run; use 'xla'" if not size else None
 
     @jax.custom_vjp
-    def run(floats: tuple, codes: tuple) -> jax.Array:
+    def run(floats: tuple, qvalues: tuple) -> jax.Array:
         return dispatch(
             name,
             implementation,
             programs,
-            *(floats, codes),
+            *(floats, qvalues),
             refusal=lambda kernel: empty,
             interpret=interpret,
         )
 
-    def forward(floats: tuple, codes: tuple) -> tuple[jax.Array, tuple]:
-        return run(floats, codes), (floats, codes)
+    def forward(floats: tuple, qvalues: tuple) -> tuple[jax.Array, tuple]:
+        return run(floats, qvalues), (floats, qvalues)
 
     def backward(saved: tuple, gradient: jax.Array) -> tuple:
-        floats, codes = saved
-        return *jax.vjp(lambda floats: programs["xla"](floats, codes), floats)[1](gradient), None
+        floats, qvalues = saved
+        return *jax.vjp(lambda floats: programs["xla"](floats, qvalues), floats)[1](gradient), None
 
     run.defvjp(forward, backward)
-    return run(floats, codes)
+    return run(floats, qvalues)
 
 
 def _check_dtype(name: str, what: str, array: jax.Array, *allowed: Any) -> None:

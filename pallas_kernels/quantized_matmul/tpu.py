@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.packing import as_words, codes_per_row
+from pallas_kernels.packing import as_words, values_per_row
 from pallas_kernels.quantized_matmul.xla import tile_product, tile_rows, whole_groups
 from pallas_kernels.tiling import pad_axis
 
@@ -29,19 +29,19 @@ _UNROLLED = 64  # rows up to which a loop over tiles is short enough to be writt
 _SEMANTICS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> jax.Array:
+def int8_matmul(floats: Any, qvalues: Any, *, out_dtype: Any, interpret: bool) -> jax.Array:
     """Tiles of int8 into an int32 accumulator; scales and zero points after the last one."""
-    (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
-    m, n = x_codes.shape[0], w_codes.shape[1]
-    x_codes, w_codes = pad_axis(x_codes, 1, 128), pad_axis(w_codes, 0, 128)
-    k = x_codes.shape[1]
-    x_codes, x_scale, sums = _whole_rows((x_codes, x_scale, sums), m)
-    rows, columns = _tile(x_codes.shape[0], _ROWS), _tile(n, _COLUMNS)
+    (x_scale, w_scale), (x_qvalues, w_qvalues, w_zero, sums) = floats, qvalues
+    m, n = x_qvalues.shape[0], w_qvalues.shape[1]
+    x_qvalues, w_qvalues = pad_axis(x_qvalues, 1, 128), pad_axis(w_qvalues, 0, 128)
+    k = x_qvalues.shape[1]
+    x_qvalues, x_scale, sums = _whole_rows((x_qvalues, x_scale, sums), m)
+    rows, columns = _tile(x_qvalues.shape[0], _ROWS), _tile(n, _COLUMNS)
     inner = max(size for size in range(128, _INNER + 1, 128) if k % size == 0)
-    grid = pl.cdiv(x_codes.shape[0], rows), pl.cdiv(n, columns), k // inner
+    grid = pl.cdiv(x_qvalues.shape[0], rows), pl.cdiv(n, columns), k // inner
     by_row = pl.BlockSpec((rows, 1), lambda i, j, step: (i, 0))
     by_column = pl.BlockSpec((1, columns), lambda i, j, step: (0, j))
-    operands = x_codes, w_codes, x_scale, w_scale, sums, w_zero
+    operands = x_qvalues, w_qvalues, x_scale, w_scale, sums, w_zero
     specs = (
         pl.BlockSpec((rows, inner), lambda i, j, step: (i, step)),
         pl.BlockSpec((inner, columns), lambda i, j, step: (step, j)),
@@ -57,18 +57,18 @@ def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any, interpret: bool) -> 
         grid,
         (rows, columns, inner),
         accumulator=jnp.int32,
-        shape=(x_codes.shape[0], n),
+        shape=(x_qvalues.shape[0], n),
         out_dtype=out_dtype,
         interpret=interpret,
     )[:m]
 
 
 def packed_matmul(
-    floats: Any, codes: Any, *, bits: int, out_dtype: Any, interpret: bool
+    floats: Any, qvalues: Any, *, bits: int, out_dtype: Any, interpret: bool
 ) -> jax.Array:
     """Tiles of words, unpacked in VMEM, into a float32 accumulator."""
-    (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
-    x = x_codes if x is None else x
+    (x, x_scale, scale), (x_qvalues, planes, zero) = floats, qvalues
+    x = x_qvalues if x is None else x
     m, n = x.shape[0], scale.shape[1]
     x, scale, zero = whole_groups(x, planes, scale, zero, bits=bits)
     k, groups = x.shape[1], scale.shape[0]
@@ -89,7 +89,7 @@ def packed_matmul(
         pl.BlockSpec((rows, inner), lambda i, j, step: (i, step)),
         tuple(
             pl.BlockSpec((inner // count, columns), lambda i, j, step: (step, j))
-            for count in codes_per_row(bits)
+            for count in values_per_row(bits)
         ),
         by_group,
         by_group if zero is not None else None,

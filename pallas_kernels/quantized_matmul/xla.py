@@ -3,8 +3,9 @@
 Shapes and formulas are those of `quantized_matmul`. Here and in the kernels, programs are functions
 of two trees, what has a gradient and what has none, so that one wrapper serves them all:
 
-    W8A8     (x_scale [M, 1], w_scale [1, N])               (x_codes, w_codes, w_zero, sums [M, 1])
-    packed   (x or None, x_scale or None, scale [K/G, N])   (x_codes or None, planes, zero [K/G, N])
+    W8A8     (x_scale [M, 1], w_scale [1, N])               (x_qvalues, w_qvalues, w_zero, sums [M,
+    1]) packed   (x or None, x_scale or None, scale [K/G, N])   (x_qvalues or None, planes, zero
+    [K/G, N])
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from pallas_kernels.packing import (
     Planes,
     as_words,
     check_planes,
-    codes_per_row,
     packed_rows,
     unpack_slot,
     unpack_tile,
+    values_per_row,
 )
 from pallas_kernels.tiling import pad_axis
 
 
-def int8_matmul(floats: Any, codes: Any, *, out_dtype: Any) -> jax.Array:
+def int8_matmul(floats: Any, qvalues: Any, *, out_dtype: Any) -> jax.Array:
     """One integer product, and the zero points by the rows' sums."""
-    (x_scale, w_scale), (x_codes, w_codes, w_zero, sums) = floats, codes
-    product = few_rows(_codes)(x_codes, w_codes)
+    (x_scale, w_scale), (x_qvalues, w_qvalues, w_zero, sums) = floats, qvalues
+    product = few_rows(_qvalues)(x_qvalues, w_qvalues)
     if w_zero is not None:
         product += sums * w_zero
     return (product.astype(jnp.float32) * x_scale * w_scale).astype(out_dtype)
 
 
-def packed_matmul(floats: Any, codes: Any, *, bits: int, out_dtype: Any) -> jax.Array:
+def packed_matmul(floats: Any, qvalues: Any, *, bits: int, out_dtype: Any) -> jax.Array:
     """A scan over tiles of K, of which one is unpacked at any time; on a CPU, one row is not."""
-    (x, x_scale, scale), (x_codes, planes, zero) = floats, codes
-    x, scale, zero = whole_groups(x_codes if x is None else x, planes, scale, zero, bits=bits)
+    (x, x_scale, scale), (x_qvalues, planes, zero) = floats, qvalues
+    x, scale, zero = whole_groups(x_qvalues if x is None else x, planes, scale, zero, bits=bits)
     operands = x, planes, scale, zero
     product = partial(_by_tiles, bits=bits)
     if x.shape[0] == 1 and has_sizes(operands):
@@ -79,14 +80,14 @@ def _by_tiles(
 def _of_one_row(
     x: jax.Array, planes: Planes, scale: jax.Array, zero: jax.Array | None, *, bits: int
 ) -> jax.Array:
-    """Multiply and add codes as float32 as soon as they are unpacked; no tile is ever held.
+    """Multiply and add values as float32 as soon as they are unpacked; no tile is ever held.
 
     A step takes one row of words of every span of K, which has sums of its own, so that what is
     unpacked goes from registers to sums. Shares of groups within a span have their own sums too.
     """
-    (groups, columns), rows, counts = scale.shape, x.shape[1], codes_per_row(bits)
+    (groups, columns), rows, counts = scale.shape, x.shape[1], values_per_row(bits)
     most = max(counts)
-    block = 8 * most  # codes of eight rows of the widest words
+    block = 8 * most  # quantized values of eight rows of the widest words
     span = tile_rows(rows, groups, bits) if groups == 1 else max(block, rows // groups)
     shares = max(1, span // (rows // groups))
     x = x.astype(jnp.float32).reshape(-1, span // block, most, 8)
@@ -114,8 +115,8 @@ def _of_one_row(
                     (word[:, slot // count], slot % count)
                     for word, count in zip(own, counts, strict=True)
                 ]
-                code = unpack_slot(parts, bits).astype(jnp.float32)
-                sums_[slot * shares // most] += code * inputs[:, slot, None]
+                qvalue = unpack_slot(parts, bits).astype(jnp.float32)
+                sums_[slot * shares // most] += qvalue * inputs[:, slot, None]
         return tuple(sums_)
 
     sums = (jnp.zeros((spans, columns), jnp.float32),) * shares
@@ -160,16 +161,16 @@ def tile_product(
         x: [M, T] float or int8.
         words: the tile's planes, int32[T / p, N].
         scale, zero: [groups of the tile, N].
-        bits: of the codes.
+        bits: of the quantized values.
     """
-    codes = unpack_tile(words, bits).astype(x.dtype)
+    qvalues = unpack_tile(words, bits).astype(x.dtype)
     size = x.shape[1] // scale.shape[0]
     total = jnp.zeros((x.shape[0], scale.shape[1]), jnp.float32)
     scale = scale.astype(jnp.float32)
     for group in range(scale.shape[0]):
         part = slice(group * size, (group + 1) * size)
         here = slice(group, group + 1)
-        product = dot(x[:, part], codes[part])
+        product = dot(x[:, part], qvalues[part])
         if zero is not None:
             sums = jnp.sum(x[:, part].astype(jnp.float32), axis=1, keepdims=True)
             product += sums * zero[here].astype(jnp.float32)
@@ -177,13 +178,13 @@ def tile_product(
     return total
 
 
-def _codes(x: jax.Array, w: jax.Array) -> jax.Array:
+def _qvalues(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w, preferred_element_type=jnp.int32)
 
 
-def dot(x: jax.Array, codes: jax.Array) -> jax.Array:
+def dot(x: jax.Array, qvalues: jax.Array) -> jax.Array:
     """A product as float32, summed in int32 for int8 operands and in float32 for float ones."""
     accumulator = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    product = jnp.matmul(x, codes, precision=precision, preferred_element_type=accumulator)
+    product = jnp.matmul(x, qvalues, precision=precision, preferred_element_type=accumulator)
     return product.astype(jnp.float32)

@@ -8,7 +8,9 @@ from safetensors.numpy import load_file, save_file
 import converters
 from effjax.models.t5 import T5Config
 
-T5 = T5Config(vocab_size=50, width=64, hidden=96, num_layers=2, num_heads=2, head_dim=32)
+T5 = T5Config(
+    vocab_size=50, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, head_dim=32
+)
 FILE = "model.safetensors"
 WI, WO = (
     "encoder.block.0.layer.1.DenseReluDense.wi_0",
@@ -18,26 +20,26 @@ LAYERS = (WI, WO, "encoder.block.1.layer.0.SelfAttention.q")  # what is quantize
 KERNELS = ("blocks.0.mlp.gate.kernel", "blocks.1.mlp.down.kernel", "blocks.1.attn.to_q.kernel")
 
 
-def words(codes, bits):
-    """int32[..., words]: codes of a row from the lowest bit of the first word on."""
-    count = -(-codes.shape[-1] * bits // 32)
+def words(qvalues, bits):
+    """int32[..., words]: quantized values of a row from the lowest bit of the first word on."""
+    count = -(-qvalues.shape[-1] * bits // 32)
     rows = [
-        sum(int(code) << (bits * n) for n, code in enumerate(row)).to_bytes(4 * count, "little")
-        for row in codes.reshape(-1, codes.shape[-1])
+        sum(int(qvalue) << (bits * n) for n, qvalue in enumerate(row)).to_bytes(4 * count, "little")
+        for row in qvalues.reshape(-1, qvalues.shape[-1])
     ]
-    return np.frombuffer(b"".join(rows), "<i4").reshape(*codes.shape[:-1], count)
+    return np.frombuffer(b"".join(rows), "<i4").reshape(*qvalues.shape[:-1], count)
 
 
-def planes(codes, bits):
-    """int32[..., words]: 32 codes of a row are words of their low bits, then of those above."""
+def planes(qvalues, bits):
+    """int32[..., words]: 32 values of a row are words of their low bits, then of those above."""
     split = {5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 3: (2, 1)}.get(bits, (bits,))
-    blocks = codes.reshape(*codes.shape[:-1], -1, 32)
+    blocks = qvalues.reshape(*qvalues.shape[:-1], -1, 32)
     found = [words(blocks >> sum(split[:n]) & (2**w - 1), w) for n, w in enumerate(split)]
-    return np.concatenate(found, axis=-1).reshape(*codes.shape[:-1], -1)
+    return np.concatenate(found, axis=-1).reshape(*qvalues.shape[:-1], -1)
 
 
 class Matrix:
-    """Random codes [O, I], zero points [O, G], both unsigned, and scales float16[O, G]."""
+    """Random values [O, I], zero points [O, G], both unsigned, and scales float16[O, G]."""
 
     def __init__(self, shape, bits, group, symmetric, seed=0, low=1):
         rng = np.random.default_rng(seed)
@@ -45,7 +47,7 @@ class Matrix:
         self.bits, self.symmetric = bits, symmetric
         self.group = self.inputs if group == -1 else group
         zeros = (self.outputs, self.inputs // self.group)
-        self.codes = rng.integers(0, 2**bits, shape)
+        self.qvalues = rng.integers(0, 2**bits, shape)
         self.zeros = rng.integers(low, 2**bits, zeros)
         if symmetric:
             self.zeros[:] = 2 ** (bits - 1)
@@ -54,7 +56,7 @@ class Matrix:
     def value(self, dtype=np.float32):
         """s (q - z) as libraries compute it, in the dtype of their scales or another."""
         every = self.group
-        whole = (self.codes - self.zeros.repeat(every, 1)).astype(dtype)
+        whole = (self.qvalues - self.zeros.repeat(every, 1)).astype(dtype)
         return self.scales.repeat(every, 1).astype(dtype) * whole
 
     def gptq(self, version=1):
@@ -63,7 +65,7 @@ class Matrix:
         if version == 1:
             zeros = words(self.zeros.T - 1, self.bits)
         return {
-            "qweight": words(self.codes, self.bits).T,
+            "qweight": words(self.qvalues, self.bits).T,
             "qzeros": zeros.astype(np.int32),
             "scales": self.scales.T,
             "g_idx": groups.astype(np.int32),
@@ -71,18 +73,18 @@ class Matrix:
 
     def gptq_planes(self):
         return self.gptq() | {
-            "qweight": planes(self.codes, self.bits).T,
+            "qweight": planes(self.qvalues, self.bits).T,
             "qzeros": planes(self.zeros.T, self.bits),
         }
 
     def awq(self):
-        def interleaved(codes):  # [..., O]
-            eights = codes.reshape(*codes.shape[:-1], -1, 8)
+        def interleaved(qvalues):  # [..., O]
+            eights = qvalues.reshape(*qvalues.shape[:-1], -1, 8)
             packed = sum(eights[..., n] << (4 * p) for p, n in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
             return packed.astype(np.uint32).view(np.int32)
 
         return {
-            "qweight": interleaved(self.codes.T),
+            "qweight": interleaved(self.qvalues.T),
             "qzeros": interleaved(self.zeros.T),
             "scales": self.scales.T,
         }
@@ -91,7 +93,7 @@ class Matrix:
         half = 2 ** (self.bits - 1)
         zeros = words(self.zeros.T, self.bits).T
         return {
-            "weight_packed": words(self.codes, self.bits),
+            "weight_packed": words(self.qvalues, self.bits),
             "weight_scale": self.scales,
             "weight_shape": np.array([self.outputs, self.inputs]),
         } | (
@@ -104,7 +106,7 @@ class Matrix:
 
     def int8(self):
         half = 2 ** (self.bits - 1)
-        tensors = {"weight": (self.codes - half).astype(np.int8), "weight_scale": self.scales}
+        tensors = {"weight": (self.qvalues - half).astype(np.int8), "weight_scale": self.scales}
         if not self.symmetric:
             tensors["weight_zero_point"] = (self.zeros - half).astype(np.int8)
         return tensors

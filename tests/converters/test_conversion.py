@@ -77,8 +77,8 @@ def test_methods_that_other_layouts_do_not_have(tmp_path):
 def test_a_language_model_takes_its_tokenizer_along(tmp_path):
     write_language_model(tmp_path / "source")
     pipe = effjax.pipeline(tmp_path / "source", **QUIET)
-    codes = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
-    pipe.transform(codes).save(tmp_path / "saved")
+    qvalues = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
+    pipe.transform(qvalues).save(tmp_path / "saved")
     for source in ("source", "saved"):
         converters.convert(tmp_path / source, tmp_path / f"{source}-new", **QUIET)
         again = effjax.pipeline(tmp_path / f"{source}-new", **QUIET)
@@ -86,7 +86,7 @@ def test_a_language_model_takes_its_tokenizer_along(tmp_path):
         assert again.settings == pipe.settings
         assert again.encode("a b c") == pipe.encode("a b c")
     held = (tmp_path / "saved-new" / "config.json").read_text()
-    assert "compressed-tensors" in held  # codes are exported as codes
+    assert "compressed-tensors" in held  # quantized values are exported as quantized values
     pipe.transform(kivi.transform(kivi.KIVIPlan(group=8))).save(tmp_path / "small")
     with pytest.raises(ValueError, match="compressed by kivi"):
         converters.convert(tmp_path / "small", tmp_path / "new", **QUIET)

@@ -141,7 +141,7 @@ def test_embedders_are_written_into_every_block(dit, saved):
     table = "norm1.emb.class_embedder.embedding_table.weight"
     for i in range(CONFIG.num_layers):
         np.testing.assert_array_equal(
-            tensors[f"transformer_blocks.{i}.{table}"], dit[1]["label"]["table"]
+            tensors[f"transformer_blocks.{i}.{table}"], dit[1]["label"]["embedding_table"]
         )
     with safe_open(saved / "diffusion_pytorch_model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}

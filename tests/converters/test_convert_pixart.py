@@ -14,7 +14,7 @@ from converters import pixart as family
 from converters import t5
 from effjax import testing
 from effjax.forward import abstract
-from effjax.models.pixart import Caption, PixArtConfig
+from effjax.models.pixart import PixArtConfig, PromptEmbeddings
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.samplers import DPMSolver, sample_keys
 from tests.converters.conftest import assert_equal_params
@@ -24,7 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 CONFIG = PixArtConfig(
     sample_size=8, num_layers=2, num_heads=2, head_dim=8, caption_channels=12, interpolation=2.0
 )
-T5 = T5Config(vocab_size=50, width=12, hidden=24, num_layers=2, num_heads=3, head_dim=4)
+T5 = T5Config(
+    vocab_size=50, hidden_size=12, intermediate_size=24, num_layers=2, num_heads=3, head_dim=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_diffusers_and_transformers_read_what_we_write(models, tmp_path):
     ours, _ = jax.jit(encode)(params, {}, jnp.asarray(ids), jnp.asarray(mask))
     np.testing.assert_allclose(ours, states.numpy(), atol=2e-4)
     forward, params = models["transformer"]
-    images, _ = jax.jit(forward)(params, {}, x, t, Caption(ours, jnp.asarray(mask)))
+    images, _ = jax.jit(forward)(params, {}, x, t, PromptEmbeddings(ours, jnp.asarray(mask)))
     np.testing.assert_allclose(images, out.permute(0, 2, 3, 1).numpy(), atol=2e-4)
 
 
@@ -136,7 +138,7 @@ def test_a_whole_pipeline_of_diffusers(models, tmp_path):
     assert (ours.sampler().calls, ours.sampler().guidance) == (20, 4.5)
     prompts, key = ["a red A at the top left", "a blue 7"], jax.random.key(0)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_steps": 4, "guidance_scale": 3.0}
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0}
     for size in ({"height": 16, "width": 16}, {"height": 8, "width": 24}):
         images = ours(prompts, key=key, negative_prompt="green", progress=False, **options, **size)
         pairs = jax.vmap(jax.random.split)(sample_keys(key, 2))

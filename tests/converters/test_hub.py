@@ -52,9 +52,9 @@ class FakeHubHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer()
 
-    def refuse(self, status, code, **headers):
+    def refuse(self, status, qvalue, **headers):
         self.send_response(status)
-        for name, value in {"X-Error-Code": code, "Content-Length": "0", **headers}.items():
+        for name, value in {"X-Error-Code": qvalue, "Content-Length": "0", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
 
@@ -148,7 +148,7 @@ def hub(dit, tmp_path):
 
 def ask(hub, cache, *arguments, offline=False, **options):
     """Resolve in a fresh process whose hub is this one; return the path or the error."""
-    code = (
+    qvalue = (
         "import json, sys, time\n"
         "time.sleep = lambda seconds: None\n"  # between attempts
         "from huggingface_hub import constants\n"
@@ -168,7 +168,7 @@ def ask(hub, cache, *arguments, offline=False, **options):
     }
     options = {"cache_dir": str(cache), **options}
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([*arguments, options])],
+        [sys.executable, "-c", qvalue, json.dumps([*arguments, options])],
         env=environment,
         capture_output=True,
         text=True,

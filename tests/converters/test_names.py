@@ -10,14 +10,14 @@ TABLE = Table(
         *affine("stem", "patch", "conv"),
         *affine("h.{i}.attn.{j}.qkv", "blocks.{i}.attn.{j}.q", part="0/2"),
         *affine("h.{i}.attn.{j}.qkv", "blocks.{i}.attn.{j}.k", part="1/2"),
-        Rule("h.{i}.embed", "label.table"),
+        Rule("h.{i}.embed", "label.embedding_table"),
     ),
     buffers=(Buffer("positions", lambda config: np.zeros(3), lambda config: (3,)),),
 )
 SHAPES = {
     "patch.kernel": (2, 3, 4, 5),
     "patch.bias": (5,),
-    "label.table": (7, 2),
+    "label.embedding_table": (7, 2),
     **{f"blocks.{i}.attn.0.{name}.kernel": (6, 4) for i in (0, 11) for name in "qk"},
     **{f"blocks.{i}.attn.0.{name}.bias": (4,) for i in (0, 11) for name in "qk"},
 }
@@ -40,7 +40,10 @@ def test_every_tensor_is_named_with_its_shape():
         "h.0.attn.0.qkv.bias": (8,),
         "h.11.attn.0.qkv.bias": (8,),
     }
-    assert [piece.source for piece in binding.targets["label.table"]] == ["h.0.embed", "h.11.embed"]
+    assert [piece.source for piece in binding.targets["label.embedding_table"]] == [
+        "h.0.embed",
+        "h.11.embed",
+    ]
 
 
 def test_round_trip_from_parameters_is_exact():
@@ -96,8 +99,8 @@ def test_parameters_without_a_rule_and_lost_parts_are_all_named():
 
 
 def test_copies_of_nothing_are_an_error():
-    with pytest.raises(ValueError, match=r"label\.table: no rule"):
-        TABLE.bind({"label.table": (7, 2)})
+    with pytest.raises(ValueError, match=r"label\.embedding_table: no rule"):
+        TABLE.bind({"label.embedding_table": (7, 2)})
 
 
 def test_unknown_layout():

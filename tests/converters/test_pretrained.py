@@ -202,7 +202,7 @@ def test_default_placement_is_not_committed(saved):
 def test_shardings_that_do_not_fit_are_all_named(saved):
     mesh = Mesh(np.array(jax.devices()), ("d",))
     uneven = NamedSharding(mesh, PartitionSpec("d"))
-    with pytest.raises(ValueError, match=r"(?s)label\.table.*patch\.kernel"):
+    with pytest.raises(ValueError, match=r"(?s)label\.embedding_table.*patch\.kernel"):
         converters.from_pretrained(saved, sharding=uneven)
     with pytest.raises(ValueError, match=r"(?s)other: no such parameter.*patch\.bias: no sharding"):
         converters.from_pretrained(saved, sharding={"other": uneven})
@@ -237,7 +237,7 @@ def test_what_cannot_be_saved(dit, tmp_path):
     flat = flatten_params(params)
     kernel = flat["final.proj.kernel"]
     cases = [
-        (forward.edit(edit_nothing), params, "effjax.save"),
+        (forward.patch(patch_nothing), params, "effjax.save"),
         (forward, {**params, "methods": {}}, "effjax.save"),
         (forward, nest_params({**flat, "final.proj.bias": jnp.zeros(3)}), r"final\.proj\.bias"),
         (forward, nest_params({**flat, "more": kernel}), "unexpected: more"),
@@ -256,8 +256,8 @@ def test_what_cannot_be_saved(dit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def edit_nothing(module, context):
-    """An edit."""
+def patch_nothing(module, context):
+    """A patch."""
 
 
 def test_model_without_a_converter(dit, tmp_path):
@@ -472,13 +472,13 @@ def test_command_reports_an_error_in_one_line(saved, tmp_path, capsys):
 
 
 def test_import_is_light():
-    code = (
+    qvalue = (
         "import sys, converters; dir(converters);"
         "assert not {'jax', 'torch', 'numpy', 'huggingface_hub'} & set(sys.modules), sys.modules;"
         "import converters.pretrained; from converters.family import families; families();"
         "assert not {'torch', 'diffusers', 'huggingface_hub'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", qvalue], check=True)
 
 
 def test_unknown_name():
@@ -490,4 +490,4 @@ def test_random_params_have_no_zeros(dit):
     """The round trips above would not notice swapped tensors otherwise."""
     leaves = flatten_params(random_params(dit[1])).values()
     assert all(np.all(np.asarray(leaf) != 0) for leaf in leaves)
-    assert CONFIG.width == 16
+    assert CONFIG.hidden_size == 16

@@ -79,9 +79,9 @@ def test_models_compute_what_the_dense_ones_do(t5, tmp_path, case):
     run = jax.jit(forward)
     found, _ = run(params, {}, ids, mask)
     expected, _ = run(restore(params, "float32"), {}, ids, mask)
-    coded = case == "int8 tokens"  # inputs are rounded too
-    np.testing.assert_allclose(found, expected, atol=0.1 if coded else 1e-4)
-    assert coded == (np.abs(found - expected).max() > 1e-4)
+    quantized = case == "int8 tokens"  # inputs are rounded too
+    np.testing.assert_allclose(found, expected, atol=0.1 if quantized else 1e-4)
+    assert quantized == (np.abs(found - expected).max() > 1e-4)
 
 
 def test_inputs_by_token(t5, tmp_path):
@@ -134,13 +134,15 @@ def test_rules_for_single_layers(t5, tmp_path):
     found = flatten_params(converters.from_pretrained(directory)[1])
     gate, down, query = (found[kernel] for kernel in KERNELS)
     scale, zero = (x[:, groups] for x in (held[first].scales, held[first].zeros))
-    expected = scale.astype(np.float32) * (held[first].codes - zero)
+    expected = scale.astype(np.float32) * (held[first].qvalues - zero)
     np.testing.assert_array_equal(gate.restore(), expected.T)
     assert (gate.bits, down.bits, down.group_size) == (8, 3, 96)
     np.testing.assert_array_equal(down.restore(), held[second].value().T)
     np.testing.assert_array_equal(query, flatten_params(t5[1])[KERNELS[2]])
     layers = {third: Matrix((64, 64), 4, 32, True).gptq()}
-    with pytest.raises(ValueError, match=rf"codes of \['{third}'\], which no group or rule"):
+    with pytest.raises(
+        ValueError, match=rf"quantized values of \['{third}'\], which no group or rule"
+    ):
         converters.from_pretrained(write(t5, directory, gptq(4, dynamic=rules), layers))
 
 
@@ -159,12 +161,12 @@ def test_biases_of_layers_that_have_none(t5, tmp_path):
 def test_planes_are_of_whole_blocks():
     scheme = quantized.Scheme("gptq_p", 5, None, True)
     faults = quantized.Layer("a", scheme, {}).problems((96, 40))
-    assert faults == [("a", "planes of 32 codes do not divide a layer [96, 40]")]
+    assert faults == [("a", "planes of 32 quantized values do not divide a layer [96, 40]")]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_zero_points_of_zero_in_the_first_version(t5, tmp_path, bits):
-    """GPTQModel subtracts one from whole words of codes that fit them, and from 3-bit codes."""
+    """GPTQModel subtracts one from whole words of values that fit them, and from 3-bit values."""
     held = matrices((bits, 32, False), low=0)
     layers = {}
     for layer, matrix in held.items():
@@ -182,21 +184,21 @@ def test_zero_points_of_zero_in_the_first_version(t5, tmp_path, bits):
         np.testing.assert_array_equal(params[kernel].restore(), matrix.value().T)
 
 
-def test_three_bit_codes_cross_words():
-    """The three words of 32 codes as AutoGPTQ builds them: 10 codes, 2 + 1 bits, 10, 1 + 2, 10."""
-    codes = np.random.default_rng(0).integers(0, 8, 32)
+def test_three_bit_quantized_values_cross_words():
+    """Three words hold 32 values as AutoGPTQ builds them: 10, 2 + 1 bits, 10, 1 + 2, 10."""
+    qvalues = np.random.default_rng(0).integers(0, 8, 32)
     built = np.zeros(3, np.int64)
     for n in range(10):
-        built[0] |= codes[n] << 3 * n
-        built[1] |= codes[11 + n] << 3 * n + 1
-        built[2] |= codes[22 + n] << 3 * n + 2
-    built[0] |= (codes[10] & 3) << 30
-    built[1] |= codes[10] >> 2 | (codes[21] & 1) << 31
-    built[2] |= codes[21] >> 1
+        built[0] |= qvalues[n] << 3 * n
+        built[1] |= qvalues[11 + n] << 3 * n + 1
+        built[2] |= qvalues[22 + n] << 3 * n + 2
+    built[0] |= (qvalues[10] & 3) << 30
+    built[1] |= qvalues[10] >> 2 | (qvalues[21] & 1) << 31
+    built[2] |= qvalues[21] >> 1
     held = {"qweight": built.astype(np.uint32).view(np.int32)[:, None]}
     scheme = quantized.Scheme("gptq", 3, None, False)
     places = np.random.default_rng(1).permutation(32)
-    np.testing.assert_array_equal(scheme.codes(held, 1, places)[:, 0], codes[places] - 4)
+    np.testing.assert_array_equal(scheme.qvalues(held, 1, places)[:, 0], qvalues[places] - 4)
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(3, "gptq"), (4, "gptq"), (4, "packed")])
@@ -213,12 +215,12 @@ def test_groups_of_inputs_that_stand_apart(t5, tmp_path, bits, kind):
     config = gptq(bits, sym=False, desc_act=True) if kind == "gptq" else packed
     forward, params = converters.from_pretrained(write(t5, tmp_path / "q", config, layers))
     found = flatten_params(params)
-    assert all(found[kernel].order is not None for kernel in KERNELS)
+    assert all(found[kernel].perm is not None for kernel in KERNELS)
     for kernel, (layer, matrix) in zip(KERNELS, held.items(), strict=True):
         scale, zero = (
             x[:, groups[layer]] for x in (matrix.scales.astype(np.float32), matrix.zeros)
         )
-        dense = (scale * (matrix.codes - zero)).T
+        dense = (scale * (matrix.qvalues - zero)).T
         np.testing.assert_array_equal(found[kernel].restore(), dense)
         x = rng.standard_normal((5, matrix.inputs)).astype(np.float32)
         for path in ("integer", "reference"):
@@ -264,13 +266,15 @@ def test_groups_that_were_never_set(t5, tmp_path):
     said = compressed("pack-quantized", 4, 32)
     _, params = converters.from_pretrained(write(t5, tmp_path / "q", said, layers))
     leaf = flatten_params(params)[KERNELS[0]]
-    assert leaf.order is None
+    assert leaf.perm is None
     np.testing.assert_array_equal(leaf.restore(), held[WI].value().T)
 
 
-def test_a_language_model_is_saved_with_its_codes_and_its_cache(tmp_path):
-    """Methods that edit, and that keep parameters of their own, on imported leaves."""
-    subject = testing.tiny_llama(width=64, hidden=128, num_heads=4, num_kv_heads=2, head_dim=32)
+def test_a_language_model_is_saved_with_its_quantized_values_and_its_cache(tmp_path):
+    """Methods that patch, and that keep parameters of their own, on imported leaves."""
+    subject = testing.tiny_llama(
+        hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=32
+    )
     matrix = Matrix((128, 64), 4, 32, False)
     held = matrix.gptq() | {"g_idx": np.arange(64, dtype=np.int32) % 2}
     layers = {"model.layers.0.mlp.up_proj": held}
@@ -305,7 +309,7 @@ def test_groups_that_must_be_there(t5, tmp_path):
         converters.from_pretrained(write(t5, tmp_path / "q", said, held))
 
 
-def test_codes_beyond_their_bits(t5, tmp_path):
+def test_quantized_values_beyond_their_bits(t5, tmp_path):
     held = {k: m.int8() for k, m in matrices((4, -1, True)).items()}
     held[WO]["weight"] = held[WO]["weight"] + np.int8(1)
     directory = write(t5, tmp_path / "q", compressed("int-quantized", 4), held)
@@ -367,7 +371,9 @@ def test_values_that_contradict_the_configuration(t5, tmp_path):
     with pytest.raises(ValueError, match=r"wi_0\.weight_scale: 1 of 192 values are NaN"):
         converters.from_pretrained(directory, check_finite=True)
     only = compressed("pack-quantized", 4, 32, targets=["re:.*wi_0"])
-    with pytest.raises(ValueError, match=r"codes of \['enc.*'\], which no group .* quantizes"):
+    with pytest.raises(
+        ValueError, match=r"quantized values of \['enc.*'\], which no group .* quantizes"
+    ):
         converters.from_pretrained(write(t5, directory, only, held))
 
 
@@ -375,7 +381,7 @@ def test_values_that_contradict_the_configuration(t5, tmp_path):
     "name", ["int8", "int8_inputs", "int4", "int4_asymmetric", "int3", "int4_inputs"]
 )
 def test_what_torchao_saved(name):
-    """Codes and answers of its own files, see tests/golden/make_torchao.py."""
+    """QValues and answers of its own files, see tests/golden/make_torchao.py."""
     folder = Path(__file__).parents[1] / "golden" / "torchao" / name
     expected = np.load(folder / "expected.npz")
     forward, params = converters.from_pretrained(folder)
@@ -393,7 +399,7 @@ def test_what_torchao_saved(name):
 
 @pytest.mark.parametrize("name", ["int8", "int4", "float8", "float8_tensor", "float8_blocks"])
 def test_what_compressed_tensors_saved(name):
-    """Codes and answers of its own files, see tests/golden/make_compressed_tensors.py."""
+    """QValues and answers of its own files, see tests/golden/make_compressed_tensors.py."""
     folder = Path(__file__).parents[1] / "golden" / "compressed_tensors" / name
     expected = np.load(folder / "expected.npz")
     forward, params = converters.from_pretrained(folder)
@@ -472,11 +478,11 @@ def test_fused_and_copied_layers(tmp_path):
         leaf = params["blocks"]["1"]["attn"][name]["kernel"]
         np.testing.assert_array_equal(leaf.restore(), matrix.value()[64 * k : 64 * (k + 1)].T)
     layers["blocks.1.attn.qkv"]["weight_g_idx"] = np.arange(64, dtype=np.int32) % 2
-    ordered = converters.from_pretrained(write(model, tmp_path / "fused", said, layers))
+    permuted = converters.from_pretrained(write(model, tmp_path / "fused", said, layers))
     with pytest.warns(UserWarning, match="3 layers are written as float32"):
-        converters.save_pretrained(*ordered, tmp_path / "again", layout="original")
+        converters.save_pretrained(*permuted, tmp_path / "again", layout="original")
     again = converters.from_pretrained(tmp_path / "again")[1]
-    chex.assert_trees_all_equal(again, restore(ordered[1], "float32"))
+    chex.assert_trees_all_equal(again, restore(permuted[1], "float32"))
     copies = [f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2" for i in range(2)]
     one = Matrix((64, 64), 4, 32, False).packed()
     directory = write(model, tmp_path / "copied", said, {copies[0]: one}, layout="diffusers")

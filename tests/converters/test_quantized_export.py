@@ -19,7 +19,7 @@ from tests.converters.formats import CASES, LAYERS, matrices, write
 
 
 @pytest.fixture(scope="module")
-def coded():
+def quantized():
     """A tiny DiT with layers of every kind that compressed-tensors has."""
     subject = testing.tiny_dit(num_heads=2, head_dim=32)
     rules = ((r".*\.to_[qkv]", 8, 8), (r".*\.to_out", 8, 16), (r".*0\.mlp\..*", 4, 8))
@@ -35,7 +35,7 @@ def by_the_book(tensors, group, layer):
     said = group["weights"]
     bits = said["num_bits"]
 
-    def codes(packed, count):  # [rows, words] to [rows, count]
+    def qvalues(packed, count):  # [rows, words] to [rows, count]
         rows = [int.from_bytes(row.tobytes(), "little") for row in np.ascontiguousarray(packed)]
         fields = [[row >> (bits * n) & (2**bits - 1) for n in range(count)] for row in rows]
         return np.array(fields) - 2 ** (bits - 1)
@@ -43,10 +43,10 @@ def by_the_book(tensors, group, layer):
     scale = tensors[f"{layer}.weight_scale"]
     if group["format"] == "pack-quantized":
         outputs, inputs = tensors[f"{layer}.weight_shape"]
-        q = codes(tensors[f"{layer}.weight_packed"], inputs)
+        q = qvalues(tensors[f"{layer}.weight_packed"], inputs)
         zero = 0
         if not said["symmetric"]:
-            zero = codes(tensors[f"{layer}.weight_zero_point"].T, outputs).T
+            zero = qvalues(tensors[f"{layer}.weight_zero_point"].T, outputs).T
     else:
         q = tensors[f"{layer}.weight"].astype(np.int64)
         zero = 0 if said["symmetric"] else tensors[f"{layer}.weight_zero_point"].astype(np.int64)
@@ -56,8 +56,8 @@ def by_the_book(tensors, group, layer):
     return (q - zero).astype(np.float32) * scale.repeat(every, 1)
 
 
-def test_what_is_written_is_what_the_format_says(coded, tmp_path):
-    report = converters.save_pretrained(*coded, tmp_path / "q")
+def test_what_is_written_is_what_the_format_says(quantized, tmp_path):
+    report = converters.save_pretrained(*quantized, tmp_path / "q")
     [file] = report["files"]
     tensors = load_file(tmp_path / "q" / file)
     said = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
@@ -68,7 +68,7 @@ def test_what_is_written_is_what_the_format_says(coded, tmp_path):
         settings = weights["num_bits"], weights["strategy"], weights["symmetric"], inputs is None
         kinds[settings] = group["format"]
         for layer in group["targets"]:
-            flat = flatten_params(coded[1])
+            flat = flatten_params(quantized[1])
             names = {"attn1": "attn", "ff": "mlp", "to_out.0": "to_out", "net.0.proj": "fc1"}
             names |= {"net.2": "fc2", "transformer_blocks": "blocks", "proj_out_2": "final.proj"}
             path = layer
@@ -87,15 +87,15 @@ def test_what_is_written_is_what_the_format_says(coded, tmp_path):
     assert "pos_embed.proj" not in said["ignore"]  # is no linear layer
     assert report["parameters"] == sum(
         converters.save_pretrained(*dense, tmp_path / "dense")["parameters"]
-        for dense in [(coded[0], restore(coded[1], "float32"))]
+        for dense in [(quantized[0], restore(quantized[1], "float32"))]
     )
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
-def test_leaves_come_back_bit_for_bit(coded, tmp_path, layout):
-    converters.save_pretrained(*coded, tmp_path / "one", layout=layout, max_shard_bytes=100_000)
+def test_leaves_come_back_bit_for_bit(quantized, tmp_path, layout):
+    converters.save_pretrained(*quantized, tmp_path / "one", layout=layout, max_shard_bytes=100_000)
     forward, params = converters.from_pretrained(tmp_path / "one")
-    assert forward == coded[0]
+    assert forward == quantized[0]
     # The format has no word for what divides the ranges of tokens: they come back as its own.
     wide = Activations(Quantizer(8, levels="n+1/2"))
     expected = jax.tree.map(
@@ -104,7 +104,7 @@ def test_leaves_come_back_bit_for_bit(coded, tmp_path, layout):
             if isinstance(leaf, QTensor) and leaf.activations
             else leaf
         ),
-        coded[1],
+        quantized[1],
         is_leaf=lambda leaf: isinstance(leaf, QTensor),
     )
     chex.assert_trees_all_equal(params, expected)
@@ -134,15 +134,15 @@ def test_other_formats_are_converted(t5, tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
-def test_leaves_that_the_format_cannot_say_are_all_named(coded, tmp_path):
-    forward, params = coded
+def test_leaves_that_the_format_cannot_say_are_all_named(quantized, tmp_path):
+    forward, params = quantized
     flat = dict(flatten_params(params))
     w = np.asarray(flat["blocks.0.attn.to_q.kernel"].restore())
     narrow = Activations(Quantizer(6))
     zero = Quantizer(8, symmetric=False, keeps_zero=False)
     others = {
         "to_q": quantize_matrix(jnp.asarray(w), Quantizer(3)),
-        "to_k": quantize_matrix(jnp.asarray(w), mask=jnp.ones(64)),
+        "to_k": quantize_matrix(jnp.asarray(w), smoothing_scale=jnp.ones(64)),
         "to_v": quantize_matrix(jnp.asarray(w), activations=narrow),
         "to_out": quantize_matrix(jnp.asarray(w) + 9, zero),
     }
@@ -151,8 +151,8 @@ def test_leaves_that_the_format_cannot_say_are_all_named(coded, tmp_path):
     with pytest.raises(ValueError, match=r"cannot hold these leaves \(4 problems\)") as error:
         converters.save_pretrained(forward, nest_params(flat), tmp_path / "q")
     for name, fault in {
-        "to_q": "has codes of 3 bits, must be 4 or 8",
-        "to_k": "has inputs that are masked or rotated",
+        "to_q": "has 3-bit values, must be 4 or 8",
+        "to_k": "has inputs that are smoothed or rotated",
         "to_v": "has inputs with Activations",
         "to_out": "has zero points beyond -128 ... 127",
     }.items():

@@ -1,4 +1,4 @@
-"""Layers of float8 codes, read and written, against arithmetic of numpy and ml_dtypes."""
+"""Layers of float8 values, read and written, against arithmetic of numpy and ml_dtypes."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ GPTQMODEL = {
 
 
 class Matrix:
-    """Random float8 codes [O, I] and a scale for each block of outputs and inputs."""
+    """Random float8 values [O, I] and a scale for each block of outputs and inputs."""
 
     def __init__(self, shape, block, seed=0):
         rng = np.random.default_rng(seed)
         outputs, inputs = shape
         high, wide = block[0] or outputs, block[1] or inputs
-        self.codes = rng.standard_normal(shape).astype(E4M3)
+        self.qvalues = rng.standard_normal(shape).astype(E4M3)
         self.scales = rng.uniform(0.01, 0.1, (-(-outputs // high), -(-inputs // wide)))
         self.scales = self.scales.astype(np.float32)
         self.every = np.zeros(shape, np.float32)
@@ -47,7 +47,7 @@ class Matrix:
                 self.every[row, column] = self.scales[row // high, column // wide]
 
     def value(self):
-        return self.codes.astype(np.float32) * self.every
+        return self.qvalues.astype(np.float32) * self.every
 
 
 def matrices(block):
@@ -56,7 +56,7 @@ def matrices(block):
 
 
 def fp8(held):
-    return {k: {"weight": m.codes, "weight_scale_inv": m.scales} for k, m in held.items()}
+    return {k: {"weight": m.qvalues, "weight_scale_inv": m.scales} for k, m in held.items()}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_blocks_with_inputs_in_float8(blocks):
         assert leaf.activations == Activations(Quantizer(8, levels="e4m3"), group_size=48)
         np.testing.assert_array_equal(leaf.restore(), value)
         inputs = x[:, : value.shape[0]]
-        coded = np.concatenate(
+        quantized = np.concatenate(
             [
                 (part / scale).astype(E4M3).astype(np.float32) * scale
                 for part in np.split(inputs, [48], axis=1)
@@ -87,7 +87,7 @@ def test_blocks_with_inputs_in_float8(blocks):
         )
         for path in ("integer", "reference"):
             found = qdot(jnp.asarray(inputs), leaf, path=path)
-            np.testing.assert_allclose(found, coded @ value, atol=1e-4)
+            np.testing.assert_allclose(found, quantized @ value, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["row", "tensor", "block"])
@@ -127,9 +127,9 @@ def test_leaves_are_saved_placed_and_counted(blocks, tmp_path):
     grid = held[WI].scales.size
     assert leaf.logical_bytes == 64 * 96 + 4 * grid
     dense = cost.weight_bytes(restore(params, "float32"))
-    coded = sum(m.codes.size - 4 * m.codes.size + 4 * m.scales.size for m in held.values())
-    assert cost.weight_bytes(params) == dense + coded
-    assert converters.describe(directory)["weight_bytes"] == dense + coded
+    quantized = sum(m.qvalues.size - 4 * m.qvalues.size + 4 * m.scales.size for m in held.values())
+    assert cost.weight_bytes(params) == dense + quantized
+    assert converters.describe(directory)["weight_bytes"] == dense + quantized
     mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     placed = jax.device_put(leaf, parallel.leaf_sharding(leaf, mesh, (None, "d")))
     assert placed.qvalue.sharding.spec == PartitionSpec(None, "d")
@@ -138,20 +138,20 @@ def test_leaves_are_saved_placed_and_counted(blocks, tmp_path):
     np.testing.assert_allclose(qdot(x, placed), qdot(x, leaf), atol=1e-5)
     exported = jax.export.export(jax.jit(qdot))(x, leaf).serialize()
     np.testing.assert_array_equal(jax.export.deserialize(exported).call(x, leaf), qdot(x, leaf))
-    with pytest.raises(ValueError, match="made of integer codes"):
+    with pytest.raises(ValueError, match="made of integer values"):
         leaf.to_qwix()
 
 
-def test_gradients_pass_through_the_codes():
+def test_gradients_pass_through_the_quantized_values():
     rng = np.random.default_rng(0)
     w, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((32, 8), (3, 32)))
     float8 = Quantizer(8, levels="e4m3")
     leaf = quantize_matrix(w, float8, group_size=16, activations=Activations(float8))
     scale = np.abs(np.asarray(w).reshape(2, 16, 8)).max(1) / np.float32(448)
     np.testing.assert_allclose(leaf.scale, scale, rtol=2e-7)
-    codes = np.asarray(w) / np.asarray(leaf.scale).repeat(16, 0)
-    codes = np.clip(codes, -448, 448).astype(E4M3)
-    np.testing.assert_array_equal(leaf.qvalue.astype(np.float32), codes.astype(np.float32))
+    qvalues = np.asarray(w) / np.asarray(leaf.scale).repeat(16, 0)
+    qvalues = np.clip(qvalues, -448, 448).astype(E4M3)
+    np.testing.assert_array_equal(leaf.qvalue.astype(np.float32), qvalues.astype(np.float32))
     gradient = jax.grad(lambda x: qdot(x, leaf).sum())(x)
     np.testing.assert_allclose(gradient, np.tile(leaf.restore().sum(1), (3, 1)), atol=1e-5)
     with pytest.raises(ValueError, match="both float8"):
@@ -174,7 +174,7 @@ def test_leaves_are_written_as_compressed_tensors(t5, tmp_path, block):
     config = compressed("float-quantized", 8, inputs=inputs)
     config["config_groups"]["group_0"]["weights"] = weights
     held = matrices(block)
-    layers = {k: {"weight": m.codes, "weight_scale": m.scales} for k, m in held.items()}
+    layers = {k: {"weight": m.qvalues, "weight_scale": m.scales} for k, m in held.items()}
     if block == (None, None):
         layers = {k: v | {"weight_scale": v["weight_scale"].reshape(1)} for k, v in layers.items()}
     pair = converters.from_pretrained(write(t5, tmp_path / "q", config, layers))
@@ -195,7 +195,7 @@ def test_parts_of_one_layer(tmp_path):
     forward, shapes = abstract(DiT, config)
     model = forward, testing.random_params(shapes)
     matrix = Matrix((192, 64), (32, 64))
-    layers = {"blocks.0.attn.qkv": {"weight": matrix.codes, "weight_scale_inv": matrix.scales}}
+    layers = {"blocks.0.attn.qkv": {"weight": matrix.qvalues, "weight_scale_inv": matrix.scales}}
     said = FP8 | {"weight_block_size": [32, 64]}
     pair = converters.from_pretrained(
         write(model, tmp_path / "no", said, layers, layout="original")
@@ -220,7 +220,7 @@ def test_parts_of_one_layer(tmp_path):
         restore(pair[1], "float32"),
     )
     matrix = Matrix((192, 64), (48, 64))
-    layers = {"blocks.0.attn.qkv": {"weight": matrix.codes, "weight_scale_inv": matrix.scales}}
+    layers = {"blocks.0.attn.qkv": {"weight": matrix.qvalues, "weight_scale_inv": matrix.scales}}
     said = FP8 | {"weight_block_size": [48, 64]}
     with pytest.raises(ValueError, match=r"qkv\.weight_scale_inv is of blocks of 48 outputs, wh"):
         converters.from_pretrained(

@@ -1,4 +1,4 @@
-"""The world is what it says it is: identical from a seed, in range, centered, and moving as told."""
+"""The world is what it says: identical from a seed, in range, centered, moving as told."""
 
 from itertools import islice
 

@@ -46,7 +46,9 @@ def test_the_demo_compresses_and_answers(capsys):
 
 
 def test_decoding_is_timed_for_every_kind(results, monkeypatch):
-    small = LlamaConfig(vocab_size=64, num_layers=1, width=128, hidden=64, head_dim=8)
+    small = LlamaConfig(
+        vocab_size=64, num_layers=1, hidden_size=128, intermediate_size=64, head_dim=8
+    )
     small = dataclasses.replace(small, max_positions=decode.SHAPE.max_positions)
     monkeypatch.setattr(decode, "SHAPE", small)
     decode.main(["--lengths", "2048", "--new", "2", "--repeats", "1"])
@@ -72,9 +74,9 @@ def test_weights_are_judged_by_questions_and_passages(results, monkeypatch, subj
     monkeypatch.setattr(weights, "BITS", ())
     monkeypatch.setattr(weights, "LENGTH", 64)
     weights.main(["--documents", "1", "--passages", "2", "--texts", "4"])
-    dense, coded = results("llm_weights")
-    assert coded["weight_bytes"] < dense["weight_bytes"] / 2
-    assert coded["perplexity"] == pytest.approx(dense["perplexity"], rel=0.02)
+    dense, quantized = results("llm_weights")
+    assert quantized["weight_bytes"] < dense["weight_bytes"] / 2
+    assert quantized["perplexity"] == pytest.approx(dense["perplexity"], rel=0.02)
     assert dense["right_%"] > 80
 
 
@@ -104,7 +106,7 @@ def test_features_beat_eviction_at_equal_bytes():
 
 
 def test_better_starts_and_training_rebuild_better():
-    """The orderings of the method; training with codes is no better than rounding here."""
+    """The orderings of the method; training with values is no better than rounding here."""
     rows = {row["factors"]: row for row in committed("llm_factors")}
     order = ["random", "SVD", "ASVD", "ASVD, trained", "ASVD, trained twice as long"]
     for key in ("reconstruction_error", "perplexity"):

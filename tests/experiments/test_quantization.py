@@ -62,7 +62,7 @@ def test_recipes_code_the_same_layers(dit, recipe):
     assert leaf.activations.dynamic == (recipe != "static tensor")
     assert leaf.activations.quantizer.levels == ("n+1/2" if recipe == "qwix PTQ" else "n")
     assert (leaf.mask is None) == (recipe != "SmoothQuant")
-    assert forward.edits == dit.pair[0].edits
+    assert forward.patches == dit.pair[0].patches
 
 
 def test_the_text_model_is_judged_on_unseen_captions():
@@ -81,10 +81,10 @@ def test_sizes_agree_with_the_closed_form(results):
     rows = written["tables"]["one_network_call"]
     assert [row["bits"] for row in rows] == ["bfloat16", "W8A8", "W4A8"] * 2
     for row in rows:
-        closed, counted = row["coded_layers_closed_form_GB"], row["coded_layers_counted_GB"]
+        closed, counted = row["quantized_layers_closed_form_GB"], row["quantized_layers_counted_GB"]
         assert closed <= counted < 1.02 * closed  # scales and zero points
     # The sheet's figure for 28 blocks, in one of them.
-    assert rows[1]["coded_layers_closed_form_GB"] == pytest.approx(0.594542592 / 28)
+    assert rows[1]["quantized_layers_closed_form_GB"] == pytest.approx(0.594542592 / 28)
 
 
 def test_speed_is_measured_side_by_side(results, monkeypatch):

@@ -42,7 +42,7 @@ def normal(seed, *shape, dtype="float32"):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def codes(seed, *shape, bits):
+def qvalues(seed, *shape, bits):
     x = np.random.default_rng(seed).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
     return jnp.asarray(x, jnp.int8) if bits == 8 else pack_int4(jnp.asarray(x, jnp.int32))
 
@@ -156,8 +156,8 @@ def test_quantized_cache(k_bits, v_bits, groups, offset, program):
     # The one scale's case has 8 heads of 128 channels, which a TPU takes apart by strided loads.
     heads, width = (8, 128) if groups == 1 else (2, 32)
     tokens, lengths = 320, jnp.array([[320, 0], [131, 1]])[:, np.arange(heads) % 2]
-    k = codes(1, B, tokens, heads, width, bits=k_bits)
-    v = codes(2, B, tokens, heads, width, bits=v_bits)
+    k = qvalues(1, B, tokens, heads, width, bits=k_bits)
+    v = qvalues(2, B, tokens, heads, width, bits=v_bits)
     of_keys = (B, tokens, heads, 1) if groups == "tokens" else (B, groups, heads, width)
     scales = {
         "k_scale": 0.05 * normal(3, *of_keys),
@@ -178,11 +178,11 @@ def test_quantized_cache(k_bits, v_bits, groups, offset, program):
 @pytest.mark.parametrize(
     ("bits", "offset", "program"), [(8, True, "xla"), (4, True, "tpu"), (4, False, "gpu")]
 )
-def test_flat_cache_of_codes(bits, offset, program):
+def test_flat_cache_of_quantized_values(bits, offset, program):
     places = {"head_start": (64, 0), "head_capacity": (236, 64)}
     names = ("k_scale", "v_scale", *(("k_offset", "v_offset") if offset else ()))
     scales = {name: 0.1 * normal(i, B, 300, 1) for i, name in enumerate(names)}
-    k, v = (codes(i, B, 300, 32, bits=bits) for i in (11, 12))
+    k, v = (qvalues(i, B, 300, 32, bits=bits) for i in (11, 12))
     lengths = jnp.array([[236, 63], [1, 900]])
 
     def attend(q, k, v, lengths, scales, **options):
@@ -286,7 +286,7 @@ def test_rotation_turns_halves_and_keeps_relative_positions():
     np.testing.assert_allclose(k[0, 0] @ k[0, 1].T, k[0, 1] @ k[0, 2].T, rtol=1e-4)
 
 
-def test_packed_codes_come_back():
+def test_packed_quantized_values_come_back():
     x = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (1, 4, 2, 6)), jnp.int32)
     packed = pack_int4(x)
     assert packed.dtype == jnp.uint8
@@ -462,7 +462,7 @@ def test_named_errors_of_quantized_and_low_rank_caches():
     x = jnp.ones((B, 16, 2, 16), jnp.int8)
     good = {"k": x, "v": x, "k_scale": jnp.ones((B, 4, 2, 16)), "v_scale": jnp.ones((B, 16, 2, 1))}
     bad = {
-        "int8 codes, or uint8": {"k": x.astype(jnp.int32)},
+        "int8 values, or uint8": {"k": x.astype(jnp.int32)},
         "do not divide": {"k_scale": jnp.ones((B, 3, 2, 16))},
         "v_scale must be": {"v_scale": jnp.ones((B, 16, 2))},
         r"k_offset must be float\[2, 16, 2, 1\]": {

@@ -1,4 +1,4 @@
-"""Packed codes: exact round trips, exact sizes, and the layout that the docstring promises."""
+"""Packed values: exact round trips, exact sizes, and the layout that the docstring promises."""
 
 import chex
 import jax
@@ -9,32 +9,32 @@ import pytest
 from pallas_kernels.packing import (
     as_words,
     bits_per_weight,
-    codes_per_row,
     pack,
     packed_rows,
     plane_widths,
     unpack,
     unpack_tile,
+    values_per_row,
 )
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-def codes_of(bits, rows, columns=3, seed=0):
-    """Random codes in which every code occurs, if there are enough rows."""
+def qvalues_of(bits, rows, columns=3, seed=0):
+    """Random quantized values in which every quantized value occurs, if there are enough rows."""
     half = 2 ** (bits - 1)
-    codes = np.random.default_rng(seed).integers(-half, half, (rows, columns))
+    qvalues = np.random.default_rng(seed).integers(-half, half, (rows, columns))
     every = np.arange(-half, half)[:rows]
-    codes[: len(every), 0] = every
-    return jnp.asarray(codes, jnp.int8)
+    qvalues[: len(every), 0] = every
+    return jnp.asarray(qvalues, jnp.int8)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rows", [1, 100, 256, 300])
 def test_round_trip_is_exact(bits, rows):
-    codes = codes_of(bits, rows)
-    planes = pack(codes, bits)
-    chex.assert_trees_all_equal(unpack(planes, bits, rows), codes)
+    qvalues = qvalues_of(bits, rows)
+    planes = pack(qvalues, bits)
+    chex.assert_trees_all_equal(unpack(planes, bits, rows), qvalues)
     whole = unpack(planes, bits)
     assert whole.dtype == jnp.int8
     assert whole.shape == (packed_rows(rows, bits), 3)
@@ -43,17 +43,19 @@ def test_round_trip_is_exact(bits, rows):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_weight_takes_exactly_its_bits(bits):
-    planes = pack(codes_of(bits, 512, 16), bits)
+    planes = pack(qvalues_of(bits, 512, 16), bits)
     assert 8 * sum(plane.nbytes for plane in planes) == bits * 512 * 16
     assert sum(plane_widths(bits)) == bits
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_layout(bits):
-    """Eight rows of codes come from one slot of eight rows of words."""
+    """Eight rows of quantized values come from one slot of eight rows of words."""
     row, column = 300, 1
-    codes = jnp.zeros((512, 2), jnp.int8).at[row, column].set(-1)  # all bits of one code
-    for plane, width in zip(pack(codes, bits), plane_widths(bits)):
+    qvalues = (
+        jnp.zeros((512, 2), jnp.int8).at[row, column].set(-1)
+    )  # all bits of one quantized value
+    for plane, width in zip(pack(qvalues, bits), plane_widths(bits)):
         slots = 32 // width
         expected = np.zeros(plane.shape, np.uint32)
         word = row // (8 * slots) * 8 + row % 8
@@ -63,18 +65,18 @@ def test_layout(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_tiles_unpack_alone(bits):
-    codes = codes_of(bits, 768)
+    qvalues = qvalues_of(bits, 768)
     tile = [
         plane[256 // count : 512 // count]
-        for plane, count in zip(as_words(pack(codes, bits)), codes_per_row(bits))
+        for plane, count in zip(as_words(pack(qvalues, bits)), values_per_row(bits))
     ]
-    chex.assert_trees_all_equal(unpack_tile(tile, bits).astype(jnp.int8), codes[256:512])
+    chex.assert_trees_all_equal(unpack_tile(tile, bits).astype(jnp.int8), qvalues[256:512])
 
 
 def test_packing_under_jit():
-    codes = codes_of(3, 40)
-    packed = jax.jit(pack, static_argnums=1)(codes, 3)
-    chex.assert_trees_all_equal(packed, pack(codes, 3))
+    qvalues = qvalues_of(3, 40)
+    packed = jax.jit(pack, static_argnums=1)(qvalues, 3)
+    chex.assert_trees_all_equal(packed, pack(qvalues, 3))
 
 
 def test_logical_bits_of_a_language_model():
@@ -86,23 +88,23 @@ def test_logical_bits_of_a_language_model():
 
 
 @pytest.mark.parametrize(
-    ("codes", "bits", "message"),
+    ("quantized values", "bits", "message"),
     [
-        (jnp.zeros((8, 2), jnp.int8), 1, "codes have .* bits, got bits=1"),
-        (jnp.zeros((8, 2), jnp.int8), 9, "codes have .* bits, got bits=9"),
+        (jnp.zeros((8, 2), jnp.int8), 1, "quantized values have .* bits, got bits=1"),
+        (jnp.zeros((8, 2), jnp.int8), 9, "quantized values have .* bits, got bits=9"),
         (jnp.zeros((8, 2), jnp.int32), 4, "must be int8, got int32"),
         (jnp.zeros((8,), jnp.int8), 4, r"must be \[K, N\]"),
         (jnp.full((8, 2), 8, jnp.int8), 4, r"lie in -8 ... 7, got 8 ... 8; subtract 8"),
         (jnp.full((8, 2), -5, jnp.int8), 3, r"lie in -4 ... 3"),
     ],
 )
-def test_pack_errors(codes, bits, message):
+def test_pack_errors(qvalues, bits, message):
     with pytest.raises(ValueError, match=message):
-        pack(codes, bits)
+        pack(qvalues, bits)
 
 
 def test_unpack_errors():
-    planes = pack(codes_of(3, 256), 3)
+    planes = pack(qvalues_of(3, 256), 3)
     with pytest.raises(ValueError, match=r"4 bits are packed as uint32\[K/8, N\]"):
         unpack(planes, 4)
     with pytest.raises(

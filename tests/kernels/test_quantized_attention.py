@@ -1,4 +1,4 @@
-"""Attention on codes: the formula written down once more, and every program against it."""
+"""Attention on values: the formula written down once more, and every program against it."""
 
 from functools import partial
 
@@ -48,11 +48,11 @@ def by_hand(q, k, v, *, n, levels, block):
     q, k, v = (np.asarray(x[0, :, 0], np.float64) for x in (q, k, v))
     k = k - k.mean(0)
 
-    def codes(x, scale):
+    def qvalues(x, scale):
         return np.sign(x) * np.floor(np.abs(x) / scale + 0.5)
 
     s_q, s_k = (np.abs(x).max(1, keepdims=True) / n for x in (q, k))
-    logits = codes(q, s_q) @ codes(k, s_k).T * s_q * s_k.T * q.shape[1] ** -0.5
+    logits = qvalues(q, s_q) @ qvalues(k, s_k).T * s_q * s_k.T * q.shape[1] ** -0.5
     weights = np.exp(logits - logits.max(1, keepdims=True))
     if levels is None:
         return weights @ v / weights.sum(1, keepdims=True)
@@ -62,7 +62,7 @@ def by_hand(q, k, v, *, n, levels, block):
         part = weights[:, first : first + block]
         largest = part.max(1, keepdims=True)
         p = np.floor(levels * part / largest + 0.5)
-        out += p @ codes(v[first : first + block], s_v) * largest / levels
+        out += p @ qvalues(v[first : first + block], s_v) * largest / levels
     return out * s_v / weights.sum(1, keepdims=True)
 
 
@@ -75,7 +75,8 @@ def test_reference_is_the_formula(bits, values, n, levels):
     mask = block_mask(EVERYTHING, 20, 300, block=128)
     out = attend("reference", q, k, v, mask=mask, bits=bits, values=values)
     expected = by_hand(q, k, v, n=n, levels=levels, block=128)
-    # In float32 a code may fall on the other side of a half: a step of 1/127 of one logit's term.
+    # In float32 a quantized value may fall on the other side of a half: a step of 1/127 of one
+    # logit's term.
     np.testing.assert_allclose(out[0, :, 0], expected, atol=2e-4)
 
 
@@ -174,7 +175,7 @@ def test_error_falls_with_bits_and_finer_scales():
     assert error(values="int8") < error(values="int4")
 
 
-def test_operands_that_are_codes_already_are_exact():
+def test_operands_that_are_quantized_values_already_are_exact():
     q, k, v = (jnp.round(20 * x) for x in heads(64, 128, query_heads=1))
     # A largest value of 127 in every token makes all scales 1.
     q, k, v = (x.at[..., 0].set(127.0) for x in (q, k, v))
@@ -202,7 +203,7 @@ def test_smoothing_rescues_keys_with_an_offset_and_keeps_the_log_sum_exp():
     assert relative(merged, exact) < 0.01
 
 
-def test_zeros_have_codes():
+def test_zeros_have_quantized_values():
     q, k, v = heads(10, 10)
     out = quantized_attention(0 * q, 0 * k, 0 * v, values="int8")
     assert not np.asarray(out).any()

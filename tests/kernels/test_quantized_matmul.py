@@ -28,7 +28,8 @@ PROGRAMS = {
     "pallas_gpu": {"implementation": "pallas_gpu", "interpret": True},
 }
 KERNELS = ("pallas_tpu", "pallas_gpu")
-# Codes are exact in every program; float32 sums of up to 1024 terms differ by their order alone.
+# Quantized values are exact in every program; float32 sums of up to 1024 terms differ by their
+# order alone.
 CLOSE = 3e-6
 
 
@@ -49,8 +50,8 @@ def small_tiles(monkeypatch):
 def int8_operands(m, k, n, zero=True, seed=0):
     rng = np.random.default_rng(seed)
     operands = {
-        "x_codes": jnp.asarray(rng.integers(-128, 128, (m, k)), jnp.int8),
-        "w_codes": jnp.asarray(rng.integers(-128, 128, (k, n)), jnp.int8),
+        "x_qvalues": jnp.asarray(rng.integers(-128, 128, (m, k)), jnp.int8),
+        "w_qvalues": jnp.asarray(rng.integers(-128, 128, (k, n)), jnp.int8),
         "x_scale": jnp.asarray(rng.uniform(0.01, 0.02, (m, 1)), jnp.float32),
         "w_scale": jnp.asarray(rng.uniform(0.01, 0.02, (n,)), jnp.float32),
     }
@@ -62,14 +63,14 @@ def int8_operands(m, k, n, zero=True, seed=0):
 def packed_operands(m, k, n, bits, group_size, dtype=jnp.float32, zero=True, seed=0):
     rng = np.random.default_rng(seed)
     half, groups = 2 ** (bits - 1), k // (group_size or k)
-    codes = jnp.asarray(rng.integers(-half, half, (k, n)), jnp.int8)
+    qvalues = jnp.asarray(rng.integers(-half, half, (k, n)), jnp.int8)
     if dtype == jnp.int8:
         x = jnp.asarray(rng.integers(-128, 128, (m, k)), jnp.int8)
     else:
         x = jnp.asarray(rng.normal(size=(m, k)), jnp.float32).astype(dtype)
     operands = {
         "x": x,
-        "planes": pack(codes, bits),
+        "planes": pack(qvalues, bits),
         "scale": jnp.asarray(rng.uniform(0.01, 0.02, (groups, n)), jnp.bfloat16),
     }
     if zero:
@@ -120,7 +121,7 @@ def test_many_rows_of_int8_on_a_gpu():
     chex.assert_trees_all_equal(outs["pallas_gpu"], expected)
 
 
-# Weights are rounded to the dtype of floats; products of codes stay exact.
+# Weights are rounded to the dtype of floats; products of quantized values stay exact.
 @pytest.mark.parametrize(
     ("dtype", "close"), [(jnp.float32, 1e-6), (jnp.bfloat16, 8e-3), (jnp.int8, CLOSE)]
 )
@@ -133,17 +134,17 @@ def test_many_rows_of_packed_weights_on_a_gpu(dtype, close, monkeypatch):
         assert relative(outs["pallas_gpu"], expected) < close
 
 
-def test_zero_points_are_added_to_codes():
+def test_zero_points_are_added_to_quantized_values():
     operands = int8_operands(4, 64, 8)
-    x = operands["x_codes"].astype(jnp.float32) * operands["x_scale"]
-    weights = operands["w_codes"].astype(jnp.float32) + operands["w_zero"].astype(jnp.float32)
+    x = operands["x_qvalues"].astype(jnp.float32) * operands["x_scale"]
+    weights = operands["w_qvalues"].astype(jnp.float32) + operands["w_zero"].astype(jnp.float32)
     expected = np.asarray(x) @ np.asarray(weights * operands["w_scale"])
     np.testing.assert_allclose(run(int8_matmul, operands), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_given_sums_are_used():
     operands = int8_operands(5, 64, 16)
-    sums = jnp.sum(operands["x_codes"], axis=1, keepdims=True, dtype=jnp.int32)
+    sums = jnp.sum(operands["x_qvalues"], axis=1, keepdims=True, dtype=jnp.int32)
     expected = int8_matmul(**operands, implementation="xla")
     given = int8_matmul(**operands, x_sums=sums, implementation="xla")
     chex.assert_trees_all_equal(given, expected)
@@ -258,12 +259,12 @@ def test_result_dtype(dtype):
     chex.assert_trees_all_equal(out, exact.astype(expected))  # rounded once, at the end
 
 
-def test_one_group_of_int8_codes_is_w8a8():
+def test_one_group_of_int8_quantized_values_is_w8a8():
     operands = int8_operands(4, 256, 16)
     expected = int8_matmul(**operands)
     out = packed_matmul(
-        operands["x_codes"],
-        pack(operands["w_codes"], 8),
+        operands["x_qvalues"],
+        pack(operands["w_qvalues"], 8),
         bits=8,
         scale=operands["w_scale"][None],
         zero=operands["w_zero"][None],
@@ -273,7 +274,7 @@ def test_one_group_of_int8_codes_is_w8a8():
 
 
 def test_group_quantizer_of_mbq():
-    """Unsigned codes with W = s (u - z), ranges not forced to contain zero."""
+    """Unsigned values with W = s (u - z), ranges not forced to contain zero."""
     rng = np.random.default_rng(0)
     weights = rng.normal(0.3, 0.1, (256, 12)).astype(np.float32)
     weights[128:] += 2
@@ -304,8 +305,8 @@ def test_leading_axes(leading):
     out = run(packed_matmul, operands, **options)
     chex.assert_trees_all_equal(out, expected.reshape(*leading, 8))
     x_scale = struct((*leading, 1), jnp.float32)
-    codes = {"x_codes": struct((*leading, 64), jnp.int8), "x_scale": x_scale}
-    operands = shapes_of(int8_operands(1, 64, 16)) | codes
+    qvalues = {"x_qvalues": struct((*leading, 64), jnp.int8), "x_scale": x_scale}
+    operands = shapes_of(int8_operands(1, 64, 16)) | qvalues
     assert jax.eval_shape(lambda o: int8_matmul(**o), operands).shape == (*leading, 16)
 
 
@@ -348,8 +349,8 @@ def test_gradients_of_scales():
         return jnp.sum(int8_matmul(**operands | {"x_scale": x_scale}, **options) ** 2)
 
     gradient = jax.jit(jax.grad(partial(loss, **PROGRAMS["pallas_tpu"])))(operands["x_scale"])
-    weights = operands["w_codes"].astype(jnp.int32) + operands["w_zero"]
-    product = (operands["x_codes"].astype(jnp.int32) @ weights).astype(jnp.float32)
+    weights = operands["w_qvalues"].astype(jnp.int32) + operands["w_zero"]
+    product = (operands["x_qvalues"].astype(jnp.int32) @ weights).astype(jnp.float32)
     product *= operands["w_scale"]
     expected = 2 * operands["x_scale"] * jnp.sum(product**2, axis=1, keepdims=True)
     assert relative(gradient, expected) < 1e-5
@@ -357,13 +358,13 @@ def test_gradients_of_scales():
 
 def test_quantize_per_token():
     x = jnp.asarray([[127.0, 0.5, 1.5, -2.5], [0, 0, 0, 0], [1e-3, -2e-3, 0, 1e-3]])
-    codes, scale = quantize_per_token(x)
-    np.testing.assert_array_equal(codes, [[127, 0, 2, -2], [0] * 4, [64, -127, 0, 64]])
+    qvalues, scale = quantize_per_token(x)
+    np.testing.assert_array_equal(qvalues, [[127, 0, 2, -2], [0] * 4, [64, -127, 0, 64]])
     np.testing.assert_allclose(scale[:, 0], np.array([127, 1e-5, 2e-3]) / 127, rtol=1e-6)
-    codes, scale = quantize_per_token(x.astype(jnp.bfloat16), bits=4)
-    assert codes.dtype == jnp.int8
+    qvalues, scale = quantize_per_token(x.astype(jnp.bfloat16), bits=4)
+    assert qvalues.dtype == jnp.int8
     assert scale.dtype == jnp.float32
-    assert abs(codes).max() == 7
+    assert abs(qvalues).max() == 7
     with pytest.raises(ValueError, match=r"2 ... 8 bits, got bits=9"):
         quantize_per_token(x, bits=9)
 
@@ -371,8 +372,8 @@ def test_quantize_per_token():
 def test_dynamic_quantization_follows_the_float_product():
     x = jax.random.normal(jax.random.key(0), (4, 6, 256))
     operands = int8_operands(1, 256, 32)
-    weights = {name: operands[name] for name in ("w_codes", "w_scale", "w_zero")}
-    matrix = (weights["w_codes"].astype(jnp.int32) + weights["w_zero"]).astype(jnp.float32)
+    weights = {name: operands[name] for name in ("w_qvalues", "w_scale", "w_zero")}
+    matrix = (weights["w_qvalues"].astype(jnp.int32) + weights["w_zero"]).astype(jnp.float32)
     expected = x @ (matrix * weights["w_scale"])
     operands = {"x": x} | weights
     errors = {
@@ -446,12 +447,12 @@ def test_declared_cost_of_int8_products():
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"bits": 9}, "codes have .* bits, got bits=9"),
+        ({}, {"bits": 9}, "quantized values have .* bits, got bits=9"),
         ({}, {"bits": 3}, "3 bits are packed as"),
         ({}, {"group_size": 48}, r"groups of 48 .* K = 192; group_size may be 32, 64, 192"),
         ({}, {"group_size": 128}, r"groups of 128 are not supported for K = 192"),
         ({}, {"group_size": 32}, r"scale must have shape \(6, 16\), got \(3, 16\)"),
-        ({"x": jnp.zeros((2, 300))}, {}, "K = 300, whose codes of 4 bits fill 384 packed rows"),
+        ({"x": jnp.zeros((2, 300))}, {}, "K = 300, whose 4-bit values fill 384 packed rows"),
         ({"x": jnp.zeros((2, 192), jnp.float16)}, {}, "x must be float32 or bfloat16 or int8"),
         ({"x": jnp.zeros((2, 192), jnp.int8)}, {}, "int8 activations need x_scale"),
         ({"x_scale": jnp.ones((2, 1))}, {}, "float ones take none"),
@@ -470,9 +471,9 @@ def test_errors_of_packed_matmul(change, options, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x_codes": jnp.zeros((2, 64))}, "x_codes must be int8, got float32"),
-        ({"x_codes": jnp.zeros((2, 63), jnp.int8)}, r"weights' K = 64 >= 1, got shape \(2, 63\)"),
-        ({"w_codes": jnp.zeros((64,), jnp.int8)}, r"w_codes must be \[K, N\]"),
+        ({"x_qvalues": jnp.zeros((2, 64))}, "x_qvalues must be int8, got float32"),
+        ({"x_qvalues": jnp.zeros((2, 63), jnp.int8)}, r"weights' K = 64 >= 1, got shape \(2, 63\)"),
+        ({"w_qvalues": jnp.zeros((64,), jnp.int8)}, r"w_qvalues must be \[K, N\]"),
         ({"x_scale": jnp.ones((2,))}, r"x_scale must have shape \(2, 1\)"),
         ({"w_scale": jnp.ones((15,))}, r"w_scale must have shape \(16,\) or \(1, 16\)"),
         ({"w_scale": jnp.ones((16,), jnp.bfloat16)}, "w_scale must be float32"),

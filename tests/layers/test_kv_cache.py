@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from effjax import testing
-from effjax.context import Room, states
+from effjax.context import CacheLength, states
 from effjax.layers.attention import CausalCore
 from effjax.layers.kv_cache import (
     Caches,
@@ -43,7 +43,7 @@ def run(kind, calls, *, core_window=None, **options):
     @partial(jax.jit, static_argnums=0)
     def call(first, parts, positions, values):
         core = CausalCore(Rotary(8, theta=100.0), window=core_window)
-        cache = kind(core, first=first, room=Room(16, 16), **options)
+        cache = kind(core, first=first, cache_length=CacheLength(16, 16), **options)
         held = states(cache)
         for path, state in held.items():
             state.set_metadata(path=str(path), creating=first)
@@ -172,7 +172,7 @@ def test_padding_leaves_no_trace(kind, options):
         chex.assert_trees_all_close(value[0], values[path][0], atol=1e-6)
     # Row 1 holds nine tokens: those of columns 3 ... 11.
     core = CausalCore(Rotary(8, theta=100.0))
-    cache = kind(core, first=False, room=Room(16, 16), **options)
+    cache = kind(core, first=False, cache_length=CacheLength(16, 16), **options)
     slots = np.asarray(cache.positions(jnp.array([15, 9]))[1, 0])
     (v,) = (value for path, value in held.items() if path[-1] == "v")
     for slot in np.flatnonzero(slots >= 0):
@@ -189,20 +189,22 @@ def test_rolling_back_is_appending_earlier():
 
 
 def test_what_kinds_declare():
-    core, room = CausalCore(Rotary(8, theta=100.0)), Room(16, 16)
-    dense = DenseCache(core, first=True, room=room)
+    core, cache_length = CausalCore(Rotary(8, theta=100.0)), CacheLength(16, 16)
+    dense = DenseCache(core, first=True, cache_length=cache_length)
     assert dense.rollback
     assert dense.multi_token_append
     assert dense.exact_chunked_prefill
-    ring = RingCache(core, sinks=2, ring=5, first=True, room=room)
+    ring = RingCache(core, sinks=2, ring=5, first=True, cache_length=cache_length)
     assert ring.multi_token_append
     assert not ring.rollback
     assert not ring.exact_chunked_prefill
-    whole = RingCache(core, sinks=2, ring=30, first=True, room=room)
+    whole = RingCache(core, sinks=2, ring=30, first=True, cache_length=cache_length)
     assert whole.rollback
     assert whole.exact_chunked_prefill
     window = CausalCore(Rotary(8, theta=100.0), window=5)
-    assert RingCache(window, sinks=0, ring=5, first=True, room=room).exact_chunked_prefill
+    assert RingCache(
+        window, sinks=0, ring=5, first=True, cache_length=cache_length
+    ).exact_chunked_prefill
     with pytest.raises(ValueError, match="appends one token in a call, not several"):
         run(_Single, pieces(4, 3))
 
@@ -220,7 +222,7 @@ def test_too_long_prompts_are_refused():
 
 def test_a_model_without_causal_attention_has_no_cache():
     subject = testing.tiny_dit()
-    forward = subject.forward.edit(Caches(as_it_is)).with_room(4, 4)
+    forward = subject.forward.patch(Caches(as_it_is)).with_cache_length(4, 4)
     with pytest.raises(ValueError, match="DiT has no causal attention"):
         forward.init(subject.params, jnp.zeros((2, 16, 16, 4)), jnp.zeros(2), jnp.zeros(2, int))
 
@@ -228,7 +230,7 @@ def test_a_model_without_causal_attention_has_no_cache():
 def test_caches_are_cut_by_heads_on_devices():
     """Four devices, each with its own key head: the same logits."""
     subject = testing.tiny_llama(num_heads=8, num_kv_heads=4, head_dim=4)
-    forward = subject.forward.edit(Caches(as_it_is)).with_room(8, 4)
+    forward = subject.forward.patch(Caches(as_it_is)).with_cache_length(8, 4)
     tokens = jnp.asarray(subject.cond)
     mesh = jax.make_mesh((4,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
     cut = NamedSharding(mesh, PartitionSpec(None, None, "heads"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from effjax import testing
-from effjax.context import Room, states
+from effjax.context import CacheLength, states
 from effjax.generate import Reading, caches, generate, prefill, score
 from effjax.layers.attention import CausalCore
 from effjax.layers.kv_cache import budgets
@@ -28,7 +28,7 @@ def rotated(x):
 def held(kind, prompt=16, **options):
     """Positions that a cache holds after a prompt, by text and head."""
     core = CausalCore(ROTARY)
-    cache = kind(core, first=True, room=Room(16, 16), **options)
+    cache = kind(core, first=True, cache_length=CacheLength(16, 16), **options)
     for path, state in states(cache).items():
         state.set_metadata(path=str(path), creating=True)
     cache(*(part[:, :prompt] for part in texts()), None)
@@ -106,9 +106,9 @@ def test_answers_do_not_depend_on_the_batch(name):
     question = None if name == "moa" else rng.integers(3, 50, (1, 3))
 
     def answers(prompts):
-        session = prefill(forward, params, prompts, new=9)
+        prefix = prefill(forward, params, prompts, new=9)
         more = None if question is None else np.repeat(question, len(prompts), axis=0)
-        return generate(forward, params, more, session=session, max_new_tokens=6)
+        return generate(forward, params, more, prefix=prefix, max_new_tokens=6)
 
     together = answers(prompts)
     for row, prompt in enumerate(prompts[:2]):
@@ -188,7 +188,7 @@ def test_evicted_tokens_are_not_seen():
 
 @pytest.mark.parametrize(("bits", "near"), [(8, 0.02), (4, 0.3)])
 @pytest.mark.parametrize("sizes", [(10,) + (1,) * 13, (9, 6, 8)], ids=str)
-def test_codes_stand_for_keys_and_values(bits, near, sizes):
+def test_quantized_values_stand_for_keys_and_values(bits, near, sizes):
     """Every token once, sealed or not, within half a step of its window's or its own scale."""
     from tests.layers.test_kv_cache import causal, expected, pieces
 
@@ -205,9 +205,9 @@ def test_codes_stand_for_keys_and_values(bits, near, sizes):
         chex.assert_trees_all_close(back[:, :20], k[:, :20], atol=scale.max() / 2 + 1e-6)
     chex.assert_trees_all_equal(named["k_open"][:, :3], k[:, 20:])
     slots = np.asarray(
-        kivi.KIVICache(CausalCore(ROTARY), plan=plan, first=True, room=Room(16, 16)).positions(
-            jnp.array([23, 5])
-        )
+        kivi.KIVICache(
+            CausalCore(ROTARY), plan=plan, first=True, cache_length=CacheLength(16, 16)
+        ).positions(jnp.array([23, 5]))
     )[:, 0]
     assert sorted(slots[0][slots[0] >= 0]) == list(range(23))
     assert sorted(slots[1][slots[1] >= 0]) == list(range(5))
@@ -249,7 +249,7 @@ def test_caches_name_what_they_cannot():
         with pytest.raises(ValueError, match="Cache must see a prompt at once"):
             prefill(forward, params, prompt, new=4, chunk=8)
         assert generate(forward, params, prompt, max_new_tokens=3).lengths.tolist() == [3]
-        assert len(caches(forward.with_room(20, 4), params)) == 2
+        assert len(caches(forward.with_cache_length(20, 4), params)) == 2
     windowed = testing.tiny_llama(window=5)
     for method, plan in (
         (kivi, kivi.KIVIPlan()),
@@ -266,7 +266,10 @@ def test_short_prompts_keep_what_is_always_kept(ratio, window, kept):
     subject = testing.tiny_llama()
     plan = snap_kv.SnapKVPlan(ratio=ratio, window=window)
     forward, params = snap_kv.transform(plan)(subject.forward, subject.params)
-    assert [c.keep for c in caches(forward.with_room(20, 3), params).values()] == [kept, kept]
+    assert [c.keep for c in caches(forward.with_cache_length(20, 3), params).values()] == [
+        kept,
+        kept,
+    ]
     out = generate(forward, params, [list(range(20))], max_new_tokens=3)
     assert out.lengths.tolist() == [3]
 

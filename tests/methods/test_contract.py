@@ -47,7 +47,7 @@ def sample(subject, forward, params, *, cond=None, key=None):
 def test_identity_changes_nothing_to_the_bit(method, subject):
     plan = method.identity(subject)
     forward, params = method.transform(plan)(subject.forward, subject.params)
-    assert forward.edits != subject.forward.edits or params is not subject.params
+    assert forward.patches != subject.forward.patches or params is not subject.params
     chex.assert_trees_all_equal(
         sample(subject, forward, params), sample(subject, subject.forward, subject.params)
     )
@@ -129,7 +129,7 @@ def test_gradients_are_finite(subject, strongest):
         return jnp.mean(jnp.square(out))
 
     gradients = jax.jit(jax.grad(loss, allow_int=True))(params)
-    # Codes have none.
+    # QValues have none.
     floats = [g for g in jax.tree.leaves(gradients) if g.dtype != jax.dtypes.float0]
     chex.assert_tree_all_finite(floats)
     assert sum(float(jnp.abs(leaf).sum()) for leaf in floats) > 0
@@ -185,12 +185,12 @@ def test_cost_falls_along_the_ladder(method, subject):
 
 
 def test_stateful_neighbors_keep_their_state(method, subject):
-    """Another stateful edit around the same blocks, with a traced step."""
-    from tests.test_forward import MemoryEdit
+    """Another stateful patch around the same blocks, with a traced step."""
+    from tests.test_forward import MemoryPatch
 
     plan = method.ladder(subject)[-1]
     forward, params = method.transform(plan)(subject.forward, subject.params)
-    both = forward.edit(MemoryEdit("blocks.1"))
+    both = forward.patch(MemoryPatch("blocks.1"))
     assert "blocks.1.total" in _initial_state(subject, both, params)
     chex.assert_tree_all_finite(sample(subject, both, params))
 
@@ -200,7 +200,7 @@ def _initial_state(subject, forward, params):
 
 
 def test_the_declaration_is_complete(method, subject):
-    assert set(method.seams) <= {"leaves", "edits", "loops"}
+    assert set(method.seams) <= {"leaves", "patches", "loops"}
     assert method.seams
     assert "arXiv" in method.paper
     assert dataclasses.is_dataclass(method.plan)
@@ -229,7 +229,7 @@ PAIRS = [
 @pytest.mark.parametrize(("one", "two"), PAIRS, ids=lambda method: getattr(method, "name", None))
 def test_methods_on_different_seams_compose(one, two, tmp_path):
     """In both orders the same model, saved and loaded as one recipe."""
-    subject = (one if "edits" in one.seams else two).tiny()  # leaves are much the same in all
+    subject = (one if "patches" in one.seams else two).tiny()  # leaves are much the same in all
     first, second = (_strongest(method, subject) for method in (one, two))
     pair = effjax.chain(first, second)(subject.forward, subject.params)
     swapped = effjax.chain(second, first)(subject.forward, subject.params)

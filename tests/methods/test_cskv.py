@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from effjax import testing
-from effjax.context import Room
+from effjax.context import CacheLength
 from effjax.cost import state_bytes
 from effjax.forward import METHODS
 from effjax.generate import Reading, generate, prefill
@@ -80,7 +80,7 @@ def test_full_windows_are_rebuilt_and_the_others_exact(sizes, constant):
 
 @pytest.mark.parametrize("window", [1, WINDOW])
 @pytest.mark.parametrize(("bits", "near"), [(8, 0.02), (4, 0.4)])
-def test_codes_stand_for_features(bits, near, window):
+def test_quantized_values_stand_for_features(bits, near, window):
     found = random_factors()
     whole, _ = run(
         cskv.CSKVCache,
@@ -90,13 +90,18 @@ def test_codes_stand_for_features(bits, near, window):
         constant=False,
     )
     plan = cskv.CSKVPlan(window=window, bits=bits)
-    coded, values = run(
+    quantized, values = run(
         cskv.CSKVCache, pieces(10, *[1] * 13), plan=plan, factors=found, constant=False
     )
-    error = float(jnp.abs(jnp.concatenate(coded, 1) - jnp.concatenate(whole, 1)).max())
+    error = float(jnp.abs(jnp.concatenate(quantized, 1) - jnp.concatenate(whole, 1)).max())
     assert 0 < error < near
     core = CausalCore(Rotary(8, theta=100.0))
-    options = {"factors": found, "constant": False, "first": False, "room": Room(16, 16)}
+    options = {
+        "factors": found,
+        "constant": False,
+        "first": False,
+        "cache_length": CacheLength(16, 16),
+    }
     cache = cskv.CSKVCache(core, plan=plan, **options)
     sealed = {path[-1]: value for path, value in values.items()}
     x = np.asarray(texts()[3])
@@ -111,7 +116,7 @@ def test_codes_stand_for_features(bits, near, window):
 @pytest.mark.parametrize("bias", [False, True])
 def test_whole_ranks_are_the_dense_model(bias):
     """With biases a feature is the constant, so one more than the rank of the inputs is needed."""
-    subject = testing.tiny_llama(width=12, num_heads=4, num_kv_heads=4, qkv_bias=bias)
+    subject = testing.tiny_llama(hidden_size=12, num_heads=4, num_kv_heads=4, qkv_bias=bias)
     plan = cskv.CSKVPlan(0.375, 0.375, window=4)
     if bias:
         # Projections of rank 7, so that eight features are enough.
@@ -215,16 +220,16 @@ def test_statistics_make_a_better_start_and_training_a_better_end(skewed):
     assert log["runs"] == [{"first_step": 0, "steps": 60}]
 
 
-def test_training_with_codes_beats_rounding_afterwards():
+def test_training_with_quantized_values_beats_rounding_afterwards():
     """With groups of a dozen: the two ends of a group have no gradients."""
     subject = skew(testing.tiny_llama(num_heads=2, num_kv_heads=1, head_dim=16))
-    floats, coded = (cskv.CSKVPlan(0.75, 0.75, window=12, bits=bits) for bits in (16, 4))
+    floats, quantized = (cskv.CSKVPlan(0.75, 0.75, window=12, bits=bits) for bits in (16, 4))
     _, start = starts(floats, subject)
     options = {"steps": 60, "learning_rate": 3e-3, "progress": False}
     pair = subject.forward, subject.params
     after = cskv.fit(floats, *pair, start, token_batches, **options)[0]
-    aware = cskv.fit(coded, *pair, start, token_batches, **options)[0]
-    assert loss_of(coded, subject, aware) < loss_of(coded, subject, after)
+    aware = cskv.fit(quantized, *pair, start, token_batches, **options)[0]
+    assert loss_of(quantized, subject, aware) < loss_of(quantized, subject, after)
 
 
 def test_training_resumes_and_keeps_the_constant(tmp_path):

@@ -42,8 +42,8 @@ def sample(subject, plan=None, *, sampler=None, params=None):
     return run(forward, params, subject.cond, jax.random.key(3))
 
 
-def plan_of(*codes, window=8, tokens=64, layers=2):
-    return DiTFastAttnPlan(codes=(tuple(codes),) * layers, tokens=tokens, window=window)
+def plan_of(*strategies, window=8, tokens=64, layers=2):
+    return DiTFastAttnPlan(strategies=(tuple(strategies),) * layers, tokens=tokens, window=window)
 
 
 # ---- the formulas, written down once more without the library ----
@@ -51,8 +51,8 @@ def plan_of(*codes, window=8, tokens=64, layers=2):
 
 def by_formula(subject, plan, arrangement):
     """The sheet's pseudo-code on one attention layer: outputs of every call."""
-    (site, *_) = subject.forward.sites(subject.params, pattern=r"blocks\.0\.attn")
-    attn = site.module
+    (target, *_) = subject.forward.target_modules(subject.params, pattern=r"blocks\.0\.attn")
+    attn = target.module
     mask = dense_mask(block_mask(Band(plan.window), plan.tokens))
 
     def attend(q, k, v, mask=None):
@@ -61,16 +61,16 @@ def by_formula(subject, plan, arrangement):
         return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(logits), v)
 
     cached = residual = None
-    for code, need, key in zip(
-        plan.codes[0], plan.need[0], jax.random.split(jax.random.key(5), plan.calls)
+    for value, need, key in zip(
+        plan.strategies[0], plan.need[0], jax.random.split(jax.random.key(5), plan.calls)
     ):
         x = jax.random.normal(key, (4, plan.tokens, 16))
-        if code == AST:
+        if value == AST:
             yield x, cached
             continue
-        halved = code in (WARS_ASC, FULL_ASC)
+        halved = value in (WARS_ASC, FULL_ASC)
         q, k, v = attn.project(arrangement.cond(x) if halved else x)
-        if code in (FULL, FULL_ASC):
+        if value in (FULL, FULL_ASC):
             o = attend(q, k, v)
             if need:
                 residual = o - attend(q, k, v, mask)
@@ -100,19 +100,19 @@ def test_every_strategy_follows_the_formula(subject, cond_first, paired):
             return self.attn(x)
 
     arrangement = Guidance(cond_first, paired)
-    codes = (FULL, WARS, AST, WARS_ASC, FULL_ASC, WARS, WARS_ASC, AST, FULL, FULL_ASC, AST)
-    plan = plan_of(*codes, layers=1)
+    strategies = (FULL, WARS, AST, WARS_ASC, FULL_ASC, WARS, WARS_ASC, AST, FULL, FULL_ASC, AST)
+    plan = plan_of(*strategies, layers=1)
     forward, _ = functional(Alone())
     params = {"attn": subject.params["blocks"]["0"]["attn"]}
-    edited, params = transform(plan)(forward, params)
+    patched, params = transform(plan)(forward, params)
     x = jnp.zeros((4, 64, 16))
-    traced = static = edited.init(params, x, guidance=arrangement)
+    traced = static = patched.init(params, x, guidance=arrangement)
     assert sorted(traced) == ["attn.output", "attn.residual"]
-    run = jax.jit(lambda p, s, x, t: edited(p, s, x, step=t, guidance=arrangement))
+    run = jax.jit(lambda p, s, x, t: patched(p, s, x, step=t, guidance=arrangement))
     for step, (x, expected) in enumerate(by_formula(subject, plan, arrangement)):
         out, traced = run(params, traced, x, step)
         chex.assert_trees_all_close(out, expected, atol=2e-5)
-        out, static = edited(params, static, x, step=step, guidance=arrangement)
+        out, static = patched(params, static, x, step=step, guidance=arrangement)
         chex.assert_trees_all_close(out, expected, atol=2e-5)
     chex.assert_trees_all_close(traced, static, atol=2e-5)
 
@@ -136,11 +136,11 @@ def test_equal_halves_make_asc_full(subject):
 
 def test_sharing_an_unchanged_input_is_full(subject):
     """AST of a layer that gets the same input again."""
-    edited, params = transform(plan_of(FULL, AST, AST, AST))(subject.forward, subject.params)
+    patched, params = transform(plan_of(FULL, AST, AST, AST))(subject.forward, subject.params)
     x, t, labels = jnp.ones((2, 16, 16, 4)), jnp.ones(2), subject.cond
-    state = edited.init(params, x, t, labels)
-    first, state = edited(params, state, x, t, labels, step=0)
-    again, _ = edited(params, state, x, t, labels, step=1)
+    state = patched.init(params, x, t, labels)
+    first, state = patched(params, state, x, t, labels, step=0)
+    again, _ = patched(params, state, x, t, labels, step=1)
     chex.assert_trees_all_close(first, again, atol=1e-6)
 
 
@@ -189,7 +189,7 @@ def test_threshold_zero_is_dense_to_the_bit(subject):
         threshold=0.0,
         progress=False,
     )
-    assert plan.codes == ((FULL,) * CALLS,) * 2
+    assert plan.strategies == ((FULL,) * CALLS,) * 2
     chex.assert_trees_all_equal(sample(subject, plan), sample(subject))
 
 
@@ -206,7 +206,7 @@ def test_the_found_plan_replays_the_search(subject):
         progress=False,
         callback=lambda step, x: latents.update({step: x}),
     )
-    used = {code for row in plan.codes for code in row}
+    used = {value for row in plan.strategies for value in row}
     assert len(used) >= 3, f"the plan should mix strategies, it has {used}"
     chex.assert_trees_all_close(sample(subject, plan), latents[CALLS - 1], atol=1e-5)
     assert (plan.tokens, plan.window, plan.calls, plan.guidance) == (64, 4, CALLS, 2.0)
@@ -220,27 +220,29 @@ def test_the_search_is_greedy_and_graded(subject):
     arguments = (subject.forward, subject.params, subject.sampler, subject.cond)
     threshold = 0.02
     plan = search(*arguments, threshold=threshold, **options)
-    found = np.array(plan.codes)
+    found = np.array(plan.strategies)
 
     from effjax.metrics import relative_difference
 
     sampler, params, cond = subject.sampler, subject.params, subject.cond
     uncond = sampler.unconditional(subject.forward, cond)
-    edited, _ = transform(dataclasses.replace(plan))(subject.forward, params)
-    carry = sampler.init(edited, params, cond, jax.random.key(3))
-    carry = sampler.step(edited, params, carry, cond, uncond, 0)
+    patched, _ = transform(dataclasses.replace(plan))(subject.forward, params)
+    carry = sampler.init(patched, params, cond, jax.random.key(3))
+    carry = sampler.step(patched, params, carry, cond, uncond, 0)
     dense = sampler.network(subject.forward, params, {}, carry.x, cond, uncond, 1)[1]
     for layer in range(2):
         for strategy in CANDIDATES:
             # Layers before this one as decided, the ones after it dense.
-            codes = np.array(found[:, :2])
-            codes[layer, 1] = strategy
-            codes[layer + 1 :, 1] = FULL
+            strategies = np.array(found[:, :2])
+            strategies[layer, 1] = strategy
+            strategies[layer + 1 :, 1] = FULL
             # A third call with a window makes the first one keep its residual.
-            rows = tuple((*map(int, row), WARS) for row in codes)
-            trial, _ = transform(dataclasses.replace(plan, codes=rows))(subject.forward, params)
+            rows = tuple((*map(int, row), WARS) for row in strategies)
+            trial, _ = transform(dataclasses.replace(plan, strategies=rows))(
+                subject.forward, params
+            )
             first = sampler.init(
-                dataclasses.replace(trial, edits=()), params, cond, jax.random.key(3)
+                dataclasses.replace(trial, patches=()), params, cond, jax.random.key(3)
             )
             state = trial.init(
                 params, *sampler.inputs(first.x, cond, uncond, 0), guidance=sampler.joined
@@ -266,7 +268,7 @@ def test_an_unguided_search_leaves_out_sharing_over_halves(subject):
         threshold=5.0,
         progress=False,
     )
-    assert {code for row in plan.codes for code in row} == {FULL, AST}
+    assert {value for row in plan.strategies for value in row} == {FULL, AST}
     assert plan.guidance is None
     sample(subject, plan, sampler=sampler)
 
@@ -275,7 +277,7 @@ def test_plans_read_back(subject):
     plan = dataclasses.replace(plan_of(FULL, WARS), guidance=4.0, threshold=0.1, model="m")
     assert DiTFastAttnPlan.from_json(plan.to_json()) == plan
     with pytest.raises(
-        ValueError, match=r"missing fields \['codes'\] and unknown fields \['code'\]"
+        ValueError, match=r"missing fields \['strategies'\] and unknown fields \['code'\]"
     ):
         DiTFastAttnPlan.from_dict({"code": [[0]], "tokens": 4, "window": 1})
 
@@ -286,11 +288,11 @@ def test_plans_read_back(subject):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codes": ((AST, FULL),)}, r"layers \[0\] do not start with FULL"),
-        ({"codes": ((FULL, FULL), (WARS, FULL))}, r"layers \[1\] do not start with FULL"),
-        ({"codes": ((FULL, 7),)}, r"unknown strategy codes \[7\]"),
-        ({"codes": ((FULL, AST), (FULL,))}, r"lengths \[2, 1\]"),
-        ({"codes": ()}, "at least one layer"),
+        ({"strategies": ((AST, FULL),)}, r"layers \[0\] do not start with FULL"),
+        ({"strategies": ((FULL, FULL), (WARS, FULL))}, r"layers \[1\] do not start with FULL"),
+        ({"strategies": ((FULL, 7),)}, r"unknown strategies \[7\]"),
+        ({"strategies": ((FULL, AST), (FULL,))}, r"lengths \[2, 1\]"),
+        ({"strategies": ()}, "at least one layer"),
         ({"window": -1}, "window must be a whole number of at least 0"),
     ],
 )
@@ -303,10 +305,10 @@ def test_a_plan_for_something_else_is_refused(subject):
     short = plan_of(*(FULL,) * 3)
     with pytest.raises(ValueError, match="planned for 3 network calls, but the sampler makes 4"):
         sample(subject, short)
-    edited, params = transform(short)(subject.forward, subject.params)
+    patched, params = transform(short)(subject.forward, subject.params)
     inputs = (jnp.ones((2, 16, 16, 4)), jnp.ones(2), subject.cond)
     with pytest.raises(ValueError, match="step 3 lies outside the plan"):
-        edited(params, {}, *inputs, step=3)
+        patched(params, {}, *inputs, step=3)
     with pytest.raises(ValueError, match="has 3 layers"):
         transform(plan_of(FULL, layers=3))(subject.forward, subject.params)
     with pytest.raises(ValueError, match="made for 60 tokens, this call has 64"):
@@ -314,10 +316,10 @@ def test_a_plan_for_something_else_is_refused(subject):
     with pytest.raises(ValueError, match="not guided"):
         sample(subject, plan_of(FULL, FULL_ASC, FULL, FULL), sampler=Sampler(DDIM(steps=CALLS)))
     odd = plan_of(FULL, FULL_ASC)
-    edited, params = transform(odd)(subject.forward, subject.params)
+    patched, params = transform(odd)(subject.forward, subject.params)
     inputs = (jnp.ones((3, 16, 16, 4)), jnp.ones(3), jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match="must be even; got 3"):
-        edited(params, {}, *inputs, step=1, guidance=Guidance())
+        patched(params, {}, *inputs, step=1, guidance=Guidance())
 
 
 @pytest.mark.parametrize(
@@ -332,5 +334,5 @@ def test_bad_searches(subject, options, message):
 
 def test_uniform_plans():
     plan = uniform((WARS, AST), layers=3, calls=5, tokens=64)
-    assert plan.codes == ((FULL, WARS, AST, WARS, AST),) * 3
+    assert plan.strategies == ((FULL, WARS, AST, WARS, AST),) * 3
     assert plan.window == 8

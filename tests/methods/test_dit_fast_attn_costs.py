@@ -41,8 +41,8 @@ def call(model, strategy=None, *, then=FULL, platform="cpu"):
     state = {}
     step = 0
     if strategy is not None:
-        codes = ((int(FULL), int(strategy), int(then)),) * LAYERS
-        plan = DiTFastAttnPlan(codes=codes, tokens=TOKENS, window=WINDOW)
+        strategies = ((int(FULL), int(strategy), int(then)),) * LAYERS
+        plan = DiTFastAttnPlan(strategies=strategies, tokens=TOKENS, window=WINDOW)
         forward, params = transform(plan)(forward, params)
         initial = partial(forward.init, guidance=Guidance())
         state, step = jax.eval_shape(initial, params, *inputs()), 1
@@ -57,8 +57,8 @@ def dense(model):
 
 def test_the_dense_model(model, dense):
     config = model[0].config
-    assert (config.tokens, config.width) == (TOKENS, 1152)
-    assert dense.scope("attention").flops == LAYERS * 2 * 2 * BATCH * TOKENS**2 * config.width
+    assert (config.tokens, config.hidden_size) == (TOKENS, 1152)
+    assert dense.scope("attention").flops == LAYERS * 2 * 2 * BATCH * TOKENS**2 * config.hidden_size
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_the_total_of_a_synthetic_plan():
     model = abstract(DiT, DiTConfig.preset("DiT-XL/2", sample_size=64, num_layers=layers))
     sampler = Sampler(DDIM(steps=12), guidance=4.0)
     plan = synthetic_plan(layers, 12, TOKENS)
-    assert {code for row in plan.codes for code in row} == set(map(int, Strategy))
+    assert {value for row in plan.strategies for value in row} == set(map(int, Strategy))
     forward, params = transform(plan)(*model)
-    columns = list(zip(zip(*plan.codes), zip(*plan.need)))
+    columns = list(zip(zip(*plan.strategies), zip(*plan.need)))
     label = jax.ShapeDtypeStruct((1,), jnp.int32)
     counted = sampler_cost(sampler, forward, params, label, distinct=columns.__getitem__)
     closed = attention_macs(plan, batch=2, width=1152).sum()

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from effjax import testing
-from effjax.context import Room
+from effjax.context import CacheLength
 from effjax.cost import state_bytes
 from effjax.generate import Reading, generate, prefill
 from effjax.layers.attention import CausalCore
-from effjax.layers.cache_codes import unpack
+from effjax.layers.cache_quantization import unpack
 from effjax.methods import moa, round_to_nearest
-from effjax.sites import Wrapper, wrap
+from effjax.targets import Wrapper, wrap
 from tests.layers.test_kv_cache import TEXT, causal, expected, pieces, run
 
 # Rules of the published plan for Vicuna-7B: (alpha, beta) and how many of 1,024 heads.
@@ -135,8 +135,8 @@ def test_sizes_of_rows_are_those_of_texts_alone():
     subject = testing.tiny_llama(num_heads=4, num_kv_heads=4)
     betas, alphas = ((0.31, 0.0, 1.0, 1.0),) * 2, ((0.0, 12.0, -16.0, 3.7),) * 2
     plan = moa.MoAPlan(alphas, betas, block=4, sink=4, floor=8)
-    core = subject.forward.sites(subject.params, CausalCore)[0].module
-    cache = moa.FlatCache(core, plan=plan, layer=0, first=True, room=Room(60, 40))
+    core = subject.forward.target_modules(subject.params, CausalCore)[0].module
+    cache = moa.FlatCache(core, plan=plan, layer=0, first=True, cache_length=CacheLength(60, 40))
     totals = np.arange(17, 101)
     cache.foreseen.set_value(jnp.asarray(totals))
     used = cache.used(len(totals))
@@ -162,8 +162,8 @@ def test_layouts_agree_and_take_what_they_say():
 
 @pytest.mark.parametrize("layout", CACHES)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_slots_of_codes(bits, layout):
-    """New tokens see keys and values rounded token by token; bytes are what codes take."""
+def test_slots_of_quantized_values(bits, layout):
+    """New tokens see keys and values rounded token by token; bytes are what values take."""
     plan = dataclasses.replace(PLAN, bits=bits)
     calls, kind = pieces(10, *[1] * 13), CACHES[layout]
     outputs, values = run(kind, calls, plan=plan, layer=0)
@@ -172,9 +172,9 @@ def test_slots_of_codes(bits, layout):
     later, floats = (np.concatenate(each[1:], axis=1) for each in (outputs, exact))
     error = np.abs(later - floats).max() / np.abs(floats).max()
     assert 0 < error < {8: 0.02, 4: 0.3}[bits]
-    codes = sum(SLOTS) * 8 * bits // 8
+    qvalues = sum(SLOTS) * 8 * bits // 8
     scales = sum(SLOTS) * 2 * 4
-    assert sum(value.nbytes for value in values.values()) == 2 * 2 * (codes + scales) + 2 * 4
+    assert sum(value.nbytes for value in values.values()) == 2 * 2 * (qvalues + scales) + 2 * 4
     # What a slot holds is its token's key and value, to half a step.
     last = {"grouped": "{}", "flat": "{}_slots"}[layout]
     for path, x in floating.items():
@@ -215,9 +215,9 @@ def test_orders_that_cannot_be():
     plan = moa.uniform(2, 2)
     with pytest.raises(ValueError, match="2 key heads cannot be shared evenly by 3 devices"):
         moa.order_heads(plan, subject.forward, subject.params, tokens=200, devices=3)
-    coded = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
+    quantized = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
     with pytest.raises(ValueError, match=r"to_q\.kernel is quantized: order the heads before"):
-        moa.order_heads(plan, *coded(subject.forward, subject.params), tokens=200)
+        moa.order_heads(plan, *quantized(subject.forward, subject.params), tokens=200)
 
 
 def test_texts_are_generated():
@@ -227,9 +227,9 @@ def test_texts_are_generated():
     prompts = [list(range(20)), list(range(9))]
     together = generate(forward, params, prompts, max_new_tokens=4)
     assert together.lengths.tolist() == [4, 4]
-    session = prefill(forward, params, prompts, new=8)
+    prefix = prefill(forward, params, prompts, new=8)
     with pytest.raises(ValueError, match="appends one token in a call, not several"):
-        generate(forward, params, [[1, 2]] * 2, session=session, max_new_tokens=2)
+        generate(forward, params, [[1, 2]] * 2, prefix=prefix, max_new_tokens=2)
     with pytest.raises(ValueError, match="must see a prompt at once"):
         prefill(forward, params, prompts, new=8, chunk=8)
 
@@ -272,7 +272,7 @@ def test_plans_of_other_models_are_named():
 
 @dataclasses.dataclass(frozen=True)
 class MaskOne:
-    """Edit: one head does not see one key from one query."""
+    """Patch: one head does not see one key from one query."""
 
     head: int
     query: int
@@ -319,7 +319,7 @@ def test_influence_predicts_what_masking_costs():
     assert np.all(profile[:, 39] == 0)  # nothing follows the last token
 
     def loss(*which):
-        return moa.response_loss(forward.edit(MaskOne(*which)), params, one)
+        return moa.response_loss(forward.patch(MaskOne(*which)), params, one)
 
     base, rng, checked = loss(-1, 0, 0), np.random.default_rng(0), 0
     while checked < 5:

@@ -37,7 +37,7 @@ def transformed(method, model):
     plan = method.plan(**{NAMES[option]: value for option, value in options.items()})
     forward, params = method.transform(plan)(*load(model))
     tokens = jnp.asarray(ARRAYS[f"{model}/tokens"])[None]
-    return forward.with_room(tokens.shape[1], 0), params, tokens
+    return forward.with_cache_length(tokens.shape[1], 0), params, tokens
 
 
 @pytest.mark.parametrize("model", MODELS)

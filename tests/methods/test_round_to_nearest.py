@@ -47,7 +47,7 @@ def test_rules_decide_by_the_first_match(subject):
     assert leaves["blocks.0.attn.to_k.kernel"].activations.quantizer.bits == 8
     assert leaves["blocks.1.mlp.fc2.kernel"].bits == 4
     assert leaves["blocks.1.mlp.fc2.kernel"].activations is None
-    # Layers that are coded hold the nearest codes of their own matrix.
+    # Layers that are quantized hold the nearest quantized values of their own matrix.
     w = subject.params["blocks"]["0"]["attn"]["to_k"]["kernel"]
     leaf = leaves["blocks.0.attn.to_k.kernel"]
     assert jnp.abs(leaf.dequantize() - w).max() <= leaf.scale.max() * 0.501
@@ -69,14 +69,14 @@ def test_error_falls_with_bits(subject):
 def test_bytes_in_closed_form():
     config = DiTConfig.preset("DiT-XL/2")
     forward, params = abstract(DiT, config)
-    coded = 28 * (4 * 1152**2 + 2 * 1152 * 4608)
+    quantized = 28 * (4 * 1152**2 + 2 * 1152 * 4608)
     rows = 28 * (4 * 1152 + 4608 + 1152)
     for bits in (8, 4):
         _, quantized = jax.eval_shape(
             lambda p, bits=bits: (0, transform(uniform(bits))(forward, p)[1]), params
         )
         saved = weight_bytes(params) - weight_bytes(quantized)
-        assert saved == 4 * coded - (bits * coded // 8 + 8 * rows)  # scales and zero points
+        assert saved == 4 * quantized - (bits * quantized // 8 + 8 * rows)  # scales and zero points
 
 
 def test_products_are_of_integers(subject):
@@ -136,7 +136,7 @@ def test_calibrated_inputs(subject):
 def test_calibrations_that_say_nothing(subject):
     with pytest.raises(ValueError, match="no batches to calibrate with"):
         calibrate(uniform(8, 8), subject.forward, subject.params, [])
-    with pytest.raises(ValueError, match="codes no layer's inputs"):
+    with pytest.raises(ValueError, match="quantizes no layer's inputs"):
         calibrate(uniform(8), subject.forward, subject.params, batches(1))
     foreign = dataclasses.replace(uniform(8, 8), input_ranges=(("blocks.9.attn.to_q", -1.0, 1.0),))
     with pytest.raises(ValueError, match=r"input ranges of \['blocks.9.attn.to_q'\]"):
@@ -148,7 +148,7 @@ def test_calibrations_that_say_nothing(subject):
     [
         (((".*", 9, 8),), r"rules\[0\]\[1\] must be one of 2, .*, 8, 16, got 9"),
         ((("(", 8, 8),), "is no regular expression"),
-        (((".*", 16, 8),), "codes the inputs of float weights"),
+        (((".*", 16, 8),), "quantizes the inputs of float weights"),
     ],
 )
 def test_rules_that_say_nothing(untyped, rules, message):

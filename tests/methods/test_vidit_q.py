@@ -63,13 +63,13 @@ def test_masks_and_rotations_alone_change_nothing(subject, calibration):
     """Quantizers off: equal to the model within float32's rounding."""
     preparations = {
         path: Preparation(
-            vidit_q.balance(kernel_of(subject, path), largest[0], 0.99),
-            Rotation(largest.shape[1], 3),
+            vidit_q.balance(kernel_of(subject, path), absmax[0], 0.99),
+            Rotation(absmax.shape[1], 3),
         )
-        for path, largest in calibration.items()
+        for path, absmax in calibration.items()
     }
     floats = jnp.full((len(preparations), 2), 16, jnp.int32)
-    same = subject.forward.edit(Rounding(floats, preparations))
+    same = subject.forward.patch(Rounding(floats, preparations))
     dense = sample(subject, subject.forward, subject.params)
     run = jax.jit(lambda params: subject.sampler(same, params, subject.cond, jax.random.key(0)))
     chex.assert_trees_all_close(run(subject.params), dense, rtol=1e-4, atol=1e-4)
@@ -108,11 +108,11 @@ def test_leaves_are_what_the_paper_says(subject, calibration):
     leaf = flat["blocks.1.mlp.fc2.kernel"]
     assert isinstance(leaf, QTensor)
     kernel = kernel_of(subject, "blocks.1.mlp.fc2")
-    largest = calibration["blocks.1.mlp.fc2"][0]
-    mask = np.abs(kernel).max(1) ** 0.7 / np.asarray(largest) ** 0.3
-    chex.assert_trees_all_close(leaf.mask, mask, rtol=1e-5)
+    absmax = calibration["blocks.1.mlp.fc2"][0]
+    smoothing_scale = np.abs(kernel).max(1) ** 0.7 / np.asarray(absmax) ** 0.3
+    chex.assert_trees_all_close(leaf.smoothing_scale, smoothing_scale, rtol=1e-5)
     matrix = Rotation(64, 5).matrix()
-    rotated = matrix.T @ (np.asarray(kernel) / mask[:, None])
+    rotated = matrix.T @ (np.asarray(kernel) / smoothing_scale[:, None])
     low, high = np.minimum(rotated.min(0), 0), np.maximum(rotated.max(0), 0)
     scale = (high - low) / 15
     chex.assert_trees_all_close(leaf.scale[0], scale, rtol=1e-4)
@@ -143,13 +143,13 @@ def test_both_balances_beat_either_alone(bits):
     for seed in range(3):
         x, w = drift(seed)
         exact = x @ w
-        largest = jnp.abs(x).max((0, 1))
-        mask = vidit_q.balance(w, largest, 0.5)
+        absmax = jnp.abs(x).max((0, 1))
+        smoothing_scale = vidit_q.balance(w, absmax, 0.5)
         options = {
             "token": {},
-            "scale": {"mask": mask},
+            "scale": {"smoothing_scale": smoothing_scale},
             "rotate": {"rotation": Rotation(256)},
-            "both": {"mask": mask, "rotation": Rotation(256)},
+            "both": {"smoothing_scale": smoothing_scale, "rotation": Rotation(256)},
         }
         activations = Activations(Quantizer(8))
         for name, option in options.items():
@@ -185,43 +185,45 @@ def test_more_bits_are_nearer_to_the_model(subject, calibration):
 
 
 def test_masks_are_folded_where_they_can_be(subject):
-    """Without rounding the folded model is the model; with it, shared masks cost little."""
+    """Without rounding the folded model is the model; with it, shared scales cost little."""
     blocks = [(f"blocks.{i}", "DiTBlock") for i in range(2)]
     flat = flatten_params(subject.params)
     found = folds(blocks)
     assert [len(where.readers) for where in found] == [3, 1, 1] * 2
     for i, where in enumerate(found):
         width = flat[f"{where.readers[0]}.kernel"].shape[0]
-        mask = jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, width), jnp.float32)
-        flat = fold(flat, where, mask)
+        smoothing_scale = jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, width), jnp.float32)
+        flat = fold(flat, where, smoothing_scale)
         for reader in where.readers:
-            flat[f"{reader}.kernel"] = flat[f"{reader}.kernel"] / mask[:, None]
+            flat[f"{reader}.kernel"] = flat[f"{reader}.kernel"] / smoothing_scale[:, None]
     dense = sample(subject, subject.forward, subject.params)
     same = sample(subject, subject.forward, nest_params(flat))
     chex.assert_trees_all_close(same, dense, rtol=1e-3, atol=1e-4)
 
     plan = vidit_q.uniform(8, alpha=0.5, fold=True)
-    largest = calibrated(subject, plan)
-    forward, params = vidit_q.transform(plan, largest)(subject.forward, subject.params)
+    absmax = calibrated(subject, plan)
+    forward, params = vidit_q.transform(plan, absmax)(subject.forward, subject.params)
     leaves = flatten_params(params)
-    assert leaves["blocks.0.attn.to_q.kernel"].mask is None
-    assert leaves["blocks.0.mlp.fc2.kernel"].mask is not None  # a GELU stands before it
+    assert leaves["blocks.0.attn.to_q.kernel"].smoothing_scale is None
+    assert leaves["blocks.0.mlp.fc2.kernel"].smoothing_scale is not None  # a GELU stands before it
     assert relative(sample(subject, forward, params), dense) < 0.05
     with pytest.raises(ValueError, match="cannot be folded"):
         dataclasses.replace(ranged(subject, 8, 8), fold=True)
 
 
 def test_factors_are_folded_into_the_norms_of_a_text_encoder():
-    config = T5Config(vocab_size=20, width=8, hidden=16, num_layers=1, num_heads=2, head_dim=4)
+    config = T5Config(
+        vocab_size=20, hidden_size=8, intermediate_size=16, num_layers=1, num_heads=2, head_dim=4
+    )
     forward, shapes = abstract(T5Encoder, config)
     params = testing.random_params(shapes)
     flat = flatten_params(params)
     for i, where in enumerate(folds([("blocks.0", "T5Block")])):
         width = flat[f"{where.readers[0]}.kernel"].shape[0]
-        mask = jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, width), jnp.float32)
-        flat = fold(flat, where, mask)
+        smoothing_scale = jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, width), jnp.float32)
+        flat = fold(flat, where, smoothing_scale)
         for reader in where.readers:
-            flat[f"{reader}.kernel"] = flat[f"{reader}.kernel"] / mask[:, None]
+            flat[f"{reader}.kernel"] = flat[f"{reader}.kernel"] / smoothing_scale[:, None]
     inputs = (jnp.arange(10).reshape(2, 5), jnp.ones((2, 5), bool))
     chex.assert_trees_all_close(
         forward(nest_params(flat), {}, *inputs)[0], forward(params, {}, *inputs)[0], atol=1e-5
@@ -249,7 +251,7 @@ def test_segments_have_their_own_leaves(subject, tmp_path):
     parts = []
     for segment, bits in enumerate((8, 4)):
         own = vidit_q.uniform(bits, alpha=0.9)
-        part = {path: largest[segment][None] for path, largest in calibration.items()}
+        part = {path: absmax[segment][None] for path, absmax in calibration.items()}
         parts.append(vidit_q.transform(own, part)(subject.forward, subject.params))
     run = jax.jit(sampler.run, static_argnames=("start", "stop"))
     uncond = sampler.unconditional(subject.forward, cond)
@@ -442,7 +444,7 @@ def test_it_composes_with_dit_fast_attn_in_both_orders(tmp_path):
     [
         (("(", 8, 8, None, True), "no regular expression"),
         ((".*", 9, 8, None, True), r"segments\[0\]\[1\]\[0\]\[1\] must be one of 2"),
-        ((".*", 16, 8, None, True), "codes the inputs of float weights"),
+        ((".*", 16, 8, None, True), "quantizes the inputs of float weights"),
         ((".*", 8, 8, 1.5, True), "of at least 0 and at most 1 or none, got 1.5"),
     ],
 )

@@ -16,7 +16,9 @@ from effjax.quant import Quantizer, dequantize, quantize_matrix
 @pytest.fixture(scope="module")
 def subject():
     """Inputs of very different sizes, heads that are not grouped."""
-    made = testing.tiny_llama(width=32, hidden=64, num_layers=1, num_heads=4, num_kv_heads=4)
+    made = testing.tiny_llama(
+        hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=4
+    )
     for name in ("norm1", "norm2"):
         norm = made.params["blocks"]["0"][name]
         norm["scale"] = norm["scale"] * jnp.geomspace(0.1, 10, 32)
@@ -52,17 +54,17 @@ def spread(w, moment, *, group=None, bits=4, symmetric=False, act_order=False):
     quantizer = Quantizer(bits, symmetric)
     leaf = quantize_matrix(w, quantizer, group_size=group)
     plan = gptq.uniform(bits, group_size=group, act_order=act_order)
-    codes, scale, zero = gptq._spread(plan, quantizer, w, moment, leaf)
+    qvalues, scale, zero = gptq._spread(plan, quantizer, w, moment, leaf)
     every = w.shape[0] // scale.shape[0]
     scale, zero = jax.tree.map(lambda part: jnp.repeat(part, every, axis=0), (scale, zero))
-    return np.asarray(codes), np.asarray(dequantize(codes, scale, zero)), leaf
+    return np.asarray(qvalues), np.asarray(dequantize(qvalues, scale, zero)), leaf
 
 
 @pytest.mark.parametrize("group", [None, 32])
 def test_gptq_is_its_plain_loop(group):
     """One input after the other over the whole matrix, in float64."""
     w, moment = correlated()
-    codes, _, leaf = spread(w, moment, group=group)
+    qvalues, _, leaf = spread(w, moment, group=group)
     quantizer = Quantizer(4, symmetric=False)
     held, h = np.asarray(w, np.float64), np.asarray(moment, np.float64)
     h = h + 0.01 * np.diag(h).mean() * np.eye(len(h))
@@ -73,20 +75,20 @@ def test_gptq_is_its_plain_loop(group):
         if group and i % group == 0:
             at = quantizer.fit_axes(jnp.asarray(held[i : i + group], jnp.float32), 0)
             at = at[0][0], at[1][0]
-        code = quantizer.quantize(jnp.asarray(held[i], jnp.float32), *at)
-        want[i] = code
+        qvalue = quantizer.quantize(jnp.asarray(held[i], jnp.float32), *at)
+        want[i] = qvalue
         held[i + 1 :] -= np.outer(
-            upper[i, i + 1 :], (held[i] - np.asarray(dequantize(code, *at))) / upper[i, i]
+            upper[i, i + 1 :], (held[i] - np.asarray(dequantize(qvalue, *at))) / upper[i, i]
         )
-    assert np.mean(codes == want) > 0.99  # ties and float32
-    assert np.abs(codes.astype(int) - want).max() <= 1
+    assert np.mean(qvalues == want) > 0.99  # ties and float32
+    assert np.abs(qvalues.astype(int) - want).max() <= 1
 
 
 @pytest.mark.parametrize("group", [None, 32])
 def test_the_order_of_activations(group):
     """As the plain order on permuted inputs, with the scales of the unpermuted groups."""
     w, moment = correlated()
-    codes, _, leaf = spread(w, moment, group=group, act_order=True)
+    qvalues, _, leaf = spread(w, moment, group=group, act_order=True)
     order = np.argsort(-np.diag(moment), kind="stable")
     held, h = np.asarray(w, np.float64)[order], np.asarray(moment, np.float64)[order][:, order]
     h = h + 0.01 * np.diag(h).mean() * np.eye(len(h))
@@ -95,18 +97,18 @@ def test_the_order_of_activations(group):
     for i, place in enumerate(order):
         at = (part[place // leaf.group_size] for part in (leaf.scale, leaf.zero_point))
         scale, zero = (np.asarray(part) for part in at)
-        code = np.clip(np.round(held[i] / scale + zero), -8, 7)
-        want[place] = code
+        qvalue = np.clip(np.round(held[i] / scale + zero), -8, 7)
+        want[place] = qvalue
         held[i + 1 :] -= np.outer(
-            upper[i, i + 1 :], (held[i] - (code - zero) * scale) / upper[i, i]
+            upper[i, i + 1 :], (held[i] - (qvalue - zero) * scale) / upper[i, i]
         )
-    assert np.mean(codes == want) > 0.99  # ties and float32
+    assert np.mean(qvalues == want) > 0.99  # ties and float32
 
 
 def test_gptq_without_correlations_rounds_to_nearest():
     w, _ = correlated()
-    codes, _, leaf = spread(w, jnp.eye(64))
-    chex.assert_trees_all_equal(codes, leaf.codes())
+    qvalues, _, leaf = spread(w, jnp.eye(64))
+    chex.assert_trees_all_equal(qvalues, leaf.qvalues())
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -128,8 +130,8 @@ def test_gptq_errs_less_in_what_a_layer_computes(bits, group, symmetric, act_ord
 def test_inputs_that_never_occur_are_harmless():
     w, moment = correlated()
     moment = moment.at[5].set(0).at[:, 5].set(0)
-    codes, _, leaf = spread(w, moment)
-    chex.assert_trees_all_equal(codes[5], leaf.codes()[5])
+    qvalues, _, leaf = spread(w, moment)
+    chex.assert_trees_all_equal(qvalues[5], leaf.qvalues()[5])
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -257,7 +259,7 @@ def test_what_does_not_fit(method, subject):
     with pytest.raises(ValueError, match="matches no layer"):
         method.transform(elsewhere)(*pair)
     with pytest.raises(ValueError, match="leave out input_ranges"):
-        type(plan)(((".*", 4, 8),), input_ranges=(("head", 0.0, 1.0),))
+        type(plan)(((".*", 4, 8),), input_ranges=(("lm_head", 0.0, 1.0),))
     with pytest.raises(ValueError, match=r"rules\[0\]\[1\] must be one of 2, 3.*got 9"):
         method.uniform(9)
 

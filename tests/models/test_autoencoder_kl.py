@@ -13,7 +13,7 @@ from effjax.forward import abstract, flatten_params, nest_params, parameter_coun
 from effjax.layers.attention import Attention
 from effjax.layers.convolution import Conv2d, upsample_nearest_2x
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, decode, encode
-from effjax.sites import Wrapper, wrap
+from effjax.targets import Wrapper, wrap
 
 TINY = AutoencoderKLConfig(
     block_out_channels=(8, 16),
@@ -340,10 +340,10 @@ class NegateAt:
 def test_edits_reach_both_directions():
     forward, params = tiny()
     images, latents = jnp.asarray(normal(1, *SHAPE, 3)), jnp.asarray(normal(2, 2, 3, 5, 4))
-    edited = forward.edit(NegateAt("quant_conv"), NegateAt("decoder.conv_out"))
-    plain, negated = (to_images(f, params, latents) for f in (forward, edited))
+    patched = forward.patch(NegateAt("quant_conv"), NegateAt("decoder.conv_out"))
+    plain, negated = (to_images(f, params, latents) for f in (forward, patched))
     np.testing.assert_allclose(negated, -plain, atol=1e-6)
-    plain, negated = (to_latents(f, params, images) for f in (forward, edited))
+    plain, negated = (to_latents(f, params, images) for f in (forward, patched))
     offset = 2 * TINY.shift_factor * TINY.scaling_factor  # the shift is not negated
     np.testing.assert_allclose(negated + offset, -plain, atol=1e-5)
 
@@ -352,7 +352,7 @@ def test_forward_is_a_value_with_sites_and_layout():
     forward, params = abstract(AutoencoderKL, TINY)
     again, _ = abstract(AutoencoderKL, dataclasses.replace(TINY))
     assert (forward, hash(forward)) == (again, hash(again))
-    paths = [site.path for site in forward.sites(params, Attention)]
+    paths = [target.path for target in forward.target_modules(params, Attention)]
     assert paths == ["decoder.mid.attention.attn", "encoder.mid.attention.attn"]
     module = forward.module(params)
     assert module.layout(jnp.zeros((1, 4, 6, 4))) == Layout(grid=(1, 4, 6))

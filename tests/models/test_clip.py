@@ -21,8 +21,8 @@ from effjax.models.clip import CLIPText, CLIPTextConfig
 
 CONFIG = CLIPTextConfig(
     vocab_size=50,
-    width=32,
-    hidden=48,
+    hidden_size=32,
+    intermediate_size=48,
     num_layers=3,
     num_heads=4,
     max_positions=12,

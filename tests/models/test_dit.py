@@ -65,8 +65,8 @@ def test_bfloat16_stays_near(golden):
 
 def test_zero_gates_make_blocks_the_identity():
     subject = testing.tiny_dit()
-    (site, _) = subject.forward.sites(subject.params, DiTBlock)
-    block = site.module
+    (target, _) = subject.forward.target_modules(subject.params, DiTBlock)
+    block = target.module
     for leaf in (block.modulation.kernel, block.modulation.bias):
         leaf.set_value(jnp.zeros_like(leaf.get_value()))
     x = jax.random.normal(jax.random.key(0), (2, 64, 16))
@@ -94,7 +94,7 @@ def test_presets_have_the_sizes_of_the_paper(name):
 
 def closed_form(config):
     """Parameters by hand: embedders, blocks, final layer."""
-    d, p = config.width, config.patch_size
+    d, p = config.hidden_size, config.patch_size
     embed = p * p * config.in_channels * d + d
     time = 256 * d + d + d * d + d
     label = (config.num_classes + 1) * d

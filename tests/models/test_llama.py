@@ -79,10 +79,10 @@ def test_padding_may_stand_anywhere(name):
 
 def test_only_wanted_logits_are_made():
     forward, params = load("qwen2")
-    keep = jnp.array([[19, 3], [19, 18], [19, 19]])
+    logits_to_keep = jnp.array([[19, 3], [19, 18], [19, 19]])
     every, _ = jax.jit(forward)(params, {}, ARRAYS["tokens"], POSITIONS)
-    few, _ = jax.jit(forward)(params, {}, ARRAYS["tokens"], POSITIONS, keep)
-    want = jnp.take_along_axis(every, keep[:, :, None], axis=1)
+    few, _ = jax.jit(forward)(params, {}, ARRAYS["tokens"], POSITIONS, logits_to_keep)
+    want = jnp.take_along_axis(every, logits_to_keep[:, :, None], axis=1)
     assert few.shape == (3, 2, 40)
     chex.assert_trees_all_close(few, want, atol=1e-6)
 

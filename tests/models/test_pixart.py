@@ -14,14 +14,16 @@ from effjax import testing
 from effjax.cost import weight_bytes
 from effjax.forward import abstract, flatten_params, nest_params, parameter_count
 from effjax.methods import dit_fast_attn
-from effjax.models.pixart import Caption, PixArt, PixArtBlock, PixArtConfig
+from effjax.models.pixart import PixArt, PixArtBlock, PixArtConfig, PromptEmbeddings
 from effjax.models.t5 import T5Config, T5Encoder, relative_buckets
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "pixart.npz"  # made by make_pixart.py beside it
 PIXART = PixArtConfig(
     sample_size=8, num_layers=2, num_heads=2, head_dim=8, caption_channels=12, interpolation=2.0
 )
-T5 = T5Config(vocab_size=50, width=12, hidden=24, num_layers=2, num_heads=3, head_dim=4)
+T5 = T5Config(
+    vocab_size=50, hidden_size=12, intermediate_size=24, num_layers=2, num_heads=3, head_dim=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def load(golden, model, config, table, prefix):
 
 
 def caption(golden):
-    return Caption(jnp.asarray(golden["states"]), jnp.asarray(golden["in.mask"]))
+    return PromptEmbeddings(jnp.asarray(golden["states"]), jnp.asarray(golden["in.mask"]))
 
 
 def test_the_encoder_equals_that_of_transformers(golden):
@@ -71,11 +73,11 @@ def test_outputs_equal_those_of_diffusers(golden, dtype, near):
 
 def test_zero_gates_leave_only_the_text():
     subject = testing.tiny_pixart()
-    (site, _) = subject.forward.sites(subject.params, PixArtBlock)
-    block = site.module
+    (target, _) = subject.forward.target_modules(subject.params, PixArtBlock)
+    block = target.module
     block.table.set_value(jnp.zeros((6, 16)))
     x = jax.random.normal(jax.random.key(0), (2, 64, 16))
-    text = Caption(jnp.ones((2, 3, 16)), jnp.ones((2, 3), bool))
+    text = PromptEmbeddings(jnp.ones((2, 3, 16)), jnp.ones((2, 3), bool))
     out = block(x, jnp.zeros((2, 6, 16)), text)
     chex.assert_trees_all_equal(out, x + block.cross(x, *text))
     for leaf in (block.cross.to_out.kernel, block.cross.to_out.bias):
@@ -117,7 +119,7 @@ def test_dit_fast_attn_leaves_the_cross_attention_alone():
         threshold=0.2,
         progress=False,
     )
-    assert any(code for row in plan.codes for code in row)
+    assert any(qvalue for row in plan.qvalues for qvalue in row)
     forward, params = dit_fast_attn.transform(plan)(subject.forward, subject.params)
     run = jax.jit(subject.sampler)
     dense = run(subject.forward, params, subject.cond, jax.random.key(1), uncond=subject.uncond)
@@ -142,7 +144,7 @@ def test_bad_configurations(change, message):
     with pytest.raises(ValueError, match=message):
         PixArtConfig(**change)
     with pytest.raises(ValueError, match="hidden must be a whole number of at least 1"):
-        T5Config(hidden=0)
+        T5Config(intermediate_size=0)
     with pytest.raises(ValueError, match="buckets must be a multiple of 4"):
         T5Config(max_distance=8)
 

@@ -12,7 +12,9 @@ from effjax import testing
 from effjax.forward import abstract, flatten_params, nest_params
 from effjax.models.t5 import T5Config, T5Encoder
 
-CONFIG = T5Config(vocab_size=40, width=32, hidden=64, num_layers=2, num_heads=4, head_dim=8)
+CONFIG = T5Config(
+    vocab_size=40, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, head_dim=8
+)
 IDS = np.arange(12, dtype=np.int32)[None]
 MASK = np.arange(12)[None] < 10
 

@@ -31,7 +31,7 @@ def leaves(subject, bits):
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_a_llama_on_four_devices(mesh, bits):
-    subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=4)
+    subject = testing.tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16, num_kv_heads=4)
     forward, params = leaves(subject, bits)
     want, _ = jax.jit(forward)(params, {}, subject.cond)
     devices = device_mesh(**mesh)
@@ -100,7 +100,7 @@ def test_caches_are_cut_by_rows_and_heads(kind):
 
 def test_what_a_device_holds():
     mesh = device_mesh(model=4)
-    subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=2)
+    subject = testing.tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16, num_kv_heads=2)
     specs = jax.tree.map(lambda s: s.spec, shardings(subject.params, mesh))
     block = specs["blocks"]["0"]
     assert block["attn"]["to_q"]["kernel"] == PartitionSpec(None, "model")
@@ -117,23 +117,27 @@ def test_what_a_device_holds():
 def test_parts_of_a_quantized_leaf(groups, cut):
     w = jax.random.normal(jax.random.key(0), (128, 64))
     leaf = quantize_matrix(
-        w, Quantizer(4, symmetric=False), group_size=128 // groups, mask=jnp.ones(128), packed=True
+        w,
+        Quantizer(4, symmetric=False),
+        group_size=128 // groups,
+        smoothing_scale=jnp.ones(128),
+        packed=True,
     )
     got = leaf_sharding(leaf, device_mesh(model=4), ("model", None))
     assert got.scale.spec == PartitionSpec(cut, None)
     assert got.zero_point.spec == PartitionSpec(cut, None)
-    assert got.mask.spec == PartitionSpec("model")
+    assert got.smoothing_scale.spec == PartitionSpec("model")
     assert all(plane.spec == PartitionSpec("model", None) for plane in got.qvalue)
     assert got.column_sums is None
 
 
 def test_an_order_of_inputs_is_whole():
     """Rows that are cut over devices take inputs from all of them."""
-    order = jnp.asarray(np.random.default_rng(0).permutation(128))
+    perm = jnp.asarray(np.random.default_rng(0).permutation(128))
     w = jax.random.normal(jax.random.key(0), (128, 64))
-    leaf = quantize_matrix(w, Quantizer(4), group_size=32, order=order)
+    leaf = quantize_matrix(w, Quantizer(4), group_size=32, perm=perm)
     places = leaf_sharding(leaf, device_mesh(model=4), ("model", None))
-    assert places.order.spec == PartitionSpec(None)
+    assert places.perm.spec == PartitionSpec(None)
     x = jax.random.normal(jax.random.key(1), (3, 128))
     cut = jax.device_put(leaf, places)
     chex.assert_trees_all_close(jax.jit(qdot)(x, cut), qdot(x, leaf), atol=1e-5)
@@ -154,7 +158,7 @@ def test_static_activations_and_convolutions():
 
 
 def test_checkpoints_go_straight_to_their_devices(tmp_path):
-    subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=4)
+    subject = testing.tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16, num_kv_heads=4)
     converters.save_pretrained(subject.forward, subject.params, tmp_path / "m", progress=False)
     mesh = device_mesh(model=4)
     places = shardings(subject.forward.abstract_params(), mesh)
@@ -164,7 +168,7 @@ def test_checkpoints_go_straight_to_their_devices(tmp_path):
 
 
 def test_quantized_checkpoints_are_cut_by_parts(tmp_path):
-    subject = testing.tiny_llama(width=64, hidden=128, head_dim=16, num_kv_heads=4)
+    subject = testing.tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16, num_kv_heads=4)
     plan = round_to_nearest.uniform(4, 16, group_size=32)
     forward, params = round_to_nearest.transform(plan)(subject.forward, subject.params)
     converters.save_pretrained(forward, params, tmp_path / "m", progress=False)
@@ -175,7 +179,7 @@ def test_quantized_checkpoints_are_cut_by_parts(tmp_path):
     up = spread["blocks"]["0"]["mlp"]["up"]["kernel"]
     assert up.scale.sharding.spec == PartitionSpec(None, "model")
     chex.assert_trees_all_equal(
-        np.asarray(up.codes()), params["blocks"]["0"]["mlp"]["up"]["kernel"].codes()
+        np.asarray(up.qvalues()), params["blocks"]["0"]["mlp"]["up"]["kernel"].qvalues()
     )
 
 

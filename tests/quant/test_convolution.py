@@ -1,4 +1,4 @@
-"""Convolutions of codes: what they stand for, at borders too, what they cost and refuse."""
+"""Convolutions of values: what they stand for, at borders too, what they cost and refuse."""
 
 import math
 
@@ -57,7 +57,7 @@ def correlate(x, kernel, stride, padding):
 
 
 def stands_for(x, leaf):
-    """Images as their codes say them, by the formulas of the quantizers."""
+    """Images as their quantized values say them, by the formulas of the quantizers."""
     how = leaf.activations
     if how is None:
         return np.asarray(x, np.float64)
@@ -65,12 +65,12 @@ def stands_for(x, leaf):
         scale = np.abs(x).max((1, 2, 3), keepdims=True) / 127
         return np.clip(np.round(x / scale), -128, 127) * np.asarray(scale, np.float64)
     scale, zero = np.float32(leaf.input_scale), int(leaf.input_zero_point)
-    codes = np.clip(np.round(x / scale) + zero, -128, 127)
-    return (codes - zero) * np.float64(scale)
+    qvalues = np.clip(np.round(x / scale) + zero, -128, 127)
+    return (qvalues - zero) * np.float64(scale)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_codes_are_convolved_as_what_they_stand_for(case):
+def test_quantized_values_are_convolved_as_what_they_stand_for(case):
     leaf = quantize_matrix(KERNEL, **CASES[case])
     values, kernel = stands_for(np.asarray(IMAGES), leaf), leaf.restore()
 
@@ -173,8 +173,8 @@ def test_bytes_are_logical():
     ("change", "message"),
     [
         ({"group_size": 9}, r"\[3, 3, 5, 7\], has one scale for each output"),
-        ({"mask": jnp.ones(5)}, "leave out group_size, order, mask"),
-        ({"rotation": Rotation(4)}, "leave out group_size, order, mask"),
+        ({"smoothing_scale": jnp.ones(5)}, "leave out group_size, order, smoothing scale"),
+        ({"rotation": Rotation(4)}, "leave out group_size, order, smoothing scale"),
         (
             {
                 "activations": Activations(
@@ -220,7 +220,7 @@ def autoencoder():
     return forward, testing.random_params(shapes)
 
 
-def test_round_to_nearest_codes_convolutions(autoencoder, tmp_path):
+def test_round_to_nearest_quantized_values_convolutions(autoencoder, tmp_path):
     forward, params = autoencoder
     latents = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
     run = jax.jit(lambda forward, params: forward(params, {}, latents)[0])
@@ -240,7 +240,7 @@ def test_round_to_nearest_codes_convolutions(autoencoder, tmp_path):
         for path, leaf in flatten_params(quantized[1]).items()
         if isinstance(leaf, QTensor)
     }
-    kernels = [site.path for site in forward.sites(params, Conv2d)]
+    kernels = [target.path for target in forward.target_modules(params, Conv2d)]
     assert leaves
     assert {path.removesuffix(".kernel") for path in leaves} <= set(kernels)
     saved = sum(3 * math.prod(leaf.shape) - 12 * leaf.shape[-1] - 8 for leaf in leaves.values())

@@ -1,4 +1,4 @@
-"""Codes on disk: the bits that the format promises, and the planes that come from them."""
+"""Values on disk: the bits that the format promises, and the planes that come from them."""
 
 import json
 import tracemalloc
@@ -15,13 +15,13 @@ import effjax
 from effjax import testing
 from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, transform
 from effjax.quant import QTensor, Quantizer, quantize_matrix, restore
-from effjax.quant.disk import Codes, pack_bits, planes_of, rows_of, signed, unpack_bits
+from effjax.quant.disk import QValues, pack_bits, planes_of, rows_of, signed, unpack_bits
 from pallas_kernels.packing import pack
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-def codes(shape, bits, seed=0):
+def qvalues(shape, bits, seed=0):
     half = 2 ** (bits - 1)
     return np.random.default_rng(seed).integers(-half, half, shape).astype(np.int8)
 
@@ -32,15 +32,15 @@ def read_by_the_book(stored, bits, shape):
     for i in range(shape[0]):
         stream = int.from_bytes(stored[i].tobytes(), "little")
         for n in range(shape[1]):
-            code = stream >> (bits * n) & (2**bits - 1)
-            found[i, n] = code - 2**bits if code >= 2 ** (bits - 1) else code
+            qvalue = stream >> (bits * n) & (2**bits - 1)
+            found[i, n] = qvalue - 2**bits if qvalue >= 2 ** (bits - 1) else qvalue
     return found
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("width", [1, 8, 21])
 def test_a_row_is_a_little_endian_stream_of_bits(bits, width):
-    held = codes((3, width), bits)
+    held = qvalues((3, width), bits)
     stream = pack_bits(held, bits)
     assert stream.shape == (3, -(-width * bits // 8))
     np.testing.assert_array_equal(read_by_the_book(stream, bits, held.shape), held)
@@ -55,7 +55,7 @@ def test_bits_by_hand():
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("inputs", [40, 300])
 def test_planes_are_those_of_the_kernels(bits, inputs):
-    held = codes((inputs, 12), bits)
+    held = qvalues((inputs, 12), bits)
     planes = planes_of(lambda begin, end: held[begin:end], held.shape, bits)
     chex.assert_trees_all_equal(planes, pack(jnp.asarray(held), bits))
     chex.assert_trees_all_equal_dtypes(planes, pack(jnp.asarray(held), bits))
@@ -65,18 +65,18 @@ def test_planes_are_those_of_the_kernels(bits, inputs):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_disk_does_not_depend_on_the_memory(bits, packed):
-    held = codes((300, 12), bits)
+    held = qvalues((300, 12), bits)
     leaf = quantize_matrix(jnp.asarray(held, jnp.float32), Quantizer(bits), packed=packed)
     value = jax.tree.map(np.asarray, leaf.qvalue)
-    stored = Codes(value, leaf.shape, bits).to_disk()
+    stored = QValues(value, leaf.shape, bits).to_disk()
     assert stored.dtype == (np.int8 if bits == 8 else np.uint8)
-    np.testing.assert_array_equal(read_by_the_book(stored, bits, leaf.shape), leaf.codes())
-    chex.assert_trees_all_equal(Codes(value, leaf.shape, bits).from_disk(stored), value)
+    np.testing.assert_array_equal(read_by_the_book(stored, bits, leaf.shape), leaf.qvalues())
+    chex.assert_trees_all_equal(QValues(value, leaf.shape, bits).from_disk(stored), value)
 
 
 @pytest.fixture(scope="module")
-def coded():
-    """A tiny DiT with 3-, 4-, 5- and 8-bit layers, some with coded inputs."""
+def quantized():
+    """A tiny DiT with 3-, 4-, 5- and 8-bit layers, some with quantized inputs."""
     subject = testing.tiny_dit(num_heads=2, head_dim=32)
     rules = (
         (r".*\.to_q", 3, 16),
@@ -87,8 +87,8 @@ def coded():
     return transform(RoundToNearestPlan(rules, 32))(subject.forward, subject.params)
 
 
-def test_another_program_reads_a_saved_model(coded, tmp_path):
-    forward, params = coded
+def test_another_program_reads_a_saved_model(quantized, tmp_path):
+    forward, params = quantized
     effjax.save(tmp_path / "m", forward, params)
     with safe_open(tmp_path / "m" / "model.safetensors", framework="np") as file:
         metadata = file.metadata()
@@ -117,8 +117,8 @@ def test_another_program_reads_a_saved_model(coded, tmp_path):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_tensor_is_read_in_blocks(bits):
     """Loading may take a tenth more than the arrays, and twice the largest tensor."""
-    held = codes((4096, 512), bits)
-    form = Codes(pack(jnp.asarray(held), bits), held.shape, bits)
+    held = qvalues((4096, 512), bits)
+    form = QValues(pack(jnp.asarray(held), bits), held.shape, bits)
     stored = pack_bits(held, bits)
     tracemalloc.start()
     planes = form.from_disk(stored)
@@ -129,8 +129,8 @@ def test_a_tensor_is_read_in_blocks(bits):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [20_000, 5_000_000])
-def test_saved_codes_load_as_they_were(coded, tmp_path, max_shard_bytes):
-    forward, params = coded
+def test_saved_quantized_values_load_as_they_were(quantized, tmp_path, max_shard_bytes):
+    forward, params = quantized
     effjax.save(tmp_path / "m", forward, params, max_shard_bytes=max_shard_bytes)
     loaded, loaded_params = effjax.load(tmp_path / "m")
     assert loaded == forward
@@ -139,8 +139,8 @@ def test_saved_codes_load_as_they_were(coded, tmp_path, max_shard_bytes):
     chex.assert_trees_all_equal_dtypes(loaded_params, params)
 
 
-def test_damaged_codes_are_explained(coded, tmp_path):
-    effjax.save(tmp_path / "m", *coded)
+def test_damaged_quantized_values_are_explained(quantized, tmp_path):
+    effjax.save(tmp_path / "m", *quantized)
     file = tmp_path / "m" / "model.safetensors"
     tensors = load_file(file)
     cut, mistyped = "blocks.0.attn.to_q.kernel.qvalue", "blocks.1.attn.to_q.kernel.qvalue"
@@ -153,8 +153,8 @@ def test_damaged_codes_are_explained(coded, tmp_path):
     assert f"mistyped: {mistyped} is int8, must be uint8" in str(error.value)
 
 
-def test_leaves_that_no_recipe_makes_are_described(coded, tmp_path):
-    _, params = coded
+def test_leaves_that_no_recipe_makes_are_described(quantized, tmp_path):
+    _, params = quantized
     plain = testing.tiny_dit(num_heads=2, head_dim=32).forward
     effjax.save(tmp_path / "m", plain, params)
     forward, again = effjax.load(tmp_path / "m")
@@ -162,8 +162,8 @@ def test_leaves_that_no_recipe_makes_are_described(coded, tmp_path):
     chex.assert_trees_all_equal(again, params)
 
 
-def test_leaves_that_a_recipe_makes_must_be_there(coded, tmp_path):
-    forward, params = coded
+def test_leaves_that_a_recipe_makes_must_be_there(quantized, tmp_path):
+    forward, params = quantized
     with pytest.raises(ValueError, match=r"(?s)do not fit the recipe.*to_q\.kernel\.qvalue"):
         effjax.save(tmp_path / "m", forward, restore(params, "float32"))
     assert not (tmp_path / "m").exists()

@@ -1,4 +1,4 @@
-"""Quantizers against their formulas, and fake quantization against real codes."""
+"""Quantizers against their formulas, and fake quantization against real quantized values."""
 
 import chex
 import jax
@@ -30,10 +30,10 @@ def test_formulas(bits):
     np.testing.assert_allclose(scale, step, rtol=1e-6)
     unsigned = np.clip(np.round(x / step) + np.round(-low / step), 0, 2**bits - 1)
     half = 2 ** (bits - 1)
-    codes = quantizer.quantize(X, scale, zero)
-    assert np.abs(np.asarray(codes, int) - (unsigned - half)).max() <= (bits == 8)
+    qvalues = quantizer.quantize(X, scale, zero)
+    assert np.abs(np.asarray(qvalues, int) - (unsigned - half)).max() <= (bits == 8)
     # No value is further from its code than half a step.
-    assert np.abs(dequantize(codes, scale, zero) - x).max() <= step.max() * 0.5001
+    assert np.abs(dequantize(qvalues, scale, zero) - x).max() <= step.max() * 0.5001
     assert np.array_equal(np.asarray(zero) + half, np.round(-low / step))
 
 
@@ -52,12 +52,12 @@ def test_zeros_have_a_scale():
     for quantizer in (Quantizer(8), Quantizer(8, symmetric=False)):
         scale, zero = quantizer.fit_axes(jnp.zeros((2, 3)), 1)
         assert (scale == 1).all()
-        codes = quantizer.quantize(jnp.zeros((2, 3)), scale, zero)
-        assert not np.asarray(dequantize(codes, scale, zero)).any()
+        qvalues = quantizer.quantize(jnp.zeros((2, 3)), scale, zero)
+        assert not np.asarray(dequantize(qvalues, scale, zero)).any()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_fake_quantization_is_codes_and_back_with_bits_as_data(symmetric):
+def test_fake_quantization_is_quantized_values_and_back_with_bits_as_data(symmetric):
     @jax.jit
     def fake(x, bits):
         return fake_quantize(x, Quantizer(8, symmetric), bits=bits, axes=1)

@@ -43,8 +43,8 @@ def test_least_squares_is_the_best_of_its_grid(symmetric):
     x, quantizer = X.at[:, 0].set(9.0), Quantizer(3, symmetric)
 
     def error(found):
-        coded = fake_quantize(x, quantizer, low=found.low, high=found.high)
-        return np.asarray(jnp.mean(jnp.square(coded - x), 1))
+        quantized = fake_quantize(x, quantizer, low=found.low, high=found.high)
+        return np.asarray(jnp.mean(jnp.square(quantized - x), 1))
 
     full = minmax(x, 1)
     best = error(least_squares(x, quantizer, 1, steps=20))

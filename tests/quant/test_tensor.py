@@ -20,7 +20,7 @@ GROUPS = Activations(group_size=64)
 STATIC = Activations(Quantizer(8, symmetric=False), dynamic=False)
 RANGE = (jnp.float32(-3.0), jnp.float32(4.0))
 
-ORDER = jnp.asarray(np.random.default_rng(3).permutation(256))
+PERM = jnp.asarray(np.random.default_rng(3).permutation(256))
 CASES = {
     "W8A16": {},
     "W4A16 groups": {"quantizer": Quantizer(4, symmetric=False), "group_size": 64},
@@ -57,19 +57,23 @@ CASES = {
         "packed": False,
     },
     "W8A8 groups": {"group_size": 64, "activations": GROUPS, "packed": False},
-    "mask and rotation": {
+    "smoothing scale and rotation": {
         "activations": TOKENS,
-        "mask": jnp.linspace(0.5, 2.0, 256),
+        "smoothing_scale": jnp.linspace(0.5, 2.0, 256),
         "rotation": Rotation(256),
     },
-    "W4A16 ordered": {"quantizer": Quantizer(4), "group_size": 64, "order": ORDER},
-    "W8A8 ordered": {"activations": TOKENS, "order": ORDER, "mask": jnp.linspace(0.5, 2.0, 256)},
-    "W4A8 ordered": {"quantizer": Quantizer(4), "activations": UNEVEN, "order": ORDER},
+    "W4A16 ordered": {"quantizer": Quantizer(4), "group_size": 64, "perm": PERM},
+    "W8A8 ordered": {
+        "activations": TOKENS,
+        "perm": PERM,
+        "smoothing_scale": jnp.linspace(0.5, 2.0, 256),
+    },
+    "W4A8 ordered": {"quantizer": Quantizer(4), "activations": UNEVEN, "perm": PERM},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_integer_path_computes_what_the_codes_stand_for(case):
+def test_the_integer_path_computes_what_the_quantized_values_stand_for(case):
     leaf = quantize_matrix(W, **CASES[case])
     expected = jax.jit(lambda x, w: qdot(x, w, path="reference"))(X, leaf)
     found = jax.jit(qdot)(X, leaf)
@@ -91,8 +95,10 @@ def test_the_integer_path_multiplies_integers(case):
 
 
 @pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
-def test_one_kernel_prepares_and_codes_inputs(kernel):
-    leaf = quantize_matrix(W, Quantizer(8, symmetric=False), **CASES["mask and rotation"])
+def test_one_kernel_prepares_and_quantized_values_inputs(kernel):
+    leaf = quantize_matrix(
+        W, Quantizer(8, symmetric=False), **CASES["smoothing scale and rotation"]
+    )
 
     def product(x):
         return qdot(x, leaf, implementation=kernel, interpret=True)
@@ -100,7 +106,7 @@ def test_one_kernel_prepares_and_codes_inputs(kernel):
     chex.assert_trees_all_close(product(X), qdot(X, leaf, path="reference"), atol=2e-2)
     jaxpr = jax.make_jaxpr(product)(X)
     text = str(jaxpr)
-    assert text.count("pallas_call[") == 2  # codes with their sums, and the product
+    assert text.count("pallas_call[") == 2  # quantized values with their sums, and the product
     assert "reduce_sum" not in text.split("pallas_call[")[0]
 
 
@@ -117,16 +123,16 @@ def test_bfloat16_and_float16_inputs():
 
 
 def test_scaling_and_rotation_without_rounding_change_nothing():
-    mask = jnp.exp(jax.random.normal(jax.random.key(5), (256,)))
-    leaf = quantize_matrix(W, mask=mask, rotation=Rotation(256))
+    smoothing_scale = jnp.exp(jax.random.normal(jax.random.key(5), (256,)))
+    leaf = quantize_matrix(W, smoothing_scale=smoothing_scale, rotation=Rotation(256))
     exact = dataclasses.replace(leaf, activations=None)
     prepared = leaf.prepare(X)
-    matrix = Rotation(256).apply((W / mask[:, None]).T).T
+    matrix = Rotation(256).apply((W / smoothing_scale[:, None]).T).T
     chex.assert_trees_all_close(prepared @ matrix, X @ W, atol=2e-3)
     assert jnp.abs(exact.dequantize() - matrix).max() < exact.scale.max()
 
 
-@pytest.mark.parametrize("case", ["W4A16 groups", "mask and rotation", "W8A8 ordered"])
+@pytest.mark.parametrize("case", ["W4A16 groups", "smoothing scale and rotation", "W8A8 ordered"])
 def test_what_was_quantized_comes_back_rounded(case):
     leaf = quantize_matrix(W, **CASES[case])
     error = jnp.linalg.norm(leaf.restore() - W) / jnp.linalg.norm(W)
@@ -142,8 +148,8 @@ def test_an_outlier_channel_spoils_its_own_group_alone():
     def error(how):
         leaf = quantize_matrix(W, activations=how, packed=False)
         rest = W.at[:64].set(0)  # what the other groups add
-        coded = qdot(x, leaf) - qdot(x.at[..., 64:].set(0), leaf)
-        return float(jnp.linalg.norm(coded - x @ rest) / jnp.linalg.norm(x @ rest))
+        quantized = qdot(x, leaf) - qdot(x.at[..., 64:].set(0), leaf)
+        return float(jnp.linalg.norm(quantized - x @ rest) / jnp.linalg.norm(x @ rest))
 
     assert 5 * error(GROUPS) < error(TOKENS)
 
@@ -157,16 +163,16 @@ def test_an_outlier_channel_wants_a_mask_and_a_rotation():
         return float(jnp.linalg.norm(qdot(x, leaf) - x @ W) / jnp.linalg.norm(x @ W))
 
     plain = error()
-    assert error(mask=balanced) < plain / 2
+    assert error(smoothing_scale=balanced) < plain / 2
     assert error(rotation=Rotation(256)) < plain / 2
     # All of it moved to the weights is no better than none of it.
-    assert error(mask=shifted) > plain / 2
+    assert error(smoothing_scale=shifted) > plain / 2
 
 
 def test_bytes_are_logical():
     leaf = quantize_matrix(W, Quantizer(3, symmetric=False), group_size=128)
-    codes, scales, zeros = 256 * 48 * 3 // 8, 2 * 48 * 4, 2 * 48 * 4
-    assert leaf.logical_bytes == codes + scales + zeros
+    qvalues, scales, zeros = 256 * 48 * 3 // 8, 2 * 48 * 4, 2 * 48 * 4
+    assert leaf.logical_bytes == qvalues + scales + zeros
     assert quantize_matrix(W, activations=TOKENS).logical_bytes == 256 * 48 + 48 * 4
 
 
@@ -196,7 +202,7 @@ def test_a_leaf_is_described_as_json(case):
 @pytest.mark.parametrize(
     "change",
     [
-        {"parts": ["masks"]},
+        {"parts": ["smoothing scales"]},
         {"group_size": 0},
         {"group_size": 60},
         {"rotation": {"size": 4}},
@@ -208,7 +214,7 @@ def test_a_leaf_is_described_as_json(case):
     ],
 )
 def test_what_describes_no_leaf(change):
-    described = quantize_matrix(W, mask=jnp.ones(256)).to_dict()
+    described = quantize_matrix(W, smoothing_scale=jnp.ones(256)).to_dict()
     with pytest.raises(ValueError, match="describes no quantized leaf"):
         QTensor.from_dict(described | change)
 
@@ -219,7 +225,7 @@ def test_qwix_reads_a_leaf():
     with relaxed_promotion():
         theirs = qwix.dequantize(leaf.to_qwix())
     chex.assert_trees_all_close(theirs, leaf.dequantize(), atol=1e-6)
-    with pytest.raises(ValueError, match="knows nothing of orders, masks"):
+    with pytest.raises(ValueError, match="knows nothing of orders, smoothing scales"):
         quantize_matrix(W, activations=TOKENS).to_qwix()
 
 
@@ -227,8 +233,8 @@ def test_qwix_reads_a_leaf():
     ("options", "message"),
     [
         ({"group_size": 60}, "group_size 60 does not divide the 256 inputs"),
-        ({"mask": jnp.ones(255)}, "one factor for each of 256 inputs"),
-        ({"order": jnp.arange(255)}, "order must have one place for each of 256"),
+        ({"smoothing_scale": jnp.ones(255)}, "one factor for each of 256 inputs"),
+        ({"perm": jnp.arange(255)}, "perm must have one place for each of 256"),
         ({"rotation": Rotation(128)}, "rotation of width 128 does not fit 256"),
         ({"activations": STATIC}, "need an input_range"),
         ({"activations": TOKENS, "input_range": RANGE}, "need an input_range"),
@@ -247,12 +253,12 @@ def test_products_that_there_are_not():
     leaf = quantize_matrix(W)
     with pytest.raises(ValueError, match=r"do not fit a matrix \[256, 48\]"):
         qdot(X[..., :100], leaf)
-    with pytest.raises(NotImplementedError, match="multiplied with packed codes"):
+    with pytest.raises(NotImplementedError, match="multiplied with packed values"):
         qdot(X, quantize_matrix(W, packed=False))
     grouped = quantize_matrix(W, group_size=64, activations=TOKENS, packed=False)
     with pytest.raises(NotImplementedError, match="multiplied when packed"):
         qdot(X, grouped)
-    with pytest.raises(NotImplementedError, match="multiplied with int8 codes"):
+    with pytest.raises(NotImplementedError, match="multiplied with int8 values"):
         qdot(X, quantize_matrix(W, Quantizer(4), activations=GROUPS))
     other = quantize_matrix(W, group_size=128, activations=GROUPS, packed=False)
     with pytest.raises(NotImplementedError, match="a scale for every 128 inputs"):

@@ -18,7 +18,7 @@ from effjax.layers.stack import Stack
 from effjax.models.dit import DiT, DiTConfig
 from effjax.samplers import DDIM, DDPM, DPMSolver, Sampler, sample_keys
 from effjax.samplers.sampler import Carry, _compiled_step
-from effjax.sites import Wrapper, sites, wrap
+from effjax.targets import Wrapper, target_modules, wrap
 
 NULL = 5
 SAMPLER = Sampler(DDPM(steps=3, variance="learned_range"), guidance=3.0)
@@ -46,8 +46,8 @@ class Trail(Wrapper):
 
 
 def remember(module, context):
-    for site in sites(module, Stack):
-        wrap(module, site.path, Trail)
+    for target in target_modules(module, Stack):
+        wrap(module, target.path, Trail)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def model():
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype), shapes
     )
-    return forward.edit(remember), params
+    return forward.patch(remember), params
 
 
 def assert_close(a, b, atol=1e-5):
@@ -95,7 +95,7 @@ def test_both_forms_give_the_same_samples(model, key, sampler):
 def test_jit_of_a_sampler_is_one_program(model, key):
     fused(SAMPLER, *model, labels(), key)
     before = program(SAMPLER)._cache_size()
-    fused(SAMPLER, model[0].edit(), model[1], labels() + 1, jax.random.key(1))
+    fused(SAMPLER, model[0].patch(), model[1], labels() + 1, jax.random.key(1))
     assert program(SAMPLER)._cache_size() == before
 
 
@@ -149,7 +149,7 @@ def test_segments_make_the_loop(model, key):
 def test_what_the_network_sees(model, key, sampler, batch):
     forward, params = model
     seen = []
-    watched = forward.edit(lambda _, context: seen.append((context.guidance, context.step)))
+    watched = forward.patch(lambda _, context: seen.append((context.guidance, context.step)))
     carry = sampler.init(watched, params, labels(), key)
     expected = sampler.arrangement if batch == 6 else None
     assert {guidance for guidance, _ in seen} == {expected}

@@ -44,7 +44,7 @@ from effjax.fields import Count, Natural, NotNegative
 from effjax.forward import Forward, Params
 from effjax.layers.attention import Attention, AttentionCore
 from effjax.samplers import Carry, Sampler
-from effjax.sites import Wrapper, sites, wrap
+from effjax.targets import Wrapper, target_modules, wrap
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Band, visible_pairs
@@ -88,7 +88,7 @@ class DiTFastAttnPlan(Plan):
     """A strategy for every layer and network call.
 
     Attributes:
-        codes: `Strategy` codes by layer and network call; every layer starts with FULL.
+        strategies: `Strategy` numbers by layer and network call; every layer starts with FULL.
         tokens: sequence length N the plan was made for.
         window: tokens that the window reaches to each side.
         guidance: guidance scale of the search; another scale wants another plan.
@@ -98,7 +98,7 @@ class DiTFastAttnPlan(Plan):
         model: the model the plan was made for.
     """
 
-    codes: tuple[tuple[int, ...], ...]
+    strategies: tuple[tuple[int, ...], ...]
     tokens: Count
     window: Natural
     guidance: NotNegative | None = None
@@ -109,19 +109,21 @@ class DiTFastAttnPlan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.codes or not self.codes[0]:
-            raise ValueError("a plan needs at least one layer and one network call; codes is empty")
-        if len({len(row) for row in self.codes}) > 1:
+        if not self.strategies or not self.strategies[0]:
+            raise ValueError(
+                "a plan needs at least one layer and one network call; strategies is empty"
+            )
+        if len({len(row) for row in self.strategies}) > 1:
             raise ValueError(
                 f"every layer needs a code for every network call; the rows have lengths "
-                f"{[len(row) for row in self.codes]}"
+                f"{[len(row) for row in self.strategies]}"
             )
         allowed = {int(strategy) for strategy in Strategy}
-        wrong = sorted({code for row in self.codes for code in row} - allowed)
+        wrong = sorted({value for row in self.strategies for value in row} - allowed)
         if wrong:
             names = {strategy.name: int(strategy) for strategy in Strategy}
-            raise ValueError(f"unknown strategy codes {wrong}; there are {names}")
-        late = [layer for layer, row in enumerate(self.codes) if row[0] != Strategy.FULL]
+            raise ValueError(f"unknown strategies {wrong}; there are {names}")
+        late = [layer for layer, row in enumerate(self.strategies) if row[0] != Strategy.FULL]
         if late:
             raise ValueError(
                 f"layers {late} do not start with FULL: sharing and window strategies need the "
@@ -130,28 +132,30 @@ class DiTFastAttnPlan(Plan):
 
     def describe(self) -> str:
         """How often each strategy occurs."""
-        codes = [code for row in self.codes for code in row]
-        shares = ", ".join(f"{s.name} {codes.count(s) / len(codes):.0%}" for s in Strategy)
+        strategies = [value for row in self.strategies for value in row]
+        shares = ", ".join(
+            f"{s.name} {strategies.count(s) / len(strategies):.0%}" for s in Strategy
+        )
         return f"{self.layers} layers, {self.calls} calls, window {self.window}: {shares}"
 
     @property
     def layers(self) -> int:
-        return len(self.codes)
+        return len(self.strategies)
 
     @property
     def calls(self) -> int:
-        return len(self.codes[0])
+        return len(self.strategies[0])
 
     @cached_property
     def need(self) -> tuple[tuple[bool, ...], ...]:
         """Whether a dense call must refresh the residual: a window follows before the next one."""
         return tuple(
             tuple(
-                Strategy(code).dense
+                Strategy(value).dense
                 and next((not Strategy(c).dense for c in row[t + 1 :] if c != Strategy.AST), False)
-                for t, code in enumerate(row)
+                for t, value in enumerate(row)
             )
-            for row in self.codes
+            for row in self.strategies
         )
 
 
@@ -169,7 +173,7 @@ def uniform(
     """
     row = (int(Strategy.FULL), *(int(pattern[t % len(pattern)]) for t in range(calls - 1)))
     reach = tokens // 8 if window is None else window
-    return DiTFastAttnPlan(codes=(row,) * layers, tokens=tokens, window=reach)
+    return DiTFastAttnPlan(strategies=(row,) * layers, tokens=tokens, window=reach)
 
 
 def attention_macs(plan: DiTFastAttnPlan, *, batch: int, width: int) -> np.ndarray:
@@ -182,15 +186,16 @@ def attention_macs(plan: DiTFastAttnPlan, *, batch: int, width: int) -> np.ndarr
     dense = 2 * batch * plan.tokens**2 * width
     window = 2 * batch * visible_pairs(Band(plan.window), plan.tokens) * width
 
-    def cost(code: int, need: bool) -> int:
-        strategy = Strategy(code)
+    def cost(value: int, need: bool) -> int:
+        strategy = Strategy(value)
         if strategy is Strategy.AST:
             return 0
         macs = window if strategy.windowed else dense + need * window
         return macs // 2 if strategy.halved else macs
 
     return np.array(
-        [[cost(c, n) for c, n in zip(*rows)] for rows in zip(plan.codes, plan.need)], dtype=np.int64
+        [[cost(c, n) for c, n in zip(*rows)] for rows in zip(plan.strategies, plan.need)],
+        dtype=np.int64,
     )
 
 
@@ -204,20 +209,20 @@ def transform(plan: DiTFastAttnPlan) -> Transform:
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
-        layers = len(forward.sites(params, Attention))
+        layers = len(forward.target_modules(params, Attention))
         if layers != plan.layers:
             raise ValueError(
                 f"the plan has {plan.layers} layers (model {plan.model!r}), but this model has "
                 f"{layers} self-attention layers. Search a plan for this model."
             )
-        return forward.edit(DiTFastAttn(plan)), params
+        return forward.patch(DiTFastAttn(plan)), params
 
     return Transform(METHOD.name, plan, apply)
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTFastAttn:
-    """The edit: every self-attention layer follows its row of the plan."""
+    """The patch: every self-attention layer follows its row of the plan."""
 
     plan: DiTFastAttnPlan
 
@@ -234,31 +239,35 @@ class DiTFastAttn:
                 f"step {context.step} lies outside the plan, which has {plan.calls} network calls. "
                 f"Use a sampler with {plan.calls} calls, or search a plan for this one."
             )
-        for site, codes, need in zip(sites(module, Attention), plan.codes, plan.need):
-            row = [_action(code, fresh) for code, fresh in zip(codes, need)]
+        for target, strategies, need in zip(
+            target_modules(module, Attention), plan.strategies, plan.need
+        ):
+            row = [_action(value, fresh) for value, fresh in zip(strategies, need)]
             step = context.step
             action = row[step] if is_static(step) else jnp.asarray(row, jnp.int32)[step]
-            wrap(module, site.path, FastAttention, action, set(row), plan.window, context.guidance)
+            wrap(
+                module, target.path, FastAttention, action, set(row), plan.window, context.guidance
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """The search's edit: an action for every layer as data, so that one program runs them all."""
+    """The search's patch: an action for every layer as data, so that one program runs them all."""
 
     actions: jax.Array
     possible: frozenset[int]
     window: int
 
     def __call__(self, module: nnx.Module, context: Context) -> None:
-        for layer, site in enumerate(sites(module, Attention)):
+        for layer, target in enumerate(target_modules(module, Attention)):
             action = self.actions[layer]
             guidance = context.guidance
-            wrap(module, site.path, FastAttention, action, self.possible, self.window, guidance)
+            wrap(module, target.path, FastAttention, action, self.possible, self.window, guidance)
 
 
 # A branch of the compiled program is a strategy and whether it refreshes the residual.
-def _action(code: int, fresh: bool) -> int:
-    return 2 * int(code) + int(fresh)
+def _action(value: int, fresh: bool) -> int:
+    return 2 * int(value) + int(fresh)
 
 
 class FastAttention(Wrapper):
@@ -271,7 +280,7 @@ class FastAttention(Wrapper):
         guidance: arrangement of the batch, None if it is not guided.
     """
 
-    opens = True
+    replaces_internals = True
     inner: Attention
 
     def __init__(
@@ -395,7 +404,7 @@ def search(
     Raises:
         ValueError: for a negative threshold, an unknown metric, or a model without self-attention.
     """
-    layers = len(forward.sites(params, Attention))
+    layers = len(forward.target_modules(params, Attention))
     if threshold < 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
     if metric not in METRICS:
@@ -416,12 +425,12 @@ def search(
         | {_action(s, True) for s in (Strategy.FULL, *candidates) if s.dense and windowed}
     )
 
-    def edited(actions: jax.Array) -> Forward:
-        return forward.edit(_Candidate(actions, possible, reach))
+    def patched(actions: jax.Array) -> Forward:
+        return forward.patch(_Candidate(actions, possible, reach))
 
     @jax.jit
     def start(params: Params, key: jax.Array, actions: jax.Array) -> Carry:
-        return sampler.init(edited(actions), params, cond, key, uncond=uncond)
+        return sampler.init(patched(actions), params, cond, key, uncond=uncond)
 
     @jax.jit
     def evaluate(
@@ -429,7 +438,7 @@ def search(
     ) -> tuple[jax.Array, jax.Array, Carry]:
         """One call of the network: its loss against `reference`, its output, the next carry."""
         out, raw, state = sampler.network(
-            edited(actions), params, carry.state, carry.x, cond, uncond, step
+            patched(actions), params, carry.state, carry.x, cond, uncond, step
         )
         loss = METRICS[metric](reference, raw)
         return loss, raw, sampler.update(carry._replace(state=state), out, step)
@@ -437,13 +446,13 @@ def search(
     def actions_at(step: int, *, commit: bool) -> np.ndarray:
         # Only the run that moves on writes residuals: a trial's state is thrown away.
         fresh = commit and windowed
-        column = [row[step] for row in codes]
+        column = [row[step] for row in strategies]
         return np.array([_action(c, fresh and Strategy(c).dense) for c in column], np.int32)
 
     limits = threshold * (np.arange(1, layers + 1) / layers)
     if not graded:
         limits = np.full(layers, threshold)
-    codes = [[int(Strategy.FULL)] * sampler.calls for _ in range(layers)]
+    strategies = [[int(Strategy.FULL)] * sampler.calls for _ in range(layers)]
     dense = actions_at(0, commit=False)
     carry = start(params, key, dense)
     reference = _raw_output(sampler, forward, params, x, cond, uncond)
@@ -457,12 +466,12 @@ def search(
                 _, reference, _ = evaluate(params, carry, at, dense, reference)
                 for layer in range(layers):
                     for strategy in candidates:
-                        codes[layer][step] = int(strategy)
+                        strategies[layer][step] = int(strategy)
                         trial = actions_at(step, commit=False)
                         loss, _, _ = evaluate(params, carry, at, trial, reference)
                         if loss < limits[layer]:
                             break
-                        codes[layer][step] = int(Strategy.FULL)
+                        strategies[layer][step] = int(Strategy.FULL)
                     bar.update()
             else:
                 bar.update(layers)
@@ -471,7 +480,7 @@ def search(
             if callback is not None:
                 callback(step, carry.x)
     return DiTFastAttnPlan(
-        codes=tuple(map(tuple, codes)),
+        strategies=tuple(map(tuple, strategies)),
         tokens=tokens,
         window=reach,
         guidance=float(sampler.guidance) if sampler.guided else None,
@@ -509,7 +518,7 @@ def _ladder(subject: testing.Subject) -> tuple[DiTFastAttnPlan, ...]:
 
 
 def _for(subject: testing.Subject, pattern: tuple[Strategy, ...]) -> DiTFastAttnPlan:
-    layers = len(subject.forward.sites(subject.params, Attention))
+    layers = len(subject.forward.target_modules(subject.params, Attention))
     calls, tokens = subject.sampler.calls, subject.forward.config.tokens
     return uniform(pattern, layers=layers, calls=calls, tokens=tokens)
 
@@ -517,7 +526,7 @@ def _for(subject: testing.Subject, pattern: tuple[Strategy, ...]) -> DiTFastAttn
 METHOD = Method(
     name="dit_fast_attn",
     paper="DiTFastAttn: Attention Compression for Diffusion Transformer Models, arXiv 2406.08552",
-    seams=("edits",),
+    seams=("patches",),
     plan=DiTFastAttnPlan,
     transform=transform,
     search=search,

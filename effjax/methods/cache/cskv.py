@@ -1,12 +1,12 @@
 """CSKV: low-rank features of keys and values in place of keys and values.
 
-Buys: at a mean density of 0.2 a fifth of the cache, with codes of 4 bits a twentieth; attention
+Buys: at a mean density of 0.2 a fifth of the cache, with 4-bit values a twentieth; attention
 itself gets no cheaper, and keys are rebuilt tile by tile at every step.
 
     c_k = x A_k,  k = rotary(c_k B_k)      R_k = int(k_density D) K features for all heads together
     c_v = x A_v,  v = c_v B_v              R_v likewise
 
-Tokens of the window that is being filled (see `tumbling_cache`) stay exact, and so does all of a
+Tokens of the window that is being filled (see `residual_buffer`) stay exact, and so does all of a
 prompt while it reads itself. B_v is applied to what attention gives, not to every token:
 softmax(s) (C B) = (softmax(s) C) B. Between keys and B_k stands the rotation, so they are rebuilt.
 
@@ -16,10 +16,11 @@ B = sqrt(S) V^T. `fit` then trains them, and nothing else, to rebuild what the l
 make of their inputs; with `bits` it rounds in the middle, with gradients straight through.
 
 Static: ranks, window, bits. Dynamic: scales. Cost: for each token and layer (R_k + R_v) bits / 8
-bytes, with codes two floats a channel and window (keys) and a token and head (values); one window
-of floats. Projections with biases have one feature that is always 1.
+bytes, with quantized values two floats a channel and window (keys) and a token and head (values);
+one window of floats. Projections with biases have one feature that is always 1.
 
-Source: CSKV, arXiv 2409.10593, with the offsets of codes as floats (the released code clips a
+Source: CSKV, arXiv 2409.10593, with the offsets of quantized values as floats (the released code
+    clips a
 group whose values share a sign). ASVD: arXiv 2312.05821.
 """
 
@@ -38,16 +39,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from effjax import capture, testing
-from effjax.context import Context, PyTree, Room
+from effjax.context import CacheLength, Context, PyTree
 from effjax.fields import Count, Range
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention, CausalCore, Heads, KeyHeads
-from effjax.layers.cache_codes import FLOAT, Bits, pack, to_codes, unpack
+from effjax.layers.cache_quantization import FLOAT, Bits, pack, to_qvalues, unpack
 from effjax.layers.kv_cache import Caches, Kind, Lengths
 from effjax.layers.linear import dot
-from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache
+from effjax.layers.residual_buffer import Arrays, ResidualBufferCache, Tokens
 from effjax.quant import QTensor
-from effjax.sites import sites
+from effjax.targets import target_modules
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.decode_attention import low_rank_decode_attention
 
@@ -79,7 +80,7 @@ class CSKVPlan(Plan):
         """R_k and R_v, for all heads together.
 
         Raises:
-            ValueError: if a density leaves no channel, or an odd number for codes of 4 bits.
+            ValueError: if a density leaves no channel, or an odd number for 4-bit values.
         """
         found = []
         for name in ("k_density", "v_density"):
@@ -280,7 +281,8 @@ def _grouped(
 ) -> tuple[Float[Array, "B N W G"], int]:
     """Features with those that share a scale along the axis that is returned.
 
-    Keys: the tokens of a window; alone in it, a token is coded as values are: a head's features.
+    Keys: the tokens of a window; alone in it, a token is quantized as values are: a head's
+        features.
     """
     batch, tokens, rank = c.shape
     if keys and plan.window > 1:
@@ -293,8 +295,8 @@ def _rounded(
 ) -> Float[Array, "B S R"]:
     """Rounded features, with gradients straight through but at the ends of each group's range."""
     grouped, axis = _grouped(c, plan, heads, keys=keys)
-    codes, scale, offset = to_codes(grouped, plan.bits, axis=axis)
-    rounded = (codes.astype(jnp.float32) * scale + offset).astype(c.dtype)
+    qvalues, scale, offset = to_qvalues(grouped, plan.bits, axis=axis)
+    rounded = (qvalues.astype(jnp.float32) * scale + offset).astype(c.dtype)
     ends = (f(grouped, axis, keepdims=True) for f in (jnp.min, jnp.max))
     inside = jnp.logical_not(jnp.logical_or(*(grouped == end for end in ends)))
     passed = jnp.where(inside, grouped, jax.lax.stop_gradient(grouped))
@@ -303,7 +305,7 @@ def _rounded(
 
 def _attentions(forward: Forward, params: Params) -> dict[str, CausalAttention]:
     """The attention layers, by path of their cores."""
-    found = {f"{s.path}.core": s.module for s in forward.sites(params, CausalAttention)}
+    found = {f"{s.path}.core": s.module for s in forward.target_modules(params, CausalAttention)}
     if not found:
         raise ValueError(f"{forward.model.__name__} has no causal attention")
     return {path: attn for path, attn in found.items() if isinstance(attn, CausalAttention)}
@@ -325,7 +327,7 @@ def transform(plan: CSKVPlan, learned: Factors | None = None) -> Transform:
         given = factors(plan, forward, params) if learned is None else learned
         _check(given, shapes)
         methods = {**params.get(METHODS, {}), NAME: nest_params(given)}
-        return forward.edit(_Edit(plan, forward.config.qkv_bias)), {**params, METHODS: methods}
+        return forward.patch(_Patch(plan, forward.config.qkv_bias)), {**params, METHODS: methods}
 
     return Transform(NAME, plan, apply)
 
@@ -346,7 +348,7 @@ def _check(given: Factors, shapes: PyTree) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Edit:
+class _Patch:
     """Caches, each with the factors of its layer."""
 
     plan: CSKVPlan
@@ -355,9 +357,9 @@ class _Edit:
 
     def __call__(self, module: nnx.Module, context: Context) -> None:
         learned = flatten_params(context.learned[NAME])
-        paths = [site.path for site in sites(module, CausalCore)]
+        paths = [target.path for target in target_modules(module, CausalCore)]
 
-        def choose(plan: CSKVPlan, core: CausalCore, room: Room, layer: int) -> Kind:
+        def choose(plan: CSKVPlan, core: CausalCore, cache_length: CacheLength, layer: int) -> Kind:
             names = ("down_k", "up_k", "down_v", "up_v")
             factors = {name: learned[f"{paths[layer]}.{name}"] for name in names}
             return CSKVCache, {"plan": plan, "factors": factors, "constant": self.constant}
@@ -365,7 +367,7 @@ class _Edit:
         Caches(choose, self.plan)(module, context)
 
 
-class CSKVCache(TumblingCache):
+class CSKVCache(ResidualBufferCache):
     """Sealed windows as features of keys and values.
 
     Args:
@@ -382,7 +384,7 @@ class CSKVCache(TumblingCache):
         factors: Mapping[str, Array],
         constant: bool,
         first: bool,
-        room: Room,
+        cache_length: CacheLength,
     ):
         names = ["k_features", "v_features"]
         if plan.bits != FLOAT:
@@ -393,7 +395,7 @@ class CSKVCache(TumblingCache):
             sealed=names,
             parts=("k_features", "v_features"),
             first=first,
-            room=room,
+            cache_length=cache_length,
         )
         self.plan = plan
         self.constant = constant
@@ -419,8 +421,8 @@ class CSKVCache(TumblingCache):
         for name in "kv":
             c = found[f"{name}_features"]
             grouped, axis = _grouped(c, self.plan, heads, keys=name == "k")
-            codes, scale, offset = to_codes(grouped, self.plan.bits, axis=axis)
-            found[f"{name}_features"] = pack(codes.reshape(c.shape), self.plan.bits)
+            qvalues, scale, offset = to_qvalues(grouped, self.plan.bits, axis=axis)
+            found[f"{name}_features"] = pack(qvalues.reshape(c.shape), self.plan.bits)
             found[f"{name}_scale"], found[f"{name}_offset"] = (
                 jnp.squeeze(part, axis) for part in (scale, offset)
             )
@@ -455,11 +457,11 @@ class CSKVCache(TumblingCache):
         c = sealed[f"{name}_features"]
         if self.plan.bits == FLOAT:
             return c
-        codes = unpack(c, self.plan.bits).astype(jnp.float32)
+        qvalues = unpack(c, self.plan.bits).astype(jnp.float32)
         scale, offset = (sealed[f"{name}_{part}"] for part in ("scale", "offset"))
-        grouped, axis = _grouped(codes, self.plan, scale.shape[2], keys=name == "k")
+        grouped, axis = _grouped(qvalues, self.plan, scale.shape[2], keys=name == "k")
         scale, offset = (jnp.expand_dims(part, axis) for part in (scale, offset))
-        return (grouped * scale + offset).reshape(codes.shape).astype(dtype)
+        return (grouped * scale + offset).reshape(qvalues.shape).astype(dtype)
 
 
 def _calibrate(
@@ -484,7 +486,7 @@ METHOD = Method(
     name=NAME,
     paper="CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios, "
     "arXiv 2409.10593",
-    seams=("edits",),
+    seams=("patches",),
     plan=CSKVPlan,
     transform=transform,
     search=None,

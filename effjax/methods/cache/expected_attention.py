@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax import testing
-from effjax.context import Room
+from effjax.context import CacheLength
 from effjax.fields import Count, Natural
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
@@ -64,13 +64,15 @@ def transform(plan: ExpectedAttentionPlan) -> Transform:
     """Give every attention layer a cache that keeps what queries to come should attend to."""
 
     def apply(forward: Forward, params: Params) -> Pair:
-        return forward.edit(Caches(_choose, plan)), params
+        return forward.patch(Caches(_choose, plan)), params
 
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: ExpectedAttentionPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    keep, own = budgets(plan.capacity, plan.ratio, room.prompt, always=plan.sinks)
+def _choose(
+    plan: ExpectedAttentionPlan, core: CausalCore, cache_length: CacheLength, layer: int
+) -> Kind:
+    keep, own = budgets(plan.capacity, plan.ratio, cache_length.prompt, always=plan.sinks)
     options = {"future": plan.future, "sinks": plan.sinks}
     return ExpectedCache, {"keep": keep, "own": own, **options}
 
@@ -129,7 +131,7 @@ METHOD = Method(
     name="expected_attention",
     paper="Expected Attention: KV Cache Compression by Estimating Attention from Future Queries "
     "Distribution, arXiv 2510.00636",
-    seams=("edits",),
+    seams=("patches",),
     plan=ExpectedAttentionPlan,
     transform=transform,
     search=None,

@@ -1,16 +1,17 @@
-"""KIVI: keys and values as codes of 8 or 4 bits, keys by channel and values by token.
+"""KIVI: keys and values as 8 or 4-bit values, keys by channel and values by token.
 
 Buys: a quarter to a seventh of the bytes of a float32 cache (half to two sevenths of bfloat16), and
 as much of the traffic when a token attends to it. Keys have channels that are large for all tokens,
 so that a scale for each channel loses little; values do not.
 
     a window of G tokens of a text is sealed when it is full:
-        k = (code + 2^(b-1)) s_c + min_c    for each channel c, over the window's tokens
-        v = (code + 2^(b-1)) s_t + min_t    for each token t, over a head's channels
+        k = (q + 2^(b-1)) s_c + min_c    for each channel c, over the window's tokens
+        v = (q + 2^(b-1)) s_t + min_t    for each token t, over a head's channels
     the tokens of the window that is not full yet stay as they are
 
 Static: bits and G. Dynamic: scales. The prompt itself attends to all of itself, exactly; later
-tokens see codes. Cost: (b_k + b_v) / 2 / 16 of a bfloat16 cache, and for G tokens of each head two
+tokens see quantized values. Cost: (b_k + b_v) / 2 / 16 of a bfloat16 cache, and for G tokens of
+    each head two
 float32 a channel (keys) and two a token (values), and one window of floats.
 
 Source: KIVI, arXiv 2402.02750, with a residual that is sealed as a whole (its Algorithm 1, R = G).
@@ -24,13 +25,13 @@ from typing import Annotated, Any
 from jaxtyping import Array, Float
 
 from effjax import testing
-from effjax.context import Room
+from effjax.context import CacheLength
 from effjax.fields import Count, OneOf
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads
-from effjax.layers.cache_codes import pack, to_codes
+from effjax.layers.cache_quantization import pack, to_qvalues
 from effjax.layers.kv_cache import Caches, Kind, Lengths
-from effjax.layers.tumbling_cache import Arrays, Tokens, TumblingCache
+from effjax.layers.residual_buffer import Arrays, ResidualBufferCache, Tokens
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.decode_attention import quantized_decode_attention
 
@@ -53,34 +54,36 @@ class KIVIPlan(Plan):
 
 
 def transform(plan: KIVIPlan) -> Transform:
-    """Give every attention layer a cache of codes."""
+    """Give every attention layer a cache of quantized values."""
 
     def apply(forward: Forward, params: Params) -> Pair:
-        return forward.edit(Caches(_choose, plan)), params
+        return forward.patch(Caches(_choose, plan)), params
 
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: KIVIPlan, core: CausalCore, room: Room, layer: int) -> Kind:
+def _choose(plan: KIVIPlan, core: CausalCore, cache_length: CacheLength, layer: int) -> Kind:
     return KIVICache, {"plan": plan}
 
 
-class KIVICache(TumblingCache):
-    """Sealed windows as codes."""
+class KIVICache(ResidualBufferCache):
+    """Sealed windows as quantized values."""
 
-    def __init__(self, inner: Any, *, plan: KIVIPlan, first: bool, room: Room):
+    def __init__(self, inner: Any, *, plan: KIVIPlan, first: bool, cache_length: CacheLength):
         names = [f"{of}{part}" for of in "kv" for part in ("", "_scale", "_offset")]
-        super().__init__(inner, window=plan.group, sealed=names, first=first, room=room)
+        super().__init__(
+            inner, window=plan.group, sealed=names, first=first, cache_length=cache_length
+        )
         self.plan = plan
 
     def seal(self, tokens: Tokens) -> Arrays:
         k, v = tokens["k"], tokens["v"]
         by_window = k.reshape(k.shape[0], -1, self.window, *k.shape[2:])
-        k_codes, k_scale, k_offset = to_codes(by_window, self.plan.key_bits, axis=2)
-        v_codes, v_scale, v_offset = to_codes(v, self.plan.value_bits, axis=3)
+        k_qvalues, k_scale, k_offset = to_qvalues(by_window, self.plan.key_bits, axis=2)
+        v_qvalues, v_scale, v_offset = to_qvalues(v, self.plan.value_bits, axis=3)
         return {
-            "k": pack(k_codes.reshape(k.shape), self.plan.key_bits),
-            "v": pack(v_codes, self.plan.value_bits),
+            "k": pack(k_qvalues.reshape(k.shape), self.plan.key_bits),
+            "v": pack(v_qvalues, self.plan.value_bits),
             "k_scale": k_scale[:, :, 0],
             "k_offset": k_offset[:, :, 0],
             "v_scale": v_scale,
@@ -90,8 +93,10 @@ class KIVICache(TumblingCache):
     def attend_sealed(
         self, q: Heads, sealed: Arrays, lengths: Lengths
     ) -> tuple[Heads, Float[Array, "B S H"]]:
-        codes: dict[str, Any] = dict(sealed)
-        out, log_sum_exps = quantized_decode_attention(q, lengths=lengths, return_lse=True, **codes)
+        qvalues: dict[str, Any] = dict(sealed)
+        out, log_sum_exps = quantized_decode_attention(
+            q, lengths=lengths, return_lse=True, **qvalues
+        )
         return out, log_sum_exps
 
 
@@ -106,7 +111,7 @@ def _ladder(subject: testing.Subject) -> tuple[KIVIPlan, ...]:
 METHOD = Method(
     name="kivi",
     paper="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, arXiv 2402.02750",
-    seams=("edits",),
+    seams=("patches",),
     plan=KIVIPlan,
     transform=transform,
     search=None,

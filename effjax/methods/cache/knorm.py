@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax import testing
-from effjax.context import Room
+from effjax.context import CacheLength
 from effjax.fields import Count
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
@@ -48,13 +48,13 @@ def transform(plan: KnormPlan) -> Transform:
     """Give every attention layer a cache that keeps the tokens with the shortest keys."""
 
     def apply(forward: Forward, params: Params) -> Pair:
-        return forward.edit(Caches(_choose, plan)), params
+        return forward.patch(Caches(_choose, plan)), params
 
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: KnormPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    keep, own = budgets(plan.capacity, plan.ratio, room.prompt)
+def _choose(plan: KnormPlan, core: CausalCore, cache_length: CacheLength, layer: int) -> Kind:
+    keep, own = budgets(plan.capacity, plan.ratio, cache_length.prompt)
     return KnormCache, {"keep": keep, "own": own}
 
 
@@ -79,7 +79,7 @@ METHOD = Method(
     name="knorm",
     paper="A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv "
     "2406.11430",
-    seams=("edits",),
+    seams=("patches",),
     plan=KnormPlan,
     transform=transform,
     search=None,

@@ -17,8 +17,9 @@ Static: the plan and the largest N, hence all sizes. Dynamic: lengths, and with 
 slots a shorter text uses. Cost: mean C / N of the dense cache.
 Layouts: "flat", one pair of arrays for all heads, with a stretch of slots for each; "grouped", one
 pair for the heads of a layer that have one rule, which can be sharded by heads (on a TPU groups of
-other than 8, 16 ... heads are copied for every token). With 8 or 4 bits slots hold codes, each
-token's and head's with a scale and an offset, which new tokens see and the prompt does not.
+other than 8, 16 ... heads are copied for every token). With 8 or 4 bits slots hold quantized
+values, each token's and head's with a scale and an offset, which new tokens see and the prompt does
+not.
 
 The search asks, for every head, what the loss of answers would be if an element of the attention
 map were masked and its row normalized again. To first order, with A = softmax, dA = dLoss / dA:
@@ -53,12 +54,12 @@ from jaxtyping import Array, Float, Int, Shaped
 from tqdm.auto import tqdm
 
 from effjax import capture, testing
-from effjax.context import Room, State
+from effjax.context import CacheLength, State
 from effjax.fields import Count
 from effjax.forward import Forward, Params, flatten_params, nest_params
 from effjax.generate import generate
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.cache_codes import FLOAT, Bits, pack, to_codes
+from effjax.layers.cache_quantization import FLOAT, Bits, pack, to_qvalues
 from effjax.layers.kv_cache import (
     Caches,
     Kind,
@@ -168,7 +169,7 @@ class MoAPlan(Plan):
             self.slots(layer, tokens)
 
     def describe(self) -> str:
-        """How many heads follow which rule, and bits if slots hold codes."""
+        """How many heads follow which rule, and bits if slots hold quantized values."""
         counts: dict[tuple[float, float], int] = {}
         for layer in range(len(self.alphas)):
             for rule in self.rules(layer):
@@ -330,7 +331,7 @@ def influence(
     tokens, weights = samples
     if tokens.shape[1] % block:
         raise ValueError(f"texts of {tokens.shape[1]} tokens are no whole blocks of {block}")
-    paths = [site.path for site in forward.sites(params, CausalCore)]
+    paths = [target.path for target in forward.target_modules(params, CausalCore)]
     total = 0.0
     for row in tqdm(range(len(tokens)), desc="influence", disable=not progress, leave=False):
         found = _influence(forward, params, tokens[row : row + 1], weights[row : row + 1], block)
@@ -351,7 +352,9 @@ def _influence(
         capture.tap(forward, params, (tokens,), what=what, **options)
         for what in ("input", "input1", "input2", "output")
     )
-    cores: Any = {site.path: site.module for site in forward.sites(params, CausalCore)}
+    cores: Any = {
+        target.path: target.module for target in forward.target_modules(params, CausalCore)
+    }
     turns = jnp.arange(tokens.shape[1])[None]
     return {
         path: _blocks(
@@ -524,7 +527,7 @@ def response_loss(forward: Forward, params: Params, samples: Samples) -> float:
 
 @jax.jit
 def _response_loss(forward: Forward, params: Params, tokens: Array, weights: Array) -> Array:
-    forward = forward.with_room(tokens.shape[1], 0)
+    forward = forward.with_cache_length(tokens.shape[1], 0)
     token = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     state = forward.init(params, token, token)
     return _loss(forward(params, state, tokens)[0], tokens, weights)
@@ -543,7 +546,7 @@ def transform(plan: MoAPlan) -> Transform:
     def apply(forward: Forward, params: Params) -> Pair:
         config = forward.config
         _check(plan, config.num_layers, config.num_heads, config.num_kv_heads)
-        return forward.edit(Caches(_choose, plan)), params
+        return forward.patch(Caches(_choose, plan)), params
 
     return Transform(METHOD.name, plan, apply)
 
@@ -591,10 +594,10 @@ def order_heads(
 
 def _order(slots: Sequence[int], rules: Sequence[Rule], devices: int) -> list[int]:
     """Heads in their new order: by device, and in each by slots and rules."""
-    room = len(slots) // devices
+    cache_length = len(slots) // devices
     held: list[list[int]] = [[] for _ in range(devices)]
     for head in sorted(range(len(slots)), key=lambda head: -slots[head]):
-        free = [own for own in held if len(own) < room]
+        free = [own for own in held if len(own) < cache_length]
         min(free, key=lambda own: sum(slots[each] for each in own)).append(head)
     return [
         head
@@ -625,7 +628,7 @@ def _check(plan: MoAPlan, layers: int, heads: int, kv_heads: int) -> None:
     )
 
 
-def _choose(plan: MoAPlan, core: CausalCore, room: Room, layer: int) -> Kind:
+def _choose(plan: MoAPlan, core: CausalCore, cache_length: CacheLength, layer: int) -> Kind:
     options = {"layer": layer, "plan": plan}
     return {"grouped": GroupedCache, "flat": FlatCache}[plan.layout], options
 
@@ -647,12 +650,14 @@ class SpanCache(KVCache):
         plan, layer: whose rules they are.
     """
 
-    def __init__(self, inner: Any, *, plan: MoAPlan, layer: int, first: bool, room: Room):
-        super().__init__(inner, first=first, room=room)
+    def __init__(
+        self, inner: Any, *, plan: MoAPlan, layer: int, first: bool, cache_length: CacheLength
+    ):
+        super().__init__(inner, first=first, cache_length=cache_length)
         self.plan = plan
         self.layer = layer
         self.rules = plan.rules(layer)
-        self.slots = plan.slots(layer, room.total)
+        self.slots = plan.slots(layer, cache_length.total)
         self.foreseen = State()
         self.sink = plan.sink
         self.bits = plan.bits
@@ -676,7 +681,7 @@ class SpanCache(KVCache):
         tokens = self.foreseen.read((batch,), jnp.int32)[:, None]
         found = {}
         for rule in dict.fromkeys(self.rules):
-            lengths = jnp.asarray(_lengths_of_blocks(self.plan, rule, self.room.total))
+            lengths = jnp.asarray(_lengths_of_blocks(self.plan, rule, self.cache_length.total))
             blocks = jnp.sum(tokens >= lengths, axis=1, dtype=jnp.int32)
             found[rule] = self.plan.floor + self.plan.block * blocks
         return found
@@ -684,21 +689,21 @@ class SpanCache(KVCache):
     def store(
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> None:
-        foresee(self.foreseen, positions, self.room)
-        self.fill(self.coded(self.core.rotary(k, positions), v), positions)
+        foresee(self.foreseen, positions, self.cache_length)
+        self.fill(self.quantized(self.core.rotary(k, positions), v), positions)
 
     @abc.abstractmethod
     def fill(self, new: dict[str, Shaped[Array, "B S K ..."]], positions: Positions) -> None:
         """Store what slots hold of a text's first tokens."""
 
-    def coded(self, k: KeyHeads, v: KeyHeads) -> dict[str, Shaped[Array, "B S K ..."]]:
+    def quantized(self, k: KeyHeads, v: KeyHeads) -> dict[str, Shaped[Array, "B S K ..."]]:
         """What slots hold of tokens, keys rotated, by name."""
         if self.bits == FLOAT:
             return {"k": k, "v": v}
         found = {}
         for name, x in (("k", k), ("v", v)):
-            codes, scale, offset = to_codes(x, self.bits, axis=3)
-            found[name] = pack(codes, self.bits)
+            qvalues, scale, offset = to_qvalues(x, self.bits, axis=3)
+            found[name] = pack(qvalues, self.bits)
             found |= {f"{name}_scale": scale, f"{name}_offset": offset}
         return found
 
@@ -724,7 +729,7 @@ class SpanCache(KVCache):
         q, k = self.core.rotary(q, turns), self.core.rotary(k, turns)
         with jax.named_scope("attention"):
             if positions is None:
-                slots = self.plan.slots(self.layer, columns + self.room.new)
+                slots = self.plan.slots(self.layer, columns + self.cache_length.new)
                 return block_sparse_attention(q, k, v, rule(slots))
             used = self.used(batch)
             local = jnp.stack([used[each] - self.sink for each in self.rules], axis=1)
@@ -780,7 +785,7 @@ class GroupedCache(SpanCache):
         self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
     ) -> Heads:
         q = self.core.rotary(q, positions)
-        new, lengths = self.coded(self.core.rotary(k, positions), v), lengths_after(positions)
+        new, lengths = self.quantized(self.core.rotary(k, positions), v), lengths_after(positions)
         batch, _, heads, width = q.shape
         q = q.reshape(batch, 1, k.shape[2], -1, width)
         parts, order, used = [], [], self.used(batch)
@@ -842,7 +847,7 @@ class FlatCache(SpanCache):
         ]
         places, held = jnp.where(positions >= 0, jnp.concatenate(own, axis=1), -1), {}
         slots = jnp.stack([used[rule] for rule in self.rules], axis=1)
-        for name, new in self.coded(k, v).items():
+        for name, new in self.quantized(k, v).items():
             state = getattr(self, f"{name}_slots")
             old = state.read((new.shape[0], sum(self.slots), new.shape[3]), new.dtype)
             held[name] = put(old, new[:, 0], places)
@@ -878,7 +883,7 @@ METHOD = Method(
     name="moa",
     paper="Mixture of Attention Spans: Optimizing LLM Inference Efficiency with Heterogeneous "
     "Sliding-Window Lengths, arXiv 2406.14909",
-    seams=("edits",),
+    seams=("patches",),
     plan=MoAPlan,
     transform=transform,
     search=search,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from effjax import testing
-from effjax.context import Room
+from effjax.context import CacheLength
 from effjax.fields import Count
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
@@ -68,13 +68,13 @@ def transform(plan: SnapKVPlan) -> Transform:
     """Give every attention layer a cache that keeps what the prompt's end attends to."""
 
     def apply(forward: Forward, params: Params) -> Pair:
-        return forward.edit(Caches(_choose, plan)), params
+        return forward.patch(Caches(_choose, plan)), params
 
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: SnapKVPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    keep, own = budgets(plan.capacity, plan.ratio, room.prompt, always=plan.window)
+def _choose(plan: SnapKVPlan, core: CausalCore, cache_length: CacheLength, layer: int) -> Kind:
+    keep, own = budgets(plan.capacity, plan.ratio, cache_length.prompt, always=plan.window)
     options = {"window": plan.window, "kernel": plan.kernel}
     return SnapKVCache, {"keep": keep, "own": own, **options}
 
@@ -124,7 +124,7 @@ def _ladder(subject: testing.Subject) -> tuple[SnapKVPlan, ...]:
 METHOD = Method(
     name="snap_kv",
     paper="SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469",
-    seams=("edits",),
+    seams=("patches",),
     plan=SnapKVPlan,
     transform=transform,
     search=None,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 
 from effjax import testing
-from effjax.context import Room
+from effjax.context import CacheLength
 from effjax.fields import Count, Natural
 from effjax.forward import Forward, Params
 from effjax.layers.attention import CausalCore
@@ -49,13 +49,15 @@ def transform(plan: StreamingLLMPlan) -> Transform:
     """Give every attention layer a cache of sinks and a ring."""
 
     def apply(forward: Forward, params: Params) -> Pair:
-        return forward.edit(Caches(_choose, plan)), params
+        return forward.patch(Caches(_choose, plan)), params
 
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: StreamingLLMPlan, core: CausalCore, room: Room, layer: int) -> Kind:
-    slots, own = budgets(plan.capacity, plan.ratio, room.total, always=plan.sinks)
+def _choose(
+    plan: StreamingLLMPlan, core: CausalCore, cache_length: CacheLength, layer: int
+) -> Kind:
+    slots, own = budgets(plan.capacity, plan.ratio, cache_length.total, always=plan.sinks)
     return RingCache, {"sinks": plan.sinks, "ring": max(slots - plan.sinks, 1), "own": own}
 
 
@@ -70,7 +72,7 @@ def _ladder(subject: testing.Subject) -> tuple[StreamingLLMPlan, ...]:
 METHOD = Method(
     name="streaming_llm",
     paper="Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
-    seams=("edits",),
+    seams=("patches",),
     plan=StreamingLLMPlan,
     transform=transform,
     search=None,

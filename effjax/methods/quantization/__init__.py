@@ -1,1 +1,1 @@
-"""Methods on the leaves: weights and activations as codes."""
+"""Methods on the leaves: weights and activations as quantized values."""

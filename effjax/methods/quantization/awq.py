@@ -11,7 +11,8 @@ f is all of what reads the same inputs: the attention for its queries, keys and 
 feed-forward for its first layers, else one layer. Losses are those of the float model: scaling
 changes nothing of what it computes, so the choices do not depend on each other.
 
-Static: bits and groups. Dynamic: codes, scales. Cost: as round_to_nearest; to make, n runs of f.
+Static: bits and groups. Dynamic: quantized values, scales. Cost: as round_to_nearest; to make, n
+    runs of f.
 
 Source: AWQ, arXiv 2306.00978, without clipping. Output projections behind grouped keys have nowhere
 to put factors, and are rounded as they are.
@@ -61,7 +62,7 @@ class AWQPlan(RoundToNearestPlan):
         self.check_tokens_range_themselves()
 
     def rounded(self, kernel: Float[Array, "I O"], bits: int) -> Float[Array, "I O"]:
-        """A kernel as its codes say it."""
+        """A kernel as its quantized values say it."""
         quantizer = Quantizer(bits, self.symmetric)
         return quantize_matrix(kernel, quantizer, group_size=self.group_size).restore()
 
@@ -117,7 +118,7 @@ def fit(
         for where in places
     }
     units = {where.source: _unit(where) for where in places}
-    modules = {site.path: nnx.split(site.module) for site in forward.sites(params)}
+    modules = {target.path: nnx.split(target.module) for target in forward.target_modules(params)}
     look = jax.jit(partial(_inputs, forward, "|".join(map(re.escape, units.values()))))
     losses = {where.source: jnp.zeros(points) for where in places}
     work = [(inputs, where) for inputs in batches for where in places]
@@ -175,19 +176,19 @@ def _losses(
             scaled = kernel.astype(jnp.float32) * scale[:, None]
             rounded = plan.rounded(scaled, bits[0]) / scale[:, None]
             layer.kernel.set_value(rounded.astype(kernel.dtype))
-        error = jnp.square(output(module, _coded(x, bits[1], scale)) - exact)
+        error = jnp.square(output(module, _quantized(x, bits[1], scale)) - exact)
         return jnp.mean(error) * (error.size // error.shape[-1])
 
     exact = output(nnx.merge(graph, variables, copy=True), x)
     return jax.lax.map(loss, candidates)
 
 
-def _coded(x: Float[Array, "B S I"], bits: int, scale: Float[Array, " I"]) -> Array:
-    """Inputs as their codes say them, if they have any."""
+def _quantized(x: Float[Array, "B S I"], bits: int, scale: Float[Array, " I"]) -> Array:
+    """Inputs as their quantized values say them, if they have any."""
     if bits == FLOAT:
         return x
-    coded = fake_quantize(x / scale.astype(x.dtype), Quantizer(bits), axes=-1)
-    return (coded * scale.astype(x.dtype)).astype(x.dtype)
+    quantized = fake_quantize(x / scale.astype(x.dtype), Quantizer(bits), axes=-1)
+    return (quantized * scale.astype(x.dtype)).astype(x.dtype)
 
 
 def _unit(where: Fold) -> str:
@@ -238,10 +239,12 @@ def _scaled(plan: AWQPlan, learned: Scales, forward: Forward, params: Params) ->
 
 
 def _places(plan: AWQPlan, forward: Forward, params: Params) -> list[Fold]:
-    """Where scales can go, of layers that get codes."""
+    """Where scales can go, of layers that get quantized values."""
     decided = set(plan.decided(forward, params, Linear))
     flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
-    blocks = [(site.path, type(site.module).__name__) for site in forward.sites(params)]
+    blocks = [
+        (target.path, type(target.module).__name__) for target in forward.target_modules(params)
+    ]
     return [each for each in folds(blocks) if set(each.readers) <= decided and fits(flat, each)]
 
 

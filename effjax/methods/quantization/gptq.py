@@ -11,7 +11,8 @@ Scales of a group are taken when its first input is reached; with `act_order`, w
 rounded from the largest diag(H) to the smallest, before anything is rounded. Layers are taken block
 by block, with the inputs that the blocks quantized so far give them.
 
-Static: bits and groups. Dynamic: codes and scales. Cost: as round_to_nearest; to make, a factor of
+Static: bits and groups. Dynamic: quantized values and scales. Cost: as round_to_nearest; to make, a
+    factor of
 an I x I matrix for each layer.
 
 Source: GPTQ, arXiv 2210.17323. Its code's `act_order` with `static_groups` is `act_order` here: a
@@ -39,7 +40,7 @@ from effjax.capture import tap
 from effjax.fields import Positive
 from effjax.forward import Forward, Params
 from effjax.generate import Prompts
-from effjax.generate.sessions import padded
+from effjax.generate.prefix_cache import padded
 from effjax.layers.linear import Linear
 from effjax.methods.quantization.round_to_nearest import (
     FLOAT,
@@ -49,7 +50,7 @@ from effjax.methods.quantization.round_to_nearest import (
 )
 from effjax.models.llama import LlamaBlock
 from effjax.quant import QTensor, Quantizer, dequantize
-from effjax.sites import Wrapper, sites, wrap
+from effjax.targets import Wrapper, target_modules, wrap
 from effjax.transform import Method, Pair, Transform
 from pallas_kernels.packing import pack
 
@@ -95,7 +96,7 @@ def fit(
     *,
     progress: bool = True,
 ) -> dict[str, QTensor]:
-    """Codes of a language model's layers, by path.
+    """Quantized values of a language model's layers, by path.
 
     How tokens are divided among batches does not matter, but for rounding.
 
@@ -111,7 +112,7 @@ def fit(
     if not len(batches):
         raise ValueError("there are no batches to calibrate with")
     decided = plan.decided(forward, params, Linear)
-    blocks = forward.sites(params, LlamaBlock)
+    blocks = forward.target_modules(params, LlamaBlock)
     if outside := [p for p in decided if not any(p.startswith(f"{b.path}.") for b in blocks)]:
         raise ValueError(f"only layers of a language model's blocks are quantized, not {outside}")
     start = jax.jit(partial(_first_inputs, forward, blocks[0].path))
@@ -120,23 +121,25 @@ def fit(
     places = [positions for _, positions in texts]
     counts = [tokens.size if at is None else int(np.sum(at >= 0)) for tokens, at in texts]
     found: dict[str, QTensor] = {}
-    for site in tqdm(blocks, desc="gptq", disable=not progress, leave=False):
-        graph, variables = nnx.split(site.module)
+    for target in tqdm(blocks, desc="gptq", disable=not progress, leave=False):
+        graph, variables = nnx.split(target.module)
         seen = [_moments(graph, variables, x, at) for x, at in zip(hidden, places, strict=True)]
         means = jax.tree.map(lambda *each: sum(each) / sum(counts), *seen)
-        for own in sites(site.module, Linear):
-            path = f"{site.path}.{own.path}"
+        for own in target_modules(target.module, Linear):
+            path = f"{target.path}.{own.path}"
             if path not in decided:
                 continue
             assert isinstance(own.module, Linear)
             kernel = own.module.kernel.get_value()
             leaf = plan.leaf(path, kernel)
-            codes, scale, zero = _spread(plan, plan.quantizer(path), kernel, means[own.path], leaf)
-            qvalue = pack(codes, leaf.bits) if leaf.packed else codes
+            qvalues, scale, zero = _spread(
+                plan, plan.quantizer(path), kernel, means[own.path], leaf
+            )
+            qvalue = pack(qvalues, leaf.bits) if leaf.packed else qvalues
             leaf = dataclasses.replace(leaf, qvalue=qvalue, scale=scale, zero_point=zero)
             setattr(own.module, "kernel", nnx.Param(leaf))  # noqa: B010 - a leaf stands for an array
             found[path] = leaf
-        graph, variables = nnx.split(site.module)
+        graph, variables = nnx.split(target.module)
         hidden = [_run(graph, variables, x, at) for x, at in zip(hidden, places, strict=True)]
     return found
 
@@ -186,8 +189,8 @@ def _moments(
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         found[path] = jnp.matmul(rows.T, rows, precision="highest")
 
-    for site in sites(block, Linear):
-        wrap(block, site.path, _Watch, partial(moment, site.path))
+    for target in target_modules(block, Linear):
+        wrap(block, target.path, _Watch, partial(moment, target.path))
     block(x, positions)
     return found
 
@@ -200,7 +203,7 @@ def _spread(
     moment: Float[Array, "I I"],
     leaf: QTensor,
 ) -> tuple[Int8[Array, "I O"], Float[Array, "G O"], Int[Array, "G O"] | None]:
-    """Codes of one kernel, its scales and zero points.
+    """Quantized values of one kernel, its scales and zero points.
 
     Args:
         leaf: the kernel rounded to nearest, for the scales of what is not a group by itself.
@@ -226,7 +229,7 @@ def _spread(
             members = jax.lax.dynamic_slice_in_dim(w, which * group, group)
             fresh = quantizer.fit_axes(members, 0)
             begins = start % group == 0
-            scale, zero = jax.tree.map(  # there is no zero point in symmetric codes
+            scale, zero = jax.tree.map(  # there is no zero point in symmetric quantized values
                 lambda old, new: old.at[which].set(jnp.where(begins, new[0], old[which])),
                 (scale, zero),
                 fresh,
@@ -234,48 +237,52 @@ def _spread(
         groups = jax.lax.dynamic_slice_in_dim(order, start, size) // group
 
         def one(i: Array, held: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            rows, codes, errors = held
+            rows, qvalues, errors = held
             at = jax.tree.map(lambda part: part[groups[i]], (scale, zero))
-            code = quantizer.quantize(rows[i], *at)
-            error = (rows[i] - dequantize(code, *at)) / own[i, i]
+            qvalue = quantizer.quantize(rows[i], *at)
+            error = (rows[i] - dequantize(qvalue, *at)) / own[i, i]
             later = jnp.where(jnp.arange(size) > i, own[i], 0.0)
             rows = rows - later[:, None] * error[None]
-            return rows, codes.at[i].set(code), errors.at[i].set(error)
+            return rows, qvalues.at[i].set(qvalue), errors.at[i].set(error)
 
         blank = jnp.zeros((size, outputs), jnp.int8), jnp.zeros((size, outputs))
-        _, codes, errors = jax.lax.fori_loop(0, size, one, (rows, *blank))
+        _, qvalues, errors = jax.lax.fori_loop(0, size, one, (rows, *blank))
         wide = jax.lax.dynamic_slice_in_dim(upper, start, size)
         wide = jnp.where(jnp.arange(inputs) >= start + size, wide, 0.0)
         w = w - jnp.matmul(wide.T, errors, precision="highest")
-        return (w, scale, zero), codes
+        return (w, scale, zero), qvalues
 
     carry = kernel.astype(jnp.float32)[order], scale, zero
-    (_, scale, zero), codes = jax.lax.scan(block, carry, jnp.arange(inputs // size))
-    return codes.reshape(inputs, outputs)[jnp.argsort(order)], scale, zero
+    (_, scale, zero), qvalues = jax.lax.scan(block, carry, jnp.arange(inputs // size))
+    return qvalues.reshape(inputs, outputs)[jnp.argsort(order)], scale, zero
 
 
 def transform(plan: GPTQPlan, learned: Kernels | None = None) -> Transform:
     """Quantize a model's linear layers.
 
     Args:
-        learned: codes from `fit`; None rounds to nearest, a baseline.
+        learned: quantized values from `fit`; None rounds to nearest, a baseline.
 
     Raises:
-        ValueError: if the pattern matches no layer, a layer is quantized already, or the codes
-            belong to another model or plan.
+        ValueError: if the pattern matches no layer, a layer is quantized already, or the quantized
+            values belong to another model or plan.
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
         paths = plan.decided(forward, params, Linear)
         if learned is not None and set(learned) != set(paths):
-            raise ValueError(f"the codes are those of another model or plan: {sorted(learned)}")
+            raise ValueError(
+                f"the quantized values are those of another model or plan: {sorted(learned)}"
+            )
 
         def make(path: str, kernel: Array) -> QTensor:
             if learned is None:
                 return plan.leaf(path, kernel)
             wanted = jax.eval_shape(partial(plan.leaf, path), kernel)
             if jax.tree.map(jnp.shape, learned[path]) != jax.tree.map(jnp.shape, wanted):
-                raise ValueError(f"the codes of {path} are those of another model or plan")
+                raise ValueError(
+                    f"the quantized values of {path} are those of another model or plan"
+                )
             return learned[path]
 
         return forward, with_kernels(params, {path: partial(make, path) for path in paths})

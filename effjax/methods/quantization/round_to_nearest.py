@@ -1,6 +1,7 @@
-"""Round to nearest: weights and inputs to the nearest code.
+"""Round to nearest: weights and inputs to the nearest quantized value.
 
-Buys: weights of 2 to 8 bits, and products of int8 codes where inputs are coded too. The baseline
+Buys: weights of 2 to 8 bits, and products of int8 values where inputs are quantized too. The
+    baseline
 that every method of post-training quantization has to beat.
 
     W = (q - z) s, one scale for each output channel, or for each group of inputs
@@ -40,7 +41,7 @@ Bits = Annotated[int, OneOf(2, 3, 4, 5, 6, 7, 8, FLOAT)]
 
 LAYER_TYPES = (Linear, Conv2d)
 
-# What a path must match to be coded by default: attention and feed-forward layers. Embeddings,
+# What a path must match to be quantized by default: attention and feed-forward layers. Embeddings,
 # modulations and the final layer are small, and sensitive.
 LAYERS = r".*\.(attn|mlp)\..*"
 
@@ -74,7 +75,8 @@ class RoundToNearestPlan(Plan):
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
             if weights == FLOAT and inputs != FLOAT:
                 raise ValueError(
-                    f"rule {rule!r} codes the inputs of float weights; code the weights too, or "
+                    f"rule {rule!r} quantizes the inputs of float weights; quantize the weights "
+                    "too, or "
                     f"leave both at {FLOAT}"
                 )
 
@@ -103,7 +105,7 @@ class RoundToNearestPlan(Plan):
             )
 
     def quantizer(self, path: str) -> Quantizer:
-        """Of the weights of the layer at a path, which must have codes."""
+        """Of the weights of the layer at a path, which must have quantized values."""
         return Quantizer(self.bits(path)[0], self.symmetric)
 
     def leaf(self, path: str, kernel: jax.Array, input_range: Range | None = None) -> QTensor:
@@ -127,13 +129,13 @@ class RoundToNearestPlan(Plan):
     def decided(
         self, forward: Forward, params: Params, kind: type | tuple[type, ...] = LAYER_TYPES
     ) -> list[str]:
-        """Paths of the layers of a kind that get codes.
+        """Paths of the layers of a kind that get quantized values.
 
         Raises:
             ValueError: if a rule's pattern matches none, or a layer is quantized already.
         """
         flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
-        paths = [site.path for site in forward.sites(params, kind)]
+        paths = [target.path for target in forward.target_modules(params, kind)]
         for pattern, *_ in self.rules:
             if not any(re.fullmatch(pattern, path) for path in paths):
                 raise ValueError(f"the pattern {pattern!r} matches no layer; there are {paths}")
@@ -175,7 +177,8 @@ def transform(plan: RoundToNearestPlan) -> Transform:
         wrong = sorted(path for path in ranges if path not in paths or plan.bits(path)[1] == FLOAT)
         if wrong:
             raise ValueError(
-                f"the plan has input ranges of {wrong}, whose inputs it does not code; calibrate "
+                f"the plan has input ranges of {wrong}, whose inputs it does not quantize; "
+                "calibrate "
                 f"it for this model"
             )
         made = {path: partial(plan.leaf, path, input_range=ranges.get(path)) for path in paths}
@@ -216,13 +219,13 @@ def calibrate(
         guidance: arrangement of guided batches.
 
     Raises:
-        ValueError: without batches, or if the plan codes no inputs.
+        ValueError: without batches, or if the plan quantizes no inputs.
     """
-    paths = [site.path for site in forward.sites(params, LAYER_TYPES)]
-    coded = [path for path in paths if plan.bits(path)[1] != FLOAT]
-    if not coded:
-        raise ValueError("the plan codes no layer's inputs, there is nothing to calibrate")
-    pattern = "|".join(map(re.escape, coded))
+    paths = [target.path for target in forward.target_modules(params, LAYER_TYPES)]
+    quantized = [path for path in paths if plan.bits(path)[1] != FLOAT]
+    if not quantized:
+        raise ValueError("the plan quantizes no layer's inputs, there is nothing to calibrate")
+    pattern = "|".join(map(re.escape, quantized))
 
     @jax.jit
     def look(params: Params, inputs: tuple[PyTree, ...]) -> dict[str, Range]:
@@ -237,7 +240,7 @@ def calibrate(
         )
         return {path: estimate(x) for path, x in seen.items()}
 
-    found: dict[str, Range | None] = dict.fromkeys(coded)
+    found: dict[str, Range | None] = dict.fromkeys(quantized)
     for inputs in batches:
         for path, own in look(params, inputs).items():
             found[path] = join(found[path], own)

@@ -1,17 +1,19 @@
-"""ViDiT-Q: quantized diffusion transformers, with channels balanced before they are coded.
+"""ViDiT-Q: quantized diffusion transformers, with channels balanced before they are quantized.
 
 Buys: weights of 4 or 8 bits and integer products where rounding to nearest fails, because some
 channels of the inputs are much larger than others and a token's one scale must fit them all.
 
-    x -> x m -> x m R -> codes of each token      m_c = max|W_c|^alpha / max|x_c|^(1 - alpha)
-    W -> W / m -> R^T W / m -> codes, once        R = random signs, then a Hadamard matrix
+    x -> x m -> x m R -> quantized values of each token      m_c = max|W_c|^alpha / max|x_c|^(1 -
+    alpha) W -> W / m -> R^T W / m -> quantized values, once        R = random signs, then a
+    Hadamard matrix
 
-The mask m takes away what is the same at every step; the rotation R spreads what is left, which
-changes from step to step. Weights are asymmetric, one scale for a channel; inputs symmetric, one
-scale for a token, taken at run time. Nothing is shared over the batch. A plan may change at
-network calls ("timestep-aware"): each segment has its own masks, bits and weights.
+The smoothing scale m takes away what is the same at every step; the rotation R spreads what is
+left, which changes from step to step. Weights are asymmetric, one scale for a channel; inputs
+symmetric, one scale for a token, taken at run time. Nothing is shared over the batch. A plan may
+change at network calls ("timestep-aware"): each segment has its own smoothing scales, bits and
+weights.
 
-Static: the plan, hence bits, which layers are masked and rotated. Dynamic: scales of tokens.
+Static: the plan, hence bits, which layers are smoothed and rotated. Dynamic: scales of tokens.
 Cost: as many products; weights take bits / 32 of float32's bytes for each segment, scales and zero
 points; a rotation C = a b adds 2 C (a + b) FLOPs a token.
 
@@ -55,7 +57,7 @@ from effjax.search.sensitivity import (
     sensitivity,
     sqnr,
 )
-from effjax.sites import sites
+from effjax.targets import target_modules
 from effjax.transform import Method, Pair, Plan, Transform
 
 NAME = "vidit_q"
@@ -68,25 +70,26 @@ LAYERS = r"blocks\..*\.(attn|mlp)\..*"
 
 Bits = Annotated[int, OneOf(2, 3, 4, 5, 6, 7, 8, FLOAT)]
 
-# Pattern, weight bits, input bits, alpha (None for no mask), rotate.
+# Pattern, weight bits, input bits, alpha (None for no smoothing scale), rotate.
 Rule = tuple[str, Bits, Bits, Share | None, bool]
 Calibration = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class ViDiTQPlan(Plan):
-    """Bits, masks and rotations of linear layers.
+    """Bits, smoothing scales and rotations of linear layers.
 
     Attributes:
         segments: (first network call, rules); one segment starting at 0 holds for all calls. A rule
             is (pattern, weight bits, input bits, alpha, rotate): the first pattern that matches the
             whole path of a layer decides; a layer without one stays as it is. Bits are 2 ... 8, or
-            16 for floats; alpha None is no mask.
+            16 for floats; alpha None is no smoothing scale.
         calls: network calls of the sampler that a plan of several segments fits.
         seed: of the rotations' signs.
         strict: whether a width without a Hadamard matrix is an error; else it is rotated in blocks.
-        fold: put masks into the layers and norms before, where `effjax.quant.folding` knows how:
-            layers that read the same inputs share a mask, which costs nothing when the model runs.
+        fold: put smoothing scales into the layers and norms before, where `effjax.quant.folding`
+            knows how: layers that read the same inputs share a smoothing scale, which costs nothing
+            when the model runs.
     """
 
     segments: tuple[tuple[int, tuple[Rule, ...]], ...]
@@ -109,7 +112,8 @@ class ViDiTQPlan(Plan):
             )
         if self.fold and len(starts) > 1:
             raise ValueError(
-                "masks of several segments cannot be folded: what makes the inputs is shared"
+                "smoothing scales of several segments cannot be folded: what makes the inputs is "
+                "shared"
             )
         for _, rules in self.segments:
             for rule in rules:
@@ -149,7 +153,8 @@ def _check(rule: Rule) -> None:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
     if weights == FLOAT and inputs != FLOAT:
         raise ValueError(
-            f"rule {rule!r} codes the inputs of float weights; code the weights too, or leave both "
+            f"rule {rule!r} quantizes the inputs of float weights; quantize the weights too, or "
+            "leave both "
             f"at {FLOAT}"
         )
 
@@ -170,7 +175,7 @@ def uniform(
 
 
 def smooth_quant(weights: int = 8, inputs: int = 8, *, strength: float = 0.5) -> ViDiTQPlan:
-    """SmoothQuant (arXiv 2211.10438): masks alone; strength is its alpha, the inputs' exponent."""
+    """SmoothQuant (arXiv 2211.10438): scales alone; strength is its alpha, the inputs' exponent."""
     return uniform(weights, inputs, alpha=1 - strength, rotate=False)
 
 
@@ -178,7 +183,8 @@ def pixart_sigma(weights: int = 4) -> ViDiTQPlan:
     """The released plans for PixArt-Sigma's 28 blocks: W4A8 with 8 bits where it hurts, or W8A8.
 
     W4A8 has weights of 8 bits in the first and the last block and in all feed-forward layers. W8A8
-    leaves the keys and values of cross-attention floats. alpha is 0.99, all coded layers rotate.
+    leaves the keys and values of cross-attention floats. alpha is 0.99, all quantized layers
+    rotate.
 
     Raises:
         ValueError: for other bits than 4 and 8.
@@ -234,7 +240,7 @@ def calibrate(
     decay: float | None = None,
     progress: bool = True,
 ) -> dict[str, jax.Array]:
-    """Largest magnitudes of the inputs' channels along the model's own trajectory.
+    """Absolute maxima of the inputs' channels along the model's own trajectory.
 
     Args:
         plan: whose layers and segments.
@@ -254,11 +260,11 @@ def calibrate(
     """
     _check_calls(plan, sampler.calls)
     paths = _decided(plan, forward, params)
-    edit = Tap(Linear, "|".join(map(re.escape, paths)), "input")
+    patch = Tap(Linear, "|".join(map(re.escape, paths)), "input")
 
     def channels(x: jax.Array) -> jax.Array:
-        largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim - 1)))
-        return jnp.max(largest, axis=0) if decay is None else jnp.mean(largest, axis=0)
+        absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim - 1)))
+        return jnp.max(absmax, axis=0) if decay is None else jnp.mean(absmax, axis=0)
 
     def join(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.maximum(old, new) if decay is None else decay * old + (1 - decay) * new
@@ -269,7 +275,7 @@ def calibrate(
     def call(params: Params, carry: Carry, step: jax.Array) -> tuple[Carry, dict[str, jax.Array]]:
         inputs = sampler.inputs(carry.x, cond, uncond, step)
         raw, state, seen = tapped_call(
-            forward, params, inputs, edit, state=carry.state, step=step, guidance=sampler.joined
+            forward, params, inputs, patch, state=carry.state, step=step, guidance=sampler.joined
         )
         out = sampler.guide(raw, carry.x.shape[-1])
         carry = sampler.update(carry._replace(state=state), out, step)
@@ -289,7 +295,7 @@ def transform(plan: ViDiTQPlan, calibration: Calibration | None = None) -> Trans
     """Quantize a model's linear layers by the plan.
 
     Args:
-        calibration: from `calibrate`, for plans with masks.
+        calibration: from `calibrate`, for plans with smoothing scales.
 
     Raises:
         ValueError: if a pattern decides no layer, a layer is quantized already, or the calibration
@@ -329,16 +335,16 @@ def _quantize(
             kernel, rule = flat[f"{path}.kernel"], plan.rule(path, segment)
             if rule is not None:
                 _, weights, inputs, alpha, rotate = rule
-                mask = None
+                smoothing_scale = None
                 if alpha is not None and path not in folded:
                     assert calibration is not None
-                    mask = balance(kernel, calibration[path][segment], alpha)
+                    smoothing_scale = balance(kernel, calibration[path][segment], alpha)
                 rotation = Rotation(kernel.shape[0], plan.seed, plan.strict) if rotate else None
                 kernel = quantize_matrix(
                     kernel,
                     Quantizer(weights, symmetric=False),
                     activations=None if inputs == FLOAT else Activations(Quantizer(inputs)),
-                    mask=mask,
+                    smoothing_scale=smoothing_scale,
                     rotation=rotation,
                 )
             part[path] = kernel
@@ -351,7 +357,7 @@ def _quantize(
     later = {str(segment): part for segment, part in enumerate(parts) if segment}
     quantized[METHODS] = {**learned, NAME: later}
     assert plan.calls is not None
-    return forward.edit(Segments(plan.boundaries, plan.calls)), quantized
+    return forward.patch(Segments(plan.boundaries, plan.calls)), quantized
 
 
 def _fold(
@@ -361,42 +367,46 @@ def _fold(
     params: Params,
     flat: dict[str, Any],
 ) -> tuple[dict[str, Any], set[str]]:
-    """Leaves with masks folded where that is possible, and the layers that need none any more."""
+    """Leaves with scales folded where that is possible, and the layers that need none any more."""
     done: set[str] = set()
-    blocks = [(site.path, type(site.module).__name__) for site in forward.sites(params)]
+    blocks = [
+        (target.path, type(target.module).__name__) for target in forward.target_modules(params)
+    ]
     for where in folds(blocks):
         rules = [plan.rule(reader) for reader in where.readers]
         alphas = {None if rule is None else rule[3] for rule in rules}
         (alpha, *others) = alphas
         source = flat.get(f"{where.source}.kernel")
         if others or alpha is None or isinstance(source, QTensor) or not fits(flat, where):
-            continue  # masks differ, or what makes the inputs holds codes already
+            continue  # smoothing scales differ, or what makes the inputs holds values already
         kernels = [flat[f"{reader}.kernel"] for reader in where.readers]
-        largest = jnp.max(jnp.stack([calibration[reader][0] for reader in where.readers]), axis=0)
-        mask = balance(jnp.concatenate(kernels, axis=1), largest, alpha)
-        flat = fold(flat, where, mask)
+        absmax = jnp.max(jnp.stack([calibration[reader][0] for reader in where.readers]), axis=0)
+        smoothing_scale = balance(jnp.concatenate(kernels, axis=1), absmax, alpha)
+        flat = fold(flat, where, smoothing_scale)
         for reader, kernel in zip(where.readers, kernels, strict=True):
-            flat[f"{reader}.kernel"] = (kernel / mask[:, None]).astype(kernel.dtype)
+            flat[f"{reader}.kernel"] = (kernel / smoothing_scale[:, None]).astype(kernel.dtype)
         done |= set(where.readers)
     return flat, done
 
 
-def balance(kernel: jax.Array, largest: jax.Array, alpha: float) -> jax.Array:
-    """The mask float32[I] = max|W_c|^alpha / max|x_c|^(1 - alpha); 1 where either is zero.
+def balance(kernel: jax.Array, absmax: jax.Array, alpha: float) -> jax.Array:
+    """The scale float32[I] = max|W_c|^alpha / max|x_c|^(1 - alpha); 1 where either is zero.
 
     Args:
         kernel: float[I, O].
-        largest: float[I] magnitudes of the inputs' channels.
+        absmax: float[I] magnitudes of the inputs' channels.
     """
     weights = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=1)
-    usable = (weights > 0) & (largest > 0)
-    mask = jnp.where(usable, weights, 1) ** alpha / jnp.where(usable, largest, 1) ** (1 - alpha)
-    return jnp.where(usable, mask, 1.0)
+    usable = (weights > 0) & (absmax > 0)
+    smoothing_scale = jnp.where(usable, weights, 1) ** alpha / jnp.where(usable, absmax, 1) ** (
+        1 - alpha
+    )
+    return jnp.where(usable, smoothing_scale, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Edit: later segments of the network calls use their own leaves.
+    """Patch: later segments of the network calls use their own leaves.
 
     Attributes:
         boundaries: first call of every segment but the first; samplers scan between them.
@@ -410,10 +420,10 @@ class Segments:
         segment = context.segment(self.boundaries)
         if segment:
             leaves = context.learned[NAME][str(segment)]
-            for site in sites(module, Linear):
-                if site.path in leaves:
-                    assert isinstance(site.module, Linear)
-                    site.module.kernel.set_value(leaves[site.path])
+            for target in target_modules(module, Linear):
+                if target.path in leaves:
+                    assert isinstance(target.module, Linear)
+                    target.module.kernel.set_value(leaves[target.path])
 
 
 def best_alpha(
@@ -432,7 +442,7 @@ def best_alpha(
     """The plan with the alpha, of several, whose samples are best; one program is compiled.
 
     Args:
-        plan: of one segment; the alpha of all its masked layers is replaced.
+        plan: of one segment; the alpha of all its smoothed layers is replaced.
         forward, params: the model, not quantized.
         sampler, cond, uncond, key: what is sampled, always from the same noise.
         calibration: of the plan.
@@ -440,34 +450,36 @@ def best_alpha(
         metric: of dense samples and others, higher is better.
 
     Raises:
-        ValueError: for a plan of several segments or without masks.
+        ValueError: for a plan of several segments or without smoothing scales.
     """
     paths = [path for path in _decided(plan, forward, params) if _rule(plan, path)[3] is not None]
     if plan.boundaries or not paths:
-        raise ValueError("alpha is swept on a plan of one segment with masked layers")
+        raise ValueError("alpha is swept on a plan of one segment with smoothed layers")
     flat = flatten_params(params)
     rules = {path: _rule(plan, path) for path in _decided(plan, forward, params)}
 
     @jax.jit
-    def sample(params: Params, bits: jax.Array, masks: Mapping[str, jax.Array]) -> jax.Array:
+    def sample(
+        params: Params, bits: jax.Array, smoothing_scales: Mapping[str, jax.Array]
+    ) -> jax.Array:
         preparations = {
             path: Preparation(
-                masks.get(path),
+                smoothing_scales.get(path),
                 Rotation(flat[f"{path}.kernel"].shape[0], plan.seed, plan.strict)
                 if rule[4]
                 else None,
             )
             for path, rule in rules.items()
         }
-        rounded = forward.edit(Rounding(bits, preparations))
+        rounded = forward.patch(Rounding(bits, preparations))
         return sampler(rounded, params, cond, key, uncond=uncond)
 
-    def masks(alpha: float) -> dict[str, jax.Array]:
+    def smoothing_scales(alpha: float) -> dict[str, jax.Array]:
         return {p: balance(flat[f"{p}.kernel"], calibration[p][0], alpha) for p in paths}
 
     bits = jnp.asarray([rule[1:3] for rule in rules.values()], jnp.int32)
-    dense = sample(params, jnp.full_like(bits, FLOAT), masks(grid[0]))
-    scores = [float(metric(dense, sample(params, bits, masks(alpha)))) for alpha in grid]
+    dense = sample(params, jnp.full_like(bits, FLOAT), smoothing_scales(grid[0]))
+    scores = [float(metric(dense, sample(params, bits, smoothing_scales(alpha)))) for alpha in grid]
     best = grid[int(np.argmax(scores))]
     swept = tuple(
         (pattern, w, a, None if alpha is None else best, rotate)
@@ -588,8 +600,8 @@ class Sensitivities:
             for paths, choice in zip(self.parts.values(), chosen, strict=True)
             for _ in paths
         ]
-        coded = np.array(bits, np.int32)
-        return float(fidelity(self.sample(np.full_like(coded, FLOAT)), self.sample(coded)))
+        quantized = np.array(bits, np.int32)
+        return float(fidelity(self.sample(np.full_like(quantized, FLOAT)), self.sample(quantized)))
 
 
 def sensitivities(
@@ -624,7 +636,8 @@ def sensitivities(
         inputs: bits of inputs.
         alpha, rotate, seed: as in the plan.
         groups: metric by a group's name, the part of a path after the block; None scores attn and
-            mlp by `fidelity`. Give cross a metric of text alignment to code cross-attention too.
+            mlp by `fidelity`. Give cross a metric of text alignment to quantize cross-attention
+            too.
         by_layer: score every layer by itself.
         progress: show a bar.
 
@@ -703,7 +716,7 @@ def _averages(
 
 def _decided(plan: ViDiTQPlan, forward: Forward, params: Params) -> list[str]:
     """Paths of the layers that some segment quantizes; every pattern must match a layer."""
-    paths = [site.path for site in forward.sites(params, Linear)]
+    paths = [target.path for target in forward.target_modules(params, Linear)]
     for _, rules in plan.segments:
         for pattern, *_ in rules:
             if not any(re.fullmatch(pattern, path) for path in paths):
@@ -726,22 +739,22 @@ def _check_calibration(
     widths: Mapping[str, int],
 ) -> None:
     count = len(plan.segments)
-    masked = [
+    smoothed = [
         path
         for path in paths
         if any(rule and rule[3] is not None for rule in (plan.rule(path, s) for s in range(count)))
     ]
-    if not masked:
+    if not smoothed:
         return
     if calibration is None:
         raise ValueError(
-            "the plan masks channels by the largest magnitudes of inputs: give "
+            "the plan smooths channels by the absolute maxima of inputs: give "
             "transform(plan, calibrate(plan, ...)), or take alpha=None"
         )
     wrong = [
         f"{path} {'is missing' if path not in calibration else list(calibration[path].shape)}, "
         f"must be {[count, widths[path]]}"
-        for path in masked
+        for path in smoothed
         if path not in calibration or calibration[path].shape != (count, widths[path])
     ]
     if wrong:

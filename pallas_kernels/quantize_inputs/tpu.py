@@ -1,8 +1,8 @@
-"""Codes on TPUs (Mosaic): a grid over samples and tiles of tokens; rows never leave VMEM half done.
+"""TPUs (Mosaic): a grid over samples and tiles of tokens; rows never leave VMEM half done.
 
 A rotation H_a (x) H_b is applied to the transposed tile [a b, tokens]: the product with H_b is of b
 neighboring sublanes, for the matrix unit; that with H_a adds whole tiles of b rows. The factors
-are joined into two such matrices. Rows beyond an uneven edge are coded too, and clipped.
+are joined into two such matrices. Rows beyond an uneven edge are quantized too, and clipped.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.input_codes.reference import Factors, Modulation, Results, quantize_rows
+from pallas_kernels.quantize_inputs.reference import Factors, Modulation, Results, quantize_rows
 from pallas_kernels.tiling import pad_axis, round_up
 
 _TOKENS = 128  # of a tile: the lanes of a transposed one
 _VMEM = 64 * 2**20  # the least that a chip has, of those we compile for
-_BYTES = 24  # of a channel of a token: two buffers of x and codes, and float32 on the way
+_BYTES = (
+    24  # of a channel of a token: two buffers of x and quantized values, and float32 on the way
+)
 
 
 def refusal(width: int, orders: tuple[int, ...]) -> str | None:
@@ -36,7 +38,7 @@ def refusal(width: int, orders: tuple[int, ...]) -> str | None:
     return None
 
 
-def input_codes(
+def quantize_inputs(
     x: jax.Array,
     modulation: Modulation,
     multiplier: jax.Array | None,
@@ -79,7 +81,7 @@ def input_codes(
     products = sum(0 if m is None else m.shape[0] for m in (outer, inner))
     found = pl.pallas_call(
         partial(_kernel, bits=bits),
-        name=f"input_codes_{bits}bit",
+        name=f"quantize_inputs_{bits}bit",
         grid=grid,
         in_specs=specs,
         out_specs=tuple(by_token((None, rows, part.shape[2])) for part in out),
@@ -102,7 +104,7 @@ def input_codes(
     return tuple(part[:, :tokens] for part in found)
 
 
-def _kernel(x, modulation, multiplier, outer, inner, codes, scales, sums, turned, mixed, *, bits):
+def _kernel(x, modulation, multiplier, outer, inner, qvalues, scales, sums, turned, mixed, *, bits):
     y = x[...].astype(jnp.float32)
     if modulation is not None:
         shift, scale = (part[...].astype(jnp.float32) for part in modulation)
@@ -113,7 +115,7 @@ def _kernel(x, modulation, multiplier, outer, inner, codes, scales, sums, turned
         turned[...] = y.T
         _rotate(outer, inner, turned, mixed)
         y = (turned if outer is None else mixed)[...].T
-    codes[...], scales[...], sums[...] = quantize_rows(y, bits)
+    qvalues[...], scales[...], sums[...] = quantize_rows(y, bits)
 
 
 def _rotate(outer: Any, inner: Any, turned: Any, mixed: Any) -> None:

@@ -1,6 +1,6 @@
-"""Sites: the original modules of a model under canonical paths, and how to wrap them.
+"""Target modules: the original modules of a model under canonical paths, and how to wrap them.
 
-A site's path names the *original* module, whatever already wraps it: `blocks.1.attn` stays
+A target module's path names the *original* module, whatever already wraps it: `blocks.1.attn` stays
 `blocks.1.attn` when the block or the attention is wrapped. Wrappers keep what they wrap in `inner`.
 """
 
@@ -14,23 +14,23 @@ from flax import nnx
 
 
 class Wrapper(nnx.Module):
-    """Base class of what edits put around a site.
+    """Base class of what patches put around a target module.
 
     A wrapper gets everything it needs in its constructor and remembers only in `State` variables.
     It does not delegate attributes to `inner`: that would bypass wrappers in between.
 
     Attributes:
         opens: True if the wrapper uses the parts of the original module instead of only calling
-            it. Such a wrapper goes innermost, and a site can have only one.
+            it. Such a wrapper goes innermost, and a target module can have only one.
     """
 
-    opens: ClassVar[bool] = False
+    replaces_internals: ClassVar[bool] = False
 
     def __init__(self, inner: nnx.Module):
         self.inner = inner
 
 
-class Site(NamedTuple):
+class TargetModule(NamedTuple):
     """One original module and its canonical path, such as `blocks.1.attn`."""
 
     path: str
@@ -56,21 +56,21 @@ def _children(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
             yield str(name), child
 
 
-def sites(
+def target_modules(
     module: nnx.Module, kind: type | tuple[type, ...] = nnx.Module, pattern: str = ".*"
-) -> tuple[Site, ...]:
-    """List the sites below a module, in the order of its attributes.
+) -> tuple[TargetModule, ...]:
+    """List the target modules below a module, in the order of its attributes.
 
     Args:
-        module: a model, possibly edited.
+        module: a model, possibly patched.
         kind: type of the original modules to list.
         pattern: regular expression that the whole canonical path must match.
     """
 
-    def walk(module: nnx.Module, path: str) -> Iterator[Site]:
+    def walk(module: nnx.Module, path: str) -> Iterator[TargetModule]:
         module = original(module)
         if path and isinstance(module, kind) and re.fullmatch(pattern, path):
-            yield Site(path, module)
+            yield TargetModule(path, module)
         for name, child in _children(module):
             yield from walk(child, f"{path}.{name}" if path else name)
 
@@ -78,12 +78,13 @@ def sites(
 
 
 def wrap(module: nnx.Module, path: str, wrapper: type[Wrapper], *args: Any, **options: Any) -> None:
-    """Wrap the site at a canonical path, in place, in `wrapper(inner, *args, **options)`.
+    """Wrap the target module at a canonical path, in place, in `wrapper(inner, *args, **options)`.
 
-    A wrapper that only calls `inner` goes outermost; one that opens it goes next to the original.
+    A wrapper that only calls `inner` goes outermost; one that replaces internals goes next to it.
 
     Raises:
-        ValueError: if there is no such site, or if two wrappers want to open it.
+        ValueError: if there is no such target module, or if two wrappers want to replace its
+            internals.
     """
     parent = original(module)
     *parents, last = path.split(".")
@@ -92,19 +93,20 @@ def wrap(module: nnx.Module, path: str, wrapper: type[Wrapper], *args: Any, **op
             parent = original(_get(parent, part))
         outermost = _get(parent, last)
     except (AttributeError, IndexError, TypeError, ValueError):
-        known = [site.path for site in sites(module)]
+        known = [target.path for target in target_modules(module)]
         raise ValueError(
-            f"{type(original(module)).__name__} has no site {path!r}; it has {_few(known)}"
+            f"{type(original(module)).__name__} has no target module {path!r}; it has {_few(known)}"
         ) from None
     innermost = outermost
     while isinstance(innermost, Wrapper) and isinstance(innermost.inner, Wrapper):
         innermost = innermost.inner
-    if not wrapper.opens or not isinstance(innermost, Wrapper):
+    if not wrapper.replaces_internals or not isinstance(innermost, Wrapper):
         _set(parent, last, wrapper(outermost, *args, **options))
-    elif innermost.opens:
+    elif innermost.replaces_internals:
         raise ValueError(
-            f"{wrapper.__name__} and {type(innermost).__name__} both open the site {path!r}, "
-            f"which only one edit can do. Give each its own sites, or use one of them."
+            f"{wrapper.__name__} and {type(innermost).__name__} both replace the internals of "
+            f"{path!r}, "
+            f"which only one patch can do. Give each its own target modules, or use one of them."
         )
     else:
         innermost.inner = wrapper(innermost.inner, *args, **options)

@@ -1,4 +1,4 @@
-"""Codes in XLA, on every platform: a small product for each factor of the rotation."""
+"""Quantized values in XLA, on every platform: a small product for each factor of the rotation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.input_codes.factors import join
-from pallas_kernels.input_codes.reference import (
+from pallas_kernels.quantize_inputs.factors import join
+from pallas_kernels.quantize_inputs.reference import (
     Factors,
     Modulation,
     Results,
@@ -22,7 +22,7 @@ def factor_cost(orders: tuple[int, ...]) -> int:
     return sum(orders) + 48 * len(orders)
 
 
-def input_codes(
+def quantize_inputs(
     x: jax.Array,
     modulation: Modulation,
     multiplier: jax.Array | None,

@@ -18,7 +18,7 @@ from effjax.cost import state_bytes
 from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
 from effjax.layers.kv_cache import FEW, Caches, KVCache, as_it_is, told
-from effjax.sites import canonical
+from effjax.targets import canonical
 
 INT32_MAX = 2**31 - 1
 LEAST = 64  # tokens of the smallest bucket: fewer cost nearly as much, and are other programs
@@ -36,7 +36,7 @@ Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray | jax.Array
     meta_fields=("forward",),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
-class Session:
+class PrefixCache:
     """Texts that were read once, to be continued any number of times.
 
     It is a value: `generate` and `extend` leave it as it is. Rows beyond the texts are padding.
@@ -64,7 +64,7 @@ class Session:
 
     def __repr__(self) -> str:
         held = state_bytes(self.state)
-        return f"Session({self.forward}, {self.texts} texts, {held:,} bytes of cache)"
+        return f"PrefixCache({self.forward}, {self.texts} texts, {held:,} bytes of cache)"
 
 
 def prefill(
@@ -75,7 +75,7 @@ def prefill(
     new: int,
     chunk: int | None = None,
     buckets: Buckets = POWERS,
-) -> Session:
+) -> PrefixCache:
     """Read prompts into a cache.
 
     Args:
@@ -110,17 +110,17 @@ def prefill(
     prompt, new = (min(bucket(size, buckets, least=LEAST), limit) for size in (longest, new))
     columns = prompt
     if chunk is not None and chunk < longest:
-        _check_chunks(forward.with_room(longest, int(end) - longest), params)
+        _check_chunks(forward.with_cache_length(longest, int(end) - longest), params)
         columns = longest if sizes_of(buckets) is None else -(-longest // chunk) * chunk
     batch = bucket(len(tokens), POWERS if sizes_of(buckets) is not None else None)
     tokens, lengths = wider(tokens, batch, columns), wider(lengths, batch)
-    forward = forward.with_room(prompt, new, limit)
+    forward = forward.with_cache_length(prompt, new, limit)
     first, *others = split(tokens, lengths, chunk or columns)
     ends = np.where(lengths > 0, lengths + (end - longest), 0).astype(np.int32)
-    session = _read_first(forward, params, *first, ends, end)
+    prefix = _read_first(forward, params, *first, ends, end)
     for piece in others:
-        session = _read_on(params, session, *piece)
-    return session
+        prefix = _read_on(params, prefix, *piece)
+    return prefix
 
 
 def _check_chunks(forward: Forward, params: Params) -> None:
@@ -138,13 +138,13 @@ def _check_chunks(forward: Forward, params: Params) -> None:
 
 
 def extend(
-    params: Params, session: Session, prompts: Prompts, *, buckets: Buckets = POWERS
-) -> Session:
-    """Append tokens to the texts of a session, such as a question to a context.
+    params: Params, prefix: PrefixCache, prompts: Prompts, *, buckets: Buckets = POWERS
+) -> PrefixCache:
+    """Append tokens to the texts of a prefix cache, such as a question to a context.
 
     Args:
         params: of the model.
-        session: it stays as it is.
+        prefix cache: it stays as it is.
         prompts: token ids, a row for every text.
         buckets: of several tokens: "powers of two" from 8 on, a list, or None, see `prefill`.
 
@@ -152,18 +152,20 @@ def extend(
         ValueError: if there is no room, or the kind of cache appends tokens singly only.
     """
     tokens, lengths = padded(prompts)
-    check_tokens(session.forward, tokens)
-    if len(tokens) != session.texts:
-        raise ValueError(f"the session has {session.texts} texts, got {len(tokens)} continuations")
-    check_room(session, int(lengths.max()))
+    check_tokens(prefix.forward, tokens)
+    if len(tokens) != prefix.texts:
+        raise ValueError(
+            f"the prefix cache has {prefix.texts} texts, got {len(tokens)} continuations"
+        )
+    check_room(prefix, int(lengths.max()))
     columns = tokens.shape[1]
     if columns > 1:  # one is a program of its own, and all that some caches take
         columns = bucket(columns, buckets, least=FEW)
-    before = np.asarray(session.lengths)
+    before = np.asarray(prefix.lengths)
     tokens, lengths = wider(tokens, len(before), columns), wider(lengths, len(before))
     (piece,) = split(tokens, lengths, columns)
     positions = np.where(piece[1] >= 0, before[:, None] + piece[1], -1)
-    return _read_more(params, session, piece[0], positions)
+    return _read_more(params, prefix, piece[0], positions)
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -214,54 +216,55 @@ def check_tokens(forward: Forward, tokens: np.ndarray) -> None:
         )
 
 
-def check_room(session: Session, new: int) -> None:
-    """Raise ValueError if a session's longest text has no room for so many tokens."""
-    longest, end = int(np.max(session.lengths)), int(session.end)
+def check_room(prefix: PrefixCache, new: int) -> None:
+    """Raise ValueError if a prefix cache's longest text has no room for so many tokens."""
+    longest, end = int(np.max(prefix.lengths)), int(prefix.end)
     if longest + new > end:
         raise ValueError(
-            f"the session has {longest} tokens and room for {end}; {new} more do not fit. "
+            f"the prefix cache has {longest} tokens and room for {end}; {new} more do not fit. "
             f"Give prefill a larger `new`."
         )
 
 
-def check_maker(session: Session, forward: Forward) -> None:
-    """Raise ValueError if another model, or another kind of cache, has read a session's texts."""
-    if not isinstance(session, Session):
-        raise ValueError(f"a session is what prefill gives, got {type(session).__name__}")
+def check_maker(prefix: PrefixCache, forward: Forward) -> None:
+    """Raise ValueError if another model, or another kind of cache, has read a prefix."""
+    if not isinstance(prefix, PrefixCache):
+        raise ValueError(f"a prefix cache is what prefill gives, got {type(prefix).__name__}")
     own = cached(forward)
-    for what in ("model", "config", "edits"):
-        read_by, asked = getattr(session.forward, what), getattr(own, what)
+    for what in ("model", "config", "patches"):
+        read_by, asked = getattr(prefix.forward, what), getattr(own, what)
         if read_by != asked:
             raise ValueError(
-                f"the session was read by another model or into another kind of cache: its {what} "
+                "the prefix cache was read by another model or into another kind of cache: its "
+                f"{what} "
                 f"is {read_by}, this model's is {asked}. Read the text with this model."
             )
 
 
 def check_shortest(forward: Forward, tokens: int) -> None:
     """Raise ValueError if a cache has nothing for a batch's shortest text, of so many tokens."""
-    for edit in forward.edits:
-        if isinstance(edit, Caches):
-            edit.check(tokens)
+    for patch in forward.patches:
+        if isinstance(patch, Caches):
+            patch.check(tokens)
 
 
 def has_cache(forward: Forward) -> bool:
-    """Whether an edit of the forward puts caches into it."""
-    return any(getattr(edit, "caches", False) for edit in forward.edits)
+    """Whether a patch of the forward puts caches into it."""
+    return any(getattr(patch, "caches", False) for patch in forward.patches)
 
 
 def cached(forward: Forward) -> Forward:
     """The forward, with a dense cache if it has none."""
-    return forward if has_cache(forward) else forward.edit(Caches(as_it_is))
+    return forward if has_cache(forward) else forward.patch(Caches(as_it_is))
 
 
 def caches(forward: Forward, params: Params) -> dict[str, KVCache]:
-    """The caches of a forward by site, without what they hold."""
+    """The caches of a forward by target module, without what they hold."""
     found: dict[str, KVCache] = {}
 
     def look(params: Params) -> None:
         token = jnp.zeros((1, 1), jnp.int32)
-        for path, node in nnx.iter_graph(forward.edited(params, (token,))):
+        for path, node in nnx.iter_graph(forward.patched(params, (token,))):
             if isinstance(node, KVCache):
                 found[canonical(path)] = node
 
@@ -281,15 +284,15 @@ class CacheBytes(NamedTuple):
     useful: int
 
 
-def cache_bytes(params: Params, session: Session) -> CacheBytes:
-    """What the caches of a session take, and how much of that its texts use."""
-    shares = _filled(session.forward, params, session.state, session.lengths)
-    return _bytes(session.state, shares)
+def cache_bytes(params: Params, prefix: PrefixCache) -> CacheBytes:
+    """What the caches of a prefix cache take, and how much of that its texts use."""
+    shares = _filled(prefix.forward, params, prefix.state, prefix.lengths)
+    return _bytes(prefix.state, shares)
 
 
 def text_bytes(forward: Forward, params: Params, tokens: int) -> CacheBytes:
     """What the caches of one prompt of so many tokens take, and how much of that it uses."""
-    forward = cached(forward).with_room(tokens, 0)
+    forward = cached(forward).with_cache_length(tokens, 0)
     text = jnp.zeros((1, tokens), jnp.int32)
     positions = jnp.arange(tokens)[None]
 
@@ -305,7 +308,7 @@ def text_bytes(forward: Forward, params: Params, tokens: int) -> CacheBytes:
 
 @partial(jax.jit, static_argnums=0)
 def _filled(forward: Forward, params: Params, state: StateDict, lengths: Array) -> dict[str, Array]:
-    """Share of each cache's slots that hold a token, by site."""
+    """Share of each cache's slots that hold a token, by target module."""
     token = jnp.zeros((lengths.shape[0], 1), jnp.int32)
     module = forward.loaded(params, state, token, step=1)
     found = ((canonical(path), node) for path, node in nnx.iter_graph(module))
@@ -345,22 +348,24 @@ def empty_state(forward: Forward, params: Params, batch: int) -> StateDict:
     return forward.init(params, token, token)
 
 
-def read(step: int, params: Params, session: Session, tokens: Array, positions: Array) -> Session:
+def read(
+    step: int, params: Params, prefix: PrefixCache, tokens: Array, positions: Array
+) -> PrefixCache:
     """Read one piece of the texts; a row that ends in it leaves its logits."""
     last = jnp.argmax(positions, axis=1)
     ended = jnp.max(positions, axis=1) >= 0
-    logits, state = session.forward(
-        params, session.state, tokens, positions, last[:, None], step=step
+    logits, state = prefix.forward(
+        params, prefix.state, tokens, positions, last[:, None], step=step
     )
     valid = positions >= 0
     rows = jnp.arange(tokens.shape[0])[:, None]
-    where = jnp.where(valid, tokens, session.occurred.shape[1])
+    where = jnp.where(valid, tokens, prefix.occurred.shape[1])
     return dataclasses.replace(
-        session,
+        prefix,
         state=state,
-        lengths=session.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32),
-        logits=jnp.where(ended[:, None], logits[:, 0], session.logits),
-        occurred=session.occurred.at[rows, where].set(True, mode="drop"),
+        lengths=prefix.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32),
+        logits=jnp.where(ended[:, None], logits[:, 0], prefix.logits),
+        occurred=prefix.occurred.at[rows, where].set(True, mode="drop"),
     )
 
 
@@ -372,10 +377,10 @@ def _read_first(
     positions: Int[Array, "B S"],
     ends: Int[Array, " B"],
     end: Int[Array, ""],
-) -> Session:
+) -> PrefixCache:
     """Read the first piece; texts are to end after so many tokens, and never later than `end`."""
     batch, vocabulary = tokens.shape[0], forward.config.vocab_size
-    session = Session(
+    prefix = PrefixCache(
         forward,
         told(empty_state(forward, params, batch), ends),
         jnp.zeros(batch, jnp.int32),
@@ -383,9 +388,10 @@ def _read_first(
         jnp.zeros((batch, vocabulary), bool),
         end,
     )
-    return read(0, params, session, tokens, positions)
+    return read(0, params, prefix, tokens, positions)
 
 
-# A session that is being read is donated; one that is extended is kept, others may extend it too.
+# A prefix cache that is being read is donated; one that is extended is kept, others may extend it
+# too.
 _read_on = Program(partial(read, 1), name="_read_on", donate_argnums=(1,))
 _read_more = Program(partial(read, 1), name="_read_more")

@@ -1,4 +1,4 @@
-"""Codes of inputs: every program against the specification, costs, errors, compilation."""
+"""Values of inputs: every program against the specification, costs, errors, compilation."""
 
 from functools import partial, reduce
 
@@ -10,9 +10,9 @@ import pytest
 from effjax.cost import cost
 from effjax.quant import hadamard
 from experiments.kernels.cases import CODES
-from pallas_kernels.input_codes import input_codes, xla
-from pallas_kernels.input_codes.factors import join, joined_orders
-from pallas_kernels.input_codes.tpu import split
+from pallas_kernels.quantize_inputs import quantize_inputs, xla
+from pallas_kernels.quantize_inputs.factors import join, joined_orders
+from pallas_kernels.quantize_inputs.tpu import split
 
 PROGRAMS = {
     "xla": {"implementation": "xla"},
@@ -26,7 +26,7 @@ def matrices(orders):
     return tuple(jnp.asarray(hadamard(n) * np.float32(n**-0.5)) for n in orders)
 
 
-def operands_of(shape, dtype=jnp.float32, orders=(), modulated=False, masked=False, seed=0):
+def operands_of(shape, dtype=jnp.float32, orders=(), modulated=False, smoothed=False, seed=0):
     rng = np.random.default_rng(seed)
     width = shape[-1]
     operands = {"x": jnp.asarray(rng.normal(size=shape), jnp.float32).astype(dtype)}
@@ -35,8 +35,8 @@ def operands_of(shape, dtype=jnp.float32, orders=(), modulated=False, masked=Fal
         operands["modulation"] = tuple(
             jnp.asarray(each, jnp.float32).astype(dtype) for each in pair
         )
-    if masked:
-        operands["mask"] = jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32)
+    if smoothed:
+        operands["smoothing_scale"] = jnp.asarray(rng.uniform(0.5, 2, width), jnp.float32)
     if orders:
         operands["signs"] = jnp.asarray(rng.choice([-1, 1], width), jnp.float32)
         operands["factors"] = matrices(orders)
@@ -44,7 +44,7 @@ def operands_of(shape, dtype=jnp.float32, orders=(), modulated=False, masked=Fal
 
 
 def apart(found, expected):
-    """How many codes lie between, at most, and the share that differs."""
+    """How many quantized values lie between, at most, and the share that differs."""
     distance = np.abs(np.asarray(found, int) - np.asarray(expected, int))
     return distance.max(), (distance > 0).mean()
 
@@ -54,8 +54,8 @@ def run_all(operands, programs=tuple(PROGRAMS), **options):
 
     @jax.jit
     def every(operands):
-        outs = {name: input_codes(**operands, **options, **PROGRAMS[name]) for name in programs}
-        return outs, input_codes(**operands, **options, implementation="reference")
+        outs = {name: quantize_inputs(**operands, **options, **PROGRAMS[name]) for name in programs}
+        return outs, quantize_inputs(**operands, **options, implementation="reference")
 
     return every(operands)
 
@@ -64,27 +64,27 @@ def run_all(operands, programs=tuple(PROGRAMS), **options):
 def test_formulas(implementation):
     x = jnp.array([[7.0, 0.5, 1.5, -2.5], [0, 0, 0, 0], [1e-9, -2e-9, 0, 1e-9]])
     options = PROGRAMS.get(implementation, {"implementation": implementation})
-    codes, scale, sums = input_codes(x, bits=4, **options)
+    qvalues, scale, sums = quantize_inputs(x, bits=4, **options)
     # Halves go to even; a row of zeros has scale 1, one of tiny numbers its own.
-    np.testing.assert_array_equal(codes, [[7, 0, 2, -2], [0] * 4, [4, -7, 0, 4]])
+    np.testing.assert_array_equal(qvalues, [[7, 0, 2, -2], [0] * 4, [4, -7, 0, 4]])
     np.testing.assert_allclose(scale[:, 0], [1, 1, 2e-9 / 7], rtol=1e-6)
     np.testing.assert_array_equal(sums[:, 0], [7, 0, 1])
-    assert (codes.dtype, scale.dtype, sums.dtype) == (jnp.int8, jnp.float32, jnp.int32)
+    assert (qvalues.dtype, scale.dtype, sums.dtype) == (jnp.int8, jnp.float32, jnp.int32)
 
 
 def test_what_is_coded_is_the_modulated_masked_rotated_row():
-    operands = operands_of((2, 3, 144), orders=(12, 12), modulated=True, masked=True)
-    codes, scale, _ = input_codes(**operands, implementation="reference")
+    operands = operands_of((2, 3, 144), orders=(12, 12), modulated=True, smoothed=True)
+    qvalues, scale, _ = quantize_inputs(**operands, implementation="reference")
     shift, gain = operands["modulation"]
     y = operands["x"] * (1 + gain[:, None]) + shift[:, None]
-    y = y * operands["mask"] * operands["signs"]
+    y = y * operands["smoothing_scale"] * operands["signs"]
     y = np.asarray(y, np.float64) @ np.kron(*operands["factors"])
-    assert np.abs(np.asarray(codes, int) * np.asarray(scale) - y).max() <= 0.5001 * scale.max()
+    assert np.abs(np.asarray(qvalues, int) * np.asarray(scale) - y).max() <= 0.5001 * scale.max()
     np.testing.assert_allclose(scale[..., 0], np.abs(y).max(-1) / 127, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "bits", "modulated", "masked"),
+    ("shape", "dtype", "bits", "modulated", "smoothed"),
     [
         ((2, 5, 100), jnp.float32, 8, False, True),
         ((3, 33, 64), jnp.bfloat16, 4, False, False),
@@ -93,23 +93,23 @@ def test_what_is_coded_is_the_modulated_masked_rotated_row():
         ((7,), jnp.float32, 6, False, False),
     ],
 )
-def test_unrotated_rows(shape, dtype, bits, modulated, masked):
-    operands = operands_of(shape, dtype, modulated=modulated, masked=masked)
+def test_unrotated_rows(shape, dtype, bits, modulated, smoothed):
+    operands = operands_of(shape, dtype, modulated=modulated, smoothed=smoothed)
     outs, expected = run_all(operands, bits=bits)
     for name, out in outs.items():
-        assert out.codes.shape == shape
+        assert out.qvalues.shape == shape
         assert out.scale.shape == out.sums.shape == (*shape[:-1], 1)
-        most, share = apart(out.codes, expected.codes)
+        most, share = apart(out.qvalues, expected.qvalues)
         np.testing.assert_allclose(out.scale, expected.scale, rtol=1e-6)
         # x (1 + scale) + shift may be one rounding or two, and so may x / (max / n) be.
         allowed = (1, 1e-3) if modulated or name == "pallas_gpu" else (0, 0)
         assert most <= allowed[0], name
         assert share <= allowed[1], name
-        assert np.array_equal(out.sums, np.asarray(out.codes, int).sum(-1, keepdims=True))
+        assert np.array_equal(out.sums, np.asarray(out.qvalues, int).sum(-1, keepdims=True))
 
 
 @pytest.mark.parametrize(
-    ("shape", "orders", "dtype", "bits", "modulated", "masked", "programs"),
+    ("shape", "orders", "dtype", "bits", "modulated", "smoothed", "programs"),
     [
         ((2, 5, 128), (128,), jnp.float32, 8, True, True, tuple(PROGRAMS)),
         ((1, 130, 384), (128,), jnp.bfloat16, 4, False, True, tuple(PROGRAMS)),  # three blocks
@@ -120,24 +120,26 @@ def test_unrotated_rows(shape, dtype, bits, modulated, masked):
         ((3, 48), (12,), jnp.float32, 8, False, False, ("xla", "pallas_gpu")),
     ],
 )
-def test_rotated_rows_are_near(shape, orders, dtype, bits, modulated, masked, programs):
-    operands = operands_of(shape, dtype, orders, modulated, masked)
+def test_rotated_rows_are_near(shape, orders, dtype, bits, modulated, smoothed, programs):
+    operands = operands_of(shape, dtype, orders, modulated, smoothed)
     outs, expected = run_all(operands, programs, bits=bits)
-    for name, (codes, scale, sums) in outs.items():
-        most, share = apart(codes, expected.codes)
+    for name, (qvalues, scale, sums) in outs.items():
+        most, share = apart(qvalues, expected.qvalues)
         assert most <= 1, name
         assert share < 1e-3, name
         np.testing.assert_allclose(scale, expected.scale, rtol=1e-5)
-        assert np.array_equal(sums, np.asarray(codes, int).sum(-1, keepdims=True))
+        assert np.array_equal(sums, np.asarray(qvalues, int).sum(-1, keepdims=True))
 
 
 def test_vmap_over_layers():
-    layers = [operands_of((4, 256), orders=(2, 128), masked=True, seed=seed) for seed in range(2)]
+    layers = [operands_of((4, 256), orders=(2, 128), smoothed=True, seed=seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *layers)
     for options in PROGRAMS.values():
-        every = jax.jit(jax.vmap(lambda o, options=options: input_codes(**o, **options)))(stacked)
+        every = jax.jit(jax.vmap(lambda o, options=options: quantize_inputs(**o, **options)))(
+            stacked
+        )
         for index, each in enumerate(layers):
-            most, share = apart(every.codes[index], input_codes(**each).codes)
+            most, share = apart(every.qvalues[index], quantize_inputs(**each).qvalues)
             assert most <= 1
             assert share < 1e-3
 
@@ -180,9 +182,9 @@ def test_declared_cost():
     width = 1152
 
     def counted(program):
-        return cost(lambda o: input_codes(**o, **PROGRAMS[program]), shapes)
+        return cost(lambda o: quantize_inputs(**o, **PROGRAMS[program]), shapes)
 
-    beside = 2 * 2 * 2 * width + 4 * width  # modulation, mask with signs
+    beside = 2 * 2 * 2 * width + 4 * width  # modulation, smoothing scale with signs
 
     def moved(rows, matrices):
         return 3 * rows * width + 8 * rows + beside + 4 * matrices
@@ -202,9 +204,12 @@ X = jnp.ones((2, 3, 128))
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 9}, "codes have 2 ... 8 bits, got bits=9"),
+        ({"bits": 9}, "quantized values have 2 ... 8 bits, got bits=9"),
         ({"x": X.astype(jnp.float16)}, "x must be float32 or bfloat16"),
-        ({"mask": jnp.ones(64)}, r"mask must be float32\[128\], got float32\[64\]"),
+        (
+            {"smoothing_scale": jnp.ones(64)},
+            r"smoothing_scale must be float32\[128\], got float32\[64\]",
+        ),
         ({"signs": jnp.ones(128, jnp.int8)}, r"signs must be float32\[128\], got int8"),
         ({"modulation": (jnp.ones((2, 128)), jnp.ones((1, 128)))}, r"scale must be .* \[2, 128\]"),
         ({"factors": (jnp.ones((4, 2)),)}, "factors must be square and float32"),
@@ -213,7 +218,7 @@ X = jnp.ones((2, 3, 128))
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        input_codes(**{"x": X} | options)
+        quantize_inputs(**{"x": X} | options)
 
 
 @pytest.mark.parametrize(
@@ -230,14 +235,14 @@ def test_errors(options, message):
 def test_kernels_refuse_by_name(shape, orders, kernel, message):
     operands = operands_of(shape, orders=orders)
     with pytest.raises(NotImplementedError, match=f"{kernel}': .*{message}"):
-        input_codes(**operands, implementation=kernel, interpret=True)
+        quantize_inputs(**operands, implementation=kernel, interpret=True)
     # Without a name the other program runs.
-    assert input_codes(**operands).codes.shape == shape
+    assert quantize_inputs(**operands).qvalues.shape == shape
 
 
 def test_kernels_of_other_platforms():
     with pytest.raises(NotImplementedError, match="pallas_tpu' runs on tpu alone"):
-        input_codes(X, implementation="pallas_tpu")
+        quantize_inputs(X, implementation="pallas_tpu")
 
 
 @pytest.mark.aot_tpu
@@ -254,7 +259,7 @@ def test_large_factors_compile_for_tpus(orders, tokens, compile_for_tpu):
     width = int(np.prod(orders))
     operands = jax.eval_shape(partial(operands_of, (1, tokens, width), jnp.bfloat16, (), True))
     operands |= {"factors": tuple(struct((n, n), jnp.float32) for n in orders)}
-    named = jax.jit(lambda o: input_codes(**o, implementation="pallas_tpu"))
+    named = jax.jit(lambda o: quantize_inputs(**o, implementation="pallas_tpu"))
     assert "tpu_custom_call" in compile_for_tpu(named, operands).as_text()
 
 

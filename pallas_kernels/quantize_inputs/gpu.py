@@ -1,4 +1,4 @@
-"""Codes on GPUs (Triton): a program for each row, which it holds as [blocks, n_1 ... n_k].
+"""Values on GPUs (Triton): a program for each row, which it holds as [blocks, n_1 ... n_k].
 
 Each axis is padded with zeros to a power of two, those of factors to 16 at least, as products want.
 The factors' products follow each other, each along its own axis.
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.input_codes.factors import join, joined_orders
-from pallas_kernels.input_codes.reference import Factors, Modulation, Results
+from pallas_kernels.quantize_inputs.factors import join, joined_orders
+from pallas_kernels.quantize_inputs.reference import Factors, Modulation, Results
 from pallas_kernels.tiling import pad_axis
 
 _ELEMENTS = 16384  # of a padded row, in the registers of 256 threads
@@ -37,7 +37,7 @@ def refusal(width: int, orders: tuple[int, ...]) -> str | None:
     return None
 
 
-def input_codes(
+def quantize_inputs(
     x: jax.Array,
     modulation: Modulation,
     multiplier: jax.Array | None,
@@ -62,7 +62,7 @@ def input_codes(
     )
     return pl.pallas_call(
         partial(_kernel, bits=bits, orders=orders, padded=padded),
-        name=f"input_codes_{bits}bit",
+        name=f"quantize_inputs_{bits}bit",
         grid=(tokens, batch),  # a GPU's first axis is the long one
         out_shape=out,
         compiler_params=plgpu.CompilerParams(
@@ -77,7 +77,7 @@ def input_codes(
     )(*operands)
 
 
-def _kernel(x, modulation, multiplier, factors, codes, scales, sums, *, bits, orders, padded):
+def _kernel(x, modulation, multiplier, factors, qvalues, scales, sums, *, bits, orders, padded):
     token, sample = pl.program_id(0), pl.program_id(1)
     sizes = x.shape[-1] // math.prod(orders), *orders
     channel, valid = jnp.zeros(padded, jnp.int32), jnp.full(padded, True)
@@ -106,7 +106,7 @@ def _kernel(x, modulation, multiplier, factors, codes, scales, sums, *, bits, or
     scale = jnp.max(jnp.abs(y)) / most
     scale = jnp.where(scale > 0, scale, 1.0)
     q = jnp.clip(_round(y / scale), -most - 1, most).astype(jnp.int32)
-    plgpu.store(codes.at[sample, token, channel], q.astype(jnp.int8), mask=valid)
+    plgpu.store(qvalues.at[sample, token, channel], q.astype(jnp.int8), mask=valid)
     scales[sample, token, 0] = scale
     sums[sample, token, 0] = jnp.sum(q)
 

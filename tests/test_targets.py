@@ -1,8 +1,8 @@
-"""Sites and the order of wrappers."""
+"""Target modules and the order of wrappers."""
 
 import pytest
 
-from effjax.sites import Wrapper, canonical, original, sites, wrap
+from effjax.targets import Wrapper, canonical, original, target_modules, wrap
 from tests.tiny import Toy, ToyBlock, toy
 
 
@@ -15,8 +15,8 @@ class Outer(Wrapper):
         return self.inner(x)
 
 
-class Opens(Wrapper):
-    opens = True
+class Replaces(Wrapper):
+    replaces_internals = True
 
     def __init__(self, inner):
         super().__init__(inner)
@@ -26,7 +26,7 @@ class Opens(Wrapper):
         return x + self.inner.fc(x)
 
 
-class AlsoOpens(Opens):
+class AlsoReplaces(Replaces):
     pass
 
 
@@ -45,7 +45,7 @@ def chain_of(module):
 
 
 def test_sites_keep_their_names_when_wrapped(module):
-    before = [site.path for site in sites(module)]
+    before = [target.path for target in target_modules(module)]
     assert before == [
         "blocks",
         "blocks.0",
@@ -53,41 +53,43 @@ def test_sites_keep_their_names_when_wrapped(module):
         "blocks.1",
         "blocks.1.fc",
     ]
-    originals = {site.path: site.module for site in sites(module)}
+    originals = {target.path: target.module for target in target_modules(module)}
     for path in before:
         wrap(module, path, Outer)
-    assert [site.path for site in sites(module)] == before
-    assert all(site.module is originals[site.path] for site in sites(module))
-    assert [site.path for site in sites(module, ToyBlock)] == ["blocks.0", "blocks.1"]
+    assert [target.path for target in target_modules(module)] == before
+    assert all(target.module is originals[target.path] for target in target_modules(module))
+    assert [target.path for target in target_modules(module, ToyBlock)] == ["blocks.0", "blocks.1"]
     assert isinstance(original(module.blocks), type(originals["blocks"]))
 
 
 def test_wrappers_stand_in_chain_order_and_openers_innermost(module):
     wrap(module, "blocks.0", Outer, "first")
     wrap(module, "blocks.0", Outer, name="second")
-    wrap(module, "blocks.0", Opens)
+    wrap(module, "blocks.0", Replaces)
     wrap(module, "blocks.0", Outer, "third")
-    assert chain_of(module.blocks[0]) == ["third", "second", "first", "Opens", "ToyBlock"]
+    assert chain_of(module.blocks[0]) == ["third", "second", "first", "Replaces", "ToyBlock"]
 
 
 def test_two_openers_at_one_site_are_named(module):
-    wrap(module, "blocks.1", Opens)
+    wrap(module, "blocks.1", Replaces)
     wrap(module, "blocks.1", Outer)
-    with pytest.raises(ValueError, match=r"AlsoOpens and Opens both open the site 'blocks\.1'"):
-        wrap(module, "blocks.1", AlsoOpens)
-    wrap(module, "blocks.0", AlsoOpens)
+    with pytest.raises(
+        ValueError, match=r"AlsoReplaces and Replaces both replace the internals of 'blocks\.1'"
+    ):
+        wrap(module, "blocks.1", AlsoReplaces)
+    wrap(module, "blocks.0", AlsoReplaces)
 
 
 def test_wrapping_reaches_through_wrapped_parents(module):
     wrap(module, "blocks", Outer)
-    wrap(module, "blocks.1", Opens)
+    wrap(module, "blocks.1", Replaces)
     wrap(module, "blocks.1.fc", Outer)
     assert chain_of(original(original(module.blocks)[1]).fc) == ["outer", "Linear"]
 
 
 @pytest.mark.parametrize("path", ["blocks.9", "blok", "blocks.0.fc.kernel", "blocks.x", ""])
 def test_unknown_sites_list_the_known_ones(module, path):
-    with pytest.raises(ValueError, match=r"Toy has no site .* it has blocks, blocks\.0"):
+    with pytest.raises(ValueError, match=r"Toy has no target module .* it has blocks, blocks\.0"):
         wrap(module, path, Outer)
 
 

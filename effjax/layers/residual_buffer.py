@@ -2,7 +2,8 @@
 
 A text is cut in windows of W tokens. A token goes to the open window; the token that fills it still
 sees the whole window as it is, and then the window is sealed and the next one is opened. So between
-1 and W last tokens are exact: the window tumbles, it does not slide.
+1 and W last tokens are exact: the window is a residual buffer that empties when it is full, it does
+    not slide.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from effjax.context import Room, State
+from effjax.context import CacheLength, State
 from effjax.layers.attention import Heads, KeyHeads, Positions
 from effjax.layers.kv_cache import KVCache, Lengths, lengths_after, put, take
 from pallas_kernels.decode_attention import decode_attention
@@ -26,7 +27,7 @@ Tokens = Mapping[str, Shaped[Array, "B S ..."]]
 Arrays = dict[str, Array]
 
 
-class TumblingCache(KVCache):
+class ResidualBufferCache(KVCache):
     """What caches with windows share.
 
     Args:
@@ -43,11 +44,11 @@ class TumblingCache(KVCache):
         sealed: Sequence[str],
         parts: Sequence[str] = (),
         first: bool,
-        room: Room,
+        cache_length: CacheLength,
     ):
-        super().__init__(inner, first=first, room=room)
-        self.window = min(window, room.total)
-        self.slots = room.total // window * window if window < room.total else 0
+        super().__init__(inner, first=first, cache_length=cache_length)
+        self.window = min(window, cache_length.total)
+        self.slots = cache_length.total // window * window if window < cache_length.total else 0
         self.names = tuple(sealed) if self.slots else ()
         self.parts = ("k", "v", *(parts if self.slots else ()))
         for name in (*self.names, *(f"{part}_open" for part in self.parts)):

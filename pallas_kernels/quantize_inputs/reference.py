@@ -1,7 +1,7 @@
 """The specification: the rotation as one matrix.
 
 Operands of all programs: x [B, T, C], modulation (shift, scale) [B, C] or None, multiplier
-float32[C] or None, factors. Results: codes [B, T, C], scales [B, T, 1], sums [B, T, 1].
+float32[C] or None, factors. Results: quantized values [B, T, C], scales [B, T, 1], sums [B, T, 1].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Modulation = tuple[jax.Array, jax.Array] | None
 Factors = tuple[jax.Array, ...]
 
 
-def input_codes(
+def quantize_inputs(
     x: jax.Array,
     modulation: Modulation,
     multiplier: jax.Array | None,
@@ -43,9 +43,9 @@ def prepare(x: jax.Array, modulation: Modulation, multiplier: jax.Array | None) 
 
 
 def quantize_rows(y: jax.Array, bits: int) -> Results:
-    """Codes, scales and sums of rows float32[..., C]."""
+    """Quantized values, scales and sums of rows float32[..., C]."""
     most = 2 ** (bits - 1) - 1
     scale = jnp.max(jnp.abs(y), axis=-1, keepdims=True) / most
     scale = jnp.where(scale > 0, scale, 1.0)
-    codes = jnp.clip(jnp.round(y / scale), -most - 1, most).astype(jnp.int32)
-    return codes.astype(jnp.int8), scale, jnp.sum(codes, axis=-1, keepdims=True)
+    qvalues = jnp.clip(jnp.round(y / scale), -most - 1, most).astype(jnp.int32)
+    return qvalues.astype(jnp.int8), scale, jnp.sum(qvalues, axis=-1, keepdims=True)
