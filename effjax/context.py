@@ -7,8 +7,11 @@ allowed around a module, because they carry its state in and out of the branch.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -16,89 +19,159 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from effjax.targets import original
+
 PyTree = Any
 Step = int | np.integer | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Static token layout of a model's sequence, from `model.layout(*inputs)`.
+    """What the tokens of a sequence are, static: those of a model's inputs, or what became of them.
 
     Attributes:
-        grid: image or video tokens as (frames, rows, columns), raster order, frame-major.
+        grid: image or video tokens as (frames, rows, columns), frame by frame and row by row; None
+            once they are no such raster any more.
         text: number of text tokens in the same sequence, 0 when there are none.
         text_first: True if the text tokens precede the image tokens.
+        loose: image tokens where there is no raster.
+        changed_by: what took the raster away.
     """
 
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int] | None
     text: int = 0
     text_first: bool = False
+    loose: int = 0
+    changed_by: str = ""
 
     @property
     def image_tokens(self) -> int:
-        frames, rows, columns = self.grid
-        return frames * rows * columns
+        return self.loose if self.grid is None else math.prod(self.grid)
 
     @property
     def tokens(self) -> int:
         return self.image_tokens + self.text
 
+    def without_raster(self, image_tokens: int, changed_by: str) -> Layout:
+        """The layout after a method merged, pruned or permuted image tokens.
+
+        Args:
+            image_tokens: how many there are now.
+            changed_by: the method's name, for messages.
+        """
+        return dataclasses.replace(self, grid=None, loose=image_tokens, changed_by=changed_by)
+
+    def raster(self, needed_by: str) -> tuple[int, int, int]:
+        """The grid of the image tokens.
+
+        Args:
+            needed_by: what works on a raster, for the message.
+
+        Raises:
+            ValueError: if the tokens are no raster any more.
+        """
+        if self.grid is None:
+            raise ValueError(
+                f"{needed_by} needs image tokens as a raster, but {self.changed_by} has left "
+                f"{self.loose} tokens in no such order. Use one of the two, or give them different "
+                f"layers."
+            )
+        return self.grid
+
+
+_LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def tokens_as(layout: Layout | None) -> Iterator[None]:
+    """Say what the tokens are to modules that are called within, while they are traced.
+
+    The forward says it for the model's inputs. A wrapper that changes tokens says it around its
+    call of the inner module.
+    """
+    before = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(before)
+
+
+def current_layout() -> Layout | None:
+    """What the tokens are that the calling module is given; None if nobody said."""
+    return _LAYOUT.get()
+
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How the conditional and unconditional halves of a guided batch are arranged.
+    """The branches of a guided batch and how they stand in it.
+
+    Classifier-free guidance has a conditional and an unconditional branch. Perturbed-attention and
+    skip-layer guidance add one that a patch changes, a second text adds one with its condition.
 
     Attributes:
-        cond_first: True for [cond, uncond] (DiT), False for [uncond, cond] (PixArt, SD).
-        paired: True interleaves the halves (c0, u0, c1, u1, ...), so that a batch sharded over
-            devices keeps both halves of a sample on one device.
+        branches: their names, in the order of the batch: ("cond", "uncond") for DiT,
+            ("uncond", "cond") for PixArt and Stable Diffusion.
+        paired: True interleaves the branches (c0, u0, c1, u1, ...), so that a batch sharded over
+            devices keeps all branches of a sample on one device.
     """
 
-    cond_first: bool = True
+    branches: tuple[str, ...] = ("cond", "uncond")
     paired: bool = False
 
-    def join(self, cond: PyTree, uncond: PyTree) -> PyTree:
-        """Join two trees of arrays [B, ...] to one tree of arrays [2B, ...]."""
+    def __post_init__(self) -> None:
+        if len(set(self.branches)) != len(self.branches) or "cond" not in self.branches:
+            raise ValueError(
+                f"branches of guidance have different names, one of which is 'cond'; got "
+                f"{self.branches}"
+            )
 
-        def one(c: jax.Array, u: jax.Array) -> jax.Array:
-            pair = (c, u) if self.cond_first else (u, c)
+    def join(self, parts: Mapping[str, PyTree]) -> PyTree:
+        """Join trees of arrays [B, ...] by branch to one tree of arrays [N B, ...]."""
+
+        def one(*parts: jax.Array) -> jax.Array:
             axis = 1 if self.paired else 0
-            return jnp.stack(pair, axis=axis).reshape(2 * c.shape[0], *c.shape[1:])
+            joined = jnp.stack(parts, axis=axis)
+            return joined.reshape(len(parts) * parts[0].shape[0], *parts[0].shape[1:])
 
-        return jax.tree.map(one, cond, uncond)
+        return jax.tree.map(one, *(parts[name] for name in self.branches))
 
-    def split(self, joined: PyTree) -> tuple[PyTree, PyTree]:
-        """Split a tree of arrays [2B, ...] into its (cond, uncond) trees of arrays [B, ...].
+    def split(self, joined: PyTree) -> dict[str, PyTree]:
+        """Split a tree of arrays [N B, ...] into trees of arrays [B, ...] by branch.
 
         Raises:
-            ValueError: if a batch is odd.
+            ValueError: if the batch does not divide into the branches.
         """
+        return {name: self.branch(name, joined) for name in self.branches}
 
-        def half(x: jax.Array, index: int) -> jax.Array:
-            if x.shape[0] % 2:
+    def branch(self, name: str, joined: PyTree) -> PyTree:
+        """One branch [B, ...] of a joined tree [N B, ...].
+
+        Raises:
+            ValueError: for a branch that there is not, or a batch that does not divide.
+        """
+        count = len(self.branches)
+        if name not in self.branches:
+            raise ValueError(f"there is no branch {name!r}; there are {self.branches}")
+        index = self.branches.index(name)
+
+        def own(x: jax.Array) -> jax.Array:
+            if x.shape[0] % count:
                 raise ValueError(
-                    f"a guided batch holds a conditional and an unconditional half, so its size "
-                    f"must be even; got {x.shape[0]} (shape {x.shape}). Call the model through a "
-                    f"sampler with guidance, or join both halves with Guidance.join."
+                    f"a guided batch holds the branches {', '.join(self.branches)}, so its size "
+                    f"must be a multiple of {count}; got {x.shape[0]} (shape {x.shape}). Call the "
+                    f"model through a sampler with guidance, or join the branches with "
+                    f"Guidance.join."
                 )
-            batch = x.shape[0] // 2
+            batch = x.shape[0] // count
             if self.paired:
-                return x.reshape(batch, 2, *x.shape[1:])[:, index]
+                return x.reshape(batch, count, *x.shape[1:])[:, index]
             return x[index * batch : (index + 1) * batch]
 
-        first, second = (0, 1) if self.cond_first else (1, 0)
-        return (
-            jax.tree.map(lambda x: half(x, first), joined),
-            jax.tree.map(lambda x: half(x, second), joined),
-        )
+        return jax.tree.map(own, joined)
 
-    def cond(self, joined: PyTree) -> PyTree:
-        """Return the conditional half [B, ...] of a joined tree [2B, ...]."""
-        return self.split(joined)[0]
-
-    def duplicate(self, half: PyTree) -> PyTree:
-        """Use one half [B, ...] for both: a tree of arrays [2B, ...]."""
-        return self.join(half, half)
+    def duplicate(self, part: PyTree) -> PyTree:
+        """Use one part [B, ...] for all branches: a tree of arrays [N B, ...]."""
+        return self.join(dict.fromkeys(self.branches, part))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +191,7 @@ class CacheLength:
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.new < 0:
             raise ValueError(
-                f"room is for a prompt of 1 or more tokens and 0 or more new, got {self}"
+                f"a cache length is for a prompt of 1 or more tokens and 0 or more new, got {self}"
             )
 
     @property
@@ -139,7 +212,7 @@ class Context:
         learned: `params["methods"]`: what methods learned, by method name and target module.
         span: the first network call that this trace serves and the one after the last; None if that
             is not known.
-        room: how long texts may become, None if nobody said.
+        cache_length: how long texts may become, None if nobody said.
     """
 
     step: Step = 0
@@ -264,6 +337,40 @@ class State(nnx.Variable):
                 f"this call needs {jnp.dtype(dtype)}{list(shape)}. A state belongs to one batch "
                 f"shape: make a new one with forward.init(params, *inputs)."
             )
+
+
+class StateTree(nnx.Module):
+    """What a wrapper remembers of tokens: one array, or one for each named stream.
+
+    Args:
+        streams: names of the streams; () for a single array.
+    """
+
+    def __init__(self, streams: tuple[str, ...] = ()):
+        self.streams = streams
+        for name in streams or ("tokens",):
+            setattr(self, name, State())
+
+    @classmethod
+    def of(cls, module: nnx.Module) -> StateTree:
+        """For the tokens that flow through a target module, wrapped or not."""
+        return cls(getattr(original(module), "streams", ()))
+
+    def read(self, like: PyTree) -> PyTree:
+        """What was written last, with the shapes and dtypes of these tokens; zeros before that."""
+        if not self.streams:
+            return self._state("tokens").read(like.shape, like.dtype)
+        return {n: self._state(n).read(like[n].shape, like[n].dtype) for n in self.streams}
+
+    def write(self, tokens: PyTree) -> None:
+        """Remember tokens of the same shapes and dtypes."""
+        if not self.streams:
+            self._state("tokens").write(tokens)
+        for name in self.streams:
+            self._state(name).write(tokens[name])
+
+    def _state(self, name: str) -> State:
+        return getattr(self, name)
 
 
 def states(module: nnx.Module) -> dict[tuple, State]:

@@ -26,7 +26,7 @@ from effjax.forward import Forward, Params
 from effjax.quant import QTensor
 from pallas_kernels.marks import Work, declared_work, useful_fraction
 
-Branch = str | int | Callable[[int, str], int]
+Branch = str | int | float | Callable[[int, str], int]
 Trips = int | Callable[[str], int]
 
 
@@ -85,6 +85,15 @@ class Cost:
 
     __rmul__ = __mul__
 
+    def share(self, part: float) -> Cost:
+        """A part 0 ... 1 of the cost, each figure rounded to a whole number."""
+        return Cost(
+            tuple(
+                ScopeCost(each.scope, *(round(part * number) for number in each[1:]))
+                for each in self.scopes
+            )
+        )
+
 
 def cost(
     function: Callable[..., PyTree],
@@ -105,8 +114,10 @@ def cost(
         args, kwargs: trees of arrays or `jax.ShapeDtypeStruct`s. Python numbers are traced too, so
             close over what must be static (a step, a guidance): `partial(forward, step=3)`.
         branch: which branch of each `lax.cond` or `lax.switch` to count: the "max" or "min" of
-            their executed FLOPs, an index, or a function of (number of branches, scope path) that
-            returns an index. An index need not exist where no branch has any cost.
+            their executed FLOPs; a float p for the expected cost where the dearest branch is taken
+            with probability p and else the cheapest, rounded; an index; or a function of (number of
+            branches, scope path) that returns an index. An index need not exist where no branch has
+            any cost.
         while_trips: how often the bodies of while loops with products run: an int for all, or a
             function of the scope path. Scans need none.
         platform: whose programs to count where they differ by platform ("cpu", "tpu", "cuda"); that
@@ -116,8 +127,12 @@ def cost(
         ValueError: for a branch that does not exist, a while loop without trips, a kernel that
             declares no cost, or an unknown primitive that contains products.
     """
-    if isinstance(branch, str) and branch not in ("max", "min"):
-        raise ValueError(f'branch must be "max", "min", an index or a function, got {branch!r}')
+    known = not isinstance(branch, str) or branch in ("max", "min")
+    if not known or (isinstance(branch, float) and not 0 <= branch <= 1):
+        raise ValueError(
+            f'branch must be "max", "min", a probability 0.0 ... 1.0, an index or a function, got '
+            f"{branch!r}"
+        )
     jaxpr = jax.make_jaxpr(function)(*args, **kwargs)
     platform = platform or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     return _Walk(branch, while_trips, platform).program(jaxpr, "")
@@ -284,6 +299,11 @@ class _Walk:
         if isinstance(self.branch, str):
             best = max if self.branch == "max" else min
             return best(branches, key=lambda each: (each.flops, each.bytes_))
+        if isinstance(self.branch, float):
+            low, high = (
+                best(branches, key=lambda each: (each.flops, each.bytes_)) for best in (min, max)
+            )
+            return low.share(1 - self.branch) + high.share(self.branch)
         index = self.branch(len(branches), scope) if callable(self.branch) else self.branch
         if not 0 <= index < len(branches):
             raise ValueError(

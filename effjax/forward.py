@@ -28,6 +28,7 @@ from effjax.context import (
     Step,
     is_static,
     states,
+    tokens_as,
 )
 from effjax.quant import QTensor
 from effjax.targets import TargetModule, canonical, target_modules
@@ -54,7 +55,7 @@ class Forward:
         patches: functions `patch(module, context)` that wrap target modules, applied in order.
         fixed_step: the step that `at` fixed, or None.
         span: the calls that `within` promised, or None.
-        room: how long texts may become, or None.
+        cache_length: how long texts may become, or None.
         recipe: (method, plan) of every transform that was applied.
     """
 
@@ -114,7 +115,8 @@ class Forward:
             ValueError: for parameters or state that do not fit, all listed at once.
         """
         module, held = self._loaded(params, state, inputs, self._step(step), guidance)
-        outputs = module(*inputs)
+        with tokens_as(module.layout(*inputs)):
+            outputs = module(*inputs)
         kept = {path: variable for path, variable in held.items() if not variable.empty}
         return outputs, {path: variable.get_value() for path, variable in kept.items()}
 
@@ -133,7 +135,8 @@ class Forward:
             held = _named_states(module)
             for path, variable in held.items():
                 variable.set_metadata(path=path, creating=True)
-            module(*inputs)
+            with tokens_as(module.layout(*inputs)):
+                module(*inputs)
             for path, variable in held.items():
                 if not variable.empty:
                     value, fill = variable.get_value(), variable.get_metadata("fill")

@@ -7,8 +7,8 @@ A target module's path names the *original* module, whatever already wraps it: `
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from flax import nnx
 
@@ -20,8 +20,8 @@ class Wrapper(nnx.Module):
     It does not delegate attributes to `inner`: that would bypass wrappers in between.
 
     Attributes:
-        opens: True if the wrapper uses the parts of the original module instead of only calling
-            it. Such a wrapper goes innermost, and a target module can have only one.
+        replaces_internals: True if the wrapper uses the parts of the original module instead of
+            only calling it. Such a wrapper goes innermost, and a target module can have only one.
     """
 
     replaces_internals: ClassVar[bool] = False
@@ -30,11 +30,37 @@ class Wrapper(nnx.Module):
         self.inner = inner
 
 
+# What a layer with weights is for. The model says so when it builds the layer.
+Role = Literal[
+    "qkv",  # queries, keys and values of self-, joint or causal attention
+    "out",  # what leaves such an attention
+    "cross_qkv",  # the same of attention to a text
+    "cross_out",
+    "up",  # into the hidden channels of a feed-forward layer, gates included
+    "down",  # and out of them
+    "modulation",  # shifts, scales and gates from a time or a pooled text
+    "embedding",  # times, patches and texts to tokens
+    "head",  # tokens to patches, logits or a projection
+    "convolution",
+]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+# What an attention attends to: its own tokens, another sequence, both in one, or the past.
+AttentionKind = Literal["self", "cross", "joint", "causal"]
+
+BLOCK_LAYERS = "role:qkv|out|up|down"
+
+
 class TargetModule(NamedTuple):
     """One original module and its canonical path, such as `blocks.1.attn`."""
 
     path: str
     module: nnx.Module
+
+    @property
+    def role(self) -> Role | None:
+        """What the layer is for; None for a module without a role."""
+        return getattr(self.module, "role", None)
 
 
 def original(module: nnx.Module) -> nnx.Module:
@@ -75,6 +101,59 @@ def target_modules(
             yield from walk(child, f"{path}.{name}" if path else name)
 
     return tuple(walk(module, ""))
+
+
+_BY_ROLE = "role:"
+
+
+def check_selector(selector: str) -> None:
+    """Check what names layers: `role:qkv|out`, or a regular expression for whole paths.
+
+    Raises:
+        ValueError: for roles that there are not, and for what is no regular expression.
+    """
+    if selector.startswith(_BY_ROLE):
+        named = selector.removeprefix(_BY_ROLE).split("|")
+        if unknown := [role for role in named if role not in ROLES]:
+            raise ValueError(
+                f"{selector!r} names roles {unknown} that there are not; roles are "
+                f"{', '.join(ROLES)}"
+            )
+        return
+    try:
+        re.compile(selector)
+    except re.error as error:
+        raise ValueError(f"{selector!r} is no regular expression: {error}") from None
+
+
+def selects(selector: str, target: TargetModule) -> bool:
+    """Whether a selector names a layer, by its role or by its path."""
+    if selector.startswith(_BY_ROLE):
+        return target.role in selector.removeprefix(_BY_ROLE).split("|")
+    return re.fullmatch(selector, target.path) is not None
+
+
+def check_selected(selector: str, targets: Sequence[TargetModule]) -> None:
+    """Check that a selector finds layers, and layers of every role that it names.
+
+    Raises:
+        ValueError: if it does not, with what there is.
+    """
+    if not any(selects(selector, target) for target in targets):
+        roles = {target.role for target in targets} - {None}
+        raise ValueError(
+            f"the pattern {selector!r} matches no layer; there are layers with the roles "
+            f"{', '.join(sorted(map(str, roles))) or 'none'}: {_few([t.path for t in targets])}"
+        )
+    if not selector.startswith(_BY_ROLE):
+        return
+    named = selector.removeprefix(_BY_ROLE).split("|")
+    found = [role for role in named if any(target.role == role for target in targets)]
+    if missing := [role for role in named if role not in found]:
+        raise ValueError(
+            f"this model has no layers with the role {', '.join(missing)}; give "
+            f"{_BY_ROLE}{'|'.join(found)} for those that it has"
+        )
 
 
 def wrap(module: nnx.Module, path: str, wrapper: type[Wrapper], *args: Any, **options: Any) -> None:

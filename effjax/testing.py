@@ -102,7 +102,9 @@ def tiny_pixart(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
     }
     config = PixArtConfig(**{**shape, **options})
     forward, shapes = abstract(PixArt, config)
-    sampler = Sampler(DPMSolver(steps=steps), guidance=2.0, arrangement=Guidance(cond_first=False))
+    sampler = Sampler(
+        DPMSolver(steps=steps), guidance=2.0, arrangement=Guidance(("uncond", "cond"))
+    )
     rng = np.random.default_rng(2)
     states = rng.standard_normal((2, batch, 5, config.caption_channels)).astype(np.float32)
     mask = np.arange(5) < 2 + np.arange(batch)[:, None] % 4

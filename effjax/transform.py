@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -126,6 +126,8 @@ class Method:
         identity: subject -> plan under which wrappers are installed and change nothing.
         ladder: subject -> three or more plans from weak to strong; executed cost falls.
         tiny: makes the subject (see `effjax.testing`) on which the contract suite runs.
+        decides: "batch" or "row" if what is computed depends on values, and whether one decision is
+            for all samples of a batch; None if it does not.
         calibrate: (plan, forward, params, sampler, cond, *, key, uncond) -> what `transform` takes
             beside the plan; None if it needs nothing.
     """
@@ -140,3 +142,4 @@ class Method:
     ladder: Callable[[Any], tuple[Plan, ...]]
     tiny: Callable[[], Any]
     calibrate: Callable[..., Any] | None = None
+    decides: Literal["batch", "row"] | None = None

@@ -26,8 +26,8 @@ class Config:
 
 class Pair(nnx.Module):
     def __init__(self, rngs):
-        self.first = Linear(3, 4, rngs=rngs)
-        self.second = Linear(4, 2, rngs=rngs)
+        self.first = Linear(3, 4, role="up", rngs=rngs)
+        self.second = Linear(4, 2, role="down", rngs=rngs)
 
     def __call__(self, x, scale):
         return self.second(jnp.sin(self.first(x))) * scale
@@ -46,7 +46,7 @@ class Net(Model):
 class Twice(Model):
     def __init__(self, config, *, rngs):
         self.config = config
-        self.linear = Linear(3, 3, rngs=rngs)
+        self.linear = Linear(3, 3, role="up", rngs=rngs)
 
     def __call__(self, x):
         return self.linear(self.linear(x))

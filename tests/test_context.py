@@ -8,49 +8,81 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effjax.context import Guidance, Layout, State, switch, when
+from effjax.context import Guidance, Layout, State, current_layout, switch, tokens_as, when
 from tests.tiny import toy
 
-ARRANGEMENTS = [Guidance(c, p) for c in (True, False) for p in (True, False)]
+ORDERS = (("cond", "uncond"), ("uncond", "cond"), ("perturbed", "cond", "uncond"))
+ARRANGEMENTS = [Guidance(order, paired) for order in ORDERS for paired in (True, False)]
 
 
 @settings(deadline=None, max_examples=20, derandomize=True)
 @given(batch=st.integers(1, 5), which=st.sampled_from(ARRANGEMENTS))
 def test_split_inverts_join(batch, which):
-    cond = {"x": jnp.arange(batch * 3.0).reshape(batch, 3), "y": jnp.arange(batch)}
-    uncond = jax.tree.map(lambda a: -a - 1, cond)
-    joined = which.join(cond, uncond)
-    chex.assert_trees_all_equal(which.split(joined), (cond, uncond))
-    chex.assert_trees_all_equal(which.cond(joined), cond)
-    chex.assert_trees_all_equal(which.split(which.duplicate(cond)), (cond, cond))
+    one = {"x": jnp.arange(batch * 3.0).reshape(batch, 3), "y": jnp.arange(batch)}
+    parts = {
+        name: jax.tree.map(lambda a, i=i: (1 - 2 * i) * a - i, one)
+        for i, name in enumerate(which.branches)
+    }
+    joined = which.join(parts)
+    chex.assert_trees_all_equal(which.split(joined), parts)
+    chex.assert_trees_all_equal(which.branch("cond", joined), parts["cond"])
+    for part in which.split(which.duplicate(one)).values():
+        chex.assert_trees_all_equal(part, one)
 
 
 def test_join_orders():
-    c, u = jnp.array([1, 2]), jnp.array([-1, -2])
+    parts = {"cond": jnp.array([1, 2]), "uncond": jnp.array([-1, -2]), "style": jnp.array([7, 8])}
     expected = {
-        (True, False): [1, 2, -1, -2],
-        (False, False): [-1, -2, 1, 2],
-        (True, True): [1, -1, 2, -2],
-        (False, True): [-1, 1, -2, 2],
+        (("cond", "uncond"), False): [1, 2, -1, -2],
+        (("uncond", "cond"), False): [-1, -2, 1, 2],
+        (("cond", "uncond"), True): [1, -1, 2, -2],
+        (("uncond", "cond"), True): [-1, 1, -2, 2],
+        (("cond", "style", "uncond"), False): [1, 2, 7, 8, -1, -2],
+        (("cond", "style", "uncond"), True): [1, 7, -1, 2, 8, -2],
     }
-    for (cond_first, paired), order in expected.items():
-        assert Guidance(cond_first, paired).join(c, u).tolist() == order
+    for (branches, paired), order in expected.items():
+        assert Guidance(branches, paired).join(parts).tolist() == order
 
 
-def test_an_odd_guided_batch_is_an_error():
-    with pytest.raises(ValueError, match="must be even; got 3"):
+def test_branches_that_there_are_not_and_uneven_batches_are_errors():
+    with pytest.raises(ValueError, match="must be a multiple of 2; got 3"):
         Guidance().split(jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"no branch 'style'; there are \('cond', 'uncond'\)"):
+        Guidance().branch("style", jnp.ones((2, 2)))
+    for branches in (("cond", "cond"), ("uncond",)):
+        with pytest.raises(ValueError, match="different names, one of which is 'cond'"):
+            Guidance(branches)
 
 
-def test_switch_static_and_traced_agree_and_unknown_quantized_values_are_errors():
+def test_a_layout_is_a_raster_until_a_method_changes_it():
+    whole = Layout(grid=(2, 3, 4), text=5, text_first=True)
+    assert (whole.image_tokens, whole.tokens, whole.raster("a window")) == (24, 29, (2, 3, 4))
+    merged = whole.without_raster(18, "token_merging")
+    assert (merged.image_tokens, merged.tokens, merged.text_first) == (18, 23, True)
+    with pytest.raises(ValueError, match=r"a window needs .* but token_merging has left 18 tokens"):
+        merged.raster("a window")
+
+
+def test_what_the_tokens_are_is_said_around_a_call():
+    assert current_layout() is None
+    with tokens_as(Layout(grid=(1, 2, 2))):
+        with tokens_as(None):
+            assert current_layout() is None
+        with pytest.raises(KeyError), tokens_as(Layout(grid=(1, 1, 1))):
+            raise KeyError
+        assert current_layout() == Layout(grid=(1, 2, 2))
+    assert current_layout() is None
+
+
+def test_switch_static_and_traced_agree_and_unknown_indices_are_errors():
     forward, params, x = toy()
     module = forward.module(params)
     branches = {1: lambda m, x: m(x), 4: lambda m, x: 2 * m(x), 9: lambda m, x: x}
-    for code in branches:
-        static = switch(code, branches, module, x)
-        traced = jax.jit(lambda c: switch(c, branches, module, x))(code)
+    for key in branches:
+        static = switch(key, branches, module, x)
+        traced = jax.jit(lambda c: switch(c, branches, module, x))(key)
         chex.assert_trees_all_close(static, traced, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"no branch for code 2; .* \[1, 4, 9\]"):
+    with pytest.raises(ValueError, match=r"no branch for index 2; .* \[1, 4, 9\]"):
         switch(2, branches, module, x)
 
 

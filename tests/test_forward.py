@@ -284,7 +284,7 @@ def test_a_base_model_with_state_is_refused():
 def test_the_context_carries_layout_and_guidance():
     forward, params, x = toy()
     seen = []
-    guidance = Guidance(cond_first=False)
+    guidance = Guidance(("uncond", "cond"))
     forward.patch(lambda module, context: seen.append(context))(
         params, {}, x, step=2, guidance=guidance
     )

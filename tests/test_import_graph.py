@@ -25,6 +25,7 @@ LAYERS = [
     ["effjax.models"],
     [
         "effjax.forward",
+        "effjax.loops",
         "effjax.transform",
         "effjax.capture",
         "effjax.descriptions",

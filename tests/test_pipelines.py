@@ -288,9 +288,9 @@ def test_captions_are_remembered(text_pipe, monkeypatch):
     first = fresh.encode(["a red a", "", "a red a"])
     second = fresh.encode(["", "a red a", "a 7"])
     assert read == [["a red a", ""], ["a 7"]]
-    chex.assert_trees_all_equal(first.states[0], second.states[1])
+    chex.assert_trees_all_equal(first.embeds[0], second.embeds[1])
     assert first.mask.sum(1).tolist() == [4, 1, 4]
-    assert first.states.shape == (3, 10, 12)
+    assert first.embeds.shape == (3, 10, 12)
     fresh.encode([f"a {i}" for i in range(100)])
     assert len(fresh._captions) == diffusion._REMEMBERED
 

@@ -21,7 +21,7 @@ class ToyConfig:
 
 class ToyBlock(nnx.Module):
     def __init__(self, config, *, rngs):
-        self.fc = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.fc = Linear(config.width, config.width, role="up", rngs=rngs)
 
     def __call__(self, x):
         return x + self.fc(x)
@@ -43,7 +43,7 @@ class Toy(Model):
 
 def toy(**options):
     forward, params = functional(Toy(ToyConfig(**options), rngs=nnx.Rngs(0)))
-    return forward, params, jax.random.normal(jax.random.key(1), (2, 4, forward.config.hidden_size))
+    return forward, params, jax.random.normal(jax.random.key(1), (2, 4, forward.config.width))
 
 
 def by_hand(params, x):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from effjax.generate.prefix_cache import (
     wider,
 )
 from effjax.layers.kv_cache import told
-from effjax.samplers import Carry
+from effjax.loops import Carry, Loop
 
 
 def score(
@@ -82,11 +82,11 @@ def score(
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Reading(Loop):
     """Texts read by a language model: the first tokens at once, the others through its cache.
 
-    What a `Sampler` is to a diffusion model, with the same methods: `jax.jit(reading)(forward,
-    params, texts)` is one program.
+    What a `Sampler` is to a diffusion model: `jax.jit(reading)(forward, params, texts)` is one
+    program.
 
     Attributes:
         prompt: tokens that are read at once.
@@ -95,6 +95,7 @@ class Reading:
 
     prompt: int
     new: int
+    apart: ClassVar[tuple[int, ...]] = (0,)
 
     @property
     def calls(self) -> int:
@@ -105,19 +106,13 @@ class Reading:
         self, forward: Forward, params: Params, texts: Int[Array, "B S"], key: Any = None
     ) -> Float[Array, "B N V"]:
         """Logits after the prompt and after every token that is read singly, N = 1 + new."""
-        carry = self.init(forward, params, texts, key)
-        carry = self.step(forward, params, carry, texts, None, 0)
-
-        def body(carry: Carry, step: Array) -> tuple[Carry, None]:
-            return self.step(forward, params, carry, texts, None, step), None
-
-        return jax.lax.scan(body, carry, jnp.arange(1, self.calls))[0].x
+        return self.run(forward, params, self.init(forward, params, texts, key), texts).x
 
     def init(
         self,
         forward: Forward,
         params: Params,
-        texts: Int[Array, "B S"],
+        cond: Int[Array, "B S"],
         key: Any = None,
         *,
         uncond: None = None,
@@ -127,19 +122,22 @@ class Reading:
         Raises:
             ValueError: for texts of another length.
         """
-        if texts.shape[1] != self.prompt + self.new:
-            raise ValueError(f"texts have {self.prompt} + {self.new} tokens, got {texts.shape[1]}")
-        shape = texts.shape[0], self.calls, forward.config.vocab_size
-        state = empty_state(self.ready(forward), params, texts.shape[0])
+        if cond.shape[1] != self.prompt + self.new:
+            raise ValueError(f"texts have {self.prompt} + {self.new} tokens, got {cond.shape[1]}")
+        shape = cond.shape[0], self.calls, forward.config.vocab_size
+        state = empty_state(self.ready(forward), params, cond.shape[0])
         return Carry(jnp.zeros(shape, forward.config.dtype), (), state, jnp.zeros((0,)))
 
-    def step(
-        self, forward: Forward, params: Params, carry: Carry, texts: Array, uncond: None, step: Step
-    ) -> Carry:
-        """One call of the network."""
-        out, _, state = self.network(forward, params, carry.state, carry.x, texts, None, step)
-        x = jax.lax.dynamic_update_slice_in_dim(carry.x, out, step, axis=1)
-        return carry._replace(x=x, state=state)
+    def inputs(
+        self, x: Array, cond: Int[Array, "B S"], uncond: None, step: Step
+    ) -> tuple[Array, Array, Array]:
+        """Tokens, their positions and the column whose logits are wanted."""
+        first = is_static(step) and step == 0
+        start: Step = 0 if first else self.prompt - 1 + step
+        count = self.prompt if first else 1
+        tokens = jax.lax.dynamic_slice_in_dim(cond, start, count, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(count), tokens.shape)
+        return tokens, positions, jnp.full((tokens.shape[0], 1), count - 1)
 
     def network(
         self,
@@ -147,23 +145,19 @@ class Reading:
         params: Params,
         state: StateDict,
         x: Array,
-        texts: Int[Array, "B S"],
+        cond: Int[Array, "B S"],
         uncond: None,
         step: Step,
     ) -> tuple[Array, Array, StateDict]:
         """Logits [B, 1, V] of call `step`, twice, and the next state; a traced step is above 0."""
-        first = is_static(step) and step == 0
-        start: Step = 0 if first else self.prompt - 1 + step
-        count = self.prompt if first else 1
-        tokens = jax.lax.dynamic_slice_in_dim(texts, start, count, axis=1)
-        positions = jnp.broadcast_to(start + jnp.arange(count), tokens.shape)
-        logits_to_keep = jnp.full((tokens.shape[0], 1), count - 1)
-        inputs = tokens, positions, logits_to_keep
-        logits, state = self.ready(forward)(params, state, *inputs, step=0 if first else 1)
+        inputs = self.inputs(x, cond, uncond, step)
+        later = 0 if is_static(step) and step == 0 else 1
+        logits, state = self.ready(forward)(params, state, *inputs, step=later)
         return logits, logits, state
 
-    def unconditional(self, forward: Forward, cond: Array, uncond: None = None) -> None:
-        """There is no guidance."""
+    def update(self, carry: Carry, out: Array, step: Step) -> Carry:
+        """Keep the logits of a call."""
+        return carry._replace(x=jax.lax.dynamic_update_slice_in_dim(carry.x, out, step, axis=1))
 
     def ready(self, forward: Forward) -> Forward:
         """The forward with a cache of this size."""

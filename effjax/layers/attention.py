@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import abc
+import itertools
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from effjax.context import PyTree
 from effjax.layers.linear import Linear
 from effjax.layers.norms import RMSNorm
 from effjax.layers.rotary import Rotary
+from effjax.targets import AttentionKind, Role, TargetModule, original, target_modules
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Causal, Rule, SinkLocal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -62,6 +67,8 @@ class Projections(nnx.Module):
         kv_heads: heads of keys and values, `heads` if None; query head h reads head
             h // (heads / kv_heads) of them.
         bias, out_bias: of the first three projections, and of the last; None is as `bias`.
+        cross: whether keys and values come from another sequence, which the layers' roles say.
+        norm_eps: of the RMS norms of queries' and keys' heads; None for no norms.
     """
 
     def __init__(
@@ -73,6 +80,8 @@ class Projections(nnx.Module):
         kv_heads: int | None = None,
         bias: bool = True,
         out_bias: bool | None = None,
+        cross: bool = False,
+        norm_eps: float | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -80,51 +89,144 @@ class Projections(nnx.Module):
         self.kv_heads = kv_heads or heads
         self.head_dim = head_dim
 
-        def linear(inputs: int, outputs: int, bias: bool = bias) -> Linear:
-            return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, rngs=rngs)
+        def linear(inputs: int, outputs: int, role: Role, bias: bool = bias) -> Linear:
+            options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+            return Linear(inputs, outputs, role=role, bias=bias, **options)
 
-        self.to_q = linear(hidden_size, heads * head_dim)
-        self.to_k = linear(hidden_size, self.kv_heads * head_dim)
-        self.to_v = linear(hidden_size, self.kv_heads * head_dim)
-        self.to_out = linear(heads * head_dim, hidden_size, bias if out_bias is None else out_bias)
+        qkv: Role = "cross_qkv" if cross else "qkv"
+        self.to_q = linear(hidden_size, heads * head_dim, qkv)
+        self.to_k = linear(hidden_size, self.kv_heads * head_dim, qkv)
+        self.to_v = linear(hidden_size, self.kv_heads * head_dim, qkv)
+        self.to_out = linear(
+            heads * head_dim,
+            hidden_size,
+            "cross_out" if cross else "out",
+            bias if out_bias is None else out_bias,
+        )
+        self.q_norm, self.k_norm = (
+            None if norm_eps is None else RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype)
+            for _ in range(2)
+        )
 
     def split(self, x: Float[Array, "B S I"]) -> Float[Array, "B S K D"]:
         """Part the heads."""
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
-    def merge(self, o: Heads) -> Float[Array, "B S C"]:
+    def heads_of(
+        self, x: Float[Array, "B S C"], other: Float[Array, "B T C"] | None = None
+    ) -> tuple[Heads, KeyHeads, KeyHeads]:
+        """Queries of tokens, keys and values of the same tokens or of others."""
+        source = x if other is None else other
+        q, k, v = (self.split(y) for y in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def join(self, o: Heads) -> Float[Array, "B S C"]:
         """Join the heads and project out."""
         return self.to_out(o.reshape(*o.shape[:2], -1))
 
 
-class Attention(Projections):
-    """Multi-head self-attention on tokens [B, S, C].
+class Attention(abc.ABC):
+    """What every attention is made of: four parts that patches may use or replace alone.
 
-    `merge(core(*project(x)))`: a wrapper that opens the module uses these three parts.
+    y = merge(core(*rotate(q, k), v), x)   with   q, k, v = project(x, ...)
+
+    A wrapper that replaces internals uses these; one around `core` sees heads.
+
+    Attributes:
+        kind: what it attends to.
+        core: attends; its inputs are queries, keys and values by head, and what the kind adds.
     """
+
+    kind: ClassVar[AttentionKind]
+    core: nnx.Module
+
+    @abc.abstractmethod
+    def project(self, x: PyTree, *others: PyTree) -> tuple[Heads, KeyHeads, KeyHeads]:
+        """Queries, keys and values by head, before any rotation."""
+
+    def rotate(self, q: Heads, k: KeyHeads, *positions: Array) -> tuple[Heads, KeyHeads]:
+        """Apply the positions; nothing where tokens carry them."""
+        return q, k
+
+    @abc.abstractmethod
+    def merge(self, o: Heads, like: PyTree) -> PyTree:
+        """Join the heads and project them to what `project` was given first."""
+
+
+def attentions(module: nnx.Module, *kinds: AttentionKind) -> tuple[TargetModule, ...]:
+    """The attention modules of these kinds, in the order of the model."""
+    return tuple(
+        target
+        for target in target_modules(module)
+        if isinstance(target.module, Attention) and target.module.kind in kinds
+    )
+
+
+class OneStream(Projections, Attention):
+    """Attention of one stream of tokens [B, S, C]."""
+
+    def project(
+        self, x: Float[Array, "B S C"], *others: PyTree
+    ) -> tuple[Heads, KeyHeads, KeyHeads]:
+        return self.heads_of(x)
+
+    def merge(self, o: Heads, like: PyTree = None) -> Float[Array, "B S C"]:
+        return self.join(o)
+
+
+class SelfAttention(OneStream):
+    """Multi-head self-attention on tokens [B, S, C]."""
+
+    kind = "self"
 
     def __init__(self, hidden_size: int, **options: Any):
         super().__init__(hidden_size, **options)
         self.core = AttentionCore()
 
-    def project(self, x: Float[Array, "B S C"]) -> tuple[Heads, Heads, Heads]:
-        """Queries, keys and values [B, S, H, D]."""
-        return self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
-
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
         return self.merge(self.core(*self.project(x)))
 
 
-class CrossAttention(Projections):
+class BiasedAttention(OneStream):
+    """Self-attention with biases on its logits, as text encoders have it.
+
+    Args:
+        scale: of the logits, 1 / sqrt(D) if None.
+    """
+
+    kind = "self"
+
+    def __init__(self, hidden_size: int, *, scale: float | None = None, **options: Any):
+        super().__init__(hidden_size, **options)
+        self.core = BiasedAttentionCore(scale=scale)
+
+    def __call__(
+        self, x: Float[Array, "B S C"], bias: Float[Array, "#B #H S S"]
+    ) -> Float[Array, "B S C"]:
+        q, k, v = self.project(x)
+        with jax.named_scope("attention"):
+            return self.merge(self.core(q, k, v, bias))
+
+
+class CrossAttention(OneStream):
     """Multi-head attention of tokens [B, S, C] to a text [B, T, C] with a mask [B, T].
 
     Padding takes part with -10000 added to its logits, as in diffusers: a text without any token
     is attended to evenly.
     """
 
+    kind = "cross"
+
     def __init__(self, hidden_size: int, **options: Any):
-        super().__init__(hidden_size, **options)
+        super().__init__(hidden_size, cross=True, **options)
         self.core = BiasedAttentionCore()
+
+    def project(
+        self, x: Float[Array, "B S C"], *others: Float[Array, "B T C"]
+    ) -> tuple[Heads, KeyHeads, KeyHeads]:
+        return self.heads_of(x, others[0])
 
     def __call__(
         self,
@@ -132,11 +234,53 @@ class CrossAttention(Projections):
         text: Float[Array, "B T C"],
         mask: Bool[Array, "B T"],
     ) -> Float[Array, "B S C"]:
-        q, k, v = (self.split(y) for y in (self.to_q(x), self.to_k(text), self.to_v(text)))
+        q, k, v = self.project(x, text)
         bias = jnp.where(mask, 0.0, -10_000.0)[:, None, None]
         # Not "attention": cost reports of self-attention leave it out.
         with jax.named_scope("cross_attention"):
             return self.merge(self.core(q, k, v, bias))
+
+
+class JointAttention(nnx.Module, Attention):
+    """Attention of several streams to the tokens of all of them (MM-DiT, arXiv 2403.03206).
+
+    Each stream has projections of its own, under its name. Tokens stand in the order of `streams`.
+
+    Args:
+        streams: names; `x` is a dictionary of tokens [B, S_name, C].
+        options: of `Projections`.
+    """
+
+    kind = "joint"
+
+    def __init__(
+        self, hidden_size: int, *, streams: tuple[str, ...] = ("image", "text"), **options: Any
+    ):
+        self.streams = streams
+        for name in streams:
+            setattr(self, name, Projections(hidden_size, **options))
+        self.core = AttentionCore()
+
+    def project(
+        self, x: Mapping[str, Float[Array, "B _ C"]], *others: PyTree
+    ) -> tuple[Heads, KeyHeads, KeyHeads]:
+        heads = [getattr(self, name).heads_of(x[name]) for name in self.streams]
+        q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*heads, strict=True))
+        return q, k, v
+
+    def merge(
+        self, o: Heads, like: Mapping[str, Float[Array, "_ _ C"]]
+    ) -> dict[str, Float[Array, "_ _ C"]]:
+        ends = list(itertools.accumulate(like[name].shape[1] for name in self.streams))
+        parts = jnp.split(o, ends[:-1], axis=1)
+        return {
+            name: getattr(self, name).join(part)
+            for name, part in zip(self.streams, parts, strict=True)
+        }
+
+    def __call__(self, x: Mapping[str, Float[Array, "B _ C"]]) -> dict[str, Array]:
+        q, k, v = self.project(x)
+        return self.merge(self.core(*self.rotate(q, k), v), x)
 
 
 class CausalCore(nnx.Module):
@@ -187,39 +331,28 @@ class CausalCore(nnx.Module):
             return block_sparse_attention(q, k, v, self.rule, segments=segments)
 
 
-class CausalAttention(Projections):
+class CausalAttention(OneStream):
     """Self-attention of a decoder: rotary positions, grouped keys, optionally normalized heads.
+
+    Keys are rotated in the core, because some caches keep them as they were before.
 
     Args:
         rotary, window: see `CausalCore`.
-        norm_eps: of the RMS norms of queries' and keys' heads (Qwen3); None for no norms.
-        options: of `Projections`.
+        options: of `Projections`; `norm_eps` gives the norms of Qwen3.
     """
 
+    kind = "causal"
+
     def __init__(
-        self,
-        hidden_size: int,
-        *,
-        rotary: Rotary,
-        window: int | None = None,
-        norm_eps: float | None = None,
-        **options: Any,
+        self, hidden_size: int, *, rotary: Rotary, window: int | None = None, **options: Any
     ):
         super().__init__(hidden_size, **options)
-        self.q_norm, self.k_norm = (
-            None
-            if norm_eps is None
-            else RMSNorm(self.head_dim, eps=norm_eps, param_dtype=options["param_dtype"])
-            for _ in range(2)
-        )
         self.core = CausalCore(rotary, window=window)
 
-    def project(self, x: Float[Array, "B S C"]) -> tuple[Heads, KeyHeads, KeyHeads]:
-        """Queries, keys and values before their rotation."""
-        q, k, v = (self.split(to(x)) for to in (self.to_q, self.to_k, self.to_v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+    def rotate(self, q: Heads, k: KeyHeads, *positions: Array) -> tuple[Heads, KeyHeads]:
+        core = original(self.core)
+        assert isinstance(core, CausalCore)
+        return core.rotary(q, positions[0]), core.rotary(k, positions[0])
 
     def __call__(
         self, x: Float[Array, "B S C"], positions: Positions | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float
 
 from effjax.quant import QTensor, qconv
 from effjax.quant.convolution import Padding
+from effjax.targets import Role
 
 _INIT = nnx.initializers.lecun_normal()
 
@@ -33,13 +36,15 @@ def convolve(
 
 
 class Conv2d(nnx.Module):
-    """Square convolution with bias on NHWC images; the kernel is HWIO.
+    """Square convolution with bias on NHWC images; the kernel is HWIO. Its role is "convolution".
 
     Args:
         kernel_size: side of the kernel.
         stride: step between windows, in pixels.
         padding: zero pixels as ((above, below), (left, right)), or one number for all four sides.
     """
+
+    role: ClassVar[Role] = "convolution"
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +43,14 @@ class TimestepEmbedding(nnx.Module):
         self.channels = channels
         self.shift = shift
         self.dtype = jnp.dtype(dtype)
-        init = nnx.initializers.normal(0.02)
-        self.fc1 = Linear(channels, hidden_size, param_dtype=param_dtype, init=init, rngs=rngs)
-        self.fc2 = Linear(hidden_size, hidden_size, param_dtype=param_dtype, init=init, rngs=rngs)
+        options: dict[str, Any] = {
+            "role": "embedding",
+            "param_dtype": param_dtype,
+            "init": nnx.initializers.normal(0.02),
+            "rngs": rngs,
+        }
+        self.fc1 = Linear(channels, hidden_size, **options)
+        self.fc2 = Linear(hidden_size, hidden_size, **options)
 
     def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B C"]:
         frequencies = sinusoidal(t, self.channels, shift=self.shift).astype(self.dtype)
@@ -108,7 +114,7 @@ def sincos_2d(
 
 
 class PatchEmbed(nnx.Module):
-    """A convolution with stride equal to its kernel: [B, H, W, C] to tokens [B, S, width]."""
+    """A convolution with stride equal to its kernel: [B, H, W, C] to tokens [B, S, C]."""
 
     def __init__(
         self,
@@ -126,14 +132,13 @@ class PatchEmbed(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((hidden_size,), param_dtype))
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B S C"]:
-        batch, height, hidden_size, channels = x.shape
+        batch, height, width, channels = x.shape
         p = self.patch
-        if height % p or hidden_size % p:
+        if height % p or width % p:
             raise ValueError(
-                f"height and width must be multiples of the patch size {p}; got {height} x "
-                f"{hidden_size}"
+                f"height and width must be multiples of the patch size {p}; got {height} x {width}"
             )
-        x = x.reshape(batch, height // p, p, hidden_size // p, p, channels)
+        x = x.reshape(batch, height // p, p, width // p, p, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)
         kernel = self.kernel.get_value()
         return dot(x, kernel.reshape(-1, kernel.shape[-1])) + self.bias.get_value().astype(x.dtype)

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effjax.quant import QTensor, qdot
+from effjax.targets import Role
 from pallas_kernels.float_matmul import matmul, matmul_transposed
 
 
@@ -30,6 +31,7 @@ class Linear(nnx.Module):
     """y = x W + b, with W [in, out].
 
     Args:
+        role: what the layer is for; methods choose layers by it.
         init: initializer of W (Xavier uniform, as in DiT).
     """
 
@@ -38,11 +40,13 @@ class Linear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
+        role: Role,
         bias: bool = True,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         init: nnx.Initializer = XAVIER,
         rngs: nnx.Rngs,
     ):
+        self.role: Role = role
         shape = (in_features, out_features)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.dtype(param_dtype)))
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if bias else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effjax.layers.linear import Linear
+from effjax.targets import Role
 
 gelu_tanh = partial(jax.nn.gelu, approximate=True)
 
@@ -35,6 +37,7 @@ class MLP(nnx.Module):
     Args:
         activation: a key of `ACTIVATIONS`.
         outputs: `hidden_size` if None.
+        roles: of its two layers.
     """
 
     def __init__(
@@ -44,18 +47,18 @@ class MLP(nnx.Module):
         *,
         outputs: int | None = None,
         activation: str = "gelu_tanh",
+        roles: tuple[Role, Role] = ("up", "down"),
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        self.fc1 = Linear(hidden_size, intermediate_size, param_dtype=param_dtype, rngs=rngs)
-        self.fc2 = Linear(
-            intermediate_size, outputs or hidden_size, param_dtype=param_dtype, rngs=rngs
-        )
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.fc1 = Linear(hidden_size, intermediate_size, role=roles[0], **options)
+        self.fc2 = Linear(intermediate_size, outputs or hidden_size, role=roles[1], **options)
 
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S O"]:
-        intermediate_size = ACTIVATIONS[self.activation](self.fc1(x).astype(jnp.float32))
-        return self.fc2(intermediate_size.astype(x.dtype))
+        inside = ACTIVATIONS[self.activation](self.fc1(x).astype(jnp.float32))
+        return self.fc2(inside.astype(x.dtype))
 
 
 class GatedMLP(nnx.Module):
@@ -75,13 +78,11 @@ class GatedMLP(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, bias=bias, param_dtype=param_dtype, rngs=rngs)
-
+        options: dict[str, Any] = {"bias": bias, "param_dtype": param_dtype, "rngs": rngs}
         self.activation = activation
-        self.gate = linear(hidden_size, intermediate_size)
-        self.up = linear(hidden_size, intermediate_size)
-        self.down = linear(intermediate_size, hidden_size)
+        self.gate = Linear(hidden_size, intermediate_size, role="up", **options)
+        self.up = Linear(hidden_size, intermediate_size, role="up", **options)
+        self.down = Linear(intermediate_size, hidden_size, role="down", **options)
 
     def inner(self, x: Float[Array, "B S C"]) -> Float[Array, "B S H"]:
         """f(x W_gate) * (x W_up), in float32."""

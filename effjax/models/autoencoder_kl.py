@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from effjax.context import Layout, Model, PyTree
 from effjax.fields import Checked, Count, FloatName, Positive
-from effjax.layers.attention import Attention
+from effjax.layers.attention import SelfAttention
 from effjax.layers.convolution import Conv2d, upsample_nearest_2x
 from effjax.layers.norms import GroupNorm
 from effjax.layers.stack import Stack
@@ -123,7 +123,9 @@ class AttentionBlock(nnx.Module):
     def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
         width, param_dtype = config.block_out_channels[-1], config.param_dtype
         self.norm = GroupNorm(width, groups=config.norm_groups, eps=1e-6, param_dtype=param_dtype)
-        self.attn = Attention(width, heads=1, head_dim=width, param_dtype=param_dtype, rngs=rngs)
+        self.attn = SelfAttention(
+            width, heads=1, head_dim=width, param_dtype=param_dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])

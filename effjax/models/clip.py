@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName, Natural, Positive
-from effjax.layers.attention import BiasedAttentionCore, Projections
+from effjax.layers.attention import BiasedAttention
 from effjax.layers.linear import Linear
 from effjax.layers.mlp import MLP
 from effjax.layers.norms import AffineLayerNorm
@@ -81,28 +80,13 @@ class EncodedText(NamedTuple):
     states: tuple[Float[Array, "B T C"], ...]
 
 
-class CLIPAttention(Projections):
-    """Self-attention with biases."""
-
-    def __init__(self, hidden_size: int, **options: Any):
-        super().__init__(hidden_size, **options)
-        self.core = BiasedAttentionCore()
-
-    def __call__(
-        self, x: Float[Array, "B T C"], bias: Float[Array, "#B 1 T T"]
-    ) -> Float[Array, "B T C"]:
-        q, k, v = (self.split(y) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        with jax.named_scope("attention"):
-            return self.merge(self.core(q, k, v, bias))
-
-
 class CLIPBlock(nnx.Module):
     """Attention and MLP, each behind a layer norm."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         hidden_size, dtype, eps = config.hidden_size, jnp.dtype(config.param_dtype), config.norm_eps
         self.norm1 = AffineLayerNorm(hidden_size, eps=eps, param_dtype=dtype)
-        self.attn = CLIPAttention(
+        self.attn = BiasedAttention(
             hidden_size,
             heads=config.num_heads,
             head_dim=hidden_size // config.num_heads,
@@ -141,7 +125,14 @@ class CLIPText(Model):
         self.proj = (
             None
             if config.projection is None
-            else Linear(hidden_size, config.projection, bias=False, param_dtype=dtype, rngs=rngs)
+            else Linear(
+                hidden_size,
+                config.projection,
+                role="head",
+                bias=False,
+                param_dtype=dtype,
+                rngs=rngs,
+            )
         )
 
     def layout(self, ids: Array, *_: Any) -> Layout:

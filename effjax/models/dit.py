@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName, Positive, Share
-from effjax.layers.attention import Attention
+from effjax.layers.attention import SelfAttention
 from effjax.layers.embeddings import (
     ClassEmbedding,
     PatchEmbed,
@@ -23,6 +23,7 @@ from effjax.layers.embeddings import (
     sincos_2d,
     unpatchify,
 )
+from effjax.layers.folding import QKV, Fold
 from effjax.layers.linear import Linear
 from effjax.layers.mlp import MLP
 from effjax.layers.norms import LayerNorm, modulate
@@ -119,17 +120,24 @@ class DiTConfig(Checked):
 class DiTBlock(nnx.Module):
     """Attention and MLP, each behind an adaptive norm and a gate (adaLN-Zero)."""
 
+    folds = (
+        Fold(QKV, "modulation", "adaln", 0),
+        Fold(("mlp.fc1",), "modulation", "adaln", 3),
+        Fold(("attn.to_out",), "attn.to_v", "linear"),
+    )
+
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         hidden_size, param_dtype = config.hidden_size, config.param_dtype
         self.modulation = Linear(
             hidden_size,
             6 * hidden_size,
+            role="modulation",
             param_dtype=param_dtype,
             init=nnx.initializers.zeros,
             rngs=rngs,
         )
         self.norm1 = LayerNorm(eps=1e-6)
-        self.attn = Attention(
+        self.attn = SelfAttention(
             hidden_size,
             heads=config.num_heads,
             head_dim=config.head_dim,
@@ -155,10 +163,17 @@ class FinalLayer(nnx.Module):
         zeros = nnx.initializers.zeros
         outputs = config.patch_size**2 * config.out_channels
         self.modulation = Linear(
-            hidden_size, 2 * hidden_size, param_dtype=param_dtype, init=zeros, rngs=rngs
+            hidden_size,
+            2 * hidden_size,
+            role="modulation",
+            param_dtype=param_dtype,
+            init=zeros,
+            rngs=rngs,
         )
         self.norm = LayerNorm(eps=1e-6)
-        self.proj = Linear(hidden_size, outputs, param_dtype=param_dtype, init=zeros, rngs=rngs)
+        self.proj = Linear(
+            hidden_size, outputs, role="head", param_dtype=param_dtype, init=zeros, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B S C"], c: Float[Array, "B C"]) -> Float[Array, "B S P"]:
         shift, scale = jnp.split(self.modulation(nnx.silu(c)), 2, axis=-1)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName, Positive, Range
 from effjax.layers.attention import CausalAttention
+from effjax.layers.folding import QKV, Fold
 from effjax.layers.linear import Linear, dot_transposed
 from effjax.layers.mlp import GatedMLP
 from effjax.layers.norms import RMSNorm
@@ -114,6 +115,13 @@ class LlamaConfig(Checked):
 class LlamaBlock(nnx.Module):
     """Attention and gated MLP, each behind an RMS norm."""
 
+    folds = (
+        Fold(QKV, "norm1", "norm"),
+        Fold(("mlp.gate", "mlp.up"), "norm2", "norm"),
+        Fold(("attn.to_out",), "attn.to_v", "linear"),  # without grouped keys
+        Fold(("mlp.down",), "mlp.up", "linear"),
+    )
+
     def __init__(self, config: LlamaConfig, layer: int, *, rngs: nnx.Rngs):
         hidden_size, eps, dtype = config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)
         rotary = Rotary(config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
@@ -163,7 +171,14 @@ class Llama(Model):
         self.lm_head = (
             None
             if config.tied
-            else Linear(hidden_size, config.vocab_size, bias=False, param_dtype=dtype, rngs=rngs)
+            else Linear(
+                hidden_size,
+                config.vocab_size,
+                role="head",
+                bias=False,
+                param_dtype=dtype,
+                rngs=rngs,
+            )
         )
 
     def layout(self, tokens: Array, *_: Any) -> Layout:

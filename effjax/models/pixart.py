@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float
 
 from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName, Positive, Range
-from effjax.layers.attention import Attention, CrossAttention
+from effjax.layers.attention import CrossAttention, SelfAttention
 from effjax.layers.embeddings import PatchEmbed, TimestepEmbedding, sincos_2d, unpatchify
+from effjax.layers.folding import Fold
 from effjax.layers.linear import Linear
 from effjax.layers.mlp import MLP
 from effjax.layers.norms import LayerNorm, modulate
@@ -25,18 +26,20 @@ from effjax.layers.stack import Stack
 
 
 class PromptEmbeddings(NamedTuple):
-    """Captions as a text encoder gives them: the condition of a text-to-image model.
+    """Prompts as a text encoder gives them: the condition of a text-to-image model.
 
     Attributes:
-        states: the encoder's output, one vector per token.
-        mask: True for tokens of the caption, False for padding.
+        embeds: the encoder's output, one vector per token.
+        mask: True for tokens of the prompt, False for padding.
     """
 
-    states: Float[Array, "B T E"]
+    embeds: Float[Array, "B T E"]
     mask: Bool[Array, "B T"]
 
 
-jax.export.register_namedtuple_serialization(PromptEmbeddings, serialized_name="effjax.Caption")
+jax.export.register_namedtuple_serialization(
+    PromptEmbeddings, serialized_name="effjax.PromptEmbeddings"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +112,19 @@ class PixArtBlock(nnx.Module):
     Cross-attention reads un-normalized tokens and has no gate.
     """
 
+    # adaLN-single adds a vector that all blocks share: nothing folds into it.
+    folds = (
+        Fold(("attn.to_out",), "attn.to_v", "linear"),
+        Fold(("cross.to_out",), "cross.to_v", "linear"),
+    )
+
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
         hidden_size, dtype = config.hidden_size, jnp.dtype(config.param_dtype)
         heads: dict[str, Any] = {"heads": config.num_heads, "head_dim": config.head_dim}
         init = nnx.initializers.normal(hidden_size**-0.5)
         self.scale_shift_table = nnx.Param(init(rngs.params(), (6, hidden_size), dtype))
         self.norm1 = LayerNorm(eps=config.norm_eps)
-        self.attn = Attention(hidden_size, **heads, param_dtype=dtype, rngs=rngs)
+        self.attn = SelfAttention(hidden_size, **heads, param_dtype=dtype, rngs=rngs)
         self.cross = CrossAttention(hidden_size, **heads, param_dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(eps=config.norm_eps)
         self.mlp = MLP(hidden_size, 4 * hidden_size, param_dtype=dtype, rngs=rngs)
@@ -124,12 +133,12 @@ class PixArtBlock(nnx.Module):
         self,
         x: Float[Array, "B S C"],
         time: Float[Array, "B 6 C"],
-        caption: PromptEmbeddings,
+        prompt: PromptEmbeddings,
     ) -> Float[Array, "B S C"]:
         table = self.scale_shift_table.get_value().astype(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table + time, 1, 0)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        x = x + self.cross(x, *caption)
+        x = x + self.cross(x, *prompt)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -144,6 +153,7 @@ class SharedTime(nnx.Module):
         self.proj = Linear(
             hidden_size,
             6 * hidden_size,
+            role="modulation",
             param_dtype=param_dtype,
             init=nnx.initializers.normal(0.02),
             rngs=rngs,
@@ -163,7 +173,9 @@ class FinalLayer(nnx.Module):
         outputs = config.patch_size**2 * config.out_channels
         self.scale_shift_table = nnx.Param(init(rngs.params(), (2, hidden_size), dtype))
         self.norm = LayerNorm(eps=1e-6)
-        self.proj = Linear(hidden_size, outputs, param_dtype=dtype, init=zeros, rngs=rngs)
+        self.proj = Linear(
+            hidden_size, outputs, role="head", param_dtype=dtype, init=zeros, rngs=rngs
+        )
 
     def __call__(
         self, x: Float[Array, "B S C"], time: Float[Array, "B C"]
@@ -193,6 +205,7 @@ class PixArt(Model):
             config.caption_channels,
             config.hidden_size,
             outputs=config.hidden_size,
+            roles=("embedding", "embedding"),
             param_dtype=config.param_dtype,
             rngs=rngs,
         )
@@ -204,7 +217,7 @@ class PixArt(Model):
         return Layout(grid=(1, rows, columns))
 
     def __call__(
-        self, x: Float[Array, "B H W I"], t: Float[Array, " B"], caption: PromptEmbeddings
+        self, x: Float[Array, "B H W I"], t: Float[Array, " B"], prompt: PromptEmbeddings
     ) -> Float[Array, "B H W O"]:
         """Run the network.
 
@@ -212,7 +225,7 @@ class PixArt(Model):
             x: image [B, height, width, in_channels]; sides may differ from `sample_size` and from
                 each other, and must be multiples of `patch_size`.
             t: time in the units of the noise schedule, 0 ... 1000.
-            caption: states [B, T, caption_channels] and mask of a text encoder.
+            prompt: embeddings [B, T, caption_channels] and mask of a text encoder.
 
         Returns:
             [B, height, width, out_channels] in `config.dtype`.
@@ -225,10 +238,10 @@ class PixArt(Model):
             raise ValueError(
                 f"this PixArt takes images of {config.in_channels} channels, got {list(x.shape)}"
             )
-        if caption.states.shape[-1] != config.caption_channels:
+        if prompt.embeds.shape[-1] != config.caption_channels:
             raise ValueError(
                 f"this PixArt reads captions of {config.caption_channels} channels, got "
-                f"{list(caption.states.shape)}: is this another text encoder's output?"
+                f"{list(prompt.embeds.shape)}: is this another text encoder's output?"
             )
         rows, columns = (size // config.patch_size for size in x.shape[1:3])
         tokens = self.patch(x.astype(config.dtype))
@@ -241,8 +254,8 @@ class PixArt(Model):
         )
         tokens = tokens + jnp.asarray(positions, config.dtype)
         embedded, time = self.time(t)
-        states = self.caption_projection(caption.states.astype(config.dtype))
-        tokens = self.blocks(tokens, time, PromptEmbeddings(states, caption.mask))
+        states = self.caption_projection(prompt.embeds.astype(config.dtype))
+        tokens = self.blocks(tokens, time, PromptEmbeddings(states, prompt.mask))
         return unpatchify(self.final(tokens, embedded), rows, columns, patch=config.patch_size)
 
 

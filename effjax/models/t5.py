@@ -10,7 +10,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName, Positive
-from effjax.layers.attention import BiasedAttentionCore, Projections
+from effjax.layers.attention import BiasedAttention
+from effjax.layers.folding import QKV, Fold
 from effjax.layers.mlp import GatedMLP
 from effjax.layers.norms import RMSNorm
 from effjax.layers.stack import Stack
@@ -61,21 +61,6 @@ class T5Config(Checked):
             )
 
 
-class T5Attention(Projections):
-    """Self-attention with biases, without a scale."""
-
-    def __init__(self, hidden_size: int, **options: Any):
-        super().__init__(hidden_size, bias=False, **options)
-        self.core = BiasedAttentionCore(scale=1.0)
-
-    def __call__(
-        self, x: Float[Array, "B S C"], bias: Float[Array, "B H S S"]
-    ) -> Float[Array, "B S C"]:
-        q, k, v = (self.split(y) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        with jax.named_scope("attention"):
-            return self.merge(self.core(q, k, v, bias))
-
-
 class T5MLP(GatedMLP):
     """A GEGLU that outgrows float16: its two last products are float32 then, as in transformers."""
 
@@ -90,12 +75,21 @@ class T5Block(nnx.Module):
     The sum of the layers is float32: from layer to layer it grows out of float16's range.
     """
 
+    folds = (
+        Fold(QKV, "norm1", "norm"),
+        Fold(("mlp.gate", "mlp.up"), "norm2", "norm"),
+        Fold(("attn.to_out",), "attn.to_v", "linear"),
+        Fold(("mlp.down",), "mlp.up", "linear"),
+    )
+
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         hidden_size, dtype, eps = config.hidden_size, config.param_dtype, config.norm_eps
         self.dtype = jnp.dtype(config.dtype)
         self.norm1 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
-        self.attn = T5Attention(
+        self.attn = BiasedAttention(
             hidden_size,
+            scale=1.0,
+            bias=False,
             heads=config.num_heads,
             head_dim=config.head_dim,
             param_dtype=dtype,

@@ -307,7 +307,7 @@ class TextToImagePipeline(Pipeline):
     )
 
     # Of diffusers' PixArtSigmaPipeline: [negative, positive].
-    STEPS, GUIDANCE, ARRANGEMENT = 20, 4.5, Guidance(cond_first=False)
+    STEPS, GUIDANCE, ARRANGEMENT = 20, 4.5, Guidance(("uncond", "cond"))
 
     @runs_executables
     def __call__(

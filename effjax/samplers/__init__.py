@@ -10,7 +10,7 @@ from effjax.samplers.ddim import DDIM
 from effjax.samplers.ddpm import DDPM
 from effjax.samplers.dpm_solver import DPMSolver
 from effjax.samplers.flow_match import FlowMatchEuler
-from effjax.samplers.sampler import Carry, Sampler, check_keys, sample_keys
+from effjax.samplers.sampler import Sampler, check_keys, sample_keys
 from effjax.samplers.schedule import Schedule, step_noise
 from effjax.samplers.tables import Betas
 
@@ -18,7 +18,6 @@ __all__ = [
     "DDIM",
     "DDPM",
     "Betas",
-    "Carry",
     "DPMSolver",
     "FlowMatchEuler",
     "Sampler",

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,24 +23,9 @@ from effjax.buckets import Buckets, cut, joined, rows
 from effjax.context import Guidance, PyTree, Step
 from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
+from effjax.loops import Branches, Carry, Loop
 from effjax.samplers.schedule import Schedule
 from effjax.samplers.tables import at
-
-
-class Carry(NamedTuple):
-    """What goes from one step to the next.
-
-    Attributes:
-        x: samples float32[B, ...].
-        memory: the schedule's.
-        state: the forward's (caches of methods).
-        keys: one key per sample, for the noise that stochastic schedules add.
-    """
-
-    x: Float[Array, "B ..."]
-    memory: PyTree
-    state: StateDict
-    keys: Key[Array, " B"]
 
 
 class Part(NamedTuple):
@@ -53,8 +38,8 @@ class Part(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler:
-    """A schedule and classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
+class Sampler(Loop):
+    """A schedule and guidance (classifier-free: Ho & Salimans, arXiv 2207.12598).
 
     `jax.jit(sampler)(forward, params, cond, key)` is one program; `sampler.stepwise(...)` gives the
     same samples from a host loop. Both return float32[B, *shape] in the model's sample space
@@ -63,13 +48,15 @@ class Sampler:
     Attributes:
         schedule: when the network is called, and how its output moves the sample.
         guidance: scale s in uncond + s (cond - uncond). 1 is no guidance: one forward on B samples
-            in place of 2B.
-        arrangement: how conditional and unconditional inputs stand in a guided batch.
+            in place of 2B. For other branches, weights w by name, of all branches but one:
+            last + sum w_i (branch_i - last). Perturbed attention (arXiv 2403.17377) of scale p
+            beside s is {"cond": s + p, "perturbed": -p} with "uncond" the last.
+        arrangement: the branches and how they stand in a guided batch.
         shape: of one sample, for models that take several; the model's `sample_shape` if None.
     """
 
     schedule: Schedule
-    guidance: float = 1.0
+    guidance: float | Mapping[str, float] | tuple[tuple[str, float], ...] = 1.0
     arrangement: Guidance = dataclasses.field(default=Guidance())
     shape: tuple[int, ...] | None = None
 
@@ -78,14 +65,11 @@ class Sampler:
             raise TypeError(
                 f"schedule must be a noise schedule such as DDIM(steps=50), got {self.schedule!r}"
             )
-        number = isinstance(self.guidance, numbers.Real) and not isinstance(self.guidance, bool)
-        if not number or not 0 <= self.guidance < math.inf:
-            raise ValueError(
-                f"guidance must be a finite scale of at least 0 (1 is no guidance), got "
-                f"{self.guidance!r}"
-            )
         if not isinstance(self.arrangement, Guidance):
             raise TypeError(f"arrangement must be a Guidance, got {self.arrangement!r}")
+        if isinstance(self.guidance, Mapping):
+            object.__setattr__(self, "guidance", tuple(sorted(self.guidance.items())))
+        self._check_guidance()
         sides = self.shape or ()
         if self.shape is not None and (
             not isinstance(self.shape, tuple)
@@ -102,9 +86,44 @@ class Sampler:
         """Number of network calls of a whole trajectory."""
         return self.schedule.calls
 
+    def _check_guidance(self) -> None:
+        branches = self.arrangement.branches
+        if isinstance(self.guidance, tuple):
+            names = [name for name, _ in self.guidance]
+            left = [name for name in branches if name not in names]
+            if len(left) != 1 or len(names) != len(branches) - 1:
+                raise ValueError(
+                    f"weights of guidance are for all branches but one of {branches}, got {names}"
+                )
+            if wrong := [w for _, w in self.guidance if not _finite(w)]:
+                raise ValueError(f"weights of guidance are finite numbers, got {wrong}")
+            return
+        if not _finite(self.guidance) or self.guidance < 0:
+            raise ValueError(
+                f"guidance must be a finite scale of at least 0 (1 is no guidance), got "
+                f"{self.guidance!r}"
+            )
+        if self.guided and set(branches) != {"cond", "uncond"}:
+            raise ValueError(
+                f"one scale guides two branches, cond and uncond; for {branches} give weights, "
+                f'such as {{"cond": 7.0, "perturbed": -3.0}}'
+            )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the branches but the last one."""
+        if isinstance(self.guidance, tuple):
+            return {name: float(weight) for name, weight in self.guidance}
+        return {"cond": float(self.guidance)}  # pyright: ignore[reportArgumentType]
+
+    @property
+    def scale(self) -> float | None:
+        """The scale of classifier-free guidance; None without, and for weights of branches."""
+        return None if isinstance(self.guidance, tuple) or not self.guided else self.weights["cond"]
+
     @property
     def guided(self) -> bool:
-        """True if every call runs a conditional and an unconditional half."""
+        """True if every call runs several branches."""
         return self.guidance != 1.0
 
     @property
@@ -222,51 +241,6 @@ class Sampler:
         state = forward.init(params, *self.inputs(x, cond, uncond, 0), guidance=self.joined)
         return Carry(x, self.schedule.init(x), state, pairs[:, 1])
 
-    def run(
-        self,
-        forward: Forward,
-        params: Params,
-        carry: Carry,
-        cond: PyTree,
-        uncond: PyTree = None,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> Carry:
-        """Do the calls `start ... stop - 1` in one `lax.scan`, or one for each of its segments.
-
-        A plan may change parameters at `forward.boundaries`. Between two runs a caller may change
-        forward, parameters or state.
-        """
-        stop = self.calls if stop is None else stop
-        if not 0 <= start <= stop <= self.calls:
-            raise ValueError(
-                f"a segment of a {self.calls}-call trajectory needs 0 <= start <= stop <= "
-                f"{self.calls}; got start={start}, stop={stop}"
-            )
-        uncond = self.unconditional(forward, cond, uncond)
-
-        for own, first, last in forward.segments(start, stop):
-
-            def body(carry: Carry, step: Array, own: Forward = own) -> tuple[Carry, None]:
-                return self.step(own, params, carry, cond, uncond, step), None
-
-            carry, _ = jax.lax.scan(body, carry, jnp.arange(first, last, dtype=jnp.int32))
-        return carry
-
-    def step(
-        self,
-        forward: Forward,
-        params: Params,
-        carry: Carry,
-        cond: PyTree,
-        uncond: PyTree,
-        step: Step,
-    ) -> Carry:
-        """One call of the network and the update that follows."""
-        out, _, state = self.network(forward, params, carry.state, carry.x, cond, uncond, step)
-        return self.update(carry._replace(state=state), out, step)
-
     def network(
         self,
         forward: Forward,
@@ -291,7 +265,8 @@ class Sampler:
     ) -> tuple[Float[Array, "N ..."], Float[Array, " N"], PyTree]:
         """The network's inputs (sample, time, condition) at a step, joined if guided."""
         if self.guided:
-            x, cond = self.arrangement.duplicate(x), self.arrangement.join(cond, uncond)
+            x = self.arrangement.duplicate(x)
+            cond = self.arrangement.join(self._conditions(cond, uncond))
         (time,) = at((self.schedule.times,), step)
         return x, jnp.full(x.shape[:1], time), cond
 
@@ -303,10 +278,20 @@ class Sampler:
         """
         if not self.guided:
             return raw
-        cond, uncond = self.arrangement.split(raw.astype(jnp.float32))
-        rest = cond[..., channels:]
-        cond, uncond = cond[..., :channels], uncond[..., :channels]
-        return jnp.concatenate([uncond + float(self.guidance) * (cond - uncond), rest], axis=-1)
+        parts = self.arrangement.split(raw.astype(jnp.float32))
+        rest, weights = parts["cond"][..., channels:], self.weights
+        (last,) = (part[..., :channels] for name, part in parts.items() if name not in weights)
+        guided = last
+        for name, weight in weights.items():
+            guided = guided + weight * (parts[name][..., :channels] - last)
+        return jnp.concatenate([guided, rest], axis=-1)
+
+    def _conditions(self, cond: PyTree, uncond: PyTree) -> dict[str, PyTree]:
+        """Conditions of all branches by name."""
+        others = uncond.conditions if isinstance(uncond, Branches) else {"uncond": uncond}
+        return {
+            name: others.get(name, cond) for name in self.arrangement.branches if name != "cond"
+        } | {"cond": cond}
 
     def update(self, carry: Carry, out: Float[Array, "B ..."], step: Step) -> Carry:
         """Move samples and memory by a guided output; `carry.state` is already the new one."""
@@ -339,14 +324,23 @@ class Sampler:
         """`uncond`, or the model's null condition; None if the sampler does not guide."""
         if not self.guided:
             return None
-        if uncond is not None:
+        named = uncond.conditions if isinstance(uncond, Branches) else {}
+        if "uncond" not in self.arrangement.branches or "uncond" in named:
+            return Branches({}) if uncond is None else uncond
+        if uncond is not None and not isinstance(uncond, Branches):
             return uncond
         if not hasattr(forward.config, "null_condition"):
             raise ValueError(
                 f"{type(forward.config).__name__} has no null condition: pass uncond=, or sample "
                 f"with guidance=1.0"
             )
-        return forward.config.null_condition(cond)
+        null = forward.config.null_condition(cond)
+        return Branches({**named, "uncond": null}) if named else null
+
+
+def _finite(value: object) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, " B"]:

@@ -21,10 +21,10 @@ import numpy as np
 
 from effjax.capture import tap
 from effjax.forward import flatten_params, nest_params
+from effjax.layers.folding import fold, folds
 from effjax.layers.linear import Linear
 from effjax.methods.quantization import vidit_q
 from effjax.quant import Activations, Quantizer, qdot, quantize_matrix
-from effjax.quant.folding import fold, folds
 from effjax.quant.hadamard import Rotation
 from effjax.transform import Pair
 from experiments import report
@@ -40,10 +40,7 @@ def planted(pair: Pair, *, channels: int = 4, factor: float = 30.0, seed: int = 
     forward, params = pair
     flat = flatten_params(params)
     rng = np.random.default_rng(seed)
-    blocks = [
-        (target.path, type(target.module).__name__) for target in forward.target_modules(params)
-    ]
-    for where in folds(blocks):
+    for where in folds(forward.target_modules(params)):
         if where.kind == "adaln":
             scale = np.ones(forward.config.hidden_size, np.float32)
             scale[rng.choice(scale.size, channels, replace=False)] = factor

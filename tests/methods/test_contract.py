@@ -7,20 +7,40 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import effjax
-from effjax import fields, recipe
+from effjax import fields, recipe, registry, testing
 from effjax.cost import sampler_cost, state_bytes, weight_bytes
 from effjax.generate import Reading
 from effjax.registry import methods
 from effjax.samplers import sample_keys
+from tests.subjects import first_block_cache, step_cache, token_merging
+from tests.subjects.joint import Joint, tiny_joint
 from tests.test_fields import NOWHERE
 
 METHODS = list(methods().values())
+# Sketches of what comes next, on models of one and of two streams.
+SKETCHES = [
+    step_cache.declaration(tiny_joint),
+    first_block_cache.declaration(testing.tiny_dit),
+    token_merging.declaration(tiny_joint),
+]
 
 
-@pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
+@pytest.fixture(scope="module", autouse=True)
+def _known():
+    """Saved models name their model and methods: the sketches are among them here."""
+    known = {**methods(), **{method.name: method for method in SKETCHES}}
+    models = {**registry.models(), "Joint": Joint}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "methods", lambda: known)
+        patch.setattr(registry, "models", lambda: models)
+        yield
+
+
+@pytest.fixture(scope="module", params=METHODS + SKETCHES, ids=lambda method: method.name)
 def method(request):
     return request.param
 
@@ -37,11 +57,12 @@ def strongest(method, subject):
     return transform(subject.forward, subject.params)
 
 
-def sample(subject, forward, params, *, cond=None, key=None):
-    cond = subject.cond if cond is None else cond
-    return jax.jit(subject.sampler)(
-        forward, params, cond, jax.random.key(0) if key is None else key
-    )
+def sample(subject, forward, params, *, rows=slice(None), key=None):
+    """Samples of some rows of the subject's conditions."""
+    cond, uncond = jax.tree.map(lambda x: x[rows], (subject.cond, subject.uncond))
+    options = {} if uncond is None else {"uncond": uncond}
+    key = jax.random.key(0) if key is None else key
+    return jax.jit(subject.sampler)(forward, params, cond, key, **options)
 
 
 def test_identity_changes_nothing_to_the_bit(method, subject):
@@ -70,8 +91,9 @@ def test_the_second_call_does_not_trace(method, subject):
     @jax.jit
     def run(forward, params, cond):
         traces.append(None)
-        carry = subject.sampler.init(forward, params, cond, jax.random.key(0))
-        uncond = subject.sampler.unconditional(forward, cond)
+        options = {"uncond": subject.uncond}
+        carry = subject.sampler.init(forward, params, cond, jax.random.key(0), **options)
+        uncond = subject.sampler.unconditional(forward, cond, subject.uncond)
         return subject.sampler.step(forward, params, carry, cond, uncond, 1)
 
     for _ in range(2):  # made anew each time: equal by value is enough
@@ -80,13 +102,16 @@ def test_the_second_call_does_not_trace(method, subject):
     assert len(traces) == 1
 
 
-def test_a_sample_does_not_depend_on_its_neighbors(subject, strongest):
-    three = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), subject.cond)
-    batch = sample(subject, *strongest, cond=three)
+def test_a_sample_does_not_depend_on_its_neighbors(method, subject):
+    """Under every plan of the ladder, unless the method decides for whole batches and says so."""
+    if method.decides == "batch":
+        pytest.skip("it decides for the whole batch")
     keys = sample_keys(jax.random.key(0), 3)
-    last = jax.tree.map(lambda x: x[2:], three)
-    alone = sample(subject, *strongest, cond=last, key=keys[2:])
-    chex.assert_trees_all_close(batch[2:], alone, atol=1e-4)
+    for plan in method.ladder(subject):
+        pair = method.transform(plan)(subject.forward, subject.params)
+        batch = sample(subject, *pair, rows=np.array([0, 1, 0]))
+        alone = sample(subject, *pair, rows=slice(0, 1), key=keys[2:])
+        chex.assert_trees_all_close(batch[2:], alone, atol=1e-4)
 
 
 def test_it_changes_the_samples_and_keeps_them_finite(subject, strongest):
@@ -103,9 +128,10 @@ def test_the_dtype_is_kept(method, dtype):
     forward, params = method.transform(method.ladder(subject)[-1])(subject.forward, subject.params)
     sampler = subject.sampler
     carry = jax.eval_shape(
-        lambda p: sampler.init(forward, p, subject.cond, jax.random.key(0)), params
+        lambda p: sampler.init(forward, p, subject.cond, jax.random.key(0), uncond=subject.uncond),
+        params,
     )
-    uncond = sampler.unconditional(forward, subject.cond)
+    uncond = sampler.unconditional(forward, subject.cond, subject.uncond)
     _, raw, state = jax.eval_shape(
         lambda p, s, x: sampler.network(forward, p, s, x, subject.cond, uncond, 0),
         params,
@@ -121,8 +147,9 @@ def test_the_dtype_is_kept(method, dtype):
 def test_gradients_are_finite(subject, strongest):
     forward, params = strongest
     sampler = subject.sampler
-    uncond = sampler.unconditional(forward, subject.cond)
-    carry = sampler.init(forward, params, subject.cond, jax.random.key(0))
+    uncond = sampler.unconditional(forward, subject.cond, subject.uncond)
+    options = {"uncond": subject.uncond}
+    carry = sampler.init(forward, params, subject.cond, jax.random.key(0), **options)
 
     def loss(params):
         out, _, _ = sampler.network(forward, params, carry.state, carry.x, subject.cond, uncond, 0)
@@ -170,15 +197,21 @@ def test_cost_falls_along_the_ladder(method, subject):
     ladder = method.ladder(subject)
     assert len(ladder) >= 3
 
-    def cost(forward, params):
+    def cost(forward, params, share=1.0):
         if method.seams == ("leaves",):  # as many products, of fewer bits
             return weight_bytes(params)
         if isinstance(subject.sampler, Reading):  # what a cache holds
             state = subject.sampler.init(forward, params, subject.cond).state
             return state_bytes(state)
-        return sampler_cost(subject.sampler, forward, params, subject.cond).flops
+        # Of what depends on values, what is expected to be computed: less at a higher threshold.
+        branch = "max" if method.decides is None else share
+        options = {"uncond": subject.uncond, "branch": branch}
+        return sampler_cost(subject.sampler, forward, params, subject.cond, **options).flops
 
-    costs = [cost(*method.transform(plan)(subject.forward, subject.params)) for plan in ladder]
+    costs = []
+    for place, plan in enumerate(ladder):
+        share = 1 - (place + 1) / (len(ladder) + 1)
+        costs.append(cost(*method.transform(plan)(subject.forward, subject.params), share))
     dense = cost(subject.forward, subject.params)
     assert dense > costs[0]
     assert all(stronger < weaker for weaker, stronger in itertools.pairwise(costs)), costs
@@ -196,7 +229,8 @@ def test_stateful_neighbors_keep_their_state(method, subject):
 
 
 def _initial_state(subject, forward, params):
-    return subject.sampler.init(forward, params, subject.cond, jax.random.key(0)).state
+    options = {"uncond": subject.uncond}
+    return subject.sampler.init(forward, params, subject.cond, jax.random.key(0), **options).state
 
 
 def test_the_declaration_is_complete(method, subject):

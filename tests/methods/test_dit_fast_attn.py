@@ -12,7 +12,7 @@ from flax import nnx
 from effjax import testing
 from effjax.context import Guidance, Layout, Model
 from effjax.forward import functional
-from effjax.layers.attention import Attention
+from effjax.layers.attention import SelfAttention
 from effjax.methods.attention.dit_fast_attn import (
     CANDIDATES,
     DiTFastAttnPlan,
@@ -69,29 +69,29 @@ def by_formula(subject, plan, arrangement):
             yield x, cached
             continue
         halved = value in (WARS_ASC, FULL_ASC)
-        q, k, v = attn.project(arrangement.cond(x) if halved else x)
+        q, k, v = attn.project(arrangement.branch("cond", x) if halved else x)
         if value in (FULL, FULL_ASC):
             o = attend(q, k, v)
             if need:
                 residual = o - attend(q, k, v, mask)
                 residual = arrangement.duplicate(residual) if halved else residual
         else:
-            kept = arrangement.cond(residual) if halved else residual
+            kept = arrangement.branch("cond", residual) if halved else residual
             o = attend(q, k, v, mask) + kept
         y = attn.merge(o)
         cached = arrangement.duplicate(y) if halved else y
         yield x, cached
 
 
-@pytest.mark.parametrize("cond_first", [True, False])
+@pytest.mark.parametrize("branches", [("cond", "uncond"), ("uncond", "cond")])
 @pytest.mark.parametrize("paired", [True, False])
-def test_every_strategy_follows_the_formula(subject, cond_first, paired):
+def test_every_strategy_follows_the_formula(subject, branches, paired):
     """Run one attention layer by the plan, through a module that is nothing but that layer."""
 
     class Alone(Model):
         def __init__(self):
             self.config = subject.forward.config
-            self.attn = Attention(16, heads=2, head_dim=8, rngs=nnx.Rngs(0))
+            self.attn = SelfAttention(16, heads=2, head_dim=8, rngs=nnx.Rngs(0))
 
         def layout(self, x):
             return Layout(grid=(1, 8, 8))
@@ -99,7 +99,7 @@ def test_every_strategy_follows_the_formula(subject, cond_first, paired):
         def __call__(self, x):
             return self.attn(x)
 
-    arrangement = Guidance(cond_first, paired)
+    arrangement = Guidance(branches, paired)
     strategies = (FULL, WARS, AST, WARS_ASC, FULL_ASC, WARS, WARS_ASC, AST, FULL, FULL_ASC, AST)
     plan = plan_of(*strategies, layers=1)
     forward, _ = functional(Alone())
@@ -152,7 +152,11 @@ def test_either_batch_order_gives_the_same_images(subject):
             plan,
             sampler=dataclasses.replace(subject.sampler, arrangement=Guidance(*order)),
         )
-        for order in ((True, False), (False, False), (True, True))
+        for order in (
+            (("cond", "uncond"), False),
+            (("uncond", "cond"), False),
+            (("cond", "uncond"), True),
+        )
     ]
     chex.assert_trees_all_close(images[0], images[1], atol=1e-5)
     chex.assert_trees_all_close(images[0], images[2], atol=1e-5)

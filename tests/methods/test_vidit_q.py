@@ -13,10 +13,10 @@ import effjax
 from effjax import testing
 from effjax.capture import tap
 from effjax.forward import METHODS, abstract, flatten_params, nest_params
+from effjax.layers.folding import fold, folds
 from effjax.methods import dit_fast_attn, round_to_nearest, vidit_q
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.quant import Activations, QTensor, Quantizer, qdot, quantize_matrix
-from effjax.quant.folding import fold, folds
 from effjax.quant.hadamard import Rotation
 from effjax.samplers import DDIM, Sampler
 from effjax.search.sensitivity import (
@@ -186,9 +186,8 @@ def test_more_bits_are_nearer_to_the_model(subject, calibration):
 
 def test_masks_are_folded_where_they_can_be(subject):
     """Without rounding the folded model is the model; with it, shared scales cost little."""
-    blocks = [(f"blocks.{i}", "DiTBlock") for i in range(2)]
     flat = flatten_params(subject.params)
-    found = folds(blocks)
+    found = folds(subject.forward.target_modules(subject.params))
     assert [len(where.readers) for where in found] == [3, 1, 1] * 2
     for i, where in enumerate(found):
         width = flat[f"{where.readers[0]}.kernel"].shape[0]
@@ -218,7 +217,7 @@ def test_factors_are_folded_into_the_norms_of_a_text_encoder():
     forward, shapes = abstract(T5Encoder, config)
     params = testing.random_params(shapes)
     flat = flatten_params(params)
-    for i, where in enumerate(folds([("blocks.0", "T5Block")])):
+    for i, where in enumerate(folds(forward.target_modules(shapes))):
         width = flat[f"{where.readers[0]}.kernel"].shape[0]
         smoothing_scale = jnp.asarray(np.random.default_rng(i).uniform(0.5, 2, width), jnp.float32)
         flat = fold(flat, where, smoothing_scale)

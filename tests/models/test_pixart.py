@@ -156,7 +156,7 @@ def test_bad_inputs():
         subject.forward(subject.params, {}, jnp.ones((2, 16, 16, 3)), t, subject.cond)
     with pytest.raises(ValueError, match="multiples of the patch size"):
         subject.forward(subject.params, {}, jnp.ones((2, 15, 16, 4)), t, subject.cond)
-    wide = subject.cond._replace(states=jnp.ones((2, 5, 9)))
+    wide = subject.cond._replace(embeds=jnp.ones((2, 5, 9)))
     with pytest.raises(ValueError, match="captions of 12 channels"):
         subject.forward(subject.params, {}, jnp.ones((2, 16, 16, 4)), t, wide)
     with pytest.raises(ValueError, match="PixArtConfig has no null condition: pass uncond="):

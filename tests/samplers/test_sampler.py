@@ -15,9 +15,10 @@ import pytest
 from effjax.context import Guidance, State
 from effjax.forward import abstract
 from effjax.layers.stack import Stack
+from effjax.loops import Carry
 from effjax.models.dit import DiT, DiTConfig
 from effjax.samplers import DDIM, DDPM, DPMSolver, Sampler, sample_keys
-from effjax.samplers.sampler import Carry, _compiled_step
+from effjax.samplers.sampler import _compiled_step
 from effjax.targets import Wrapper, target_modules, wrap
 
 NULL = 5
@@ -114,7 +115,7 @@ def test_a_sample_does_not_depend_on_its_batch(model, key):
     assert not np.allclose(eight[1], eight[7])  # the same label, another key
 
 
-@pytest.mark.parametrize("arrangement", [Guidance(), Guidance(cond_first=False, paired=True)])
+@pytest.mark.parametrize("arrangement", [Guidance(), Guidance(("uncond", "cond"), paired=True)])
 def test_the_pieces_make_the_loop(model, key, arrangement):
     """A caller's own loop; any arrangement gives the same samples."""
     sampler = dataclasses.replace(SAMPLER, arrangement=arrangement)

@@ -39,17 +39,30 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from effjax import metrics, testing
-from effjax.context import Context, Guidance, PyTree, State, Step, is_static, switch
+from effjax.context import (
+    Context,
+    Guidance,
+    PyTree,
+    State,
+    StateTree,
+    Step,
+    current_layout,
+    is_static,
+    switch,
+)
 from effjax.fields import Count, Natural, NotNegative
 from effjax.forward import Forward, Params
-from effjax.layers.attention import Attention, AttentionCore
-from effjax.samplers import Carry, Sampler
-from effjax.targets import Wrapper, target_modules, wrap
+from effjax.layers.attention import Attention, AttentionCore, attentions
+from effjax.loops import Carry
+from effjax.samplers import Sampler
+from effjax.targets import AttentionKind, Wrapper, wrap
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Band, visible_pairs
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.residual_attention import dense_and_sparse_attention
+
+KINDS: tuple[AttentionKind, ...] = ("self", "joint")  # of attention that plans are for
 
 METRICS = {
     "relative": metrics.relative_difference,
@@ -209,7 +222,7 @@ def transform(plan: DiTFastAttnPlan) -> Transform:
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
-        layers = len(forward.target_modules(params, Attention))
+        layers = len(attentions(forward.module(params), *KINDS))
         if layers != plan.layers:
             raise ValueError(
                 f"the plan has {plan.layers} layers (model {plan.model!r}), but this model has "
@@ -239,9 +252,7 @@ class DiTFastAttn:
                 f"step {context.step} lies outside the plan, which has {plan.calls} network calls. "
                 f"Use a sampler with {plan.calls} calls, or search a plan for this one."
             )
-        for target, strategies, need in zip(
-            target_modules(module, Attention), plan.strategies, plan.need
-        ):
+        for target, strategies, need in zip(attentions(module, *KINDS), plan.strategies, plan.need):
             row = [_action(value, fresh) for value, fresh in zip(strategies, need)]
             step = context.step
             action = row[step] if is_static(step) else jnp.asarray(row, jnp.int32)[step]
@@ -259,7 +270,7 @@ class _Candidate:
     window: int
 
     def __call__(self, module: nnx.Module, context: Context) -> None:
-        for layer, target in enumerate(target_modules(module, Attention)):
+        for layer, target in enumerate(attentions(module, *KINDS)):
             action = self.actions[layer]
             guidance = context.guidance
             wrap(module, target.path, FastAttention, action, self.possible, self.window, guidance)
@@ -298,37 +309,47 @@ class FastAttention(Wrapper):
                 "the plan shares attention over guidance halves (WARS_ASC, FULL_ASC), but this "
                 "call is not guided. Sample with guidance, or search a plan without it."
             )
+        others = set() if guidance is None else {*guidance.branches} - {"cond", "uncond"}
+        if others and any(strategy.halved for strategy in used):
+            raise ValueError(
+                f"the plan shares the conditional half of attention with all others (WARS_ASC, "
+                f"FULL_ASC), but this call has the branches {', '.join(sorted(others))} too, which "
+                f"would become equal to it. Search a plan without these strategies."
+            )
         self.action = action if is_static(action) else nnx.data(action)
         self.actions = tuple(sorted(actions))
         self.window = window
         self.guidance = guidance or Guidance()  # never asked if the batch is not guided
         self.shares_output = Strategy.AST in used
-        self.output = State()
+        self.output = StateTree.of(inner)
         self.residual = State()  # a state that no action touches is not kept
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: PyTree) -> PyTree:
         branches = {action: partial(_attend, action=action) for action in self.actions}
         return switch(self.action, branches, self, x)
 
 
-def _attend(module: FastAttention, x: jax.Array, *, action: int) -> jax.Array:
-    """One action on tokens [B, N, C] after norm and modulation."""
+def _attend(module: FastAttention, x: PyTree, *, action: int) -> PyTree:
+    """One action on tokens [B, N, C], or on streams of them, after norm and modulation."""
     strategy, fresh = Strategy(action // 2), bool(action % 2)
     if strategy is Strategy.AST:
-        return module.output.read(x.shape, x.dtype)
+        return module.output.read(x)
     guidance = module.guidance
     attention = module.inner
-    q, k, v = attention.project(guidance.cond(x) if strategy.halved else x)
+    own = guidance.branch("cond", x) if strategy.halved else x
+    q, k, v = attention.project(own)
+    q, k = attention.rotate(q, k)
     if strategy.windowed:
-        residual = module.residual.read((x.shape[0], *q.shape[1:]), q.dtype)
-        residual = guidance.cond(residual) if strategy.halved else residual
+        batch = jax.tree.leaves(x)[0].shape[0]
+        residual = module.residual.read((batch, *q.shape[1:]), q.dtype)
+        residual = guidance.branch("cond", residual) if strategy.halved else residual
         o = _window(q, k, v, module.window) + residual
     else:
         o, window = _dense(attention, q, k, v, module.window if fresh else None)
         if window is not None:
             residual = (o.astype(jnp.float32) - window.astype(jnp.float32)).astype(o.dtype)
             module.residual.write(guidance.duplicate(residual) if strategy.halved else residual)
-    y = attention.merge(o)
+    y = attention.merge(o, own)
     y = guidance.duplicate(y) if strategy.halved else y
     if module.shares_output:
         module.output.write(y)
@@ -342,16 +363,31 @@ def _dense(
     if window is None:
         return attention.core(q, k, v), None
     if type(attention.core) is AttentionCore and window < q.shape[1] - 1:
+        _check_raster()
         with jax.named_scope("attention"):
             return dense_and_sparse_attention(q, k, v, Band(window))
     return attention.core(q, k, v), _window(q, k, v, window)
 
 
 def _window(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
+    _check_raster()
     with jax.named_scope("attention"):
         if window >= q.shape[1] - 1:
             return dense_attention(q, k, v)
         return block_sparse_attention(q, k, v, Band(window))
+
+
+def _check_raster() -> None:
+    """Raise ValueError if the tokens of this call are no image alone, which windows are for."""
+    layout = current_layout()
+    if layout is None:
+        return
+    layout.raster("window attention (dit_fast_attn's WARS)")
+    if layout.text:
+        raise ValueError(
+            f"window attention is for image tokens alone, and this sequence has {layout.text} of "
+            f"text too. Search a plan with candidates that have no window (AST, FULL_ASC)."
+        )
 
 
 def _check_tokens(tokens: int, context: Context) -> None:
@@ -404,7 +440,7 @@ def search(
     Raises:
         ValueError: for a negative threshold, an unknown metric, or a model without self-attention.
     """
-    layers = len(forward.target_modules(params, Attention))
+    layers = len(attentions(forward.module(params), *KINDS))
     if threshold < 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
     if metric not in METRICS:
@@ -483,7 +519,7 @@ def search(
         strategies=tuple(map(tuple, strategies)),
         tokens=tokens,
         window=reach,
-        guidance=float(sampler.guidance) if sampler.guided else None,
+        guidance=sampler.scale,
         threshold=float(threshold),
         metric=metric,
         sampler=repr(sampler.schedule),
@@ -518,7 +554,7 @@ def _ladder(subject: testing.Subject) -> tuple[DiTFastAttnPlan, ...]:
 
 
 def _for(subject: testing.Subject, pattern: tuple[Strategy, ...]) -> DiTFastAttnPlan:
-    layers = len(subject.forward.target_modules(subject.params, Attention))
+    layers = len(attentions(subject.forward.module(subject.params), *KINDS))
     calls, tokens = subject.sampler.calls, subject.forward.config.tokens
     return uniform(pattern, layers=layers, calls=calls, tokens=tokens)
 

@@ -38,6 +38,7 @@ from effjax.capture import statistics, tap
 from effjax.context import PyTree
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention
+from effjax.layers.folding import Fold, fits, fold, folds
 from effjax.layers.linear import Linear
 from effjax.methods.quantization.round_to_nearest import (
     FLOAT,
@@ -47,7 +48,6 @@ from effjax.methods.quantization.round_to_nearest import (
 )
 from effjax.models.llama import Llama
 from effjax.quant import Quantizer, fake_quantize, quantize_matrix
-from effjax.quant.folding import Fold, fits, fold, folds
 from effjax.transform import Method, Pair, Transform
 
 Scales = Mapping[str, Array]  # s [I] by the path of what makes the inputs
@@ -242,10 +242,11 @@ def _places(plan: AWQPlan, forward: Forward, params: Params) -> list[Fold]:
     """Where scales can go, of layers that get quantized values."""
     decided = set(plan.decided(forward, params, Linear))
     flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
-    blocks = [
-        (target.path, type(target.module).__name__) for target in forward.target_modules(params)
+    return [
+        each
+        for each in folds(forward.target_modules(params))
+        if set(each.readers) <= decided and fits(flat, each)
     ]
-    return [each for each in folds(blocks) if set(each.readers) <= decided and fits(flat, each)]
 
 
 def _calibrate(

@@ -42,11 +42,12 @@ from effjax.capture import Tap, tapped_call
 from effjax.context import Context, PyTree
 from effjax.fields import Count, Natural, OneOf, Share
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
+from effjax.layers.folding import fits, fold, folds
 from effjax.layers.linear import Linear
+from effjax.loops import Carry
 from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
-from effjax.quant.folding import fits, fold, folds
 from effjax.quant.hadamard import Rotation
-from effjax.samplers import Carry, Sampler
+from effjax.samplers import Sampler
 from effjax.search.allocation import allocate, bit_budget, split_bits
 from effjax.search.sensitivity import (
     Metric,
@@ -87,7 +88,7 @@ class ViDiTQPlan(Plan):
         calls: network calls of the sampler that a plan of several segments fits.
         seed: of the rotations' signs.
         strict: whether a width without a Hadamard matrix is an error; else it is rotated in blocks.
-        fold: put smoothing scales into the layers and norms before, where `effjax.quant.folding`
+        fold: put smoothing scales into the layers and norms before, where `effjax.layers.folding`
             knows how: layers that read the same inputs share a smoothing scale, which costs nothing
             when the model runs.
     """
@@ -369,10 +370,7 @@ def _fold(
 ) -> tuple[dict[str, Any], set[str]]:
     """Leaves with scales folded where that is possible, and the layers that need none any more."""
     done: set[str] = set()
-    blocks = [
-        (target.path, type(target.module).__name__) for target in forward.target_modules(params)
-    ]
-    for where in folds(blocks):
+    for where in folds(forward.target_modules(params)):
         rules = [plan.rule(reader) for reader in where.readers]
         alphas = {None if rule is None else rule[3] for rule in rules}
         (alpha, *others) = alphas

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
+
+from effjax.layers.stack import Stack
+from effjax.targets import TargetModule, original
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,37 +48,39 @@ class Fold:
         return dataclasses.replace(self, readers=readers, source=f"{block}.{self.source}")
 
 
-_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-
-# By the class of a block.
-FOLDS: Mapping[str, tuple[Fold, ...]] = {
-    "DiTBlock": (
-        Fold(_QKV, "modulation", "adaln", 0),
-        Fold(("mlp.fc1",), "modulation", "adaln", 3),
-        Fold(("attn.to_out",), "attn.to_v", "linear"),
-    ),
-    "PixArtBlock": (
-        Fold(("attn.to_out",), "attn.to_v", "linear"),
-        Fold(("cross.to_out",), "cross.to_v", "linear"),
-    ),
-    "T5Block": (
-        Fold(_QKV, "norm1", "norm"),
-        Fold(("mlp.gate", "mlp.up"), "norm2", "norm"),
-        Fold(("attn.to_out",), "attn.to_v", "linear"),
-        Fold(("mlp.down",), "mlp.up", "linear"),
-    ),
-    "LlamaBlock": (
-        Fold(_QKV, "norm1", "norm"),
-        Fold(("mlp.gate", "mlp.up"), "norm2", "norm"),
-        Fold(("attn.to_out",), "attn.to_v", "linear"),  # without grouped keys
-        Fold(("mlp.down",), "mlp.up", "linear"),
-    ),
-}
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 
 
-def folds(blocks: Iterable[tuple[str, str]], pattern: str = ".*") -> tuple[Fold, ...]:
-    """The folds of blocks, given as (path, name of its class), whose readers all match."""
-    found = (fold.within(path) for path, kind in blocks for fold in FOLDS.get(kind, ()))
+def folds(targets: Sequence[TargetModule], pattern: str = ".*") -> tuple[Fold, ...]:
+    """Where the blocks of a model say that factors can go, for readers that all match.
+
+    A block says it as `folds`, a tuple of `Fold`s with paths relative to itself.
+
+    Args:
+        targets: all modules of a model.
+        pattern: regular expression that the whole path of every reader must match.
+
+    Raises:
+        ValueError: if the blocks of the model do not say it.
+    """
+    silent = {
+        type(original(block)).__name__
+        for target in targets
+        if isinstance(target.module, Stack)
+        for block in target.module
+        if not hasattr(original(block), "folds")
+    }
+    if silent:
+        raise ValueError(
+            f"{', '.join(sorted(silent))} does not say where factors on its layers' inputs can go "
+            f"instead: give the class `folds`, a tuple of effjax.layers.folding.Fold (empty if "
+            f"there is no place), or leave out folding"
+        )
+    found = (
+        fold.within(target.path)
+        for target in targets
+        for fold in getattr(target.module, "folds", ())
+    )
     return tuple(
         fold for fold in found if all(re.fullmatch(pattern, reader) for reader in fold.readers)
     )

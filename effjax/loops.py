@@ -1,0 +1,159 @@
+"""Loops: how often a forward is called, and on what.
+
+A loop makes a known number of network calls. Samplers of diffusion models and the teacher-forced
+reading of a language model are loops; costs, searches and calibrations drive the pieces of any loop
+themselves, and the contract of methods runs on all of them.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from effjax.context import Guidance, PyTree, Step
+from effjax.forward import Forward, Params, StateDict
+
+
+class Carry(NamedTuple):
+    """What goes from one call to the next.
+
+    Attributes:
+        x: what the loop makes: samples float32[B, ...], or logits [B, calls, V].
+        memory: of the loop's own arithmetic, such as a multistep schedule's.
+        state: the forward's (caches of methods).
+        keys: one PRNG key per sample, for loops that draw.
+    """
+
+    x: Float[Array, "B ..."]
+    memory: PyTree
+    state: StateDict
+    keys: Key[Array, " B"] | Float[Array, " 0"]
+
+
+class Branches(NamedTuple):
+    """Conditions of the branches of guidance other than "cond", where there are more than two.
+
+    Attributes:
+        conditions: trees of arrays [B, ...] by the name of the branch; a branch that is missing has
+            the condition of "cond".
+    """
+
+    conditions: dict[str, PyTree]
+
+
+class Loop(abc.ABC):
+    """The protocol of a loop: its pieces are functions of the forward, and it keeps nothing.
+
+    `cond` is what each sample is made from, `uncond` its unconditional counterpart (or `Branches`),
+    None for a loop without guidance.
+
+    Attributes:
+        apart: calls whose shapes differ from those of the others: they are traced by themselves,
+            at a static step.
+    """
+
+    apart: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    @abc.abstractmethod
+    def calls(self) -> int:
+        """Number of network calls of a whole run."""
+
+    @property
+    def joined(self) -> Guidance | None:
+        """How branches of guidance stand in the network's batch, None without guidance."""
+        return None
+
+    def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
+        """`uncond`, or what the model has for it; None if the loop does not guide."""
+        return None
+
+    @abc.abstractmethod
+    def init(
+        self,
+        forward: Forward,
+        params: Params,
+        cond: PyTree,
+        key: Any = None,
+        *,
+        uncond: PyTree = None,
+    ) -> Carry:
+        """What there is before the first call."""
+
+    @abc.abstractmethod
+    def inputs(self, x: Array, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
+        """What the network is given at a call."""
+
+    @abc.abstractmethod
+    def network(
+        self,
+        forward: Forward,
+        params: Params,
+        state: StateDict,
+        x: Array,
+        cond: PyTree,
+        uncond: PyTree,
+        step: Step,
+    ) -> tuple[Array, Array, StateDict]:
+        """Call the network: its guided output, its raw output and the next state."""
+
+    @abc.abstractmethod
+    def update(self, carry: Carry, out: Array, step: Step) -> Carry:
+        """What an output does to the carry; `carry.state` is already the new one."""
+
+    def step(
+        self,
+        forward: Forward,
+        params: Params,
+        carry: Carry,
+        cond: PyTree,
+        uncond: PyTree,
+        step: Step,
+    ) -> Carry:
+        """One call of the network and the update that follows."""
+        out, _, state = self.network(forward, params, carry.state, carry.x, cond, uncond, step)
+        return self.update(carry._replace(state=state), out, step)
+
+    def run(
+        self,
+        forward: Forward,
+        params: Params,
+        carry: Carry,
+        cond: PyTree,
+        uncond: PyTree = None,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Carry:
+        """Do the calls `start ... stop - 1` in one `lax.scan`, or one for each of its segments.
+
+        A plan may change parameters at `forward.boundaries`. Between two runs a caller may change
+        forward, parameters or state.
+
+        Raises:
+            ValueError: for calls that there are not.
+        """
+        stop = self.calls if stop is None else stop
+        if not 0 <= start <= stop <= self.calls:
+            raise ValueError(
+                f"a segment of a {self.calls}-call trajectory needs 0 <= start <= stop <= "
+                f"{self.calls}; got start={start}, stop={stop}"
+            )
+        uncond = self.unconditional(forward, cond, uncond)
+        for own, first, last in forward.segments(start, stop):
+            cuts = {first, last, *self.apart, *(call + 1 for call in self.apart)}
+            for begin, end in itertools.pairwise(sorted(c for c in cuts if first <= c <= last)):
+                if begin in self.apart:
+                    carry = self.step(own, params, carry, cond, uncond, begin)
+                    continue
+
+                def body(carry: Carry, step: Array, own: Forward = own) -> tuple[Carry, None]:
+                    return self.step(own, params, carry, cond, uncond, step), None
+
+                carry, _ = jax.lax.scan(body, carry, jnp.arange(begin, end, dtype=jnp.int32))
+        return carry
