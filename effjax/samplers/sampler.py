@@ -98,7 +98,8 @@ class Sampler(Loop):
             if wrong := [w for _, w in self.guidance if not _finite(w)]:
                 raise ValueError(f"weights of guidance are finite numbers, got {wrong}")
             return
-        if not _finite(self.guidance) or self.guidance < 0:
+        scale = self.guidance
+        if not _finite(scale) or scale < 0:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(
                 f"guidance must be a finite scale of at least 0 (1 is no guidance), got "
                 f"{self.guidance!r}"
@@ -338,7 +339,7 @@ class Sampler(Loop):
         return Branches({**named, "uncond": null}) if named else null
 
 
-def _finite(value: object) -> bool:
+def _finite(value: Any) -> bool:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return number and math.isfinite(value)
 
