@@ -18,7 +18,7 @@ demo-llm: $(VENV)/.core
 	$(BIN)/effjax demo --llm
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """Generated pages are those that their sources make now, and the pages become a site."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +19,7 @@ import effjax
 import effjax.parallel
 import effjax.quant
 import pallas_kernels
-from effjax import registry
+from effjax import registry, testing
 from effjax.cli import main
 from effjax.pipelines import ClassConditionalPipeline, TextToImagePipeline
 from experiments import report
@@ -65,6 +68,27 @@ def test_the_code_of_the_page_on_pipelines_runs(tmp_path, monkeypatch):
     expected = np.asarray(names["pictures"][0], np.float32) / 255
     np.testing.assert_allclose(names["arrays"][0], expected, atol=0.5 / 255 + 1e-6)
     assert names["again"].forward == names["small"].forward
+
+
+def test_another_kernel_can_be_the_core(monkeypatch):
+    """The example of the page on kernels, with the kernel interpreted."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    interpreted = functools.partial(splash.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", interpreted)
+    page = (DOCS / "kernels.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (code,) = (block for block in blocks if "class SplashCore" in block)
+    subject = testing.tiny_dit(sample_size=32, num_layers=1, head_dim=32)  # 256 tokens
+    names = {"forward": subject.forward}
+    exec(code, names)
+    inputs = jnp.ones((1, 32, 32, 4)), jnp.ones(1), jnp.zeros(1, jnp.int32)
+    dense, _ = subject.forward(subject.params, {}, *inputs)
+    own, _ = names["forward"](subject.params, {}, *inputs)
+    np.testing.assert_allclose(own, dense, atol=2e-4)
+    assert "splash" in str(
+        jax.make_jaxpr(lambda p: names["forward"](p, {}, *inputs))(subject.params)
+    )
 
 
 @pytest.fixture(scope="module")
