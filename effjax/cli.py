@@ -360,7 +360,7 @@ def _quantize(arguments: argparse.Namespace) -> tuple[Any, str]:
     from effjax.registry import method
 
     chosen = method(arguments.method)
-    uniform = getattr(sys.modules[chosen.transform.__module__], "uniform", None)
+    uniform = getattr(sys.modules[chosen.plan.__module__], "uniform", None)
     if "leaves" not in chosen.seams or uniform is None:
         raise ValueError(f"{chosen.name} does not quantize; see `effjax methods`")
     storage.check_destination(arguments.destination)

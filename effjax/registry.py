@@ -16,11 +16,11 @@ from effjax.transform import Method
 
 @functools.cache
 def methods() -> Mapping[str, Method]:
-    """Every method by name: the `METHOD` of each module below `effjax.methods`."""
+    """Every method by name: the `METHOD` of each module or folder below `effjax.methods`."""
     found: dict[str, Method] = {}
     for module in pkgutil.walk_packages(effjax.methods.__path__, "effjax.methods."):
         method = getattr(importlib.import_module(module.name), "METHOD", None)
-        if method is None:
+        if method is None or found.get(method.name) is method:  # a folder's files may import it
             continue
         if method.name in found:
             raise ValueError(f"two methods are named {method.name!r}; rename one of them")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from effjax.fields import OneOf
+from effjax.quant import FLOAT
 from pallas_kernels.decode_attention import pack_int4
 
-FLOAT = 16  # bits that leave a cache as it is
 Bits = Annotated[int, OneOf(4, 8, FLOAT)]
 
 

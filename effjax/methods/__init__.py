@@ -1,6 +1,6 @@
-"""Methods, one file each, by family. Each file ends with its `METHOD` declaration.
+"""Methods, one file or folder each, by family. Each ends with its `METHOD` declaration.
 
-`from effjax.methods import dit_fast_attn` finds the file in whatever family it lives.
+`from effjax.methods import dit_fast_attn` finds the method in whatever family it lives.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import ModuleType
 def __getattr__(name: str) -> ModuleType:
     if not name.startswith("_"):
         for module in pkgutil.walk_packages(__path__, __name__ + "."):
-            if module.name.rpartition(".")[2] == name:
+            _, _, within = module.name.removeprefix(f"{__name__}.").partition(".")
+            if within == name:
                 return importlib.import_module(module.name)
     raise AttributeError(f"module 'effjax.methods' has no method {name!r}")

@@ -3,10 +3,11 @@
 from effjax.quant.convolution import qconv
 from effjax.quant.hadamard import Rotation, hadamard
 from effjax.quant.product import qdot
-from effjax.quant.quantizer import Quantizer, dequantize, fake_quantize
+from effjax.quant.quantizer import FLOAT, Quantizer, dequantize, fake_quantize
 from effjax.quant.tensor import Activations, QTensor, quantize_matrix, restore
 
 __all__ = [
+    "FLOAT",
     "Activations",
     "QTensor",
     "Quantizer",

@@ -23,6 +23,7 @@ from jax import Array
 from effjax.fields import Checked, OneOf
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
+FLOAT = 16  # bits, in plans, of numbers that stay floats
 FLOAT8 = jnp.float8_e4m3fn
 _E4M3 = 448  # its largest number
 
@@ -133,7 +134,7 @@ def fake_quantize(
     clipped = jnp.clip(values, least, most)
     rounded = (jnp.round(clipped / scale + offset) - offset) * scale
     quantized = clipped + jax.lax.stop_gradient(rounded - clipped)
-    return jnp.where(width >= 16, values, quantized).astype(x.dtype)
+    return jnp.where(width >= FLOAT, values, quantized).astype(x.dtype)
 
 
 def _fit(quantizer: Quantizer, bits: Array, low: Array, high: Array) -> tuple[Array, Array | None]:

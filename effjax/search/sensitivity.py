@@ -19,13 +19,11 @@ from tqdm.auto import tqdm
 from effjax.context import Context, PyTree
 from effjax.forward import Forward, Params
 from effjax.layers.linear import Linear, dot
-from effjax.quant import Quantizer, fake_quantize
+from effjax.quant import FLOAT, Quantizer, fake_quantize
 from effjax.quant.hadamard import Rotation
 from effjax.quant.tensor import prepare_inputs, prepare_weights
 from effjax.samplers import Sampler
 from effjax.targets import Wrapper, wrap
-
-FLOAT = 16
 
 Metric = Callable[[Array, Array], Array]
 """Of dense samples and others, float32[B, ...]: one number, higher is better."""
@@ -36,11 +34,11 @@ class Preparation:
     """What is done to a layer's inputs before they are rounded, and undone in its weights.
 
     Attributes:
-        mask: float32[I] factors of the inputs, None for ones.
-        rotation: after the mask, None for none.
+        smoothing_scale: float32[I] factors of the inputs, None for ones.
+        rotation: after them, None for none.
     """
 
-    mask: Array | None = None
+    smoothing_scale: Array | None = None
     rotation: Rotation | None = None
 
 
@@ -55,7 +53,7 @@ class _Rounded(Wrapper):
         self.preparation = preparation
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        preparation = (self.preparation.mask, self.preparation.rotation)
+        preparation = (self.preparation.smoothing_scale, self.preparation.rotation)
         kernel = self.inner.kernel.get_value().astype(jnp.float32)
         w = fake_quantize(
             prepare_weights(kernel, *preparation),

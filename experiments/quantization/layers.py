@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,7 +89,7 @@ def rows(subject: Subject) -> list[dict[str, Any]]:
             params,
             inputs,
             kind=Linear,
-            pattern=vidit_q.LAYERS,
+            pattern="|".join(map(re.escape, absmax)),
             what="input",
             guidance=sampler.joined,
         )

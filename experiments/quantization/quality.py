@@ -24,7 +24,6 @@ import numpy as np
 from effjax import metrics
 from effjax.cost import weight_bytes
 from effjax.forward import flatten_params, nest_params
-from effjax.layers.linear import Linear
 from effjax.methods.quantization import round_to_nearest, vidit_q
 from effjax.quant import Activations, Quantizer, quantize_matrix
 from effjax.search.sensitivity import Metric, sqnr
@@ -63,8 +62,8 @@ def qwix_ptq(subject: Subject, weights: int, inputs: int) -> Pair:
     forward, params = subject.pair
     flat = flatten_params(params)
     quantizer = functools.partial(Quantizer, levels="n+1/2")
-    for target in forward.target_modules(params, Linear, round_to_nearest.LAYERS):
-        name = f"{target.path}.kernel"
+    for path in round_to_nearest.uniform(weights, inputs).decided(forward, params):
+        name = f"{path}.kernel"
         quantized = Activations(quantizer(inputs))
         flat[name] = quantize_matrix(flat[name], quantizer(weights), activations=quantized)
     return forward, nest_params(flat)
@@ -126,7 +125,7 @@ def similarity(dense: jax.Array, other: jax.Array) -> jax.Array:
 
 
 # MixDQ: what layers that make the content lose is seen in SSIM, what others lose in SQNR.
-MIXDQ = {"mlp": similarity, "attn": sqnr}
+MIXDQ = {"role:up|down": similarity, "role:qkv|out": sqnr}
 RATIOS = tuple(np.linspace(0.46, 1.36, 10))  # of the content's average bits to the others'
 
 

@@ -22,6 +22,7 @@ from effjax.models.dit import DiT, DiTConfig
 from effjax.quant import QTensor, qdot
 from effjax.quant.ranges import moving_average
 from effjax.transform import chain
+from tests.subjects.joint import tiny_joint
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,35 @@ def test_rules_decide_by_the_first_match(subject):
     w = subject.params["blocks"]["0"]["attn"]["to_k"]["kernel"]
     leaf = leaves["blocks.0.attn.to_k.kernel"]
     assert jnp.abs(leaf.dequantize() - w).max() <= leaf.scale.max() * 0.501
+
+
+def test_roles_find_the_layers_of_every_stream():
+    """What layers are called does not matter; a model without a role says which it has."""
+    subject = tiny_joint()
+    pair = subject.forward, subject.params
+    _, params = transform(uniform(8, 8))(*pair)
+    found = {k for k, leaf in flatten_params(params).items() if isinstance(leaf, QTensor)}
+    assert found == {
+        f"blocks.{i}.{name}.kernel"
+        for i in range(2)
+        for stream in ("image", "text")
+        for name in (
+            *(f"attn.{stream}.to_{part}" for part in ("q", "k", "v", "out")),
+            *(f"mlp_{stream}.fc{part}" for part in (1, 2)),
+        )
+    }
+    plan = RoundToNearestPlan((("role:head|embedding", 8, 16), ("role:up", 4, 16)))
+    bits = plan.decided(*pair)
+    assert bits["proj"] == bits["caption_projection"] == (8, 16)
+    assert bits["blocks.1.mlp_text.fc1"] == (4, 16)
+    assert plan.describe().startswith("all head, embedding: W8A16; all up: W4A16; group size")
+    for selector, message in {
+        "role:cross_qkv": r"'role:cross_qkv' matches no layer; there are layers with the roles "
+        r"down, embedding, head, modulation, out, qkv, up: ",
+        "role:up|cross_out": r"no layers with the role cross_out; give role:up for those",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            transform(RoundToNearestPlan(((selector, 8, 8),)))(*pair)
 
 
 def test_error_falls_with_bits(subject):
@@ -148,6 +178,7 @@ def test_calibrations_that_say_nothing(subject):
     [
         (((".*", 9, 8),), r"rules\[0\]\[1\] must be one of 2, .*, 8, 16, got 9"),
         ((("(", 8, 8),), "is no regular expression"),
+        ((("role:up|updown", 8, 8),), r"names roles \['updown'\] that there are not"),
         (((".*", 16, 8),), "quantizes the inputs of float weights"),
     ],
 )

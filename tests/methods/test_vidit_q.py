@@ -14,7 +14,9 @@ from effjax import testing
 from effjax.capture import tap
 from effjax.forward import METHODS, abstract, flatten_params, nest_params
 from effjax.layers.folding import fold, folds
+from effjax.layers.linear import Linear
 from effjax.methods import dit_fast_attn, round_to_nearest, vidit_q
+from effjax.models.pixart import PixArt, PixArtConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.quant import Activations, QTensor, Quantizer, qdot, quantize_matrix
 from effjax.quant.hadamard import Rotation
@@ -27,6 +29,8 @@ from effjax.search.sensitivity import (
     sensitivity,
     sqnr,
 )
+from effjax.targets import BLOCK_LAYERS
+from tests.subjects.joint import tiny_joint
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,11 @@ def test_masks_and_rotations_alone_change_nothing(subject, calibration):
     dense = sample(subject, subject.forward, subject.params)
     run = jax.jit(lambda params: subject.sampler(same, params, subject.cond, jax.random.key(0)))
     chex.assert_trees_all_close(run(subject.params), dense, rtol=1e-4, atol=1e-4)
+
+
+def layers_of(subject):
+    found = subject.forward.target_modules(subject.params, Linear)
+    return {target.path: target for target in found}
 
 
 def kernel_of(subject, path):
@@ -233,7 +242,7 @@ def test_factors_are_folded_into_the_norms_of_a_text_encoder():
 
 
 def ranged(subject, first, second, boundary=2):
-    rules = tuple(((vidit_q.LAYERS, bits, 8, 0.9, True),) for bits in (first, second))
+    rules = tuple(((BLOCK_LAYERS, bits, 8, 0.9, True),) for bits in (first, second))
     return vidit_q.ViDiTQPlan(((0, rules[0]), (boundary, rules[1])), calls=subject.sampler.calls)
 
 
@@ -284,7 +293,7 @@ def test_segments_are_never_guessed(subject):
 
 
 def test_time_ranges_become_segments(subject):
-    rules = {bits: ((vidit_q.LAYERS, bits, 8, None, True),) for bits in (4, 8)}
+    rules = {bits: ((BLOCK_LAYERS, bits, 8, None, True),) for bits in (4, 8)}
     sampler = Sampler(DDIM(steps=10))
     times = np.asarray(sampler.schedule.times)
     plan = vidit_q.by_time([(0, 500, rules[4]), (501, 1000, rules[8])], sampler)
@@ -317,14 +326,17 @@ def test_the_search_spends_bits_where_they_matter(subject, by_layer):
         key=jax.random.key(0),
         average_bits=6.0,
         candidates=(4, 8),
-        groups={"mlp": fidelity},
+        groups={"role:up|down": fidelity},
         by_layer=by_layer,
         progress=False,
     )
     assert len(plan.segments[0][1]) == (4 if by_layer else 2)
-    assert plan.rule("blocks.0.mlp.fc1")[1] == 4
-    assert plan.rule("blocks.1.mlp.fc2")[1] == 8
-    assert plan.rule("blocks.1.attn.to_q") is None
+    layers = layers_of(subject)
+    assert plan.rule(layers["blocks.0.mlp.fc1"])[1] == 4
+    assert plan.rule(layers["blocks.1.mlp.fc2"])[1] == 8
+    assert plan.rule(layers["blocks.1.attn.to_q"]) is None
+    selectors = [rule[0] for rule in plan.segments[0][1]]
+    assert by_layer or selectors == [r"blocks\.0\.mlp\..*", r"blocks\.1\.mlp\..*"]
     assert vidit_q.ViDiTQPlan.from_json(plan.to_json()) == plan
 
 
@@ -435,6 +447,45 @@ def test_it_composes_with_dit_fast_attn_in_both_orders(tmp_path):
     assert [name for name, _ in again[0].recipe] == ["dit_fast_attn", "vidit_q"]
 
 
+def test_both_streams_of_a_joint_transformer_are_quantized():
+    subject = tiny_joint()
+    layers = layers_of(subject)
+    wanted = {path for path, each in layers.items() if each.role in ("qkv", "out", "up", "down")}
+    assert {f"blocks.1.{name}.fc2" for name in ("mlp_text", "mlp_image")} < wanted
+    plan = vidit_q.uniform(8, 8, fold=True)
+    largest = calibrated(subject, plan)
+    assert set(largest) == wanted
+    forward, params = vidit_q.transform(plan, largest)(subject.forward, subject.params)
+    held = {k for k, leaf in flatten_params(params).items() if isinstance(leaf, QTensor)}
+    assert held == {f"{path}.kernel" for path in wanted}
+    dense = sample(subject, subject.forward, subject.params)
+    assert 0 < relative(sample(subject, forward, params), dense) < 0.1
+
+
+def test_parts_of_a_search_hold_both_streams():
+    """A part is what a block's layers of some roles are, whatever they are called."""
+    subject = tiny_joint(steps=1)
+    measured = vidit_q.sensitivities(
+        *(subject.forward, subject.params, subject.sampler, subject.cond),
+        uncond=subject.uncond,
+        key=jax.random.key(0),
+        candidates=(4, 8),
+        alpha=None,
+        progress=False,
+    )
+    assert list(measured.parts) == [
+        rf"blocks\.{i}\.{own}\..*" for i in range(2) for own in ("attn", "(mlp_image|mlp_text)")
+    ]
+    decided = measured.plan(8.0).decided(subject.forward, subject.params)
+    assert decided.keys() == vidit_q.uniform(8).decided(subject.forward, subject.params).keys()
+    with pytest.raises(ValueError, match=r"no layers with the role cross_qkv; give role:qkv"):
+        vidit_q.sensitivities(
+            *(subject.forward, subject.params, subject.sampler, subject.cond),
+            key=jax.random.key(0),
+            groups={"role:qkv|cross_qkv": fidelity},
+        )
+
+
 # Errors -----------------------------------------------------------------------------------------
 
 
@@ -459,7 +510,7 @@ def test_bad_plans_and_calibrations(subject, calibration):
     with pytest.raises(ValueError, match="needs the sampler's number of calls"):
         vidit_q.ViDiTQPlan(((0, rules), (4, rules)), calls=4)
     pair = (subject.forward, subject.params)
-    with pytest.raises(ValueError, match=r"'blocks\\\\.9.*' matches no linear layer"):
+    with pytest.raises(ValueError, match=r"'blocks\\\\.9.*' matches no layer; there are"):
         vidit_q.transform(vidit_q.uniform(8, layers=r"blocks\.9.*"), calibration)(*pair)
     with pytest.raises(ValueError, match=r"give transform\(plan, calibrate"):
         vidit_q.transform(vidit_q.uniform(8))(*pair)
@@ -509,15 +560,20 @@ def test_the_released_plans_match_a_pixart():
         "blocks.3.attn.to_out": 4,
         "blocks.3.cross.to_k": 4,
     }
-    assert {path: four.rule(path)[1] for path in weights} == weights
-    assert eight.rule("blocks.3.cross.to_q")[1:3] == (8, 8)
-    assert eight.rule("blocks.3.cross.to_v") is None
-    for path in ("final.proj", "caption.fc1", "time.proj"):
-        assert four.rule(path) is eight.rule(path) is None
+    config = PixArtConfig(num_layers=28, num_heads=2, head_dim=8, caption_channels=12)
+    forward, shapes = abstract(PixArt, config)
+    layers = {target.path: target for target in forward.target_modules(shapes, Linear)}
+    assert {path: four.rule(layers[path])[1] for path in weights} == weights
+    assert eight.rule(layers["blocks.3.cross.to_q"])[1:3] == (8, 8)
+    assert eight.rule(layers["blocks.3.cross.to_v"]) is None
+    others = [each for each in layers.values() if each.role in ("head", "embedding", "modulation")]
+    assert {"final.proj", "caption_projection.fc1"} < {each.path for each in others}
+    assert all(four.rule(each) is eight.rule(each) is None for each in others)
     subject = testing.tiny_pixart()
     for plan in (four, eight):
         vidit_q.transform(plan, calibrated(subject, plan))(subject.forward, subject.params)
     assert "W4A8" not in eight.describe()
+    assert "all qkv, out, cross_qkv, cross_out: W4A8, alpha 0.99, rotated" in four.describe()
 
 
 def test_without_masks_and_rotations_it_rounds_to_nearest(subject):

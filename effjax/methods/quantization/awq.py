@@ -40,14 +40,10 @@ from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention
 from effjax.layers.folding import Fold, fits, fold, folds
 from effjax.layers.linear import Linear
-from effjax.methods.quantization.round_to_nearest import (
-    FLOAT,
-    LAYERS,
-    RoundToNearestPlan,
-    with_kernels,
-)
+from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, with_kernels
 from effjax.models.llama import Llama
-from effjax.quant import Quantizer, fake_quantize, quantize_matrix
+from effjax.quant import FLOAT, Quantizer, fake_quantize, quantize_matrix
+from effjax.targets import BLOCK_LAYERS
 from effjax.transform import Method, Pair, Transform
 
 Scales = Mapping[str, Array]  # s [I] by the path of what makes the inputs
@@ -75,7 +71,7 @@ def uniform(weights: int, inputs: int = FLOAT, *, group_size: int | None = None)
         inputs: bits of inputs, 2 ... 8; 16 leaves them floats.
         group_size: consecutive inputs that share a scale; all of a channel if None.
     """
-    return AWQPlan(((LAYERS, weights, inputs),), group_size)
+    return AWQPlan(((BLOCK_LAYERS, weights, inputs),), group_size)
 
 
 def fit(
@@ -108,6 +104,7 @@ def fit(
                 f"batch {number} has padding (positions below 0), which would count as tokens. "
                 f"Give texts of one length in a batch; batches may differ."
             )
+    decided = plan.decided(forward, params, Linear)
     places = _places(plan, forward, params)
     first = {where.source: where.readers[0] for where in places}
     pattern = "|".join(map(re.escape, first.values()))
@@ -128,7 +125,7 @@ def fit(
             tapped, x = inputs, look(params, inputs)
         unit = units[where.source]
         readers = tuple(reader.removeprefix(unit).removeprefix(".") for reader in where.readers)
-        bits = plan.bits(where.readers[0])
+        bits = decided[where.readers[0]]
         losses[where.source] += _losses(
             plan, bits, readers, *modules[unit], x[unit], candidates[where.source]
         )
@@ -212,8 +209,9 @@ def transform(plan: AWQPlan, learned: Scales | None = None) -> Transform:
     def apply(forward: Forward, params: Params) -> Pair:
         if learned is not None:
             params = _scaled(plan, learned, forward, params)
-        paths = plan.decided(forward, params, Linear)
-        return forward, with_kernels(params, {path: partial(plan.leaf, path) for path in paths})
+        bits = plan.decided(forward, params, Linear)
+        made = {path: partial(plan.leaf, own) for path, own in bits.items()}
+        return forward, with_kernels(params, made)
 
     return Transform(METHOD.name, plan, apply)
 

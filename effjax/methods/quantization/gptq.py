@@ -42,15 +42,10 @@ from effjax.forward import Forward, Params
 from effjax.generate import Prompts
 from effjax.generate.prefix_cache import padded
 from effjax.layers.linear import Linear
-from effjax.methods.quantization.round_to_nearest import (
-    FLOAT,
-    LAYERS,
-    RoundToNearestPlan,
-    with_kernels,
-)
+from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, with_kernels
 from effjax.models.llama import LlamaBlock
-from effjax.quant import QTensor, Quantizer, dequantize
-from effjax.targets import Wrapper, target_modules, wrap
+from effjax.quant import FLOAT, QTensor, Quantizer, dequantize
+from effjax.targets import BLOCK_LAYERS, Wrapper, target_modules, wrap
 from effjax.transform import Method, Pair, Transform
 from pallas_kernels.packing import pack
 
@@ -85,7 +80,7 @@ def uniform(
         group_size: consecutive inputs that share a scale; all of a channel if None.
         act_order: take inputs in the order of falling second moments.
     """
-    return GPTQPlan(((LAYERS, weights, inputs),), group_size, act_order=act_order)
+    return GPTQPlan(((BLOCK_LAYERS, weights, inputs),), group_size, act_order=act_order)
 
 
 def fit(
@@ -131,10 +126,9 @@ def fit(
                 continue
             assert isinstance(own.module, Linear)
             kernel = own.module.kernel.get_value()
-            leaf = plan.leaf(path, kernel)
-            qvalues, scale, zero = _spread(
-                plan, plan.quantizer(path), kernel, means[own.path], leaf
-            )
+            leaf = plan.leaf(decided[path], kernel)
+            quantizer = Quantizer(leaf.bits, plan.symmetric)
+            qvalues, scale, zero = _spread(plan, quantizer, kernel, means[own.path], leaf)
             qvalue = pack(qvalues, leaf.bits) if leaf.packed else qvalues
             leaf = dataclasses.replace(leaf, qvalue=qvalue, scale=scale, zero_point=zero)
             setattr(own.module, "kernel", nnx.Param(leaf))  # noqa: B010 - a leaf stands for an array
@@ -269,23 +263,23 @@ def transform(plan: GPTQPlan, learned: Kernels | None = None) -> Transform:
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
-        paths = plan.decided(forward, params, Linear)
-        if learned is not None and set(learned) != set(paths):
+        bits = plan.decided(forward, params, Linear)
+        if learned is not None and set(learned) != set(bits):
             raise ValueError(
                 f"the quantized values are those of another model or plan: {sorted(learned)}"
             )
 
         def make(path: str, kernel: Array) -> QTensor:
             if learned is None:
-                return plan.leaf(path, kernel)
-            wanted = jax.eval_shape(partial(plan.leaf, path), kernel)
+                return plan.leaf(bits[path], kernel)
+            wanted = jax.eval_shape(partial(plan.leaf, bits[path]), kernel)
             if jax.tree.map(jnp.shape, learned[path]) != jax.tree.map(jnp.shape, wanted):
                 raise ValueError(
                     f"the quantized values of {path} are those of another model or plan"
                 )
             return learned[path]
 
-        return forward, with_kernels(params, {path: partial(make, path) for path in paths})
+        return forward, with_kernels(params, {path: partial(make, path) for path in bits})
 
     return Transform(METHOD.name, plan, apply)
 

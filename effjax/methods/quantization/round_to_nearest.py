@@ -1,8 +1,7 @@
 """Round to nearest: weights and inputs to the nearest quantized value.
 
-Buys: weights of 2 to 8 bits, and products of int8 values where inputs are quantized too. The
-    baseline
-that every method of post-training quantization has to beat.
+Buys: weights of 2 to 8 bits, and products of int8 values where inputs are quantized too. It is the
+baseline that every method of post-training quantization has to beat.
 
     W = (q - z) s, one scale for each output channel, or for each group of inputs
     x = q s, one scale for each token (image, for convolutions), from its largest magnitude
@@ -20,7 +19,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +26,21 @@ import jax.numpy as jnp
 from effjax import testing
 from effjax.capture import tap
 from effjax.context import Guidance, PyTree
-from effjax.fields import Count, OneOf
+from effjax.fields import Count
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
-from effjax.layers.convolution import Conv2d
-from effjax.layers.linear import Linear
-from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix
+from effjax.methods.quantization.rules import (
+    LAYER_TYPES,
+    Bits,
+    check_floats,
+    check_rule,
+    decided,
+    deciding,
+    described,
+)
+from effjax.quant import FLOAT, Activations, QTensor, Quantizer, quantize_matrix
 from effjax.quant.ranges import Range, minmax, union
+from effjax.targets import BLOCK_LAYERS, TargetModule
 from effjax.transform import Method, Pair, Plan, Transform
-
-FLOAT = 16  # bits that leave numbers as they are
-Bits = Annotated[int, OneOf(2, 3, 4, 5, 6, 7, 8, FLOAT)]
-
-LAYER_TYPES = (Linear, Conv2d)
-
-# What a path must match to be quantized by default: attention and feed-forward layers. Embeddings,
-# modulations and the final layer are small, and sensitive.
-LAYERS = r".*\.(attn|mlp)\..*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +48,9 @@ class RoundToNearestPlan(Plan):
     """Bits for linear layers and convolutions.
 
     Attributes:
-        rules: (pattern, weight bits, input bits): the first pattern that matches the whole path of
-            a layer decides; a layer without one stays as it is. Bits are 2 ... 8, or 16 for floats.
+        rules: (selector, weight bits, input bits): the first one whose selector (`role:qkv|out`, or
+            a regular expression for whole paths) finds a layer decides; a layer without one stays
+            as it is. Bits are 2 ... 8, or 16 for floats.
         group_size: inputs that share a scale of the weights; all of a channel if None. Convolutions
             have no groups.
         symmetric: whether weights have no zero points.
@@ -68,21 +66,11 @@ class RoundToNearestPlan(Plan):
     def __post_init__(self) -> None:
         super().__post_init__()
         for rule in self.rules:
-            pattern, weights, inputs = rule
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-            if weights == FLOAT and inputs != FLOAT:
-                raise ValueError(
-                    f"rule {rule!r} quantizes the inputs of float weights; quantize the weights "
-                    "too, or "
-                    f"leave both at {FLOAT}"
-                )
+            check_rule(rule)
 
     def describe(self) -> str:
         """Rules, in the field's notation."""
-        rules = "; ".join(f"{pattern}: W{w}A{a}" for pattern, w, a in self.rules)
+        rules = "; ".join(f"{described(selector)}: W{w}A{a}" for selector, w, a in self.rules)
         inputs = (
             f"calibrated for {len(self.input_ranges)} layers" if self.input_ranges else "by token"
         )
@@ -90,12 +78,10 @@ class RoundToNearestPlan(Plan):
             f"{rules or 'nothing'}; group size {self.group_size or 'of a channel'}; inputs {inputs}"
         )
 
-    def bits(self, path: str) -> tuple[int, int]:
-        """Bits of the weights and the inputs of the layer at a path."""
-        for pattern, weights, inputs in self.rules:
-            if re.fullmatch(pattern, path):
-                return weights, inputs
-        return FLOAT, FLOAT
+    def bits(self, target: TargetModule) -> tuple[int, int]:
+        """Bits of the weights and the inputs of a layer."""
+        rule = deciding(self.rules, target)
+        return (FLOAT, FLOAT) if rule is None else rule[1:]
 
     def check_tokens_range_themselves(self) -> None:
         """Raise ValueError for calibrated ranges, for methods that do not know them."""
@@ -104,23 +90,23 @@ class RoundToNearestPlan(Plan):
                 f"in a {type(self).__name__} each token has its own range; leave out input_ranges"
             )
 
-    def quantizer(self, path: str) -> Quantizer:
-        """Of the weights of the layer at a path, which must have quantized values."""
-        return Quantizer(self.bits(path)[0], self.symmetric)
-
-    def leaf(self, path: str, kernel: jax.Array, input_range: Range | None = None) -> QTensor:
-        """The kernel of the layer at a path, rounded to nearest.
+    def leaf(
+        self, bits: tuple[int, int], kernel: jax.Array, input_range: Range | None = None
+    ) -> QTensor:
+        """A kernel rounded to nearest.
 
         Args:
+            bits: of its weights and its inputs; see `decided`.
             input_range: of the inputs, instead of each token's own.
         """
-        inputs, activations = self.bits(path)[1], None
+        weights, inputs = bits
+        activations = None
         if inputs != FLOAT:
             static = input_range is not None
             activations = Activations(Quantizer(inputs, symmetric=not static), not static)
         return quantize_matrix(
             kernel,
-            self.quantizer(path),
+            Quantizer(weights, self.symmetric),
             group_size=self.group_size,
             activations=activations,
             input_range=input_range,
@@ -128,22 +114,16 @@ class RoundToNearestPlan(Plan):
 
     def decided(
         self, forward: Forward, params: Params, kind: type | tuple[type, ...] = LAYER_TYPES
-    ) -> list[str]:
-        """Paths of the layers of a kind that get quantized values.
+    ) -> dict[str, tuple[int, int]]:
+        """Bits of the weights and the inputs of each layer that gets quantized values, by path.
 
         Raises:
-            ValueError: if a rule's pattern matches none, or a layer is quantized already.
+            ValueError: if a selector finds no layer of the kind or lacks a role that it names, or
+                a layer is quantized already.
         """
-        flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
-        paths = [target.path for target in forward.target_modules(params, kind)]
-        for pattern, *_ in self.rules:
-            if not any(re.fullmatch(pattern, path) for path in paths):
-                raise ValueError(f"the pattern {pattern!r} matches no layer; there are {paths}")
-        found = [path for path in paths if self.bits(path)[0] != FLOAT]
-        for path in found:
-            if isinstance(flat[f"{path}.kernel"], QTensor):
-                raise ValueError(f"{path} is quantized already; a layer can be quantized once")
-        return found
+        rules = decided(self.rules, forward.target_modules(params, kind))
+        check_floats(params, rules)
+        return {path: (weights, inputs) for path, (_, weights, inputs) in rules.items()}
 
 
 def uniform(
@@ -161,27 +141,29 @@ def uniform(
         group_size: consecutive inputs that share a scale; all of a channel if None.
         symmetric: whether weights have no zero points.
     """
-    return RoundToNearestPlan(((LAYERS, weights, inputs),), group_size, symmetric)
+    return RoundToNearestPlan(((BLOCK_LAYERS, weights, inputs),), group_size, symmetric)
 
 
 def transform(plan: RoundToNearestPlan) -> Transform:
     """Quantize a model's linear layers and convolutions by the plan.
 
     Raises:
-        ValueError: if a rule's pattern decides no layer, or a layer is quantized already.
+        ValueError: if a selector finds no layer or lacks a role that it names, or a layer is
+            quantized already.
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
-        paths = plan.decided(forward, params)
+        bits = plan.decided(forward, params)
         ranges = {path: Range(jnp.float32(a), jnp.float32(b)) for path, a, b in plan.input_ranges}
-        wrong = sorted(path for path in ranges if path not in paths or plan.bits(path)[1] == FLOAT)
-        if wrong:
+        if wrong := sorted(path for path in ranges if bits.get(path, (0, FLOAT))[1] == FLOAT):
             raise ValueError(
                 f"the plan has input ranges of {wrong}, whose inputs it does not quantize; "
-                "calibrate "
-                f"it for this model"
+                f"calibrate it for this model"
             )
-        made = {path: partial(plan.leaf, path, input_range=ranges.get(path)) for path in paths}
+        made = {
+            path: partial(plan.leaf, own, input_range=ranges.get(path))
+            for path, own in bits.items()
+        }
         return forward, with_kernels(params, made)
 
     return Transform(METHOD.name, plan, apply)
@@ -221,8 +203,8 @@ def calibrate(
     Raises:
         ValueError: without batches, or if the plan quantizes no inputs.
     """
-    paths = [target.path for target in forward.target_modules(params, LAYER_TYPES)]
-    quantized = [path for path in paths if plan.bits(path)[1] != FLOAT]
+    bits = plan.decided(forward, params)
+    quantized = [path for path, (_, inputs) in bits.items() if inputs != FLOAT]
     if not quantized:
         raise ValueError("the plan quantizes no layer's inputs, there is nothing to calibrate")
     pattern = "|".join(map(re.escape, quantized))

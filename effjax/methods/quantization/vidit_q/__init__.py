@@ -1,0 +1,85 @@
+"""ViDiT-Q: quantized diffusion transformers, with channels balanced before they are quantized.
+
+Buys: weights of 4 or 8 bits and integer products where rounding to nearest fails, because some
+channels of the inputs are much larger than others and a token's one scale must fit them all.
+
+    x -> x m -> x m R -> quantized values of each token
+    W -> W / m -> R^T W / m -> quantized values, once
+
+    m_c = max|W_c|^alpha / max|x_c|^(1 - alpha)
+    R = random signs, then a Hadamard matrix
+
+The smoothing scale m takes away what is the same at every step; the rotation R spreads what is
+left, which changes from step to step. Weights are asymmetric, one scale for a channel; inputs
+symmetric, one scale for a token, taken at run time. Nothing is shared over the batch. A plan may
+change at network calls ("timestep-aware"): each segment has its own smoothing scales, bits and
+weights.
+
+Static: the plan, hence bits, which layers are smoothed and rotated. Dynamic: scales of tokens.
+Cost: as many products; weights take bits / 32 of float32's bytes for each segment, scales and zero
+points; a rotation C = a b adds 2 C (a + b) FLOPs a token.
+
+alpha here is that of the second code generation (0.99 for PixArt, 0.5665 for Open-Sora 1.2); the
+first one's, and SmoothQuant's, is 1 - alpha. alpha = 0.5 without rotation is SmoothQuant.
+
+Source: arXiv 2406.02540, sections 3.2 to 3.4.
+"""
+
+from __future__ import annotations
+
+from effjax import testing
+from effjax.methods.quantization.vidit_q.alpha import best_alpha
+from effjax.methods.quantization.vidit_q.bits import Sensitivities, search, sensitivities
+from effjax.methods.quantization.vidit_q.calibration import Calibration, calibrate
+from effjax.methods.quantization.vidit_q.leaves import Segments, balance, transform
+from effjax.methods.quantization.vidit_q.plan import (
+    NAME,
+    Rule,
+    ViDiTQPlan,
+    by_time,
+    pixart_sigma,
+    smooth_quant,
+    uniform,
+)
+from effjax.quant import FLOAT
+from effjax.transform import Method
+
+__all__ = [
+    "FLOAT",
+    "METHOD",
+    "NAME",
+    "Calibration",
+    "Rule",
+    "Segments",
+    "Sensitivities",
+    "ViDiTQPlan",
+    "balance",
+    "best_alpha",
+    "by_time",
+    "calibrate",
+    "pixart_sigma",
+    "search",
+    "sensitivities",
+    "smooth_quant",
+    "transform",
+    "uniform",
+]
+
+
+def _ladder(subject: testing.Subject) -> tuple[ViDiTQPlan, ...]:
+    return tuple(uniform(bits, alpha=None) for bits in (8, 6, 4, 3))
+
+
+METHOD = Method(
+    name=NAME,
+    paper="ViDiT-Q: Efficient and Accurate Quantization of Diffusion Transformers, "
+    "arXiv 2406.02540",
+    seams=("leaves",),
+    plan=ViDiTQPlan,
+    transform=transform,
+    search=search,
+    identity=lambda subject: uniform(FLOAT, FLOAT, alpha=None, rotate=False),
+    ladder=_ladder,
+    tiny=testing.tiny_dit,
+    calibrate=calibrate,
+)
