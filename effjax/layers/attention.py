@@ -22,7 +22,7 @@ from pallas_kernels.block_mask import Causal, Rule, SinkLocal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 
 Heads = Float[Array, "B S H D"]
-KeyHeads = Float[Array, "B S K D"]
+KeyHeads = Float[Array, "B T K D"]  # those of another sequence have another length
 Positions = Int[Array, "B S"]
 
 
