@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,6 @@ TOKENIZER = (
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _COPIED = ("scheduler_config.json", "preprocessor_config.json", *TOKENIZER)
-
-# Pipelines that effjax saves, by their classes in diffusers.
-_CLASSES = {
-    "ClassConditionalPipeline": "DiTPipeline",
-    "TextToImagePipeline": "PixArtSigmaPipeline",
-}
 
 
 def convert(
@@ -190,14 +184,12 @@ def _convert_pipeline(
             f"layouts are those of single models: give subfolder= with layout={writing['layout']!r}"
         )
     index = folder.read(INDEX)
-    name = str(index.get("_class_name"))
-    if name == "TextPipeline":  # transformers keeps all in one folder
+    if index.get("_class_name") == "TextPipeline":  # transformers keeps all in one folder
         also = {file: f"tokenizer/{file}" for file in TOKENIZER} | {GENERATION: GENERATION}
         return _convert_model(folder, "model", dst, variant, reading, writing, also)
     entries = {key: value for key, value in index.items() if isinstance(value, list)}
     names = {key for key, value in entries.items() if any(part is not None for part in value)}
-    known = {"transformer", "text_encoder", "vae", "scheduler", "tokenizer"} - set(entries)
-    names |= {key for key in known if any(folder.has(f"{key}/{f}") for f in _DESCRIBING)}
+    names |= _unlisted(folder, entries)
     reports: dict[str, Any] = {}
     with new_directory(Path(os.path.expanduser(dst))) as directory:
         for key in sorted(names):
@@ -216,9 +208,7 @@ def _convert_pipeline(
                 )
         if variant is not None and not any(_held(folder, key, variant) for key in reports):
             raise ValueError(f"no component of {folder.source} has a variant {variant!r}")
-        if name in _CLASSES:
-            index |= {"_class_name": _CLASSES[name], "scheduler": _scheduler(folder)}
-            index.pop("origin", None)
+        index.pop("origin", None)
         write_json(directory / INDEX, index)
     return {
         "destination": str(dst),
@@ -239,7 +229,16 @@ def _keep_settings(folder: Folder, directory: Path) -> None:
         write_json(path, told | given)
 
 
-_DESCRIBING = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+def _unlisted(folder: Folder, listed: Container[str]) -> set[str]:
+    """Components that a directory has and its model_index.json does not list."""
+    if folder.hub is not None:
+        return set()
+    describing = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+    return {
+        each.name
+        for each in Path(os.path.expanduser(folder.source)).iterdir()
+        if each.name not in listed and any((each / file).is_file() for file in describing)
+    }
 
 
 def _held(folder: Folder, name: str, variant: str) -> str | None:
@@ -254,11 +253,6 @@ def _entry(directory: Path) -> list[str]:
     if "_class_name" in config:
         return ["diffusers", config["_class_name"]]
     return ["transformers", config["architectures"][0]]
-
-
-def _scheduler(folder: Folder) -> list[Any]:
-    described = folder.read("scheduler/scheduler_config.json")
-    return ["diffusers", described.get("_class_name")]
 
 
 def _copy(folder: Folder, names: Mapping[str, str], directory: Path) -> int:

@@ -114,12 +114,13 @@ def cut(size: int, buckets: Buckets, *trees: Any) -> list[int]:
 
 
 def by_parts(
-    function: Callable[..., jax.Array], buckets: Buckets, *arrays: jax.Array | np.ndarray
-) -> jax.Array:
-    """A function of the rows of arrays [B, ...], in batches of a few sizes."""
+    function: Callable[..., Tree], buckets: Buckets, *arrays: jax.Array | np.ndarray
+) -> Tree:
+    """A function of the rows of arrays [B, ...] to such trees, in batches of a few sizes."""
     size = len(arrays[0])
     sizes = cut(size, buckets, *arrays)
     if sizes == [size]:
         return function(*arrays)
     starts = itertools.accumulate(sizes, initial=0)
-    return joined([function(*rows(arrays, *each)) for each in zip(starts, sizes)], size)
+    made = [function(*rows(arrays, *each)) for each in zip(starts, sizes)]
+    return jax.tree.map(lambda *parts: joined(parts, size), *made)

@@ -1,5 +1,6 @@
 """Generated pages are those that their sources make now, and the pages become a site."""
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -21,7 +22,8 @@ import effjax.quant
 import pallas_kernels
 from effjax import registry, testing
 from effjax.cli import main
-from effjax.pipelines import ClassConditionalPipeline, TextToImagePipeline
+from effjax.pipelines import families
+from effjax.pipelines.family import DiffusionFamily
 from experiments import report
 from tests.test_pipelines import write_pipeline, write_text_pipeline
 
@@ -58,8 +60,13 @@ def test_the_code_of_the_page_on_pipelines_runs(tmp_path, monkeypatch):
     for old, new in changes.items():
         assert old in code
         code = code.replace(old, new)
-    monkeypatch.setattr(ClassConditionalPipeline, "STEPS", 2)
-    monkeypatch.setattr(TextToImagePipeline, "STEPS", 2)
+    table = families.table()
+    quick = {
+        name: dataclasses.replace(family, steps=2)
+        for name, family in table.items()
+        if isinstance(family, DiffusionFamily)
+    }
+    monkeypatch.setattr(families, "table", lambda: {**table, **quick})
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)

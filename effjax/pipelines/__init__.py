@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,22 @@ from converters import hub
 from effjax.buckets import POWERS, Buckets, sizes_of
 from effjax.executables import load as load_executables
 from effjax.fields import naming
+from effjax.pipelines import families
 from effjax.pipelines.base import INDEX
-from effjax.pipelines.diffusion import (
-    SCHEDULER,
-    ClassConditionalPipeline,
-    Pipeline,
-    TextToImagePipeline,
-)
+from effjax.pipelines.class_conditional import ClassConditionalPipeline
+from effjax.pipelines.diffusion import Pipeline
 from effjax.pipelines.images import to_pil
-from effjax.pipelines.labels import read_names
 from effjax.pipelines.loading import Components, refuse_file
-from effjax.pipelines.settings import read_settings
+from effjax.pipelines.prompts import PromptPipeline, TextToImagePipeline, TextToVideoPipeline
 from effjax.pipelines.text import TextPipeline
-from effjax.recipe import RECIPE
-from effjax.samplers import Schedule
 
 __all__ = [
     "ClassConditionalPipeline",
     "Pipeline",
+    "PromptPipeline",
     "TextPipeline",
     "TextToImagePipeline",
+    "TextToVideoPipeline",
     "pipeline",
     "to_pil",
 ]
@@ -60,10 +55,8 @@ def pipeline(
     progress: bool = True,
     check_finite: bool = False,
     executables: bool = False,
-    text_encoder: Any = None,
-    tokenizer: Any = None,
-    vae: Any = None,
     buckets: Buckets = POWERS,
+    **components: Any,
 ) -> Any:
     """Load a pipeline directory or hub repository with all its components.
 
@@ -82,22 +75,24 @@ def pipeline(
         check_finite: reject NaN and infinite weights.
         executables: run the programs that `effjax compile` saved in the directory, see
             `effjax.executables`. They are machine code of whoever wrote the directory.
-        text_encoder, vae: forward and parameters in the place of the directory's, which may be
-            without.
-        tokenizer: of transformers, in the place of the directory's.
         buckets: sizes that shapes are rounded up to, so that few programs are compiled: "powers of
             two", a list (of tokens for texts, of batches for images), or None for exact shapes.
+        components: in the place of the directory's, which may be without: `text_encoder`, `vae` and
+            other models as pairs of forward and parameters, `tokenizer` and processors of
+            transformers.
 
     Returns:
-        A `ClassConditionalPipeline` or `TextToImagePipeline`, as model_index.json says; a
-        `TextPipeline` if there is only a config.json.
+        The class of this module that the table (`effjax.pipelines.families`) has for the class that
+        model_index.json names; a `TextPipeline` if there is only a config.json.
 
     Raises:
         ValueError: for another kind of pipeline, a single file, a component that is missing or
             damaged, components that belong to different models, and executables that are not there
             or were made for something else.
+        TypeError: for unknown arguments.
     """
     sizes_of(buckets)  # before the work
+    families.check_names(components)
     path = Path(os.path.expanduser(source))
     if path.is_file():
         refuse_file(path)
@@ -111,11 +106,11 @@ def pipeline(
     index = folder.read(INDEX) if folder.has(INDEX) else None
     if index is None and not folder.has("config.json"):
         folder.read(INDEX)  # says why there is none
-    name = str((index or {"_class_name": "TextPipeline"}).get("_class_name"))
-    if name not in _KINDS:
-        raise ValueError(
-            f"{source} is a {name}; pipelines that can be loaded are {', '.join(_KINDS)}"
-        )
+    family = (
+        families.of_architectures(folder.read("config.json"))
+        if index is None
+        else families.of_index(index, str(source))
+    )
     options = {
         "dtype": dtype,
         "compute_dtype": compute_dtype,
@@ -123,7 +118,6 @@ def pipeline(
         "progress": progress,
         "check_finite": check_finite,
     }
-    given = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": vae}
     if executables and folder.hub is not None:
         raise ValueError(
             f"{source} is a repository, and executables are machine code, which is run from "
@@ -131,80 +125,18 @@ def pipeline(
         )
     saved = load_executables(path) if executables else None
     with naming(path):
-        made = _KINDS[name](Components(folder, index, given, variant, options))
+        found = Components(family, folder, index, components, variant, options)
+        found.check_given()
+        made = _CLASSES[family.pipeline].of(found)
     return dataclasses.replace(made, buckets=buckets, executables=saved)
 
 
-def _text(found: Components) -> TextPipeline:
-    found.allow("tokenizer")
-    saved = found.index is not None
-    return TextPipeline(
-        *found.model("model" if saved else None),
-        tokenizer=found.tokenizer("tokenizer" if saved else None),
-        settings=read_settings(found.folder),
-        origin=found.origin,
+_CLASSES: dict[str, Any] = {
+    each.__name__: each
+    for each in (
+        ClassConditionalPipeline,
+        TextPipeline,
+        TextToImagePipeline,
+        TextToVideoPipeline,
     )
-
-
-def _class_conditional(found: Components) -> ClassConditionalPipeline:
-    found.allow("vae")
-    with naming(INDEX):
-        names = read_names((found.index or {}).get("id2label"))
-    return ClassConditionalPipeline(**_denoiser(found), names=names)
-
-
-def _text_to_image(found: Components) -> TextToImagePipeline:
-    found.allow("text_encoder", "tokenizer", "vae")
-    found.require("text_encoder", "tokenizer")
-    shared = _denoiser(found)
-    encoder = found.model("text_encoder")
-    width, read = encoder[0].config.hidden_size, shared["forward"].config.caption_channels
-    if width != read:
-        raise ValueError(
-            f"the text encoder gives {width} channels and the transformer reads {read}: they "
-            f"belong to different models"
-        )
-    tokenizer = found.tokenizer("tokenizer")
-    return TextToImagePipeline(**shared, text_encoder=encoder, tokenizer=tokenizer)
-
-
-def _denoiser(found: Components) -> dict[str, Any]:
-    """What pipelines of images share."""
-    found.require("transformer")
-    models = ("transformer", "text_encoder", "vae")
-    if found.variant is not None and not any(map(found.has_variant, models)):
-        raise ValueError(f"no component of {found.folder.source} has a variant {found.variant!r}")
-    scheduler = found.folder.read(SCHEDULER)
-    with naming(SCHEDULER):
-        Schedule.from_config(scheduler, steps=1, tokens=1)  # so that it is known before the work
-    own = found.folder.has(f"transformer/{RECIPE}")  # it may have been saved without a VAE
-    channels = found.folder.read("transformer/config.json").get("in_channels", 4)
-    if not own and channels not in _PIXELS:
-        found.require("vae")
-    forward, params = found.model("transformer")
-    vae = found.model("vae") if found.has("vae") else None
-    if vae is not None and vae[0].config.latent_channels != forward.config.in_channels:
-        raise ValueError(
-            f"the VAE decodes {vae[0].config.latent_channels} channels and the transformer makes "
-            f"{forward.config.in_channels}: they belong to different models"
-        )
-    return {
-        "forward": forward,
-        "params": params,
-        "scheduler": scheduler,
-        "vae": vae,
-        "origin": found.origin,
-    }
-
-
-_PIXELS = (1, 3)  # channels of a model that needs no VAE
-
-# diffusers' classes, and those that `save` writes.
-_KINDS: Mapping[str, Callable[[Components], Any]] = {
-    "DiTPipeline": _class_conditional,
-    "PixArtSigmaPipeline": _text_to_image,
-    "PixArtAlphaPipeline": _text_to_image,
-    "ClassConditionalPipeline": _class_conditional,
-    "TextToImagePipeline": _text_to_image,
-    "TextPipeline": _text,
 }

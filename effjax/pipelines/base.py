@@ -15,6 +15,7 @@ from effjax.buckets import POWERS, Buckets, sizes_of
 from effjax.executables import Executables
 from effjax.fields import Checked
 from effjax.forward import Forward, Params, parameter_count
+from effjax.pipelines import families
 from effjax.pipelines.card import CARD, model_card
 from effjax.storage import new_directory, write_json
 from effjax.transform import Pair
@@ -55,9 +56,10 @@ class BasePipeline(abc.ABC):
         buckets: sizes that shapes are rounded up to, see `effjax.buckets`: of tokens for texts, of
             batches for images. It is not saved.
         executables: what runs its programs where they fit; those of another model fit none.
+        family: its entry in the table of pipeline classes; that of its model if None.
 
     Raises:
-        ValueError: for buckets that are none.
+        ValueError: for buckets that are none, and for a model that stands in no entry.
     """
 
     forward: Forward
@@ -66,10 +68,21 @@ class BasePipeline(abc.ABC):
     buckets: Buckets = dataclasses.field(default=POWERS, kw_only=True)
     executables: Executables | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
+    family: Any = dataclasses.field(default=None, kw_only=True, repr=False)
+
     TASK: ClassVar[str]  # as hubs name it
 
     def __post_init__(self) -> None:
         sizes_of(self.buckets)
+        if self.family is None:
+            name, model = type(self).__name__, self.forward.model.__name__
+            family = families.of_model(model, name)
+            if family is None:
+                raise ValueError(
+                    f"no pipeline class of effjax.pipelines.families is a {name} of a {model}: "
+                    f"give family="
+                )
+            object.__setattr__(self, "family", family)
 
     def transform(self: AnyPipeline, *transforms: Callable[[Forward, Params], Pair]) -> AnyPipeline:
         """This pipeline with a transformed model."""
@@ -136,7 +149,7 @@ class BasePipeline(abc.ABC):
             public: it goes to a hub: say nothing of this machine, and ask for the license there.
             token: of the hub.
         """
-        index: dict[str, Any] = {"_class_name": type(self).__name__, **self._components(directory)}
+        index: dict[str, Any] = {"_class_name": self.family.name, **self._components(directory)}
         if self.origin is not None and (self.origin.public or not public):
             given = dataclasses.asdict(self.origin).items()
             index["origin"] = {key: value for key, value in given if value is not None}
@@ -161,6 +174,11 @@ class BasePipeline(abc.ABC):
 def entry(pair: Pair | None) -> list[str | None]:
     """How model_index.json names a model that `effjax.save` wrote, or one that is not there."""
     return [None, None] if pair is None else ["effjax", pair[0].model.__name__]
+
+
+def transformers_entry(component: Any) -> list[str | None]:
+    """How model_index.json names a tokenizer or a processor."""
+    return ["transformers", type(component).__name__]
 
 
 def runs_executables(method: Method) -> Method:

@@ -12,6 +12,7 @@ from converters.hub import Folder, open_folder
 from effjax import recipe
 from effjax.cost import weight_bytes
 from effjax.forward import parameter_count
+from effjax.pipelines import families
 from effjax.pipelines.base import INDEX
 from effjax.pipelines.diffusion import SCHEDULER
 from effjax.pipelines.loading import Components
@@ -34,9 +35,10 @@ def describe(
 
     Returns:
         Of a model: model, layout (of a checkpoint) or methods (of a saved one), config, parameters,
-        dtype, compute_dtype, weight_bytes. Of a pipeline: pipeline, components by name (None for
-        one that is missing), scheduler, methods, parameters, weight_bytes, and origin if it is
-        known.
+        dtype, compute_dtype, weight_bytes. Of a pipeline: pipeline (its class in the table),
+        becomes (its class here), components by name (None for one that is missing), beside (whether
+        tokenizers and processors are there, by name), scheduler, methods, parameters, weight_bytes,
+        and origin if it is known.
 
     Raises:
         ValueError: for what cannot be found or read.
@@ -49,9 +51,10 @@ def describe(
     if subfolder is not None or not folder.has(INDEX):
         return _model(folder, subfolder, variant)
     index = folder.read(INDEX)
-    found = Components(folder, index, {}, variant, {})
+    family = families.of_index(index, str(source))
+    found = Components(family, folder, index, {}, variant, {})
     components: dict[str, Any] = {}
-    models = ("transformer", "model", "text_encoder", "vae")
+    models = family.loaded_models
     if variant is not None and not any(map(found.has_variant, models)):
         raise ValueError(f"no component of {source} has a variant {variant!r}")
     for name in models:
@@ -60,11 +63,18 @@ def describe(
             components[name] = _model(folder, name, own)
         elif name in index:
             components[name] = None
+    beside = {
+        name: found.has(name)
+        for name, kind in family.kinds.items()
+        if kind in ("tokenizer", "processor")
+    }
     held = [each for each in components.values() if each is not None]
     methods = (method for each in held for method in each.get("methods", ()))
     figures = {
-        "pipeline": index.get("_class_name"),
+        "pipeline": family.name,
+        "becomes": family.pipeline,
         "components": components,
+        "beside": beside,
         "methods": list(dict.fromkeys(methods)),
         "parameters": sum(each["parameters"] for each in held),
         "weight_bytes": sum(each["weight_bytes"] for each in held),
@@ -101,9 +111,11 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
             if key in figures:
                 yield f"{key:>14}: {figures[key]}"
         return
-    yield f"{'pipeline':>14}: {figures['pipeline']}"
+    yield f"{'pipeline':>14}: {figures['pipeline']}, becomes {figures['becomes']}"
     for name, model in figures["components"].items():
         yield f"{name:>14}: {'none' if model is None else _sentence(model)}"
+    for name, there in figures["beside"].items():
+        yield f"{name:>14}: {'there' if there else 'none'}"
     if "scheduler" in figures:
         yield f"{'scheduler':>14}: {figures['scheduler'].get('_class_name')}"
     yield f"{'methods':>14}: {', '.join(figures['methods']) or 'none'}"

@@ -1,6 +1,8 @@
-"""What a model of images draws, as arrays and as pictures."""
+"""What a model of images or videos makes, as arrays and as pictures."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,3 +44,25 @@ def to_pil(images: jax.Array | np.ndarray) -> list[Image.Image]:
     unit = to_unit(images)
     warn_unless_finite("images", jnp.asarray(images), "NaN is drawn black.")
     return draw(unit)
+
+
+def finished(outputs: jax.Array, output_type: str) -> Any:
+    """Images [B, H, W, C] or videos [B, F, H, W, C] in -1 ... 1 as they are asked for.
+
+    Args:
+        outputs: decoded, or still latents.
+        output_type: "pil", "np" or "latent".
+
+    Returns:
+        PIL images, or a list of them for each video; float32 in 0 ... 1 on the host; or `outputs`.
+    """
+    if output_type == "latent":
+        return outputs
+    frames = outputs.shape[1:-3]  # of a video
+    unit = to_unit(outputs.reshape(-1, *outputs.shape[-3:]) if frames else outputs)
+    if output_type == "np":
+        return unit.reshape(outputs.shape)
+    drawn = draw(unit)
+    if not frames:
+        return drawn
+    return [drawn[start : start + frames[0]] for start in range(0, len(drawn), frames[0])]

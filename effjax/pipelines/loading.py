@@ -13,15 +13,10 @@ import converters
 from converters.hub import Folder, weight_files
 from effjax import fields, recipe
 from effjax.forward import Forward
+from effjax.pipelines import families
 from effjax.pipelines.base import INDEX, Origin
+from effjax.pipelines.family import PipelineFamily
 from effjax.transform import Pair
-
-# What a pipeline around one model needs beside it.
-_BESIDE = {
-    "Llama": ("TextPipeline", "its tokenizer"),
-    "DiT": ("ClassConditionalPipeline", "its scheduler, and a VAE if it makes latents"),
-    "PixArt": ("TextToImagePipeline", "its scheduler, text encoder, tokenizer and VAE"),
-}
 
 _ENTRY = tuple[str | None, str | None] | None  # library and class of a component
 
@@ -31,6 +26,7 @@ class Components:
     """Components of a directory or repository, and those that are given in their place.
 
     Attributes:
+        family: what the pipeline is made of.
         folder: the directory or repository.
         index: contents of its model_index.json; None for a directory of transformers.
         given: components by name; None for those that are to be loaded.
@@ -38,6 +34,7 @@ class Components:
         options: of `effjax.load` and `converters.from_pretrained`.
     """
 
+    family: PipelineFamily
     folder: Folder
     index: Mapping[str, Any] | None
     given: Mapping[str, Any]
@@ -45,7 +42,7 @@ class Components:
     options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("transformer", "model", "text_encoder", "tokenizer", "vae", "scheduler"):
+        for name in self.family.kinds:
             entry = fields.from_json(_ENTRY, (self.index or {}).get(name))
             if wrong := fields.problems(_ENTRY, entry, name):
                 raise ValueError(f"{self.folder.source}/{INDEX}: {'; '.join(wrong)}")
@@ -85,12 +82,13 @@ class Components:
                 f"effjax.pipeline(..., {name}={_example(name)})"
             )
 
-    def allow(self, *names: str) -> None:
-        """Check that nothing else is given.
+    def check_given(self) -> None:
+        """Check that nothing is given that is no component of the family.
 
         Raises:
             ValueError: for components that this kind of pipeline does not have.
         """
+        names = self.family.replaceable
         given = [name for name, value in self.given.items() if value is not None]
         if other := [name for name in given if name not in names]:
             raise ValueError(
@@ -120,36 +118,47 @@ class Components:
             **self.folder.remote,
         )
 
-    def tokenizer(self, subfolder: str | None) -> Any:
+    def tokenizer(self, name: str, subfolder: str | None) -> Any:
         """The tokenizer that is given, else that of a subfolder, or of the directory itself.
 
         Raises:
             ValueError: if there is none that can be read.
         """
-        if (given := self.given.get("tokenizer")) is not None:
-            return given
         from transformers import AutoTokenizer  # slow to import
 
+        return self._of_transformers(AutoTokenizer, "tokenizer", name, subfolder)
+
+    def processor(self, name: str, subfolder: str | None) -> Any:
+        """A processor (of images, or of several kinds of inputs) likewise."""
+        from transformers import AutoProcessor  # slow to import
+
+        return self._of_transformers(AutoProcessor, "processor", name, subfolder)
+
+    def _of_transformers(self, auto: Any, what: str, name: str, subfolder: str | None) -> Any:
+        """A component that one of transformers' Auto classes loads, without code beside it."""
+        if (given := self.given.get(name)) is not None:
+            return given
         source = self.folder.source
         try:
             if self.folder.hub is None:
                 directory = Path(os.path.expanduser(source)) / (subfolder or "")
-                return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-            return AutoTokenizer.from_pretrained(
+                return auto.from_pretrained(directory, trust_remote_code=False)
+            return auto.from_pretrained(
                 source, subfolder=subfolder or "", trust_remote_code=False, **self.folder.remote
             )
         except Exception as error:  # transformers raises many kinds for bad files
             if "trust_remote_code" in str(error):
                 raise ValueError(
-                    f"the tokenizer of {source} needs code that stands beside it (auto_map in its "
-                    f"tokenizer_config.json), and effjax runs no such code. If you trust it, load "
-                    f"the tokenizer yourself and give it: effjax.pipeline(..., tokenizer=...)"
+                    f"the {what} of {source} needs code that stands beside it (auto_map in its "
+                    f"{what}_config.json), and effjax runs no such code. If you trust it, load "
+                    f"the {what} yourself and give it: effjax.pipeline(..., {name}=...)"
                 ) from None
-            message = f"{source} has no tokenizer that can be read: {error or repr(error)}"
-            name = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
-            if find_spec("sentencepiece") is None and not self.folder.has(name):
+            message = f"{source} has no {what} that can be read: {error or repr(error)}"
+            file = f"{subfolder}/tokenizer.json" if subfolder else "tokenizer.json"
+            sentencepiece = what == "tokenizer" and find_spec("sentencepiece") is None
+            if sentencepiece and not self.folder.has(file):
                 message += (
-                    f"\nIt has no {name}; for a sentencepiece model: pip install sentencepiece"
+                    f"\nIt has no {file}; for a sentencepiece model: pip install sentencepiece"
                 )
             raise ValueError(message) from error
 
@@ -159,7 +168,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _example(name: str | None) -> str:
-    if name == "tokenizer":
+    if name is not None and name.startswith("tokenizer"):
         return "transformers.AutoTokenizer.from_pretrained(...)"
     return f'converters.from_pretrained("OWNER/NAME", subfolder="{name}")'
 
@@ -182,8 +191,10 @@ def refuse_file(path: Path) -> None:
             f"{INDEX}, or with the config.json and tokenizer of a language model. As a model it "
             f"cannot be loaded either: {error}"
         ) from error
-    kind, needs = _BESIDE.get(model, (None, None))
-    made = f"; with {needs}, effjax.pipelines.{kind} makes a pipeline of them" if kind else ""
+    family, made = families.of_model(model), ""
+    if family is not None:
+        needs = ", ".join(name.replace("_", " ") for name in family.kinds if name != family.model)
+        made = f"; with its {needs}, effjax.pipelines.{family.pipeline} makes a pipeline of them"
     raise ValueError(
         f"{path} is a single file of a {model}, and a pipeline is a directory or repository. Load "
         f"the model with `forward, params = converters.from_pretrained({str(path)!r})`{made}"

@@ -11,7 +11,6 @@ from converters.hub import open_folder
 from effjax.forward import METHODS, Forward
 from effjax.pipelines.base import INDEX, BasePipeline, Origin
 from effjax.pipelines.loading import Components
-from effjax.pipelines.text import TextPipeline
 from effjax.quant import QTensor, restore
 from effjax.registry import method
 from effjax.transform import Pair
@@ -85,9 +84,8 @@ def _loaded(pipe: BasePipeline, origin: Origin) -> Reference:
     options: dict[str, Any] = {"compute_dtype": config.dtype, "progress": True}
     folder = open_folder(origin.model, revision=origin.revision)
     index = folder.read(INDEX) if folder.has(INDEX) else None
-    found = Components(folder, index, {}, origin.variant, options)
-    whole = "model" if index is not None else None
-    forward, params = found.model(whole if isinstance(pipe, TextPipeline) else "transformer")
+    found = Components(pipe.family, folder, index, {}, origin.variant, options)
+    forward, params = found.model(None if index is None else pipe.family.model)
     if forward.recipe:
         raise ValueError(f"{origin.model} is compressed itself; give the model that it was made of")
     given, own = dataclasses.asdict(forward.config), dataclasses.asdict(config)

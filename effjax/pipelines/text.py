@@ -17,8 +17,9 @@ from effjax import generate as generation
 from effjax import recipe
 from effjax.generate import PrefixCache, Streamer
 from effjax.pipelines.arguments import check_characters
-from effjax.pipelines.base import BasePipeline, entry, runs_executables
-from effjax.pipelines.settings import GENERATION, GenerationSettings
+from effjax.pipelines.base import BasePipeline, entry, runs_executables, transformers_entry
+from effjax.pipelines.loading import Components
+from effjax.pipelines.settings import GENERATION, GenerationSettings, read_settings
 from effjax.storage import write_json
 
 Message = Mapping[str, Any]
@@ -62,6 +63,19 @@ class TextPipeline(BasePipeline):
                 f"{GENERATION}: eos_token_id {wrong} is no token of the model, which knows 0 ... "
                 f"{known - 1}"
             )
+
+    @classmethod
+    def of(cls, found: Components) -> TextPipeline:
+        """Load from components, which stand in one folder unless a pipeline's `save` wrote them."""
+        model, tokenizer = found.family.model, *found.family.tokenizers
+        saved = found.index is not None
+        return cls(
+            *found.model(model if saved else None),
+            tokenizer=found.tokenizer(tokenizer, tokenizer if saved else None),
+            settings=read_settings(found.folder),
+            origin=found.origin,
+            family=found.family,
+        )
 
     @functools.cached_property
     def _settings(self) -> GenerationSettings:
@@ -297,10 +311,10 @@ class TextPipeline(BasePipeline):
     def _components(self, directory: Path) -> dict[str, Any]:
         write_json(directory / GENERATION, dict(self.settings))
         pair = self.forward, self.params
-        recipe.save(directory / "model", *pair)
-        self.tokenizer.save_pretrained(directory / "tokenizer")
-        own = ["transformers", type(self.tokenizer).__name__]
-        return {"model": entry(pair), "tokenizer": own}
+        model, tokenizer = self.family.model, *self.family.tokenizers
+        recipe.save(directory / model, *pair)
+        self.tokenizer.save_pretrained(directory / tokenizer)
+        return {model: entry(pair), tokenizer: transformers_entry(self.tokenizer)}
 
     def sampling(self, given: Mapping[str, Any], *, drawn: bool) -> dict[str, Any]:
         """What is given, else what the settings say; they draw only if there is a key."""

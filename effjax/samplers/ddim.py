@@ -13,6 +13,15 @@ from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
 from effjax.fields import Count, Natural, Positive, Share
+from effjax.samplers.config import (
+    CLIPPING,
+    DIFFUSION,
+    LEADING,
+    PLAIN,
+    THRESHOLDS,
+    SchedulerClass,
+    reads,
+)
 from effjax.samplers.schedule import (
     Prediction,
     Schedule,
@@ -33,7 +42,19 @@ from effjax.samplers.tables import (
     spaced_timesteps,
 )
 
+_FILE = SchedulerClass(
+    fields={
+        **DIFFUSION,
+        **LEADING,
+        **CLIPPING,
+        "set_alpha_to_one": ("set_alpha_to_one", True),
+    },
+    fixed=PLAIN,
+    idle=THRESHOLDS,
+)
 
+
+@reads("DDIMScheduler", _FILE)
 @dataclasses.dataclass(frozen=True)
 class DDIM(Schedule):
     """Predict the clean sample and the noise, and mix them again at the next, lower noise level.

@@ -13,6 +13,15 @@ from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
 from effjax.fields import Count, Natural, Positive
+from effjax.samplers.config import (
+    CLIPPING,
+    DIFFUSION,
+    LEADING,
+    PLAIN,
+    THRESHOLDS,
+    SchedulerClass,
+    reads,
+)
 from effjax.samplers.schedule import (
     Prediction,
     Schedule,
@@ -33,7 +42,14 @@ from effjax.samplers.tables import (
     spaced_timesteps,
 )
 
+_FILE = SchedulerClass(
+    fields={**DIFFUSION, **LEADING, **CLIPPING, "variance_type": ("variance", "fixed_small")},
+    fixed=PLAIN,
+    idle=THRESHOLDS,
+)
 
+
+@reads("DDPMScheduler", _FILE)
 @dataclasses.dataclass(frozen=True)
 class DDPM(Schedule):
     """Sample the posterior q(x_{t'} | x_t, data) of the next timestep, with predicted data.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
 from effjax.fields import Count, Natural, Range
+from effjax.samplers.config import DIFFUSION, PLAIN, THRESHOLDS, SchedulerClass, reads
 from effjax.samplers.schedule import Prediction, Schedule, data_and_noise, mix_noise, split_output
 from effjax.samplers.tables import (
     Betas,
@@ -25,7 +26,38 @@ from effjax.samplers.tables import (
     spaced_timesteps,
 )
 
+_FILE = SchedulerClass(
+    fields={
+        **DIFFUSION,
+        "timestep_spacing": ("spacing", "linspace"),
+        "use_karras_sigmas": ("karras_sigmas", False),
+        "final_sigmas_type": ("final_sigmas", "zero"),
+        "lower_order_final": ("lower_order_final", True),
+        "lambda_min_clipped": ("lambda_min_clipped", -float("inf")),
+    },
+    fixed={
+        **PLAIN,
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "euler_at_final": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "use_lu_lambdas": False,
+        "use_flow_sigmas": False,
+        "use_dynamic_shifting": False,
+    },
+    # A learned variance is told by the network's number of channels.
+    idle={
+        **THRESHOLDS,
+        "variance_type": None,
+        "flow_shift": 1.0,
+        "time_shift_type": "exponential",
+    },
+)
 
+
+@reads("DPMSolverMultistepScheduler", _FILE)
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(Schedule):
     """Second-order multistep solver of the diffusion ODE in data prediction, midpoint rule.

@@ -17,10 +17,33 @@ from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
 from effjax.fields import Count, Positive
+from effjax.samplers.config import SchedulerClass, reads
 from effjax.samplers.schedule import Schedule, per_sample, split_output
 from effjax.samplers.tables import Column, at, check_steps, constant
 
+_FILE = SchedulerClass(
+    fields={
+        "num_train_timesteps": ("train_timesteps", 1000),
+        "shift": ("shift", 1.0),
+        "use_dynamic_shifting": ("dynamic", False),
+        "base_shift": ("base_shift", 0.5),
+        "max_shift": ("max_shift", 1.15),
+        "base_image_seq_len": ("base_tokens", 256),
+        "max_image_seq_len": ("max_tokens", 4096),
+    },
+    fixed={
+        "time_shift_type": "exponential",
+        "shift_terminal": None,
+        "invert_sigmas": False,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "stochastic_sampling": False,
+    },
+)
 
+
+@reads("FlowMatchEulerDiscreteScheduler", _FILE)
 @dataclasses.dataclass(frozen=True)
 class FlowMatchEuler(Schedule):
     """Follow the predicted velocity from sigma = 1 (noise) to sigma = 0 (data).

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
 from effjax.fields import Checked
+from effjax.samplers import config as configuration
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 
@@ -46,6 +47,15 @@ class Schedule(Checked, abc.ABC):
     def initial_scale(self) -> float:
         """Standard deviation of the initial noise."""
         return 1.0
+
+    @property
+    def dynamic(self) -> bool:
+        """True if the noise levels depend on the size of what is denoised."""
+        return False
+
+    def for_tokens(self, tokens: int) -> Schedule:
+        """The schedule for samples of this many tokens, where their number matters."""
+        return self
 
     def init(self, x: Float[Array, "B ..."]) -> PyTree:
         """The memory before the first update, for samples of this shape."""
@@ -96,9 +106,7 @@ class Schedule(Checked, abc.ABC):
         Raises:
             ValueError: for an unsupported class, or options, all listed at once.
         """
-        from effjax.samplers.config import from_config  # it knows every schedule
-
-        schedule = from_config(config, steps=steps, tokens=tokens, **options)
+        schedule = configuration.from_config(config, steps=steps, tokens=tokens, **options)
         if not isinstance(schedule, cls):
             raise ValueError(
                 f"{config['_class_name']} is read as {type(schedule).__name__}, not as "
@@ -113,9 +121,7 @@ class Schedule(Checked, abc.ABC):
         The file holds neither `steps` nor what diffusers' pipelines pass at run time: `eta`, and
         the `mu` and `spacing` of `FlowMatchEuler`.
         """
-        from effjax.samplers.config import to_config
-
-        return to_config(self)
+        return configuration.to_config(self)
 
 
 def split_output(

@@ -1,0 +1,117 @@
+"""Class-conditional pipelines: images of classes by index or by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effjax.fields import naming
+from effjax.pipelines import arguments
+from effjax.pipelines.base import INDEX, runs_executables
+from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline
+from effjax.pipelines.labels import check_names, index_of, read_names
+from effjax.pipelines.loading import Components
+
+Label = SupportsIndex | str
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ClassConditionalPipeline(Pipeline):
+    """A class-conditional diffusion model (diffusers' DiTPipeline).
+
+    Attributes:
+        names: of classes by their index, several for one class with commas between them; classes
+            may be without.
+    """
+
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    TASK = "unconditional-image-generation"  # hubs know no classes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.names, self.forward.config.num_classes)
+
+    @classmethod
+    def of(cls, found: Components) -> ClassConditionalPipeline:
+        """Load from components."""
+        with naming(INDEX):
+            names = read_names((found.index or {}).get("id2label"))
+        return cls(**cls.shared(found), names=names)
+
+    @runs_executables
+    def __call__(
+        self,
+        labels: Label | Sequence[Label] | np.ndarray | jax.Array,
+        *,
+        key: jax.Array,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        latents: jax.Array | np.ndarray | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> Images:
+        """Generate images of classes.
+
+        Args:
+            labels: one or more class indices or names.
+            key: PRNG key, `jax.random.key(seed)`; the same key gives the same image at its place.
+            num_images_per_prompt: images of each label: all of the first, then of the second, ...
+            num_inference_steps: denoising steps; those of the plan, else of the family (50).
+            guidance_scale: 1 is no guidance; that of the plan, else of the family (4.0).
+            latents: unit noise [images, H, W, C] to start from, in place of the key's; the schedule
+                scales it as it would its own.
+            output_type: "pil"; "np" for float32[images, H, W, 1 or 3] in 0 ... 1; "latent" for the
+                samples float32[images, H, W, C] before they are decoded.
+            progress: show a bar over the steps.
+            callback_on_step_end: called as `callback_on_step_end(step, latents)`.
+
+        Returns:
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for latents or images that are NaN or infinite.
+
+        Raises:
+            ValueError: for unknown labels, or steps that the forward is not planned for.
+            TypeError: if `key` is no key.
+        """
+        asked = arguments.listed("labels", labels)
+        return self._generate(
+            self.sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
+            len(asked),
+            lambda: self.conditions(asked),
+            key=key,
+            repeats=num_images_per_prompt,
+            latents=latents,
+            output_type=output_type,
+            progress=progress,
+            callback_on_step_end=callback_on_step_end,
+        )
+
+    def conditions(
+        self, labels: Label | Sequence[Label] | np.ndarray | jax.Array
+    ) -> tuple[jax.Array, None]:
+        """What a sampler takes for these labels: `cond` and `uncond`."""
+        indices = [self.index(label) for label in arguments.listed("labels", labels)]
+        return jnp.asarray(indices, jnp.int32), None
+
+    def index(self, label: Any) -> int:
+        """Class index of a label: an index, also as text, one name of a class, or all its names.
+
+        Raises:
+            ValueError: for what is no label, and for a name of no class or of several.
+        """
+        return index_of(label, self.names, self.forward.config.num_classes)
+
+    def _components(self, directory: Path) -> dict[str, Any]:
+        own = {"id2label": {str(index): name for index, name in self.names.items()}}
+        return {**super()._components(directory), **own}

@@ -1,0 +1,9 @@
+"""Language models, in transformers' layout or as `TextPipeline.save` writes them."""
+
+from effjax.pipelines.family import TEXT, PipelineFamily
+
+FAMILIES = (
+    PipelineFamily(
+        name=TEXT, pipeline=TEXT, models=("Llama",), model="model", tokenizers=("tokenizer",)
+    ),
+)
