@@ -222,9 +222,8 @@ def test_components_that_may_be_missing_and_those_that_may_not(pipe, parts, fold
         effjax.pipeline(tmp_path / "bare", text_encoder_2=other, **QUIET)
     tokenizer = train_pixart.tokenizer()
     given = {"text_encoder_2": other, "tokenizer_2": tokenizer, **QUIET}
-    chex.assert_trees_all_equal(
-        effjax.pipeline(tmp_path / "bare", **given).encode(["a A"]), pipe.encode(["a A"])
-    )
+    whole = effjax.pipeline(tmp_path / "bare", **given)
+    chex.assert_trees_all_close(whole.encode(["a A"]), pipe.encode(["a A"]), atol=1e-6)
     with pytest.raises(ValueError, match="a TinyVideoPipeline needs its text_encoder"):
         dataclasses.replace(pipe, text_encoder=None)
     with pytest.raises(ValueError, match="a TinyVideoPipeline has no text_encoder_3"):

@@ -39,10 +39,10 @@ class TinyVideo(Model):
     def __init__(self, config, *, rngs):
         self.config = config
         size, numerics = config.hidden_size, {"param_dtype": config.param_dtype, "rngs": rngs}
-        self.video_in = Linear(config.in_channels, size, **numerics)
-        self.text_in = Linear(config.text_channels, size, **numerics)
-        self.pooled_in = Linear(config.pooled_channels, size, **numerics)
-        self.video_out = Linear(size, config.in_channels, **numerics)
+        self.video_in = Linear(config.in_channels, size, role="embedding", **numerics)
+        self.text_in = Linear(config.text_channels, size, role="embedding", **numerics)
+        self.pooled_in = Linear(config.pooled_channels, size, role="modulation", **numerics)
+        self.video_out = Linear(size, config.in_channels, role="head", **numerics)
 
     def layout(self, x, *_):
         frames, rows, columns = x.shape[1:4]

@@ -26,7 +26,8 @@ class TinyVideoVAE(Model):
 
     def __init__(self, config, *, rngs):
         self.config = config
-        self.out = Linear(config.latent_channels, 3, param_dtype=config.param_dtype, rngs=rngs)
+        numerics = {"param_dtype": config.param_dtype, "rngs": rngs}
+        self.out = Linear(config.latent_channels, 3, role="head", **numerics)
 
     def __call__(self, latents):
         config = self.config
