@@ -431,7 +431,7 @@ class Layer:
             qvalue=QValues(leaf.qvalue, leaf.matrix_shape, leaf.bits).fill(rows),
             scale=scale,
             zero_point=zeros,
-            order=order,
+            perm=order,
             column_sums=column_sums,
         )
 

@@ -1,6 +1,7 @@
 """Who may import whom: arrows never run back; importing is quick, silent and touches no device."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,49 @@ def test_arrows_never_run_back(name, path):
         and (target.startswith("tests") or (layer_of(target) or 0) > own)
     ]
     assert not backward, f"{name} must not import {backward}"
+
+
+# Imports within functions that may close a circle, because the module is slow to import and most
+# calls do not need it: (module, what it imports).
+SLOW = [("effjax.cli", "effjax.cli_text")]
+
+
+def executed(tree):
+    """Every node below one that runs: all but what stands behind TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield node
+            yield from executed(node)
+
+
+def imported(path, known):
+    """Modules among `known` that a file imports, at its top or within its functions."""
+    for node in executed(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = {name if name in known else node.module for name in names}
+            yield from found & known.keys()
+
+
+def circle(graph):
+    """Modules that import each other in this order, None if none do."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_circle_of_imports():
+    known = {name: path for name, path in modules() if not name.startswith("experiments")}
+    graph = {name: set(imported(path, known)) - {name} for name, path in known.items()}
+    for name, target in SLOW:
+        assert target in graph[name], f"{name} does not import {target}: it needs no exception"
+        graph[name].remove(target)
+    assert circle(graph) is None
+    assert circle({**graph, "effjax.context": {"effjax.cli"}}) is not None
 
 
 def test_import_is_silent_and_touches_no_device():

@@ -114,7 +114,7 @@ class Projections(nnx.Module):
 
     def heads_of(
         self, x: Float[Array, "B S C"], other: Float[Array, "B T C"] | None = None
-    ) -> tuple[Heads, KeyHeads, KeyHeads]:
+    ) -> tuple[Heads, Float[Array, "B N K D"], Float[Array, "B N K D"]]:
         """Queries of tokens, keys and values of the same tokens or of others."""
         source = x if other is None else other
         q, k, v = (self.split(y) for y in (self.to_q(x), self.to_k(source), self.to_v(source)))
@@ -225,7 +225,7 @@ class CrossAttention(OneStream):
 
     def project(
         self, x: Float[Array, "B S C"], *others: Float[Array, "B T C"]
-    ) -> tuple[Heads, KeyHeads, KeyHeads]:
+    ) -> tuple[Heads, Float[Array, "B N K D"], Float[Array, "B N K D"]]:
         return self.heads_of(x, others[0])
 
     def __call__(

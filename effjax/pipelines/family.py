@@ -55,8 +55,9 @@ class PipelineFamily:
     @property
     def kinds(self) -> dict[str, Kind]:
         """What its components are, by name, in the order in which they are described."""
-        tokenizers = dict.fromkeys(self.tokenizers, "tokenizer")
-        return {self.model: "model", **tokenizers, **dict.fromkeys(self.processors, "processor")}
+        tokenizers: dict[str, Kind] = dict.fromkeys(self.tokenizers, "tokenizer")
+        processors: dict[str, Kind] = dict.fromkeys(self.processors, "processor")
+        return {self.model: "model", **tokenizers, **processors}
 
     @property
     def loaded_models(self) -> tuple[str, ...]:

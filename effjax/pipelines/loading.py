@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -126,26 +126,32 @@ class Components:
         """
         from transformers import AutoTokenizer  # slow to import
 
-        return self._of_transformers(AutoTokenizer, "tokenizer", name, subfolder)
+        def load(source: Any, **options: Any) -> Any:
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+
+        return self._of_transformers(load, "tokenizer", name, subfolder)
 
     def processor(self, name: str, subfolder: str | None) -> Any:
         """A processor (of images, or of several kinds of inputs) likewise."""
         from transformers import AutoProcessor  # slow to import
 
-        return self._of_transformers(AutoProcessor, "processor", name, subfolder)
+        def load(source: Any, **options: Any) -> Any:
+            return AutoProcessor.from_pretrained(source, trust_remote_code=False, **options)
 
-    def _of_transformers(self, auto: Any, what: str, name: str, subfolder: str | None) -> Any:
-        """A component that one of transformers' Auto classes loads, without code beside it."""
+        return self._of_transformers(load, "processor", name, subfolder)
+
+    def _of_transformers(
+        self, load: Callable[..., Any], what: str, name: str, subfolder: str | None
+    ) -> Any:
+        """A component that is given, else one that transformers loads without code beside it."""
         if (given := self.given.get(name)) is not None:
             return given
         source = self.folder.source
         try:
             if self.folder.hub is None:
                 directory = Path(os.path.expanduser(source)) / (subfolder or "")
-                return auto.from_pretrained(directory, trust_remote_code=False)
-            return auto.from_pretrained(
-                source, subfolder=subfolder or "", trust_remote_code=False, **self.folder.remote
-            )
+                return load(directory)
+            return load(source, subfolder=subfolder or "", **self.folder.remote)
         except Exception as error:  # transformers raises many kinds for bad files
             if "trust_remote_code" in str(error):
                 raise ValueError(
