@@ -35,7 +35,6 @@ aot-gpu: $(VENV)-gpu/.aot
 	$(VENV)-gpu/bin/python -m experiments.kernels.gpu_compile
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m effjax.cli methods --markdown > docs/methods.md
 	$(BIN)/python -m experiments.report > docs/benchmarks.md
 	$(BIN)/mkdocs build --strict
 

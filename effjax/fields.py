@@ -16,7 +16,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import inspect
+import json
 import math
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -147,7 +150,8 @@ def _parts(kind: Any) -> tuple[Any, Range | OneOf | None]:
     return kind, next((note for note in notes if isinstance(note, Range | OneOf)), None)
 
 
-def _bare(kind: Any) -> Any:
+def bare(kind: Any) -> Any:
+    """An annotation without its range."""
     return _parts(kind)[0]
 
 
@@ -262,9 +266,9 @@ def from_json(kind: Any, value: Any, what: str = "") -> Any:
     Lists become tuples, objects the dataclasses that it says, whole numbers floats where it says
     so; what does not fit stays as it is. `what` is how to call it in errors of dataclasses.
     """
-    kind = _bare(kind)
+    kind = bare(kind)
     if get_origin(kind) in (Union, types.UnionType):
-        kinds = [_bare(each) for each in get_args(kind)]
+        kinds = [bare(each) for each in get_args(kind)]
         if type(value) not in kinds:
             kind = next((each for each in kinds if _becomes(each, value)), kind)
     if kind is float and type(value) is int and abs(value) <= 2**53:
@@ -308,18 +312,51 @@ def tuples(value: Any) -> Any:
 def parse(kind: Any) -> Callable[[str], Any]:
     """What argparse calls with a word, for an option that is annotated like this.
 
+    Numbers and texts are said as they are, "none" is None, a tuple is its parts with commas between
+    them, and everything else is JSON.
+
     Raises:
         argparse.ArgumentTypeError: for a word that says no such value.
     """
-    base, _ = _parts(kind)
 
     def parsed(word: str) -> Any:
-        try:
-            value = base(word)
-        except ValueError:
-            value = word
+        value = _spoken(kind, word)
         if problems(kind, value, "it"):
-            raise argparse.ArgumentTypeError(f"must be {describe(kind, value)}, got {word!r}")
+            raise argparse.ArgumentTypeError(f"must be {describe(kind, value)}, got {short(word)}")
         return value
 
     return parsed
+
+
+def _spoken(kind: Any, word: str) -> Any:
+    """The value that a word says; the word itself if it says none."""
+    kind = bare(kind)
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is str:
+        return word
+    if kind is types.NoneType:
+        return None if word.lower() == "none" else word
+    if origin in (Union, types.UnionType):
+        found = ((each, _spoken(each, word)) for each in inner)
+        return next((value for each, value in found if not problems(each, value, "")), word)
+    if origin is Literal:
+        return next((each for each in inner if str(each) == word), word)
+    if origin is tuple and not word.lstrip().startswith("["):
+        return tuple(_spoken(inner[0], part.strip()) for part in word.split(","))
+    try:
+        return kind(word) if kind in (int, float) else from_json(kind, json.loads(word))
+    except (ValueError, RecursionError):
+        return word
+
+
+@functools.cache
+def documented(kind: type) -> Mapping[str, str]:
+    """What the docstrings of a dataclass and its bases say of fields, in `Attributes:`, by name."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
+        section = re.split(r"\n(?=\S)", listed)[0]
+        for entry in re.split(r"\n(?=    \S)", f"\n{section}"):
+            names, _, text = entry.partition(":")
+            found |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+    return types.MappingProxyType(found)

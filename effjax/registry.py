@@ -14,18 +14,44 @@ from effjax.context import Model
 from effjax.transform import Method
 
 
-@functools.cache
 def methods() -> Mapping[str, Method]:
-    """Every method by name: the `METHOD` of each module or folder below `effjax.methods`."""
+    """Every method by name: the `METHOD` of each module of `effjax.methods.modules`.
+
+    Raises:
+        ValueError: for two methods of one name, or something else that is called METHOD.
+    """
+    return _methods()[0]
+
+
+def module_of(name: str) -> str:
+    """The module, or package, that declares the method of this name."""
+    return _methods()[1][method(name).name]
+
+
+@functools.cache
+def _methods() -> tuple[Mapping[str, Method], Mapping[str, str]]:
+    """Methods, and the modules that declare them."""
     found: dict[str, Method] = {}
-    for module in pkgutil.walk_packages(effjax.methods.__path__, "effjax.methods."):
-        method = getattr(importlib.import_module(module.name), "METHOD", None)
-        if method is None or found.get(method.name) is method:  # a folder's files may import it
+    places: dict[str, str] = {}
+    for module in effjax.methods.modules():
+        declared = getattr(importlib.import_module(module), "METHOD", None)
+        if declared is None:
             continue
-        if method.name in found:
-            raise ValueError(f"two methods are named {method.name!r}; rename one of them")
-        found[method.name] = method
-    return MappingProxyType(dict(sorted(found.items())))
+        if not isinstance(declared, Method):
+            raise ValueError(f"METHOD of {module} must be a Method, got {declared!r}")
+        if declared.name in found:
+            raise ValueError(
+                f"two methods are named {declared.name!r}, in {places[declared.name]} and "
+                f"{module}; rename one of them"
+            )
+        found[declared.name], places[declared.name] = declared, module
+    return MappingProxyType(dict(sorted(found.items()))), MappingProxyType(places)
+
+
+def clear() -> None:
+    """Forget the methods, so that folders which are put on `effjax.methods.__path__` are seen."""
+    importlib.invalidate_caches()
+    _methods.cache_clear()
 
 
 def method(name: str) -> Method:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.calibration import Answers, Sequences, Trajectory
 from effjax.context import Guidance, PyTree
 from effjax.forward import (
     Forward,
@@ -42,6 +43,23 @@ class Subject:
     sampler: Sampler | Reading
     cond: PyTree
     uncond: PyTree = None
+
+    def data(self, kind: type | None) -> Any:
+        """What a method with this `Method.data` looks at; None if it looks at nothing."""
+        if kind is None:
+            return None
+        if kind is Trajectory:
+            return Trajectory(self.sampler, self.cond, jax.random.key(0), self.uncond)
+        texts = np.asarray(self.cond)
+        if kind is Sequences:
+            count, tokens = texts.shape
+            return Sequences(lambda *size: np.resize(texts, size[1::-1]), tokens, count)
+
+        def answers(tokens: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+            weights = np.broadcast_to(np.arange(tokens) >= tokens * 3 // 4, (count, tokens))
+            return np.resize(texts, (count, tokens)), weights.astype(np.float32)
+
+        return Answers(answers, len(texts))
 
     def __repr__(self) -> str:
         return f"Subject({self.forward}, {parameter_count(self.params):,} parameters)"

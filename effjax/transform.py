@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -113,33 +113,83 @@ def identity(forward: Forward, params: Params) -> Pair:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shorthand(Checked):
+    """Base of dataclasses that say a whole plan in a few words, such as bits for all layers.
+
+    A method lists its own in `Method.shorthands`; their fields are options of `effjax apply`.
+    """
+
+    def plan(self, forward: Forward, params: Params) -> Plan:
+        """The plan for a model.
+
+        Raises:
+            ValueError: for a model that it does not fit.
+        """
+        raise NotImplementedError
+
+
+Domain = Literal["images", "language models", "any"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A method's declaration, the last statement of its file; the registry finds it there.
+
+    The command line, the tests of all methods and the pages about methods are made of it. Options
+    of commands come from the fields of `plan`, `shorthands`, `goals` and `fitting`: their
+    annotations are types and ranges, and their docstrings (`Attributes:`) the help.
 
     Attributes:
         name: name in recipes, on the command line and in the documentation.
         paper: title and arXiv number.
         seams: which of "leaves", "patches", "loops" it changes.
+        domain: what models it is for.
         plan: type of its plan.
-        transform: plan -> Transform.
-        search: function that makes a plan, None if plans are only written by hand.
+        transform: plan -> Transform; (plan, learned) -> Transform if it calibrates or trains.
         identity: subject -> plan under which wrappers are installed and change nothing.
         ladder: subject -> three or more plans from weak to strong; executed cost falls.
         tiny: makes the subject (see `effjax.testing`) on which the contract suite runs.
         decides: "batch" or "row" if what is computed depends on values, and whether one decision is
             for all samples of a batch; None if it does not.
-        calibrate: (plan, forward, params, sampler, cond, *, key, uncond) -> what `transform` takes
-            beside the plan; None if it needs nothing.
+        systems: names of the published systems that it is, as the page on coverage lists them.
+        shorthands: other ways to say a plan.
+        data: what it looks at: `Trajectory`, `Sequences` or `Answers` of `effjax.calibration`; None
+            if it looks at nothing but the model.
+        calibrate: (plan, forward, params, data) -> learned, without training.
+        goals: what a search aims at.
+        search: (goals, forward, params, data) -> plan.
+        fitting: options of training.
+        fit: (plan, fitting, forward, params, data, *, checkpoints) -> learned. `checkpoints` is a
+            folder from which a second run resumes, or None.
+
+    Raises:
+        ValueError: for a search without goals, training without options, or the other way round.
     """
 
     name: str
     paper: str
     seams: tuple[str, ...]
+    domain: Domain
     plan: type[Plan]
     transform: Callable[..., Transform]
-    search: Callable[..., Plan] | None
     identity: Callable[[Any], Plan]
     ladder: Callable[[Any], tuple[Plan, ...]]
     tiny: Callable[[], Any]
+    systems: tuple[str, ...] = ()
+    shorthands: tuple[type[Shorthand], ...] = ()
+    data: type | None = None
     calibrate: Callable[..., Any] | None = None
     decides: Literal["batch", "row"] | None = None
+    goals: type[Checked] | None = None
+    search: Callable[..., Plan] | None = None
+    fitting: type[Checked] | None = None
+    fit: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        for what, how in (("goals", "search"), ("fitting", "fit")):
+            if (getattr(self, what) is None) != (getattr(self, how) is None):
+                raise ValueError(f"{self.name} needs both {what} and {how}, or none of them")
+        if self.domain not in get_args(Domain):
+            raise ValueError(
+                f"{self.name} is for {self.domain!r}; the domains are {get_args(Domain)}"
+            )

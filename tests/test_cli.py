@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from effjax.cli import main
+from effjax.cli import commands, main
 from effjax.methods import dit_fast_attn
+from effjax.registry import methods
 from tests.test_pipelines import write_pipeline, write_text_pipeline
 from tests.test_text_pipeline import write_language_model
 
@@ -59,9 +62,9 @@ def test_convert(capsys, folder, tmp_path):
 def test_search_sample_bench(capsys, folder, tmp_path):
     fast = tmp_path / "fast"
     arguments = ("--steps", 3, "--guidance", 2.0, "--threshold", 0.05, "--labels", "a,b")
-    status, figures, _ = run(capsys, "search", folder, fast, *arguments)
+    status, figures, _ = run(capsys, "search", folder, fast, "dit_fast_attn", *arguments)
     assert status == 0
-    assert len(figures["plan"]["quantized values"]) == 2
+    assert len(figures["plan"]["strategies"]) == 2
 
     asked = ("--labels", '"c", 1', "--images-per-prompt", 2)
     status, figures, _ = run(capsys, "sample", fast, *asked, "-o", tmp_path / "images")
@@ -84,8 +87,9 @@ def test_search_sample_bench(capsys, folder, tmp_path):
 
 @pytest.mark.parametrize("method", ["vidit_q", "round_to_nearest"])
 def test_quantize_and_bench(untyped, capsys, folder, tmp_path, method):
-    small, options = tmp_path / "small", ("--method", method, "--steps", 2, "--labels", "a,b")
-    status, figures, _ = run(capsys, "quantize", folder, small, "--bits", "w8a8", *options)
+    small = tmp_path / "small"
+    options = (method, "--steps", 2, "--labels", "a,b") if method == "vidit_q" else (method,)
+    status, figures, _ = run(capsys, "apply", folder, small, *options, "--bits", "w8a8")
     assert status == 0
     assert figures["weight_bytes"] < figures["weight_bytes_before"]
     _, info, _ = run(capsys, "info", small)
@@ -106,22 +110,22 @@ def test_quantize_and_bench(untyped, capsys, folder, tmp_path, method):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(figures["plan"]))
     again = tmp_path / "again"
-    status, figures, _ = run(capsys, "quantize", folder, again, "--bits", plan, *options)
+    status, figures, _ = run(capsys, "apply", folder, again, *options, "--plan", plan)
     assert status == 0
     assert figures["weight_bytes"] == info["weight_bytes"]
     bad = tmp_path / "bad"
     for bits, message in (
         ("w9", "must be one of 2, 3, 4, 5, 6, 7, 8, 16, got 9"),
-        ("eight", "--bits must be such as"),
+        ("eight", "bits must be such as"),
     ):
-        status, _, error = run(capsys, "quantize", folder, bad, "--bits", bits, *options)
+        status, _, error = run(capsys, "apply", folder, bad, *options, "--bits", bits)
         assert status == 1
         assert message in error
     assert not bad.exists()
 
 
 def test_bits_are_searched(capsys, folder, tmp_path):
-    options = ("--method", "vidit_q", "--average-bits", 6, "--steps", 2, "--labels", "a,b")
+    options = ("vidit_q", "--average-bits", 6, "--steps", 2, "--labels", "a,b")
     status, figures, _ = run(capsys, "search", folder, tmp_path / "found", *options)
     assert status == 0
     [(_, rules)] = figures["plan"]["segments"]
@@ -143,8 +147,8 @@ def test_text_to_image(capsys, tmp_path):
         "-o",
         tmp_path / "images",
     )
-    status, figures, _ = run(capsys, *sample)
-    assert status == 0
+    status, figures, error = run(capsys, *sample)
+    assert status == 0, error
     for file in figures["files"]:
         with Image.open(file) as image:
             assert image.size == (24, 16)
@@ -153,10 +157,10 @@ def test_text_to_image(capsys, tmp_path):
         "001_a_blue_7.png",
     ]
     small = tmp_path / "small"
-    status, _, error = run(capsys, "quantize", tmp_path / "text", small, "--steps", 2)
+    status, _, error = run(capsys, "apply", tmp_path / "text", small, "vidit_q", "--steps", 2)
     assert status == 1
     assert "give --prompt" in error
-    status, figures, _ = run(capsys, "quantize", tmp_path / "text", small, *asked)
+    status, figures, _ = run(capsys, "apply", tmp_path / "text", small, "vidit_q", *asked)
     assert status == 0
     status, bench, _ = run(capsys, "bench", small, "--batch", 1, "--repeats", 1, "--steps", 2)
     assert status == 0
@@ -167,10 +171,11 @@ def test_methods(capsys):
     status, figures, _ = run(capsys, "methods")
     assert status == 0
     assert figures["dit_fast_attn"]["search"] is True
-    assert main(["methods", "--markdown"]) == 0
-    assert "| `dit_fast_attn` | patches | yes |" in capsys.readouterr().out
     assert main(["methods"]) == 0
     assert "arXiv" in capsys.readouterr().out
+
+
+FAST, ROUND = "dit_fast_attn", "round_to_nearest"
 
 
 @pytest.mark.parametrize(
@@ -179,23 +184,26 @@ def test_methods(capsys):
         (("info", "nowhere/at/all"), "nowhere/at/all"),
         (("sample", "FOLDER", "--labels", "z", "--steps", "2"), "no class 'z'"),
         (("bench", "FOLDER"), "is not compressed"),
-        (("search", "FOLDER", "FOLDER"), "exists and is not empty"),
-        (("search", "FOLDER", "new", "--method", "magic"), "no method 'magic'"),
-        (("search", "FOLDER", "new", "--prompt", "a"), "conditioned on classes: give --labels"),
+        (("search", "FOLDER", "FOLDER", FAST), "exists and is not empty"),
+        (("search", "FOLDER", "new", FAST, "--prompt", "a"), "on classes: give --labels"),
         (("sample", "FOLDER", "--labels", "a", "--width", "8"), "images of one size"),
         (("sample", "FOLDER"), "nothing is asked for: give --labels"),
         (("sample", "FOLDER", "--labels", '"a, b",c'), "no class 'a, b'"),
         (("sample", "FOLDER", "--labels", "a", "--negative-prompt", "b"), "conditioned on classes"),
-        (("quantize", "FOLDER", "new", "--group-size", "8"), "leave out --group-size"),
-        (("quantize", "FOLDER", "new", "--method", "dit_fast_attn"), "does not quantize"),
+        (("apply", "FOLDER", "new", FAST), "give --pattern --calls [--window] or --strategies"),
+        (("apply", "FOLDER", "new", FAST, "--tokens", "8"), "--strategies --tokens"),
+        (("apply", "FOLDER", "new", "snap_kv", "--ratio", "0.5"), "is for language models"),
         (("demo", "--steps", "1"), "at least 2 steps"),
         (("info", "FOLDER", "--variant", "fp99"), "no component of"),
         (("sample", "FOLDER", "--labels", ","), "no class ''"),
-        (("quantize", "FOLDER", "~nobody here/new", "--bits", "eight"), "--bits must be such as"),
-        (("quantize", "FOLDER", "new", "--bits", "FOLDER"), "--bits must be such as"),
-        (("quantize", "FOLDER", "new", "--bits", "plan.json"), "plan.json is not valid JSON"),
-        (("quantize", "FOLDER", "new", "--bits", "deep.json"), "deep.json is not valid JSON"),
-        (("quantize", "FOLDER", "new", "--bits", "w" + "9" * 5000), "integer string conversion"),
+        (("apply", "FOLDER", "~nobody here/new", ROUND, "--bits", "eight"), "bits must be such as"),
+        (("apply", "FOLDER", "new", ROUND, "--bits", "FOLDER"), "bits must be such as"),
+        (("apply", "FOLDER", "new", ROUND, "--plan", "FOLDER"), "irectory"),
+        (("apply", "FOLDER", "new", ROUND, "--plan", "plan.json"), "plan.json is not valid JSON"),
+        (("apply", "FOLDER", "new", ROUND, "--plan", "deep.json"), "deep.json is not valid JSON"),
+        (("apply", "FOLDER", "new", ROUND, "--plan", "deep.json", "--bits", "w4"), "leave out"),
+        (("apply", "FOLDER", "new", ROUND, "--bits", "w" + "9" * 5000), "bits must be such as"),
+        (("methods", "magic"), "no method 'magic'"),
     ],
 )
 def test_errors_are_one_line_and_a_status(
@@ -223,12 +231,13 @@ def test_figures_that_nobody_reads(monkeypatch):
     "words",
     [
         ("demo", "--images", "0"),
-        ("search", "a", "b", "--threshold", "nan"),
-        ("search", "a", "b", "--average-bits", "1.5"),
-        ("search", "a", "b", "--lengths", "16,x"),
-        ("search", "a", "b", "--lengths", ""),
-        ("quantize", "a", "b", "--group-size", "-8"),
-        ("compress", "a", "b", "--learning-rate", "0"),
+        ("search", "a", "b", "dit_fast_attn", "--threshold", "nan"),
+        ("search", "a", "b", "vidit_q", "--average-bits", "1.5"),
+        ("search", "a", "b", "moa", "--lengths", "16,x"),
+        ("search", "a", "b", "moa", "--lengths", ""),
+        ("apply", "a", "b", "gptq", "--group-size=-8"),
+        ("apply", "a", "b", "snap_kv", "--ratio", "1"),
+        ("fit", "a", "b", "cskv", "--learning-rate", "0"),
         ("sample", "a", "--steps", "1.5"),
         ("sample", "a", "--guidance", "-1"),
         ("sample", "a", "--seed", "99999999999999999999"),
@@ -242,8 +251,63 @@ def test_arguments_have_ranges(capsys, words):
     with pytest.raises(SystemExit) as error:
         main(words)
     assert error.value.code == 2
-    assert "must be a whole number" in (said := capsys.readouterr().err) or "finite number" in said
-    assert f"argument {words[-2]}" in said
+    assert "a whole number" in (said := capsys.readouterr().err) or "finite number" in said
+    option = words[-1].partition("=")[0] if "=" in words[-1] else words[-2]
+    assert f"argument {option}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("search", "a", "b", "magic"), "no method 'magic'"),
+        (("search", "a", "b", "snap_kv"), "has no search"),
+        (("fit", "a", "b", "gptq"), "is not trained"),
+        (("apply", "a", "b", "gptq", "--size", "2"), "unrecognized arguments: --size 2"),
+        (("apply", "a", "b", "kivi", "--key-bits", "5"), "must be one of 4, 8"),
+        (("sample", "a", "--speed", "2"), "unrecognized arguments: --speed 2"),
+        (("apply", "a", "b"), "required: method"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_options_that_no_command_or_method_has(capsys, words, message):
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_on_a_method_has_its_options(capsys):
+    for words, shown in (
+        (("apply", "--help"), "effjax methods"),
+        (("apply", "a", "b", "kivi", "--help"), "--value-bits"),
+        (("search", "a", "b", "moa", "--help"), "(default: 0.5)"),
+        (("fit", "a", "b", "cskv", "--help"), "--checkpoints"),
+        (("apply", "a", "b", "vidit_q", "--help"), "--plan-seed"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            main(words)
+        assert error.value.code == 0
+        assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_says_what_it_takes(capsys, name):
+    """And its examples are commands that exist."""
+    status, figures, _ = run(capsys, "methods", name)
+    assert status == 0
+    for fields in figures["options"].values():
+        assert all(each["about"].partition(";")[0] for each in fields.values())
+    for example in figures["examples"]:
+        assert commands.read(example.split()[1:]).method == name
+    assert main(["methods", name]) == 0
+    assert figures["examples"][0] in capsys.readouterr().out
+
+
+def test_no_command_names_a_method():
+    for path in Path(commands.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        assert not [name for name in methods() if re.search(rf"\b{name}\b", text)], path
+        assert len(text.splitlines()) <= 350
 
 
 def test_version_and_defaults_are_shown(capsys):
@@ -257,8 +321,8 @@ def test_version_and_defaults_are_shown(capsys):
 
 def test_destinations_are_tried_before_a_search(capsys, folder, tmp_path):
     (tmp_path / "file").write_text("")
-    for words in (("search", folder), ("quantize", folder, "--bits", "w8a8")):
-        status, _, error = run(capsys, *words, tmp_path / "file" / "small")
+    for words in (("search", folder), ("apply", folder)):
+        status, _, error = run(capsys, *words, tmp_path / "file" / "small", "vidit_q")
         assert status == 1
         assert "cannot be written" in error
         assert "give another destination" in error
@@ -269,11 +333,11 @@ def test_a_plan_that_cannot_be_saved_is_printed(capsys, folder, tmp_path, monkey
         raise OSError("no space left")
 
     monkeypatch.setattr("effjax.recipe.save", fail)
-    words = ("search", folder, tmp_path / "new", "--steps", 2, "--labels", "a")
+    words = ("search", folder, tmp_path / "new", FAST, "--steps", 2, "--labels", "a")
     status, _, error = run(capsys, *words)
     assert status == 1
     plan = next(line for line in error.splitlines() if line.startswith("{"))
-    assert len(dit_fast_attn.DiTFastAttnPlan.from_json(plan).qvalues) == 2
+    assert len(dit_fast_attn.DiTFastAttnPlan.from_json(plan).strategies) == 2
     assert "no space left" in error
     assert not (tmp_path / "new").exists()
 
@@ -283,6 +347,9 @@ def test_help_has_examples_and_unknown_words_exit_with_2():
         [sys.executable, "-m", "effjax.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert "examples:" in shown.stdout
+    loaded = "import sys; from effjax.cli import main\ntry: main(['bench', '--help'])\nfinally: \
+assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", loaded], capture_output=True, check=True)
     with pytest.raises(SystemExit) as error:
         main(["fly"])
     assert error.value.code == 2
@@ -304,7 +371,7 @@ def test_generate(capsys, folder, tmp_path):
         ((*arguments, "--temperature", 2.0), "--temperature needs --seed"),
         (("generate", folder, "--prompt", "a"), "is no language model"),
         (("sample", model), "is a language model; use `effjax generate`"),
-        (("search", folder, tmp_path / "x", "--method", "moa"), "moa is for language models"),
+        (("search", folder, tmp_path / "x", "moa"), "moa is for language models"),
     ):
         status, figures, error = run(capsys, *wrong)
         assert (status, figures) == (1, None)
@@ -321,11 +388,9 @@ def language_model(tmp_path):
 
 def test_compress_and_bench_a_language_model(capsys, tmp_path, language_model):
     model, texts = language_model
-    fields = ("--set", "k_density=0.5", "--set", "v_density=0.5", "--set", "window=4")
+    fields = ("--k-density", 0.5, "--v-density", 0.5, "--window", 4)
     options = (*texts, "--steps", 2, "--checkpoints", tmp_path / "steps")
-    status, figures, _ = run(
-        capsys, "compress", model, tmp_path / "low", "--method", "cskv", *fields, *options
-    )
+    status, figures, _ = run(capsys, "fit", model, tmp_path / "low", "cskv", *fields, *options)
     assert status == 0
     assert figures["plan"]["k_density"] == 0.5
     assert (tmp_path / "steps" / "2").is_dir()
@@ -339,9 +404,7 @@ def test_compress_and_bench_a_language_model(capsys, tmp_path, language_model):
     for side in ("dense", "compressed"):
         assert figures[side]["decode_tokens_per_second"] > 0
         assert 0 <= figures[side]["answers_right"] <= 1
-    other = run(
-        capsys, "compress", model, tmp_path / "few", "--method", "snap_kv", "--set", "ratio=0.5"
-    )
+    other = run(capsys, "apply", model, tmp_path / "few", "snap_kv", "--ratio", 0.5)
     assert other[1]["plan"]["ratio"] == 0.5
     tokens, held = other[1]["cache_tokens"], other[1]["cache_bytes"]
     token = 2 * 2 * 8 * 4 * 2  # float32 keys and values of two heads of 8 in two layers
@@ -356,8 +419,9 @@ def test_compress_and_bench_a_language_model(capsys, tmp_path, language_model):
 def test_quantize_a_language_model(capsys, tmp_path, language_model):
     model, texts = language_model
     for method in ("gptq", "awq", "round_to_nearest"):
-        arguments = ("quantize", model, tmp_path / method, "--method", method, "--bits", "w4")
-        status, figures, _ = run(capsys, *arguments, *texts, "--samples", 2)
+        arguments = ("apply", model, tmp_path / method, method, "--bits", "w4")
+        seen = () if method == ROUND else (*texts, "--samples", 2)
+        status, figures, _ = run(capsys, *arguments, *seen)
         assert status == 0
         assert figures["weight_bytes"] < figures["weight_bytes_before"]
         assert run(capsys, "info", tmp_path / method)[1]["methods"] == [method]
@@ -366,7 +430,7 @@ def test_quantize_a_language_model(capsys, tmp_path, language_model):
 def test_search_spans_of_a_language_model(capsys, tmp_path, language_model):
     model, texts = language_model
     options = ("--lengths", "64,128,96", "--density", 0.75, "--samples", 2)
-    arguments = ("search", model, tmp_path / "spans", "--method", "moa", *options, *texts[:2])
+    arguments = ("search", model, tmp_path / "spans", "moa", *options, *texts[:2])
     status, figures, _ = run(capsys, *arguments)
     assert status == 0
     assert len(figures["plan"]["alphas"]) == 2
@@ -376,23 +440,19 @@ def test_commands_on_language_models_name_what_is_wrong(capsys, tmp_path, langua
     model, texts = language_model
     new, binary = tmp_path / "new", tmp_path / "binary"
     binary.write_bytes(bytes(range(256)))
-    cskv = ("--method", "cskv", "--set", "k_density=0.5", "--set", "v_density=0.5")
+    halves = ("cskv", "--k-density", 0.5, "--v-density", 0.5)
     for wrong, message in (
-        (("compress", model, new, "--method", "dit_fast_attn"), "is no cache of a language"),
-        (("compress", model, new, "--method", "gptq"), "is no cache of a language model"),
-        (("compress", model, new, "--set", "bits"), "--set takes NAME=VALUE"),
-        (("compress", model, new, "--set", "size=2"), "unknown fields ['size']"),
-        (("compress", model, new, "--set", "a=1", "--set", "a=2"), "--set gives a more than once"),
-        (("compress", model, new, *cskv, *texts, "--checkpoints", binary), "binary is no folder"),
-        (("quantize", model, new, "--method", "gptq", "--texts", binary), "binary: 'utf-8' codec"),
+        (("apply", model, new, FAST, "--pattern", "WARS", "--calls", 2), "is for images"),
+        (("fit", model, new, *halves, *texts, "--checkpoints", binary), "binary is no folder"),
+        (("apply", model, new, "gptq", "--texts", binary), "binary: 'utf-8' codec"),
         (("generate", model, "--prompt", "a\udcff"), "'\\udcff' at 1, which is half a character"),
-        (("compress", folder, new), "is no language model"),
-        (("compress", model, model), "exists and is not empty"),
-        (("search", model, new, "--method", "vidit_q"), "is not searched on language models"),
-        (("search", model, new, "--method", "moa", "--lengths", "32"), "two lengths or more"),
-        (("search", model, new, "--method", "moa", "--lengths", "30,60"), "multiples of 16"),
+        (("apply", folder, new, "cskv"), "is for language models"),
+        (("apply", model, model, "kivi"), "exists and is not empty"),
+        (("search", model, new, "vidit_q"), "vidit_q is for images"),
+        (("search", model, new, "moa", "--lengths", "32"), "two lengths or more"),
+        (("search", model, new, "moa", "--lengths", "30,60"), "multiples of 16"),
         (("bench", model), "is not compressed"),
-        (("compress", model, new, *texts[:3], 9000), "texts of 9000 cannot be cut from it"),
+        (("apply", model, new, "gptq", *texts[:3], 9000), "texts of 9000 cannot be cut from it"),
     ):
         status, figures, error = run(capsys, *wrong)
         assert (status, figures) == (1, None)

@@ -21,18 +21,12 @@ import effjax.parallel
 import effjax.quant
 import pallas_kernels
 from effjax import registry, testing
-from effjax.cli import main
 from effjax.pipelines import families
 from effjax.pipelines.family import DiffusionFamily
 from experiments import report
 from tests.test_pipelines import write_pipeline, write_text_pipeline
 
 DOCS = Path(__file__).parent.parent / "docs"
-
-
-def test_the_method_table_is_current(capsys):
-    assert main(["methods", "--markdown"]) == 0
-    assert capsys.readouterr().out == (DOCS / "methods.md").read_text()
 
 
 def test_the_benchmark_page_is_current():

@@ -269,9 +269,9 @@ def test_language_models_are_compiled_for_lengths(capsys, tmp_path):
 def test_commands_refuse(pipeline, capsys, tmp_path, monkeypatch):
     assert main(["compile", str(tmp_path / "none")]) == 1
     assert "is no directory, in which programs could be saved" in capsys.readouterr().err
-    from effjax import cli_compile
+    from effjax.cli import compiling
 
-    monkeypatch.setattr(cli_compile, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
     assert main(["compile", str(pipeline), "--chip", "v5e"]) == 1
     assert "compiling for v5e needs libtpu" in capsys.readouterr().err
 

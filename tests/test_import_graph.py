@@ -28,6 +28,7 @@ LAYERS = [
         "effjax.forward",
         "effjax.loops",
         "effjax.transform",
+        "effjax.calibration",
         "effjax.capture",
         "effjax.descriptions",
         "effjax.executables",
@@ -48,7 +49,7 @@ LAYERS = [
     ["converters"],
     ["effjax.pipelines"],
     ["effjax.bundled"],
-    ["effjax.cli", "effjax.cli_bench", "effjax.cli_compile", "effjax.cli_text"],
+    ["effjax.cli"],
     ["experiments"],
 ]
 ENTRY = "effjax"  # resolves its public names lazily, so only what lies above pipelines uses it

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 USES_WHAT_SHIPS = """
 import sys
 import effjax
-from effjax import cli_text
+from effjax.cli import bench, transforming
 from effjax.bundled import demo, judge, llm_demo
 
 judge.load()

@@ -281,11 +281,8 @@ def _strongest(method, subject):
     plan = method.ladder(subject)[-1]
     if method.calibrate is None:
         return method.transform(plan)
-    options = {"key": jax.random.key(0), "uncond": subject.uncond}
-    pair = subject.forward, subject.params
-    return method.transform(
-        plan, method.calibrate(plan, *pair, subject.sampler, subject.cond, **options)
-    )
+    data = subject.data(method.data)
+    return method.transform(plan, method.calibrate(plan, subject.forward, subject.params, data))
 
 
 def test_leaves_are_changed_once():

@@ -90,7 +90,7 @@ def declaration(tiny: Any) -> Method:
         seams=("patches",),
         plan=FirstBlockCachePlan,
         transform=transform,
-        search=None,
+        domain="images",
         identity=lambda subject: FirstBlockCachePlan(0.0),
         ladder=_ladder,
         tiny=tiny,

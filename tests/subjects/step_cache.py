@@ -104,7 +104,7 @@ def declaration(tiny: Any) -> Method:
         seams=("patches",),
         plan=StepCachePlan,
         transform=transform,
-        search=None,
+        domain="images",
         identity=lambda subject: StepCachePlan(0.0, subject.sampler.calls),
         ladder=_ladder,
         tiny=tiny,

@@ -105,7 +105,7 @@ def declaration(tiny: Any) -> Method:
         seams=("patches",),
         plan=TokenMergingPlan,
         transform=transform,
-        search=None,
+        domain="images",
         identity=lambda subject: TokenMergingPlan(0.0),
         ladder=lambda subject: tuple(map(TokenMergingPlan, (0.125, 0.25, 0.5))),
         tiny=tiny,

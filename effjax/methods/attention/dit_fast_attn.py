@@ -31,6 +31,7 @@ import dataclasses
 import enum
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from effjax import metrics, testing
+from effjax.calibration import Trajectory
 from effjax.context import (
     Context,
     Guidance,
@@ -50,13 +52,13 @@ from effjax.context import (
     is_static,
     switch,
 )
-from effjax.fields import Count, Natural, NotNegative
+from effjax.fields import Checked, Count, Natural, NotNegative
 from effjax.forward import Forward, Params
 from effjax.layers.attention import Attention, AttentionCore, attentions
 from effjax.loops import Carry
 from effjax.samplers import Sampler
 from effjax.targets import AttentionKind, Wrapper, wrap
-from effjax.transform import Method, Pair, Plan, Transform
+from effjax.transform import Method, Pair, Plan, Shorthand, Transform
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Band, visible_pairs
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -527,6 +529,54 @@ def search(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Goals(Checked):
+    """What a search aims at.
+
+    Attributes:
+        threshold: loss that a layer may add; larger saves more, 0 keeps everything dense.
+        window: tokens that windows reach to each side; an eighth of the sequence if none.
+        metric: the loss; dissimilarity is 1 - SSIM, and wants thresholds of 0.001 ... 0.015.
+    """
+
+    threshold: NotNegative = 0.1
+    window: Count | None = None
+    metric: Literal["relative", "dissimilarity"] = "relative"
+
+
+def _search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> DiTFastAttnPlan:
+    return search(
+        *(forward, params, data.sampler, data.cond),
+        key=data.key,
+        uncond=data.uncond,
+        **dataclasses.asdict(goals),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Shorthand):
+    """Every layer begins with FULL and then repeats a pattern of strategies.
+
+    Attributes:
+        pattern: of the calls after the first.
+        calls: network calls of a trajectory.
+        window: tokens that windows reach to each side; an eighth of the sequence if none.
+    """
+
+    pattern: tuple[Literal["FULL", "AST", "WARS_ASC", "WARS", "FULL_ASC"], ...]
+    calls: Count
+    window: Count | None = None
+
+    def plan(self, forward: Forward, params: Params) -> DiTFastAttnPlan:
+        return uniform(
+            tuple(Strategy[name] for name in self.pattern),
+            layers=len(attentions(forward.module(params), *KINDS)),
+            calls=self.calls,
+            tokens=forward.config.tokens,
+            window=self.window,
+        )
+
+
 def _raw_output(
     sampler: Sampler, forward: Forward, params: Params, x: jax.Array, cond: PyTree, uncond: PyTree
 ) -> jax.Array:
@@ -563,10 +613,15 @@ METHOD = Method(
     name="dit_fast_attn",
     paper="DiTFastAttn: Attention Compression for Diffusion Transformer Models, arXiv 2406.08552",
     seams=("patches",),
+    domain="images",
     plan=DiTFastAttnPlan,
     transform=transform,
-    search=search,
     identity=_identity,
     ladder=_ladder,
     tiny=testing.tiny_dit,
+    systems=("DiTFastAttn",),
+    shorthands=(Uniform,),
+    data=Trajectory,
+    goals=Goals,
+    search=_search,
 )

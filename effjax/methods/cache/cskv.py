@@ -39,8 +39,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from effjax import capture, testing
+from effjax.calibration import Sequences
 from effjax.context import CacheLength, Context, PyTree
-from effjax.fields import Count, Range
+from effjax.fields import Checked, Count, Positive, Range
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention, CausalCore, Heads, KeyHeads
 from effjax.layers.cache_quantization import FLOAT, Bits, pack, to_qvalues, unpack
@@ -464,10 +465,39 @@ class CSKVCache(ResidualBufferCache):
         return (grouped * scale + offset).reshape(qvalues.shape).astype(dtype)
 
 
-def _calibrate(
-    plan: CSKVPlan, forward: Forward, params: Params, sampler: Any, cond: Array, **options: Any
+def _calibrate(plan: CSKVPlan, forward: Forward, params: Params, data: Sequences) -> Factors:
+    seen = magnitudes(forward, params, [data.calibration()])
+    return factors(plan, forward, params, seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitting(Checked):
+    """Training of the factors.
+
+    Attributes:
+        steps: of AdamW.
+        learning_rate: falls linearly to 0.
+        batch: sequences of a step.
+    """
+
+    steps: Count = 400
+    learning_rate: Positive = 5e-5
+    batch: Count = 4
+
+
+def _fit(
+    plan: CSKVPlan,
+    fitting: Fitting,
+    forward: Forward,
+    params: Params,
+    data: Sequences,
+    *,
+    checkpoints: Path | None = None,
 ) -> Factors:
-    return factors(plan, forward, params, magnitudes(forward, params, [cond]))
+    start = _calibrate(plan, forward, params, data)
+    options = {"steps": fitting.steps, "learning_rate": fitting.learning_rate}
+    batches = data.batches(fitting.batch)
+    return fit(plan, forward, params, start, batches, checkpoints=checkpoints, **options)[0]
 
 
 def _identity(subject: testing.Subject) -> CSKVPlan:
@@ -487,11 +517,15 @@ METHOD = Method(
     paper="CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios, "
     "arXiv 2409.10593",
     seams=("patches",),
+    domain="language models",
     plan=CSKVPlan,
     transform=transform,
-    search=None,
     identity=_identity,
     ladder=_ladder,
     tiny=testing.tiny_llama,
+    systems=("CSKV",),
+    data=Sequences,
     calibrate=_calibrate,
+    fitting=Fitting,
+    fit=_fit,
 )

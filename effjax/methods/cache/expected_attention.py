@@ -132,10 +132,11 @@ METHOD = Method(
     paper="Expected Attention: KV Cache Compression by Estimating Attention from Future Queries "
     "Distribution, arXiv 2510.00636",
     seams=("patches",),
+    domain="language models",
     plan=ExpectedAttentionPlan,
     transform=transform,
-    search=None,
     identity=_identity,
     ladder=_ladder,
     tiny=testing.tiny_llama,
+    systems=("Expected Attention",),
 )

@@ -112,10 +112,11 @@ METHOD = Method(
     name="kivi",
     paper="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, arXiv 2402.02750",
     seams=("patches",),
+    domain="language models",
     plan=KIVIPlan,
     transform=transform,
-    search=None,
     identity=_identity,
     ladder=_ladder,
     tiny=testing.tiny_llama,
+    systems=("KIVI",),
 )

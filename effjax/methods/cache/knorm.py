@@ -80,10 +80,11 @@ METHOD = Method(
     paper="A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv "
     "2406.11430",
     seams=("patches",),
+    domain="language models",
     plan=KnormPlan,
     transform=transform,
-    search=None,
     identity=_identity,
     ladder=_ladder,
     tiny=testing.tiny_llama,
+    systems=("KNorm",),
 )

@@ -44,7 +44,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +54,9 @@ from jaxtyping import Array, Float, Int, Shaped
 from tqdm.auto import tqdm
 
 from effjax import capture, testing
+from effjax.calibration import Answers
 from effjax.context import CacheLength, State
-from effjax.fields import Count
+from effjax.fields import Checked, Count, NotNegative, Range, Share
 from effjax.forward import Forward, Params, flatten_params, nest_params
 from effjax.generate import generate
 from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
@@ -76,7 +77,7 @@ from effjax.layers.kv_cache import (
 from effjax.quant import QTensor
 from effjax.search.allocation import Allocation, Budget, allocate
 from effjax.storage import read_json
-from effjax.transform import Method, Pair, Plan, Transform
+from effjax.transform import Method, Pair, Plan, Shorthand, Transform
 from pallas_kernels.block_mask import SinkLocal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.decode_attention import (
@@ -268,6 +269,68 @@ def search(
     )
     losses = [response_loss(*transform(plan)(forward, params), validation) for plan in plans]
     return plans[int(np.argmin(losses))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Goals(Checked):
+    """What a search aims at.
+
+    Attributes:
+        density: the most that heads keep of a sequence, on average, at every length.
+        lengths: of the sequences; the longest one validates.
+    """
+
+    density: Annotated[float, Range(0, 1, above=True)] = 0.5
+    lengths: tuple[Count, ...] = (256, 512, 704)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.lengths)) < 2:
+            raise ValueError(
+                f"give two lengths or more, the longest to validate; got {list(self.lengths)}"
+            )
+        if wrong := [length for length in self.lengths if length % self.block]:
+            raise ValueError(f"lengths must be multiples of {self.block} tokens, got {wrong}")
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block: fewer for short sequences."""
+        return 64 if min(self.lengths) >= 2048 else 16
+
+
+def _search(goals: Goals, forward: Forward, params: Params, data: Answers) -> MoAPlan:
+    *profiled, validated = sorted(set(goals.lengths))
+    block = goals.block
+    validation = data.draw(validated, data.count, data.seed + 1)  # the longest, or none fit
+    return search(
+        forward,
+        params,
+        {length: data.draw(length, data.count, data.seed) for length in profiled},
+        validation=validation,
+        density=goals.density,
+        extend=[validated],
+        rules=rule_grid(profiled, [validated], step=max(min(profiled) // 4, block)),
+        block=block,
+        sink=block,
+        floor=2 * block,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Shorthand):
+    """One rule for all heads: StreamingLLM at the same density.
+
+    Attributes:
+        alpha: tokens of every span.
+        beta: share of a sequence that every span takes beside them.
+    """
+
+    alpha: NotNegative = 0.0
+    beta: Share = 0.5
+
+    def plan(self, forward: Forward, params: Params) -> MoAPlan:
+        config = forward.config
+        return uniform(config.num_layers, config.num_kv_heads, alpha=self.alpha, beta=self.beta)
 
 
 def answered(forward: Forward, params: Params, prompts: Sequence[Any], *, new: int) -> Samples:
@@ -884,10 +947,15 @@ METHOD = Method(
     paper="Mixture of Attention Spans: Optimizing LLM Inference Efficiency with Heterogeneous "
     "Sliding-Window Lengths, arXiv 2406.14909",
     seams=("patches",),
+    domain="language models",
     plan=MoAPlan,
     transform=transform,
-    search=search,
     identity=_identity,
     ladder=_ladder,
     tiny=testing.tiny_llama,
+    systems=("MoA",),
+    shorthands=(Uniform,),
+    data=Answers,
+    goals=Goals,
+    search=_search,
 )

@@ -125,10 +125,11 @@ METHOD = Method(
     name="snap_kv",
     paper="SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469",
     seams=("patches",),
+    domain="language models",
     plan=SnapKVPlan,
     transform=transform,
-    search=None,
     identity=_identity,
     ladder=_ladder,
     tiny=testing.tiny_llama,
+    systems=("SnapKV",),
 )

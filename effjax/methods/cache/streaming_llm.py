@@ -73,10 +73,11 @@ METHOD = Method(
     name="streaming_llm",
     paper="Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
     seams=("patches",),
+    domain="language models",
     plan=StreamingLLMPlan,
     transform=transform,
-    search=None,
     identity=_identity,
     ladder=_ladder,
     tiny=testing.tiny_llama,
+    systems=("StreamingLLM",),
 )

@@ -34,8 +34,10 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
 from effjax import testing
+from effjax.calibration import Sequences
 from effjax.capture import statistics, tap
 from effjax.context import PyTree
+from effjax.fields import Count
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention
 from effjax.layers.folding import Fold, fits, fold, folds
@@ -43,8 +45,9 @@ from effjax.layers.linear import Linear
 from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, with_kernels
 from effjax.models.llama import Llama
 from effjax.quant import FLOAT, Quantizer, fake_quantize, quantize_matrix
+from effjax.quant.notation import read_bits
 from effjax.targets import BLOCK_LAYERS
-from effjax.transform import Method, Pair, Transform
+from effjax.transform import Method, Pair, Shorthand, Transform
 
 Scales = Mapping[str, Array]  # s [I] by the path of what makes the inputs
 
@@ -248,9 +251,29 @@ def _places(plan: AWQPlan, forward: Forward, params: Params) -> list[Fold]:
 
 
 def _calibrate(
-    plan: AWQPlan, forward: Forward, params: Params, sampler: Any, cond: Array, **options: Any
+    plan: AWQPlan, forward: Forward, params: Params, data: Sequences
 ) -> dict[str, Array]:
-    return fit(plan, forward, params, [(cond,)])
+    return fit(plan, forward, params, [(jnp.asarray(data.calibration()),)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Shorthand):
+    """The same bits for attention and feed-forward layers.
+
+    Attributes:
+        bits: of weights and inputs: w4, w3, w8a8 ...
+        group_size: consecutive inputs that share a scale; all of a channel if none.
+    """
+
+    bits: str = "w4"
+    group_size: Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_bits(self.bits)
+
+    def plan(self, forward: Forward, params: Params) -> AWQPlan:
+        return uniform(*read_bits(self.bits), group_size=self.group_size)
 
 
 METHOD = Method(
@@ -258,11 +281,14 @@ METHOD = Method(
     paper="AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, "
     "arXiv 2306.00978",
     seams=("leaves",),
+    domain="language models",
     plan=AWQPlan,
     transform=transform,
-    search=None,
     identity=lambda subject: uniform(FLOAT),
     ladder=lambda subject: tuple(uniform(bits) for bits in (8, 4, 3)),
     tiny=testing.tiny_llama,
+    systems=("AWQ",),
+    shorthands=(Uniform,),
+    data=Sequences,
     calibrate=_calibrate,
 )

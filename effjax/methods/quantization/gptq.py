@@ -36,8 +36,9 @@ from jaxtyping import Array, Float, Int, Int8
 from tqdm.auto import tqdm
 
 from effjax import testing
+from effjax.calibration import Sequences
 from effjax.capture import tap
-from effjax.fields import Positive
+from effjax.fields import Count, Positive
 from effjax.forward import Forward, Params
 from effjax.generate import Prompts
 from effjax.generate.prefix_cache import padded
@@ -45,8 +46,9 @@ from effjax.layers.linear import Linear
 from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, with_kernels
 from effjax.models.llama import LlamaBlock
 from effjax.quant import FLOAT, QTensor, Quantizer, dequantize
+from effjax.quant.notation import read_bits
 from effjax.targets import BLOCK_LAYERS, Wrapper, target_modules, wrap
-from effjax.transform import Method, Pair, Transform
+from effjax.transform import Method, Pair, Shorthand, Transform
 from pallas_kernels.packing import pack
 
 Kernels = Mapping[str, QTensor]
@@ -285,9 +287,31 @@ def transform(plan: GPTQPlan, learned: Kernels | None = None) -> Transform:
 
 
 def _calibrate(
-    plan: GPTQPlan, forward: Forward, params: Params, sampler: Any, cond: Array, **options: Any
+    plan: GPTQPlan, forward: Forward, params: Params, data: Sequences
 ) -> dict[str, QTensor]:
-    return fit(plan, forward, params, [cond])
+    return fit(plan, forward, params, [data.calibration()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Shorthand):
+    """The same bits for attention and feed-forward layers.
+
+    Attributes:
+        bits: of weights and inputs: w4, w3, w8a8 ...
+        group_size: consecutive inputs that share a scale; all of a channel if none.
+        act_order: take inputs in the order of falling second moments.
+    """
+
+    bits: str = "w4"
+    group_size: Count | None = None
+    act_order: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_bits(self.bits)
+
+    def plan(self, forward: Forward, params: Params) -> GPTQPlan:
+        return uniform(*read_bits(self.bits), group_size=self.group_size, act_order=self.act_order)
 
 
 METHOD = Method(
@@ -295,11 +319,14 @@ METHOD = Method(
     paper="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, "
     "arXiv 2210.17323",
     seams=("leaves",),
+    domain="language models",
     plan=GPTQPlan,
     transform=transform,
-    search=None,
     identity=lambda subject: uniform(FLOAT),
     ladder=lambda subject: tuple(uniform(bits) for bits in (8, 4, 3)),
     tiny=testing.tiny_llama,
+    systems=("GPTQ",),
+    shorthands=(Uniform,),
+    data=Sequences,
     calibrate=_calibrate,
 )

@@ -38,9 +38,10 @@ from effjax.methods.quantization.rules import (
     described,
 )
 from effjax.quant import FLOAT, Activations, QTensor, Quantizer, quantize_matrix
+from effjax.quant.notation import read_bits
 from effjax.quant.ranges import Range, minmax, union
 from effjax.targets import BLOCK_LAYERS, TargetModule
-from effjax.transform import Method, Pair, Plan, Transform
+from effjax.transform import Method, Pair, Plan, Shorthand, Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +236,29 @@ def calibrate(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Uniform(Shorthand):
+    """The same bits for attention and feed-forward layers.
+
+    Attributes:
+        bits: of weights and inputs: w8a8, w4a8, w4 ...
+        group_size: consecutive inputs that share a scale; all of a channel if none.
+        symmetric: whether weights have no zero points.
+    """
+
+    bits: str = "w8a8"
+    group_size: Count | None = None
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_bits(self.bits)
+
+    def plan(self, forward: Forward, params: Params) -> RoundToNearestPlan:
+        options = {"group_size": self.group_size, "symmetric": self.symmetric}
+        return uniform(*read_bits(self.bits), **options)
+
+
 def _ladder(subject: testing.Subject) -> tuple[RoundToNearestPlan, ...]:
     return uniform(8, 8), uniform(6, 8), uniform(4), uniform(3)
 
@@ -243,10 +267,11 @@ METHOD = Method(
     name="round_to_nearest",
     paper="the baseline of ViDiT-Q, arXiv 2406.02540",
     seams=("leaves",),
+    domain="any",
     plan=RoundToNearestPlan,
     transform=transform,
-    search=None,
     identity=lambda subject: uniform(FLOAT),
     ladder=_ladder,
     tiny=testing.tiny_dit,
+    shorthands=(Uniform,),
 )

@@ -27,7 +27,15 @@ Source: arXiv 2406.02540, sections 3.2 to 3.4.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Annotated, Any
+
+import jax
+
 from effjax import testing
+from effjax.calibration import Trajectory
+from effjax.fields import Checked, Range, Share
+from effjax.forward import Forward, Params
 from effjax.methods.quantization.vidit_q.alpha import best_alpha
 from effjax.methods.quantization.vidit_q.bits import Sensitivities, search, sensitivities
 from effjax.methods.quantization.vidit_q.calibration import Calibration, calibrate
@@ -42,7 +50,8 @@ from effjax.methods.quantization.vidit_q.plan import (
     uniform,
 )
 from effjax.quant import FLOAT
-from effjax.transform import Method
+from effjax.quant.notation import read_bits
+from effjax.transform import Method, Shorthand
 
 __all__ = [
     "FLOAT",
@@ -66,6 +75,50 @@ __all__ = [
 ]
 
 
+def _calibrate(
+    plan: ViDiTQPlan, forward: Forward, params: Params, data: Trajectory
+) -> dict[str, jax.Array]:
+    pair = forward, params
+    return calibrate(plan, *pair, data.sampler, data.cond, key=data.key, uncond=data.uncond)
+
+
+@dataclasses.dataclass(frozen=True)
+class Goals(Checked):
+    """What a search aims at.
+
+    Attributes:
+        average_bits: of a weight, up to 0.02.
+    """
+
+    average_bits: Annotated[float, Range(2, 16)] = 6.0
+
+
+def _search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> ViDiTQPlan:
+    options = {"key": data.key, "uncond": data.uncond, "average_bits": goals.average_bits}
+    return search(forward, params, data.sampler, data.cond, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Shorthand):
+    """The same bits, smoothing and rotation for attention and feed-forward layers.
+
+    Attributes:
+        bits: of weights and inputs: w8a8, w4a8, w4 ...
+        alpha: exponent of the weights in the smoothing scale; none for no smoothing.
+        rotate: whether inputs are rotated.
+        fold: put smoothing scales into the layers before, where they cost nothing.
+    """
+
+    bits: str = "w8a8"
+    alpha: Share | None = 0.99
+    rotate: bool = True
+    fold: bool = False
+
+    def plan(self, forward: Forward, params: Params) -> ViDiTQPlan:
+        options: dict[str, Any] = {"alpha": self.alpha, "rotate": self.rotate, "fold": self.fold}
+        return uniform(*read_bits(self.bits), **options)
+
+
 def _ladder(subject: testing.Subject) -> tuple[ViDiTQPlan, ...]:
     return tuple(uniform(bits, alpha=None) for bits in (8, 6, 4, 3))
 
@@ -75,11 +128,16 @@ METHOD = Method(
     paper="ViDiT-Q: Efficient and Accurate Quantization of Diffusion Transformers, "
     "arXiv 2406.02540",
     seams=("leaves",),
+    domain="images",
     plan=ViDiTQPlan,
     transform=transform,
-    search=search,
     identity=lambda subject: uniform(FLOAT, FLOAT, alpha=None, rotate=False),
     ladder=_ladder,
     tiny=testing.tiny_dit,
-    calibrate=calibrate,
+    systems=("ViDiT-Q", "SmoothQuant"),
+    shorthands=(Uniform,),
+    data=Trajectory,
+    calibrate=_calibrate,
+    goals=Goals,
+    search=_search,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from effjax import executables
+from effjax.cli.running import load, settings
 from effjax.generate import generate
-from effjax.pipelines import Pipeline, TextPipeline
+from effjax.pipelines import TextPipeline
 
 Figures = tuple[dict[str, Any], str]
 
@@ -33,16 +34,17 @@ def device(name: str) -> jax.sharding.Sharding | None:
     return chip(name)
 
 
-def compile_(
-    pipe: Pipeline | TextPipeline, settings: Mapping[str, Any], arguments: argparse.Namespace
-) -> Figures:
+def run(arguments: argparse.Namespace) -> Figures:
     """Go through the calls of a pipeline without computing them; compile what they run.
 
-    Args:
-        pipe: what to compile.
-        settings: of a sampler, for pipelines of images.
-        arguments: source, chip, batch, tokens, new, drawn.
+    Raises:
+        ValueError: if the pipeline is no directory.
     """
+    if not Path(os.path.expanduser(arguments.source)).is_dir():
+        raise ValueError(f"{arguments.source} is no directory, in which programs could be saved")
+    if arguments.chip != "host":
+        from effjax import chips  # noqa: F401  before JAX starts
+    pipe = load(arguments)
     place, key = device(arguments.chip), jax.random.key(0)
     with executables.record() as calls:
         if isinstance(pipe, TextPipeline):
@@ -58,8 +60,7 @@ def compile_(
                 )
         else:
             asked = [0 if hasattr(pipe, "names") else ""] * arguments.batch
-            run: Any = pipe
-            run(asked, key=key, progress=False, **settings)
+            pipe(asked, key=key, progress=False, **settings(pipe, arguments))
     folder = executables.save(Path(arguments.source), calls, place)
     files = {path.name: path.stat().st_size for path in folder.glob("*.xla")}
     figures = {

@@ -1,0 +1,173 @@
+"""`effjax bench`: a compressed pipeline and what it was made of, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.hub import open_folder
+from effjax.bundled.retrieval import right
+from effjax.cli.data import passages, questions, world
+from effjax.cli.running import asked, load, settings
+from effjax.cost import memory_of, sampler_cost, state_bytes, weight_bytes
+from effjax.generate import Reading, generate, perplexity, prefill, score
+from effjax.metrics import psnr
+from effjax.pipelines import ClassConditionalPipeline, PromptPipeline, TextPipeline
+from effjax.pipelines.reference import Reference, reference
+from effjax.transform import Pair
+
+Figures = tuple[dict[str, Any], str]
+
+
+def run(arguments: argparse.Namespace) -> Figures:
+    """Compare a compressed pipeline with its dense model.
+
+    Raises:
+        ValueError: for a pipeline that is not compressed.
+    """
+    pipe = load(arguments)
+    if not pipe.forward.recipe:
+        raise ValueError(
+            f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
+            f"model with `effjax search`, `effjax apply` or `effjax fit`."
+        )
+    compared = reference(pipe, arguments.reference)
+    if isinstance(pipe, TextPipeline):
+        return texts(pipe, compared, arguments)
+    some = asked(pipe, arguments, default=1, texts=[""])[:1]
+    return images(pipe, compared, some, settings(pipe, arguments), arguments)
+
+
+def images(
+    pipe: ClassConditionalPipeline | PromptPipeline,
+    reference: Reference,
+    wanted: Sequence[str],
+    options: Mapping[str, Any],
+    arguments: argparse.Namespace,
+) -> Figures:
+    """Alternate the two programs, so that what else the machine does hits both.
+
+    Args:
+        pipe: the compressed pipeline.
+        reference: what it is compared with.
+        wanted: one label or prompt.
+        options: of its sampler.
+        arguments: source, batch, repeats and seed.
+    """
+    sampler = pipe.sampler(**options)
+    cond, uncond = pipe.conditions(list(wanted) * arguments.batch)
+    uncond = uncond if sampler.guided else None
+    key = jax.random.key(arguments.seed)
+    pairs = {reference.kind: reference.pair, "compressed": (pipe.forward, pipe.params)}
+    figures: dict[str, Any] = {}
+    programs = {}
+    for name, pair in pairs.items():
+        began = time.perf_counter()
+        programs[name] = jax.jit(sampler).lower(*pair, cond, key, uncond=uncond).compile()
+        compiled = time.perf_counter() - began
+        cost = sampler_cost(sampler, *pair, cond, uncond=uncond)
+        figures[name] = {
+            "compile_seconds": compiled,
+            "weight_bytes": weight_bytes(pair[1]),
+            "peak_bytes": memory_of(programs[name])["peak_bytes"],
+            "flops": cost.flops,
+            "attention_flops": cost.scope("attention").flops,
+            "seconds": float("inf"),
+        }
+    samples = {}
+    for _ in range(arguments.repeats + 1):
+        for name, program in programs.items():
+            began = time.perf_counter()
+            samples[name] = jax.block_until_ready(program(*pairs[name], cond, key, uncond=uncond))
+            seconds = time.perf_counter() - began
+            figures[name]["seconds"] = min(figures[name]["seconds"], seconds)
+    distance = float(psnr(*(pipe.decode(samples[name]) for name in pairs)))
+    figures[f"psnr_to_{reference.kind}"] = distance
+    folder = open_folder(arguments.source, revision=arguments.revision)
+    saved = folder.saved_model("transformer", weights=False)
+    files = [] if saved is None else [file for file in saved.iterdir() if file.is_file()]
+    figures["disk_bytes"] = sum(file.stat().st_size for file in files)
+    lines = side_by_side(figures, reference)
+    lines.append(f"{'disk_bytes':26}{'':14}{figures['disk_bytes']:>14.4g}")
+    lines.append(f"PSNR of its images to those of {reference.sentence()}: {distance:.1f} dB")
+    return figures, "\n".join(lines)
+
+
+def texts(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespace) -> Figures:
+    """The compressed model and what it is compared with take turns."""
+    length, new = arguments.tokens, arguments.new
+    source = world(pipe, arguments.texts, length, held_out=True)
+    pairs: dict[str, Pair] = {
+        reference.kind: reference.pair,
+        "compressed": (pipe.forward, pipe.params),
+    }
+    prompts = passages(source, length, arguments.batch, seed=arguments.seed)
+    asked = questions(source, length, arguments.batch, seed=arguments.seed)
+    figures: dict[str, Any] = {
+        name: {
+            "weight_bytes": weight_bytes(pair[1]),
+            "kv_bytes": _kv_bytes(pair, length, new),
+            "perplexity": _perplexity(pair, prompts),
+            "answers_right": float(right(pair, asked).mean()),
+            "prefill_tokens_per_second": 0.0,
+            "decode_tokens_per_second": 0.0,
+        }
+        for name, pair in pairs.items()
+    }
+    for round_ in range(arguments.repeats + 1):  # the first one compiles
+        for name, pair in pairs.items():
+            began = time.perf_counter()
+            prefix = prefill(*pair, prompts, new=new, buckets=None)
+            jax.block_until_ready(prefix)
+            read = time.perf_counter()
+            generate(*pair, prefix=prefix, max_new_tokens=new)
+            done = time.perf_counter()
+            if round_:
+                speeds = {
+                    "prefill_tokens_per_second": prompts.size / (read - began),
+                    "decode_tokens_per_second": len(prompts) * new / (done - read),
+                }
+                own = figures[name]
+                own.update({key: max(own[key], value) for key, value in speeds.items()})
+    return figures, "\n".join(side_by_side(figures, reference))
+
+
+def _kv_bytes(pair: Pair, length: int, new: int) -> int:
+    """Of the cache of one text."""
+    tokens = jnp.zeros((1, length + new), jnp.int32)
+    return state_bytes(Reading(length, new).init(*pair, tokens).state)
+
+
+def _perplexity(pair: Pair, tokens: np.ndarray) -> float:
+    """Of the last quarter of texts, which goes through the cache."""
+    context = tokens.shape[1] * 3 // 4
+    return perplexity(score(*pair, tokens, context=context)[:, context:])
+
+
+def side_by_side(figures: dict[str, Any], reference: Reference) -> list[str]:
+    """Add the ratios and what was compared with to the figures; return the table of both."""
+    kind = reference.kind
+    first, second = figures[kind], figures["compressed"]
+    ratios = {name: second[name] / first[name] if first[name] else math.nan for name in first}
+    figures["ratio"] = ratios
+    figures["reference"] = {
+        "kind": kind,
+        "model": reference.model,
+        **({"reason": reference.reason} if reference.reason else {}),
+    }
+    against = [] if kind == "dense" else [f"against {reference.sentence()}"]
+    return [
+        *against,
+        f"{'':26}{kind:>14}{'compressed':>14}{'ratio':>9}",
+        *(
+            f"{name:26}{first[name]:>14.4g}{second[name]:>14.4g}{ratios[name]:>9.3f}"
+            for name in first
+        ),
+    ]

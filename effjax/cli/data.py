@@ -1,0 +1,186 @@
+"""What methods look at (`effjax.calibration`), made of options and a pipeline.
+
+Each kind of data is one entry of `KINDS`: the options that it takes, and how it is made. Texts come
+from a file, or else from `effjax.bundled.texts`: Python's own library, and questions about pass
+keys (or, where the tokenizer has a token for every word, lookups) that were told long before.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from effjax.bundled import texts
+from effjax.calibration import Answers, Sequences, Trajectory
+from effjax.cli.commands import (
+    COUNT,
+    NATURAL,
+    condition_arguments,
+    sampler_arguments,
+    text_arguments,
+)
+from effjax.cli.running import asked, settings
+from effjax.fields import naming
+from effjax.pipelines import TextPipeline
+from effjax.transform import Method, Pair
+
+
+class Source:
+    """A loaded pipeline with the options of its command."""
+
+    def __init__(self, pipe: Any, arguments: argparse.Namespace):
+        self.pipe = pipe
+        self.arguments = arguments
+
+    @property
+    def pair(self) -> Pair:
+        """Forward and parameters."""
+        return self.pipe.forward, self.pipe.params
+
+    @property
+    def domain(self) -> str:
+        """As a method's declaration names it."""
+        return "language models" if isinstance(self.pipe, TextPipeline) else "images"
+
+    @property
+    def tokens(self) -> int | None:
+        """Of a text, if that was asked."""
+        return getattr(self.arguments, "tokens", None)
+
+    def data(self, chosen: Method) -> Any:
+        """What a method looks at; None if it looks at nothing but the model.
+
+        Raises:
+            ValueError: for a model that has no such data.
+        """
+        if chosen.data is None:
+            return None
+        kind = KINDS[chosen.data]
+        if kind.domain != self.domain:
+            raise ValueError(
+                f"{chosen.name} looks at {kind.about}, which are for {kind.domain}; this is a "
+                f"pipeline for {self.domain}"
+            )
+        return kind.make(self.pipe, self.arguments)
+
+
+class Kind(NamedTuple):
+    """How a kind of data is made.
+
+    Attributes:
+        about: what it is.
+        domain: what has it.
+        options: adds what it takes to a parser.
+        make: (pipeline, arguments) -> the data.
+    """
+
+    about: str
+    domain: str
+    options: Callable[[Any], None]
+    make: Callable[[Any, argparse.Namespace], Any]
+
+
+def add_arguments(command: argparse.ArgumentParser, data: type) -> None:
+    """Add the options that make a kind of data."""
+    kind = KINDS[data]
+    group = command.add_argument_group(f"to look at: {kind.about}")
+    kind.options(group)
+    group.add_argument("--seed", type=NATURAL, default=0, help="of all that is drawn")
+
+
+def _trajectory_options(group: Any) -> None:
+    sampler_arguments(group)
+    condition_arguments(group, "to calibrate and search on")
+
+
+def _trajectory(pipe: Any, arguments: argparse.Namespace) -> Trajectory:
+    cond, uncond = pipe.conditions(asked(pipe, arguments, default=8))
+    sampler = pipe.sampler(**settings(pipe, arguments))
+    return Trajectory(sampler, cond, jax.random.key(arguments.seed), uncond)
+
+
+def _sequences_options(group: Any) -> None:
+    _answers_options(group)
+    group.add_argument("--tokens", type=COUNT, default=512, help="of a text")
+
+
+def _sequences(pipe: TextPipeline, arguments: argparse.Namespace) -> Sequences:
+    source = world(pipe, arguments.texts, arguments.tokens)
+
+    def draw(tokens: int, count: int, seed: int) -> np.ndarray:
+        _check_length(source, arguments.texts, tokens)
+        return passages(source, tokens, count, seed=seed)
+
+    return Sequences(draw, arguments.tokens, arguments.samples, arguments.seed)
+
+
+def _answers_options(group: Any) -> None:
+    text_arguments(group)
+    group.add_argument("--samples", type=COUNT, default=8, help="texts to calibrate on")
+
+
+def _answers(pipe: TextPipeline, arguments: argparse.Namespace) -> Answers:
+    source = world(pipe, arguments.texts, 0)
+
+    def draw(tokens: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        _check_length(source, arguments.texts, tokens)
+        rng = np.random.default_rng(seed)
+        documents = questions(source, tokens, count, seed=seed)
+        found = [source.filled(rng, document, tokens) for document in documents]
+        weights = np.zeros((count, tokens), np.float32)
+        for row, document in zip(weights, found, strict=True):
+            row[document.answers] = 1
+        return np.stack([document.tokens for document in found]), weights
+
+    return Answers(draw, arguments.samples, arguments.seed)
+
+
+KINDS = {
+    Trajectory: Kind("trajectories of a sampler", "images", _trajectory_options, _trajectory),
+    Sequences: Kind("texts", "language models", _sequences_options, _sequences),
+    Answers: Kind("texts with answers to questions", "language models", _answers_options, _answers),
+}
+
+
+def world(
+    pipe: TextPipeline, file: Path | None, length: int, *, held_out: bool = False
+) -> texts.World:
+    """What texts of a length are cut from: a file, or the library's part that is (not) held out.
+
+    Raises:
+        ValueError: for a file that is shorter than a text, or holds something else.
+    """
+    if file is None:
+        return texts.World.of(pipe.tokenizer, held_out=held_out)
+    with naming(file):
+        text = file.read_text(encoding="utf-8")
+    found = texts.World(pipe.tokenizer, texts.encode(pipe.tokenizer, text))
+    _check_length(found, file, length)
+    return found
+
+
+def _check_length(source: texts.World, file: Path | None, length: int) -> None:
+    if len(source.text) <= length:
+        raise ValueError(
+            f"{file or 'the library'} has {len(source.text)} tokens, texts of {length} cannot be "
+            f"cut from it; give a longer file, or shorter texts"
+        )
+
+
+def passages(source: texts.World, length: int, count: int, *, seed: int) -> np.ndarray:
+    """Texts int32[count, length]."""
+    rng = np.random.default_rng((seed, length))
+    return np.stack([source.passage(rng, length).tokens for _ in range(count)])
+
+
+def questions(source: texts.World, length: int, count: int, *, seed: int) -> list[texts.Document]:
+    """Texts whose answers stand far back."""
+    rng = np.random.default_rng((seed, length))
+    make = source.lookup if source.has_words else source.passkey
+    options: dict[str, Any] = {"questions": 8} if source.has_words else {}
+    return [make(rng, length, **options) for _ in range(count)]

@@ -1,0 +1,116 @@
+"""Pipelines as commands load and ask them, `effjax sample` and `effjax generate`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+import effjax
+from effjax.pipelines import PromptPipeline, TextPipeline
+
+Figures = tuple[Any, str]
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    """The pipeline of a command."""
+    if arguments.cache:
+        effjax.compilation_cache(arguments.cache)
+    return effjax.pipeline(
+        arguments.source,
+        variant=arguments.variant,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        compute_dtype=arguments.compute_dtype,
+        check_finite=arguments.check_finite,
+        executables=getattr(arguments, "executables", False),
+    )
+
+
+def sample(arguments: argparse.Namespace) -> Figures:
+    """Generate images."""
+    pipe = load(arguments)
+    if isinstance(pipe, TextPipeline):
+        raise ValueError(f"{arguments.source} is a language model; use `effjax generate`")
+    wanted = asked(pipe, arguments)
+    options = settings(pipe, arguments)
+    if arguments.negative_prompt is not None:
+        if not isinstance(pipe, PromptPipeline):
+            raise ValueError("this pipeline is conditioned on classes: leave out --negative-prompt")
+        options["negative_prompt"] = arguments.negative_prompt
+    each = arguments.images_per_prompt
+    key = jax.random.key(arguments.seed)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    images: Any = pipe(wanted, key=key, num_images_per_prompt=each, **options)
+    files = []
+    for number, image in enumerate(images):
+        word = re.sub(r"\W+", "_", wanted[number // each])[:40]
+        files.append(str(arguments.output / f"{number:03d}_{word}.png"))
+        image.save(files[-1])
+    return {"files": files}, "\n".join(files)
+
+
+def generate(arguments: argparse.Namespace) -> Figures:
+    """Continue texts, or answer."""
+    pipe = load(arguments)
+    if not isinstance(pipe, TextPipeline):
+        raise ValueError(f"{arguments.source} is no language model; use `effjax sample`")
+    if arguments.temperature is not None and arguments.seed is None:
+        raise ValueError("--temperature needs --seed: without one the likeliest tokens are taken")
+    prompts = arguments.prompt
+    chats: Any = [[{"role": "user", "content": each}] for each in prompts]
+    sampling = {} if arguments.temperature is None else {"temperature": arguments.temperature}
+    key = None if arguments.seed is None else jax.random.key(arguments.seed)
+    inputs = chats if arguments.chat else prompts
+    texts = pipe(inputs, max_new_tokens=arguments.max_new_tokens, key=key, **sampling)
+    figures = [
+        {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    return figures, "\n\n".join(f"{each['prompt']}{each['text']}" for each in figures)
+
+
+def asked(
+    pipe: Any, arguments: argparse.Namespace, *, default: int = 0, texts: Sequence[str] = ()
+) -> list[str]:
+    """Prompts of a text-to-image pipeline, labels of another.
+
+    If none are given: `texts`, or `default` of all classes.
+    """
+    takes_prompts = isinstance(pipe, PromptPipeline)
+    given, other = arguments.prompt, arguments.labels
+    if not takes_prompts:
+        given, other = other and _comma_separated(other), given
+    if other:
+        raise ValueError(
+            "this pipeline is conditioned on "
+            + ("texts: give --prompt" if takes_prompts else "classes: give --labels")
+        )
+    if not given and takes_prompts:
+        given = list(texts)
+    elif not given and default:
+        classes = pipe.forward.config.num_classes
+        given = [str(classes * i // default) for i in range(default)]
+    if not given:
+        raise ValueError(
+            f"nothing is asked for: give {'--prompt' if takes_prompts else '--labels'}"
+        )
+    return given
+
+
+def _comma_separated(values: str) -> list[str]:
+    """Values that commas part; those that have commas themselves stand in double quotes."""
+    rows = csv.reader(values.splitlines(), skipinitialspace=True)
+    return [value.strip() for row in rows for value in row]
+
+
+def settings(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of a pipeline's sampler."""
+    given = {"height": arguments.height, "width": arguments.width}
+    sizes = {name: value for name, value in given.items() if value is not None}
+    if sizes and not isinstance(pipe, PromptPipeline):
+        raise ValueError("this model makes images of one size: leave out --height and --width")
+    return {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance, **sizes}
