@@ -18,13 +18,13 @@ from huggingface_hub import ModelCard
 
 import converters
 import effjax
-from effjax import storage, testing
+from effjax import testing
 from effjax.forward import abstract
 from effjax.methods import dit_fast_attn, kivi, round_to_nearest
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines.base import INDEX, Origin
-from effjax.storage import new_directory
+from effjax.storage import directories, new_directory
 from experiments import train_pixart
 from tests.test_pipelines import write_pipeline, write_text_pipeline
 from tests.test_text_pipeline import make_tokenizer, write_language_model
@@ -448,5 +448,5 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     (left,) = tmp_path.glob(".new.*.partial")
     with new_directory(path) as partial:
         assert not left.exists()
-        storage._remove_abandoned(path)
+        directories._remove_abandoned(path)
         assert partial.is_dir()  # its writer lives

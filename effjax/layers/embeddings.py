@@ -14,6 +14,34 @@ from jaxtyping import Array, Float, Int
 from effjax.layers.linear import Linear, dot
 
 
+def check_patches(config: Any) -> None:
+    """Check the configuration of a transformer on patches of images.
+
+    Args:
+        config: with `sample_size`, `patch_size`, `in_channels`, `out_channels`, `num_heads` and
+            `head_dim`.
+
+    Raises:
+        ValueError: for sides of no whole patches, output channels other than the input's or (with a
+            learned variance) twice as many, and a hidden size that sin-cos positions do not divide.
+    """
+    if config.sample_size % config.patch_size:
+        raise ValueError(
+            f"sample_size must be a multiple of patch_size; "
+            f"got sample_size={config.sample_size}, patch_size={config.patch_size}"
+        )
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"out_channels must be in_channels ({config.in_channels}) or twice that (learned "
+            f"variance); got {config.out_channels}"
+        )
+    if (config.num_heads * config.head_dim) % 4:
+        raise ValueError(
+            f"num_heads * head_dim must be a multiple of 4; got {config.num_heads} * "
+            f"{config.head_dim}"
+        )
+
+
 def sinusoidal(
     t: Float[Array, " B"], channels: int, *, shift: float = 0.0, max_period: float = 10_000.0
 ) -> Float[Array, "B {channels}"]:

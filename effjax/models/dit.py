@@ -20,6 +20,7 @@ from effjax.layers.embeddings import (
     ClassEmbedding,
     PatchEmbed,
     TimestepEmbedding,
+    check_patches,
     sincos_2d,
     unpatchify,
 )
@@ -69,21 +70,7 @@ class DiTConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sample_size % self.patch_size:
-            raise ValueError(
-                f"sample_size must be a multiple of patch_size; "
-                f"got sample_size={self.sample_size}, patch_size={self.patch_size}"
-            )
-        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            raise ValueError(
-                f"out_channels must be in_channels ({self.in_channels}) or twice that (learned "
-                f"variance); got {self.out_channels}"
-            )
-        if self.hidden_size % 4:
-            raise ValueError(
-                f"num_heads * head_dim must be a multiple of 4; got {self.num_heads} * "
-                f"{self.head_dim}"
-            )
+        check_patches(self)
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> DiTConfig:

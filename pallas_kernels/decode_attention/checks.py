@@ -47,6 +47,19 @@ def check_shape(x: Array, name: str, shape: tuple[int | None, ...], kind: str = 
         raise ValueError(f"{name} must be {kind}[{wanted}], got {x.dtype}{x.shape}")
 
 
+def check_scales(shape: tuple[int | None, ...], **scales: Array | None) -> None:
+    """Scales and offsets of one shape, by their names, those that there are."""
+    for name, scale in scales.items():
+        if scale is not None:
+            check_shape(scale, name, shape, "float")
+
+
+def check_width(width: int, bits: int) -> None:
+    """A head dim whose quantized values fill whole bytes."""
+    if (width * bits) % 8:
+        raise ValueError(f"two 4-bit values to the byte need an even head dim, got D = {width}")
+
+
 def check_places(
     starts: Sequence[int], capacities: Sequence[int], tokens: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -29,10 +29,8 @@ B batch, S queries, H query heads, K key heads, T tokens, D head dim, W value di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -41,10 +39,12 @@ from pallas_kernels.decode_attention.checks import (
     check_cache,
     check_places,
     check_queries,
+    check_scales,
     check_shape,
+    check_width,
     qvalue_bits,
 )
-from pallas_kernels.decode_attention.gpu import gpu_refusal, pallas_gpu
+from pallas_kernels.decode_attention.problem import Options, Part, Result, along, attend
 from pallas_kernels.decode_attention.reference import (
     dequantize,
     flat_dequantize,
@@ -52,12 +52,7 @@ from pallas_kernels.decode_attention.reference import (
     rebuild_keys,
     reference,
 )
-from pallas_kernels.decode_attention.tiles import Operands, Problem, Side
-from pallas_kernels.decode_attention.tpu import pallas_tpu, tpu_refusal
-from pallas_kernels.decode_attention.xla import xla
-from pallas_kernels.implementation import Implementation, dispatch
-
-Result = Array | tuple[Array, Array]
+from pallas_kernels.implementation import Implementation
 
 
 def decode_attention(
@@ -100,18 +95,16 @@ def decode_attention(
     check_queries(q)
     check_cache(q, k, "k", (q.shape[0], None, None, q.shape[3]))
     check_cache(q, v, "v", (*k.shape[:3], None))
-    keys = tiles.plain_keys(tiles.TOKENS, q.shape[3])
-    values = tiles.plain_values(tiles.TOKENS, v.shape[3])
-    problem = _problem(q, k.shape[2], keys, values, k.shape[1], scale, tile, splits)
-    lengths = _lengths(lengths, q, problem)
-    return _run(
+    return attend(
         "decode_attention",
-        problem,
-        Operands(_queries(q, problem), lengths, (k,), (v,)),
-        lambda: reference(q, k, v, lengths, scale=problem.scale),
-        return_lse,
-        implementation,
-        interpret,
+        q,
+        Part(tiles.plain_keys(tiles.TOKENS, q.shape[3]), (k,)),
+        Part(tiles.plain_values(tiles.TOKENS, v.shape[3]), (v,)),
+        lengths,
+        Options(scale, return_lse, tile, splits, implementation, interpret),
+        lambda lengths, scale: reference(q, k, v, lengths, scale=scale),
+        heads=k.shape[2],
+        tokens=k.shape[1],
     )
 
 
@@ -166,12 +159,12 @@ def flat_decode_attention(
         )
     (batch, _, _, width), scales = q.shape, (k_scale, k_offset, v_scale, v_offset)
     if k_scale is not None and v_scale is not None:
-        k_bits, v_bits = _qvalue_bits(k, v, width)
+        k_bits, v_bits = qvalue_bits(k, "k"), qvalue_bits(v, "v")
+        check_width(width, k_bits)
         check_shape(k, "k", (batch, None, width * k_bits // 8))
         check_shape(v, "v", (*k.shape[:2], None))
-        for name, x in zip(("k_scale", "k_offset", "v_scale", "v_offset"), scales):
-            if x is not None:
-                check_shape(x, name, (*k.shape[:2], 1), "float")
+        check_scales((*k.shape[:2], 1), k_scale=k_scale, k_offset=k_offset)
+        check_scales((*k.shape[:2], 1), v_scale=v_scale, v_offset=v_offset)
         keys = tiles.token_quantized_keys(
             tiles.FLAT, width, bits=k_bits, offset=k_offset is not None
         )
@@ -192,31 +185,27 @@ def flat_decode_attention(
         keys = tiles.plain_keys(tiles.FLAT, width)
         values = tiles.plain_values(tiles.FLAT, v.shape[2])
     places = starts, capacities = check_places(head_start, head_capacity, k.shape[1])
-    problem = _problem(q, len(starts), keys, values, k.shape[1], scale, tile, splits, places=places)
-    lengths = _lengths(lengths, q, problem)
 
-    def specification() -> tuple[Array, Array]:
+    def specification(lengths: Array, scale: float) -> tuple[Array, Array]:
         keys, values = k, v
         if k_scale is not None and v_scale is not None:
             keys = flat_dequantize(k, k_scale, k_offset)
             values = flat_dequantize(v, v_scale, v_offset)
         return flat_reference(
-            q, keys, values, lengths, starts=starts, capacities=capacities, scale=problem.scale
+            q, keys, values, lengths, starts=starts, capacities=capacities, scale=scale
         )
 
-    return _run(
+    return attend(
         "flat_decode_attention",
-        problem,
-        Operands(
-            _queries(q, problem),
-            lengths,
-            (k, *_along(k_scale, k_offset)),
-            (v, *_along(v_scale, v_offset)),
-        ),
+        q,
+        Part(keys, (k, *along(k_scale, k_offset))),
+        Part(values, (v, *along(v_scale, v_offset))),
+        lengths,
+        Options(scale, return_lse, tile, splits, implementation, interpret),
         specification,
-        return_lse,
-        implementation,
-        interpret,
+        heads=len(starts),
+        tokens=k.shape[1],
+        places=places,
     )
 
 
@@ -263,7 +252,8 @@ def quantized_decode_attention(
     """
     check_queries(q)
     batch, _, _, width = q.shape
-    k_bits, v_bits = _qvalue_bits(k, v, width)
+    k_bits, v_bits = qvalue_bits(k, "k"), qvalue_bits(v, "v")
+    check_width(width, k_bits)
     check_shape(k, "k", (batch, None, None, width * k_bits // 8))
     check_shape(v, "v", (*k.shape[:3], None))
     tokens, heads, value_width = k.shape[1], k.shape[2], v.shape[3] * 8 // v_bits
@@ -271,11 +261,8 @@ def quantized_decode_attention(
     by_token = k_scale.ndim == 4 and k_scale.shape[3] == 1 != width
     groups = tokens if by_token or k_scale.ndim != 4 else k_scale.shape[1]
     k_scales = token_scales if by_token else (batch, groups, heads, width)
-    shapes = {"k_scale": k_scales, "k_offset": k_scales}
-    shapes |= {"v_scale": token_scales, "v_offset": token_scales}
-    for (name, shape), x in zip(shapes.items(), (k_scale, k_offset, v_scale, v_offset)):
-        if x is not None:
-            check_shape(x, name, shape, "float")
+    check_scales(k_scales, k_scale=k_scale, k_offset=k_offset)
+    check_scales(token_scales, v_scale=v_scale, v_offset=v_offset)
     if groups < 1 or tokens % groups:
         raise ValueError(
             f"k_scale has {groups} groups of tokens, which do not divide the cache's {tokens}; "
@@ -296,25 +283,23 @@ def quantized_decode_attention(
     values = tiles.quantized_values(
         tiles.TOKENS, value_width, bits=v_bits, offset=v_offset is not None, dtype=q.dtype
     )
-    problem = _problem(q, heads, keys, values, tokens, scale, tile, splits)
-    lengths = _lengths(lengths, q, problem)
     key_scales = [x for x in (k_scale, k_offset) if x is not None]
-    key_scales = _along(*key_scales) if by_token else key_scales
-    value_scales = _along(v_scale, v_offset)
-    return _run(
+    return attend(
         "quantized_decode_attention",
-        problem,
-        Operands(_queries(q, problem), lengths, (k, *key_scales), (v, *value_scales)),
-        lambda: reference(
+        q,
+        Part(keys, (k, *(along(*key_scales) if by_token else key_scales))),
+        Part(values, (v, *along(v_scale, v_offset))),
+        lengths,
+        Options(scale, return_lse, tile, splits, implementation, interpret),
+        lambda lengths, scale: reference(
             q,
             dequantize(k, k_scale, k_offset),
             dequantize(v, v_scale, v_offset),
             lengths,
-            scale=problem.scale,
+            scale=scale,
         ),
-        return_lse,
-        implementation,
-        interpret,
+        heads=heads,
+        tokens=tokens,
     )
 
 
@@ -381,24 +366,24 @@ def low_rank_decode_attention(
     check_shape(places, "positions", (batch, tokens), "int")
     keys = tiles.low_rank_keys(width, rank)
     values = tiles.plain_values(tiles.TOKENS if own else tiles.FLAT, v.shape[-1])
-    problem = _problem(q, heads, keys, values, tokens, scale, tile, splits)
-    lengths = _lengths(lengths, q, problem)
     column = frequencies.astype(jnp.float32)[:, None]
     parts = basis, features, places.astype(jnp.int32)[:, None], column
 
-    def specification() -> tuple[Array, Array]:
+    def specification(lengths: Array, scale: float) -> tuple[Array, Array]:
         k = rebuild_keys(features, basis, places, frequencies)
         shared = v if own else jnp.broadcast_to(v[:, :, None], (batch, tokens, heads, v.shape[-1]))
-        return reference(q, k, shared, lengths, scale=problem.scale)
+        return reference(q, k, shared, lengths, scale=scale)
 
-    return _run(
+    return attend(
         "low_rank_decode_attention",
-        problem,
-        Operands(_queries(q, problem), lengths, parts, (v,)),
+        q,
+        Part(keys, parts),
+        Part(values, (v,)),
+        lengths,
+        Options(scale, return_lse, tile, splits, implementation, interpret),
         specification,
-        return_lse,
-        implementation,
-        interpret,
+        heads=heads,
+        tokens=tokens,
     )
 
 
@@ -417,120 +402,3 @@ def pack_int4(qvalues: Array) -> Array:
         )
     low, high = jnp.split(qvalues.astype(jnp.int32) & 15, 2, axis=-1)
     return (low | high << 4).astype(jnp.uint8)
-
-
-# --- from arguments to a problem -----------------------------------------------------------------
-
-
-def _problem(
-    q: Array,
-    heads: int,
-    keys: Side,
-    values: Side,
-    tokens: int,
-    scale: float | None,
-    tile: int | None,
-    splits: int | None,
-    places: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
-) -> Problem:
-    if heads == 0 or q.shape[2] % heads:
-        raise ValueError(
-            f"the query heads must be a multiple of the key heads; got H = {q.shape[2]} and "
-            f"K = {heads}"
-        )
-    if tokens == 0:
-        raise ValueError("the cache has no tokens; give it at least one, with lengths 0")
-    for name, value in {"tile": tile, "splits": splits}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, or None to leave it open; got {value}")
-    starts, capacities = places or ((0,) * heads, (tokens,) * heads)
-    return Problem(
-        heads=heads,
-        group=q.shape[2] // heads,
-        queries=q.shape[1],
-        keys=keys,
-        values=values,
-        tokens=tokens,
-        starts=starts,
-        capacities=capacities,
-        scale=float(q.shape[3] ** -0.5 if scale is None else scale),
-        tile=tile,
-        splits=splits,
-    )
-
-
-def _queries(q: Array, problem: Problem) -> tuple[Array, ...]:
-    """[B, S, H, D] as [B, K, S G, D], by plane of the keys' channels."""
-    batch, queries, _, width = q.shape
-    q = q.reshape(batch, queries, problem.heads, problem.group, width).transpose(0, 2, 1, 3, 4)
-    q = q.reshape(batch, problem.heads, problem.rows, width)
-    return tuple(jnp.split(q, len(problem.keys.widths), axis=-1))
-
-
-def _along(*scales: Array | None) -> list[Array]:
-    """Scales of tokens [B, T, K, 1] as float32[B, K, 1, T], [B, N, 1] as [B, 1, N]; not None."""
-    return [jnp.moveaxis(scale, 1, -1).astype(jnp.float32) for scale in scales if scale is not None]
-
-
-def _qvalue_bits(k: Array, v: Array, width: int) -> tuple[int, int]:
-    """Bits of quantized values of keys and values."""
-    k_bits, v_bits = qvalue_bits(k, "k"), qvalue_bits(v, "v")
-    if (width * k_bits) % 8:
-        raise ValueError(f"two 4-bit values to the byte need an even head dim, got D = {width}")
-    return k_bits, v_bits
-
-
-def _lengths(lengths: Array, q: Array, problem: Problem) -> Array:
-    """int32[B, K], within each head's capacity."""
-    allowed = (q.shape[0],), (q.shape[0], problem.heads)
-    if lengths.shape not in allowed or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(
-            f"lengths must be integers of shape {allowed[0]} (one for each row) or {allowed[1]} "
-            f"(one for each row and key head); got {lengths.dtype}{lengths.shape}"
-        )
-    lengths = lengths.astype(jnp.int32)
-    if lengths.ndim == 1:
-        lengths = jnp.broadcast_to(lengths[:, None], allowed[1])
-    return jnp.clip(lengths, 0, jnp.asarray(problem.capacities, jnp.int32))
-
-
-def _run(
-    operation: str,
-    problem: Problem,
-    operands: Operands,
-    specification: Callable[[], tuple[Array, Array]],
-    return_lse: bool,
-    implementation: Implementation | None,
-    interpret: bool,
-) -> Result:
-    refusals = {"pallas_tpu": tpu_refusal, "pallas_gpu": gpu_refusal}
-    output, log_sum_exp = dispatch(
-        operation,
-        implementation,
-        {
-            "reference": lambda _: specification(),
-            "xla": partial(_finished, xla, problem),
-            "pallas_tpu": partial(_finished, pallas_tpu, problem, interpret=interpret),
-            "pallas_gpu": partial(_finished, pallas_gpu, problem, interpret=interpret),
-        },
-        operands,
-        refusal=lambda kernel: refusals[kernel](problem, operands),
-        interpret=interpret,
-    )
-    return (output, log_sum_exp) if return_lse else output
-
-
-# Jitted so that a program is traced once and not in every layer: most of what tracing takes.
-@partial(jax.jit, static_argnums=(0, 1), static_argnames="interpret")
-def _finished(
-    program: Callable, problem: Problem, operands: Operands, **options: bool
-) -> tuple[Array, Array]:
-    """Outputs [B, S, H, W] and log-sum-exps [B, S, H] of a program, by query and head."""
-    planes, log_sum_exps = program(problem, operands, **options)
-    batch, heads, dtype = *operands.lengths.shape, operands.queries[0].dtype
-    output = jnp.concatenate(planes, axis=-1).astype(dtype)
-    shape = batch, heads, problem.queries, problem.group
-    output = output.reshape(*shape, -1).transpose(0, 2, 1, 3, 4)
-    log_sum_exps = log_sum_exps.reshape(shape).transpose(0, 2, 1, 3)
-    output = output.reshape(batch, problem.queries, -1, output.shape[-1])
-    return output, log_sum_exps.reshape(output.shape[:3])

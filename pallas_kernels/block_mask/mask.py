@@ -1,208 +1,16 @@
-"""Which keys a query sees, exactly, and which blocks of keys a kernel visits for that.
-
-A *rule* is exact: it gives every query a few disjoint intervals of keys. A `BlockMask` is what a
-kernel executes: for every block of queries the key blocks to visit, those that the rule cuts last.
-It is built from a rule (`block_mask`), from a map of kept blocks (`from_map`), or from scores at
-run time (`top_blocks`).
-
->>> mask = block_mask(Band(128), 1024, block=128)
->>> mask.index.shape, mask.density      # at most 3 of 8 blocks, 22 of 64 in all
-((1, 1, 8, 3), 0.34375)
-
-Letters: B batch and H heads (1 where all share one list), S queries, T keys, M blocks of queries,
-N blocks of keys, W length of the longest list.
-"""
+"""Block masks: the blocks of keys that a kernel visits, from rules, maps and scores."""
 
 from __future__ import annotations
 
 import dataclasses
-import operator
-from functools import lru_cache, partial, reduce
-from itertools import accumulate
-from typing import Any, TypeAlias
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Integers: TypeAlias = Any  # int32, numpy while lists are made, traced inside of kernels
-Spans: TypeAlias = tuple[tuple[Integers, Integers], ...]
-PerHead: TypeAlias = int | tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Every query sees every key. Other rules override `spans`, and say what differs by head.
-
-    A rule works on numpy and on traced integers alike, so that lists, reference and kernels all
-    follow the same lines of code.
-    """
-
-    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
-        """Disjoint intervals [start, stop) of keys that the queries see.
-
-        Args:
-            row: int32 positions of queries, any shape.
-            keys: number of keys T.
-            parameters: one row of `parameters`, the head's.
-        """
-        return ((0 * row, 0 * row + keys),)
-
-    @property
-    def parameters(self) -> np.ndarray:
-        """What differs by head: int32[H, P]; H = 1 if nothing does."""
-        return np.zeros((1, 0), np.int32)
-
-    def check(self, batch: int, queries: int, heads: int, keys: int) -> None:
-        """Raise ValueError unless the rule fits arrays of these sizes."""
-        given = self.parameters.shape[0]
-        if given not in (1, heads):
-            raise ValueError(
-                f"{self} is a rule for {given} heads, the arrays have {heads}. Give one number for "
-                f"all heads, or one for each."
-            )
-
-    def visible(
-        self, row: Integers, column: Integers, keys: int, *parameters: Integers
-    ) -> Integers:
-        """True where a query at `row` sees the key at `column`; shapes broadcast."""
-        pieces = self.spans(row, keys, *parameters)
-        return reduce(operator.or_, [(a <= column) & (column < b) for a, b in pieces])
-
-
-Full = Rule
-EVERYTHING = Full()
-
-
-@dataclasses.dataclass(frozen=True)
-class Band(Rule):
-    """Query i sees keys i - window ... i + window, clipped at the ends.
-
-    Attributes:
-        window: keys to each side, one number or one for each head.
-    """
-
-    window: PerHead
-
-    def __post_init__(self) -> None:
-        _at_least(0, window=self.window)
-
-    @property
-    def parameters(self) -> np.ndarray:
-        return _table(self.window)
-
-    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
-        (window,) = parameters
-        return ((_maximum(row - window, 0), _minimum(row + window + 1, keys)),)
-
-
-@dataclasses.dataclass(frozen=True)
-class Causal(Rule):
-    """Query i sees keys 0 ... i + offset.
-
-    Attributes:
-        offset: keys before the first query; T - S if the queries are the last of the keys.
-    """
-
-    offset: int = 0
-
-    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
-        return ((0 * row, _minimum(row + (self.offset + 1), keys)),)
-
-
-@dataclasses.dataclass(frozen=True)
-class SinkLocal(Rule):
-    """Causal: query i sees the first keys ("sinks") and the last ones up to itself (MoA).
-
-    Attributes:
-        sinks: first keys that stay visible, one number or one for each head.
-        local: last keys, the query's own included, likewise.
-        granularity: the local part starts at a multiple of this, counted from the end of the
-            query's own block of this size: 1 gives every query the same number, MoA's prefill
-            kernel has 64.
-    """
-
-    sinks: PerHead
-    local: PerHead
-    granularity: int = 1
-
-    def __post_init__(self) -> None:
-        _at_least(0, sinks=self.sinks)
-        _at_least(1, local=self.local, granularity=self.granularity)
-
-    @property
-    def parameters(self) -> np.ndarray:
-        return _table(self.sinks, self.local)
-
-    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
-        sinks, local = parameters
-        end = (_divide(row, self.granularity) + 1) * self.granularity
-        stop = _minimum(row + 1, keys)
-        return ((0 * row, _minimum(stop, sinks)), (_maximum(end - local, sinks), stop))
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrow(Rule):
-    """A band on image tokens while text tokens see, and are seen by, everything (DiTFastAttnV2).
-
-    Attributes:
-        window: keys of the image to each side, one number or one for each head; -1 for everything
-            and 0 for a head that is not computed at all (all its rows are empty).
-        text: number of text tokens in the joint sequence.
-        text_first: True if the text precedes the image.
-    """
-
-    window: PerHead
-    text: int
-    text_first: bool = False
-
-    def __post_init__(self) -> None:
-        _at_least(-1, window=self.window)
-        _at_least(0, text=self.text)
-
-    @property
-    def parameters(self) -> np.ndarray:
-        return _table(self.window)
-
-    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
-        (window,) = parameters
-        if self.text > keys:
-            raise ValueError(f"{self.text} text tokens do not fit in a sequence of {keys}")
-        first = self.text if self.text_first else 0
-        last = keys if self.text_first else keys - self.text
-        everything = (row < first) | (row >= last) | (window < 0)
-        start = _where(everything, first, _maximum(row - window, first))
-        stop = _where(everything, last, _minimum(row + window + 1, last))
-        text = (0, first) if self.text_first else (last, keys)
-        computed = window + 0 * row != 0  # of every query: not all kernels choose by one number
-        image = (start, _where(computed, stop, start))
-        return image, (0 * row + text[0], _where(computed, 0 * row + text[1], text[0]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Levels(Rule):
-    """Block-causal: a query sees its own level and the levels before it (VAR's scales).
-
-    Attributes:
-        sizes: tokens of each level.
-        first: level of the first query; the levels before it are cached keys.
-    """
-
-    sizes: tuple[int, ...]
-    first: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least(1, sizes=self.sizes)
-        if not 0 <= self.first < len(self.sizes):
-            raise ValueError(f"first must be a level 0 ... {len(self.sizes) - 1}, got {self.first}")
-
-    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
-        starts = [0, *accumulate(self.sizes)]
-        position = row + starts[self.first]
-        stop = 0 * row
-        for start, size in zip(starts, self.sizes):
-            stop = stop + _where(position >= start, size, 0)
-        return ((0 * row, _minimum(stop, keys)),)
+from pallas_kernels.block_mask.rules import EVERYTHING, Rule, Spans, at_least
 
 
 @partial(
@@ -391,13 +199,13 @@ def tile_map(grid: tuple[int, ...], tile: tuple[int, ...], reach: tuple[int, ...
     Raises:
         ValueError: if the tiles do not divide the grid, or for a size or reach that is too small.
     """
-    _at_least(1, grid=grid, tile=tile)
+    at_least(1, grid=grid, tile=tile)
     if not len(grid) == len(tile) == len(reach) or any(g % t for g, t in zip(grid, tile)):
         raise ValueError(
             f"grid, tile and reach must have one entry for each axis and tiles must divide the "
             f"grid; got {grid}, {tile}, {reach}. Pad the grid, or choose a tile that divides it."
         )
-    _at_least(0, reach=reach)
+    at_least(0, reach=reach)
     keep = np.ones((1, 1), bool)
     for size, side, far in zip(grid, tile, reach):
         tiles = size // side
@@ -407,17 +215,6 @@ def tile_map(grid: tuple[int, ...], tile: tuple[int, ...], reach: tuple[int, ...
         near = (first <= place) & (place < first + width)
         keep = np.kron(keep, near).astype(bool)
     return keep
-
-
-def visible_pairs(rule: Rule, queries: int, keys: int | None = None) -> int:
-    """Number of (query, key) pairs that a rule lets be seen, summed over its heads."""
-    keys = queries if keys is None else keys
-    rows = np.arange(queries)
-    return sum(
-        int(np.maximum(0, stop - start).sum())
-        for parameters in rule.parameters
-        for start, stop in rule.spans(rows, keys, *parameters)
-    )
 
 
 def dense_mask(mask: BlockMask) -> Any:
@@ -490,7 +287,7 @@ def _sizes(
     """Queries, keys, and the tokens in their blocks."""
     block_q, block_k = (block, block) if isinstance(block, int) else block
     keys = queries if keys is None else keys
-    _at_least(1, queries=queries, keys=keys, block_q=block_q, block_k=block_k)
+    at_least(1, queries=queries, keys=keys, block_q=block_q, block_k=block_k)
     return queries, keys, block_q, block_k
 
 
@@ -503,35 +300,3 @@ def _of_blocks(x: Any, queries: int, keys: int, block_q: int, block_k: int) -> A
             f"dimensions {list(blocks)}; got {list(x.shape)}"
         )
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
-
-
-def _table(*fields: PerHead) -> np.ndarray:
-    """Columns of per-head parameters: int32[H, fields]."""
-    columns = [np.atleast_1d(np.asarray(field, np.int32)) for field in fields]
-    try:
-        return np.stack(np.broadcast_arrays(*columns), axis=1)
-    except ValueError:
-        raise ValueError(
-            f"per-head parameters must have one value, or one for each head; got lengths "
-            f"{[len(column) for column in columns]}"
-        ) from None
-
-
-def _at_least(minimum: int, **fields: PerHead) -> None:
-    for name, field in fields.items():
-        if not np.size(field) or np.min(field) < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {field}")
-
-
-# Numpy stays numpy, so that lists can be made while a program is traced.
-def _pick(name: str, *operands: Integers) -> Integers:
-    traced = any(isinstance(operand, jax.Array) for operand in operands)
-    return getattr(jnp if traced else np, name)(*operands)
-
-
-def _divide(x: Integers, y: int) -> Integers:
-    # Not `//` on traced integers: kernels cannot lower its treatment of negative ones.
-    return jax.lax.div(x, jnp.full_like(x, y)) if isinstance(x, jax.Array) else x // y
-
-
-_minimum, _maximum, _where = (partial(_pick, name) for name in ("minimum", "maximum", "where"))
