@@ -261,7 +261,7 @@ class Uniform(Shorthand):
     """The same bits for attention and feed-forward layers.
 
     Attributes:
-        bits: of weights and inputs: w4, w3, w8a8 ...
+        bits: of weights and inputs, such as w4, w3 or w8a8.
         group_size: consecutive inputs that share a scale; all of a channel if none.
     """
 

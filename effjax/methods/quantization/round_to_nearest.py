@@ -241,7 +241,7 @@ class Uniform(Shorthand):
     """The same bits for attention and feed-forward layers.
 
     Attributes:
-        bits: of weights and inputs: w8a8, w4a8, w4 ...
+        bits: of weights and inputs, such as w8a8, w4a8 or w4.
         group_size: consecutive inputs that share a scale; all of a channel if none.
         symmetric: whether weights have no zero points.
     """

@@ -103,7 +103,7 @@ class Uniform(Shorthand):
     """The same bits, smoothing and rotation for attention and feed-forward layers.
 
     Attributes:
-        bits: of weights and inputs: w8a8, w4a8, w4 ...
+        bits: of weights and inputs, such as w8a8, w4a8 or w4.
         alpha: exponent of the weights in the smoothing scale; none for no smoothing.
         rotate: whether inputs are rotated.
         fold: put smoothing scales into the layers before, where they cost nothing.
