@@ -130,3 +130,81 @@ def test_words_of_a_command_line():
 
 def test_long_values_are_cut():
     assert len(fields.short(list(range(1000)))) == 80
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "value"),
+    [
+        (str, "3", "3"),
+        (Count, "3", 3),
+        (float, "5e-5", 5e-5),
+        (bool, "true", True),
+        (Count | None, "none", None),
+        (Count | None, "3", 3),
+        (float | str, "x", "x"),
+        (Literal[4, 8], "8", 8),
+        (Literal["flat", "grouped"], "flat", "flat"),
+        (tuple[Count, ...], "1,2, 3", (1, 2, 3)),
+        (tuple[Count, ...], "[1, 2]", (1, 2)),
+        (tuple[str, ...], "a,b", ("a", "b")),
+        (
+            tuple[tuple[int, tuple[tuple[str, float | None], ...]], ...],
+            '[[0, [["a", 1], ["b", null]]]]',
+            ((0, (("a", 1.0), ("b", None))),),
+        ),
+    ],
+)
+def test_words_say_values(kind, word, value):
+    said = fields.parse(kind)(word)
+    assert said == value
+    assert type(said) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        (Count, "0"),
+        (Count, "1.5"),
+        (Count, "9" * 5000),
+        (float, "nan"),
+        (Literal[4, 8], "5"),
+        (bool, "maybe"),
+        (Count | None, "-1"),
+        (tuple[Count, ...], "1,x"),
+        (tuple[tuple[int, int], ...], "[" * 100_000),
+        (tuple[tuple[int, int], ...], "[[1, 2, 3]]"),
+    ],
+)
+def test_words_that_say_no_value_are_refused(kind, word):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be .*, got"):
+        fields.parse(kind)(word)
+
+
+def test_docstrings_say_what_fields_are():
+    @dataclasses.dataclass
+    class Base:
+        """A base.
+
+        Attributes:
+            one, two: numbers: a first
+                and a second.
+            three: another.
+
+        Raises:
+            ValueError: never.
+        """
+
+    @dataclasses.dataclass
+    class Own(Base):
+        """Its own.
+
+        Attributes:
+            three: said anew.
+        """
+
+    expected = dict.fromkeys(("one", "two"), "numbers: a first and a second.")
+    found = fields.documented(Own)
+    assert {name: found[name] for name in ("one", "two", "three")} == expected | {
+        "three": "said anew."
+    }
+    assert "ValueError" not in found

@@ -72,7 +72,7 @@ def test_the_registry_finds_methods_and_models():
 
 
 def test_shards_and_dtypes_round_trip(subject, tmp_path):
-    params = {**subject.params, "label": {"table": jnp.ones((6, 16), jnp.bfloat16)}}
+    params = {**subject.params, "label": {"embedding_table": jnp.ones((6, 16), jnp.bfloat16)}}
     effjax.save(tmp_path / "m", subject.forward, params, max_shard_bytes=20_000)
     files = sorted(path.name for path in (tmp_path / "m").iterdir())
     assert sum(name.startswith("model-") for name in files) > 2
@@ -109,7 +109,7 @@ def test_damaged_models_are_explained(saved, tmp_path):
 
     tensors = load_file(saved / "model.safetensors")
     changed = {name: value for name, value in tensors.items() if name != "patch.bias"}
-    changed["label.table"] = changed["label.table"][:3]
+    changed["label.embedding_table"] = changed["label.embedding_table"][:3]
     changed["extra"] = changed["final.proj.bias"]
     save_file(changed, saved / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit") as error:
@@ -123,7 +123,7 @@ def test_damaged_models_are_explained(saved, tmp_path):
         },
         saved / "kinds.safetensors",
     )
-    for part in ("missing: patch.bias", "misshapen: label.table", "unexpected: extra"):
+    for part in ("missing: patch.bias", "misshapen: label.embedding_table", "unexpected: extra"):
         assert part in str(error.value)
 
     (saved / "kinds.safetensors").replace(saved / "model.safetensors")
@@ -164,7 +164,7 @@ def test_bad_recipes_are_explained(saved):
     (saved / "recipe.json").write_text('{"steps": [{"method": "magic", "plan": {}}]}')
     with pytest.raises(ValueError, match="no method 'magic'"):
         effjax.load(saved)
-    plan = {"quantized values": [[0, 1]], "tokens": 64, "window": 8}
+    plan = {"strategies": [[0, 1]], "tokens": 64, "window": 8}
     recipe = {"steps": [{"method": "dit_fast_attn", "plan": plan}]}
     (saved / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match="the plan has 1 layers"):
