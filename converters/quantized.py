@@ -410,7 +410,7 @@ class Layer:
                 raise ValueError(
                     f"{self.name}.{scheme.layout.qvalues} holds {qvalues.min()} ... "
                     f"{qvalues.max()}, "
-                    f"but quantized values of {scheme.bits} bits are {-half} ... {half - 1}; is "
+                    f"but {scheme.bits}-bit values are {-half} ... {half - 1}; is "
                     "the number "
                     f"of bits in its configuration wrong?"
                 )

@@ -92,7 +92,7 @@ def pack(qvalues: jax.Array, bits: int) -> Planes:
         least, most = int(qvalues.min()), int(qvalues.max())
         if least < -half or most >= half:
             raise ValueError(
-                f"quantized values of {bits} bits lie in {-half} ... {half - 1}, got {least} ... "
+                f"{bits}-bit values lie in {-half} ... {half - 1}, got {least} ... "
                 f"{most}; "
                 f"subtract {half} from unsigned values and add it to their zero points"
             )
@@ -143,7 +143,7 @@ def check_planes(planes: Planes, bits: int) -> int:
     if not fits:
         parts = [f"{dtype}[{'K' if count == 1 else f'K/{count}'}, N]" for count in counts]
         raise ValueError(
-            f"quantized values of {bits} bits are packed as {', '.join(parts)} with K a multiple "
+            f"{bits}-bit values are packed as {', '.join(parts)} with K a multiple "
             "of "
             f"{packed_rows(1, bits)}; got {', '.join(given)}. Use pack(qvalues, {bits})."
         )

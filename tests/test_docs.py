@@ -130,7 +130,7 @@ OPERATIONS = {
     "block_mask",
     "block_sparse_attention",
     "decode_attention",
-    "input_codes",
+    "quantize_inputs",
     "merge",
     "quantized_attention",
     "quantized_matmul",

@@ -288,7 +288,7 @@ def test_draws_follow_the_distribution():
         ({"max_new_tokens": True}, "at least 1; got True"),
         ({"max_new_tokens": 10**30}, "max_new_tokens must be a whole number"),
         ({"streamer": 3}, "a streamer has the functions put and end, got 3"),
-        ({"prefix cache": "context"}, "a prefix cache is what prefill gives, got str"),
+        ({"prefix": "context"}, "a prefix cache is what prefill gives, got str"),
         ({"temperature": 10**400, "key": 0}, "temperature must be a finite number"),
         ({"temperature": jnp.ones(2), "key": 0}, "temperature must be a finite number"),
         ({"top_k": float("inf"), "key": 0}, "top_k must be a whole number"),
@@ -362,7 +362,7 @@ def test_the_programs_are_compiled_once(model):
 def test_logits_that_are_not_finite_are_warned_of(model, value):
     """By rows: here the text of token 30."""
     forward, params = model
-    broken = params | {"table": params["table"].at[30].set(value)}
+    broken = params | {"embed_tokens": params["embed_tokens"].at[30].set(value)}
     assert "lm_head" in params  # else token 30 is never finite
     prefix = prefill(forward, broken, [[7, 8], [30]], new=NEW)
     with pytest.warns(NotFiniteWarning, match=r"1 of 2 texts \(rows \[1\]\).*compute_dtype"):

@@ -1,6 +1,6 @@
 """The demo: convert the bundled PyTorch checkpoint, compress it, sample dense and compressed.
 
-Three programs: dense; with a searched attention plan (DiTFastAttn); with that plan and codes of 8
+Three programs: dense; with a searched attention plan (DiTFastAttn); with that plan and values of 8
 bits for weights and inputs (ViDiT-Q). They start from the same noise and labels, so that their
 images pair up. The report says what was gained (FLOPs, bytes, seconds) and what was paid (caches,
 accuracy, distance to the dense images).
@@ -108,12 +108,12 @@ def compressed(
     search_seconds = time.perf_counter() - began
     fast = dit_fast_attn.transform(plan)(*dense)
 
-    say("3/5 calibrating codes of 8 bits")
-    codes = vidit_q.uniform(8, 8)
+    say("3/5 calibrating values of 8 bits")
+    rounded = vidit_q.uniform(8, 8)
     largest = vidit_q.calibrate(
-        codes, *dense, sampler, jnp.asarray(labels_for(8)), key=jax.random.fold_in(key, 2)
+        rounded, *dense, sampler, jnp.asarray(labels_for(8)), key=jax.random.fold_in(key, 2)
     )
-    quantized = vidit_q.transform(codes, largest)(*fast)
+    quantized = vidit_q.transform(rounded, largest)(*fast)
     return {"dense": dense, "compressed": fast, "quantized": quantized}, plan, search_seconds
 
 

@@ -211,7 +211,7 @@ def packed_matmul(
     _check_rows(name, x, rows)
     if packed_rows(rows, bits) != packed:
         raise ValueError(
-            f"{name}: x has K = {rows}, whose quantized values of {bits} bits fill "
+            f"{name}: x has K = {rows}, whose {bits}-bit values fill "
             f"{packed_rows(rows, bits)} packed rows; the planes hold {packed}"
         )
     group_size = rows if group_size is None else group_size

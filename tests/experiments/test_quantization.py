@@ -61,7 +61,7 @@ def test_recipes_code_the_same_layers(dit, recipe):
     leaf = leaves["blocks.0.attn.to_q.kernel"]
     assert leaf.activations.dynamic == (recipe != "static tensor")
     assert leaf.activations.quantizer.levels == ("n+1/2" if recipe == "qwix PTQ" else "n")
-    assert (leaf.mask is None) == (recipe != "SmoothQuant")
+    assert (leaf.smoothing_scale is None) == (recipe != "SmoothQuant")
     assert forward.patches == dit.pair[0].patches
 
 

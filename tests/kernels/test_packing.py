@@ -88,7 +88,7 @@ def test_logical_bits_of_a_language_model():
 
 
 @pytest.mark.parametrize(
-    ("quantized values", "bits", "message"),
+    ("qvalues", "bits", "message"),
     [
         (jnp.zeros((8, 2), jnp.int8), 1, "quantized values have .* bits, got bits=1"),
         (jnp.zeros((8, 2), jnp.int8), 9, "quantized values have .* bits, got bits=9"),

@@ -99,14 +99,14 @@ def test_error_falls_with_bits(subject):
 def test_bytes_in_closed_form():
     config = DiTConfig.preset("DiT-XL/2")
     forward, params = abstract(DiT, config)
-    quantized = 28 * (4 * 1152**2 + 2 * 1152 * 4608)
+    weights = 28 * (4 * 1152**2 + 2 * 1152 * 4608)
     rows = 28 * (4 * 1152 + 4608 + 1152)
     for bits in (8, 4):
         _, quantized = jax.eval_shape(
             lambda p, bits=bits: (0, transform(uniform(bits))(forward, p)[1]), params
         )
         saved = weight_bytes(params) - weight_bytes(quantized)
-        assert saved == 4 * quantized - (bits * quantized // 8 + 8 * rows)  # scales and zero points
+        assert saved == 4 * weights - (bits * weights // 8 + 8 * rows)  # scales and zero points
 
 
 def test_products_are_of_integers(subject):

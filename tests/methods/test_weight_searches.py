@@ -267,6 +267,6 @@ def test_what_does_not_fit(method, subject):
 def test_gptq_names_its_own_limits(subject):
     with pytest.raises(ValueError, match="damp must be a finite number above 0"):
         gptq.GPTQPlan((), damp=0.0)
-    plan = gptq.GPTQPlan(((r"head", 4, 16),))
+    plan = gptq.GPTQPlan(((r"lm_head", 4, 16),))
     with pytest.raises(ValueError, match="only layers of a language model's blocks"):
         gptq.fit(plan, subject.forward, subject.params, BATCHES)

@@ -188,7 +188,7 @@ def test_megrez_has_its_published_size():
         ({"head_dim": 10**6}, "head_dim must be at most 65536"),
         ({"window": 0}, "window must be a whole number of at least 1"),
         ({"window": 4, "window_layers": (True,)}, "all 32 layers"),
-        ({"width": 0}, "width must be a whole number of at least 1"),
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1"),
     ],
 )
 def test_configurations_that_cannot_be(changes, message):

@@ -75,7 +75,7 @@ def test_zero_gates_leave_only_the_text():
     subject = testing.tiny_pixart()
     (target, _) = subject.forward.target_modules(subject.params, PixArtBlock)
     block = target.module
-    block.table.set_value(jnp.zeros((6, 16)))
+    block.scale_shift_table.set_value(jnp.zeros((6, 16)))
     x = jax.random.normal(jax.random.key(0), (2, 64, 16))
     text = PromptEmbeddings(jnp.ones((2, 3, 16)), jnp.ones((2, 3), bool))
     out = block(x, jnp.zeros((2, 6, 16)), text)
@@ -119,7 +119,7 @@ def test_dit_fast_attn_leaves_the_cross_attention_alone():
         threshold=0.2,
         progress=False,
     )
-    assert any(qvalue for row in plan.qvalues for qvalue in row)
+    assert any(value for row in plan.strategies for value in row)
     forward, params = dit_fast_attn.transform(plan)(subject.forward, subject.params)
     run = jax.jit(subject.sampler)
     dense = run(subject.forward, params, subject.cond, jax.random.key(1), uncond=subject.uncond)
@@ -143,7 +143,7 @@ def test_dit_fast_attn_leaves_the_cross_attention_alone():
 def test_bad_configurations(change, message):
     with pytest.raises(ValueError, match=message):
         PixArtConfig(**change)
-    with pytest.raises(ValueError, match="hidden must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="intermediate_size must be a whole number of at least 1"):
         T5Config(intermediate_size=0)
     with pytest.raises(ValueError, match="buckets must be a multiple of 4"):
         T5Config(max_distance=8)

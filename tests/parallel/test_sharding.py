@@ -107,7 +107,7 @@ def test_what_a_device_holds():
     assert block["attn"]["to_out"]["kernel"] == PartitionSpec("model", None)
     assert block["mlp"]["down"]["kernel"] == PartitionSpec("model", None)
     assert block["norm1"]["scale"] == PartitionSpec(None)
-    assert specs["table"] == PartitionSpec(None, None)  # 50 rows do not divide
+    assert specs["embed_tokens"] == PartitionSpec(None, None)  # 50 rows do not divide
     spread = shard(subject.params, mesh)
     kernel = spread["blocks"]["0"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (64, 32)
@@ -187,4 +187,4 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"needs 3 devices, there are 4"):
         device_mesh(model=3)
     with pytest.raises(ValueError, match=r"cuts 1 dimensions as .*but table is \[50, 16\]"):
-        shardings(testing.tiny_llama().params, device_mesh(model=4), [("table", ("model",))])
+        shardings(testing.tiny_llama().params, device_mesh(model=4), [("embed_tokens", ("model",))])
