@@ -25,6 +25,7 @@ from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan
 from effjax.models.clip import CLIPText, CLIPTextConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import TextToVideoPipeline, diffusion, families
+from effjax.pipelines.card import model_card
 from effjax.pipelines.description import describe, lines
 from effjax.pipelines.family import decode_frames, zeros_like
 from effjax.samplers import FlowMatchEuler
@@ -240,6 +241,10 @@ def test_it_is_described(pipe, folder):
         ["tokenizer", "tokenizer_2", "feature_extractor"], True
     )
     assert any("feature_extractor: there" in line for line in lines(figures))
+    card = model_card(pipe, "tiny")
+    assert "of effjax (`TinyVideoPipeline`)" in card
+    assert "| text_encoder_2 | `T5Encoder` | " in card
+    assert "Beside them: tokenizer, tokenizer_2, feature_extractor, scheduler." in card
 
 
 def changed(pipe, **fields):

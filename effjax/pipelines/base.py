@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 import os
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
+from effjax import recipe
 from effjax.buckets import POWERS, Buckets, sizes_of
 from effjax.executables import Executables
 from effjax.fields import Checked
@@ -20,7 +20,7 @@ from effjax.pipelines.card import CARD, model_card
 from effjax.storage import new_directory, write_json
 from effjax.transform import Pair
 
-INDEX = "model_index.json"
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 
 AnyPipeline = TypeVar("AnyPipeline", bound="BasePipeline")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -47,7 +47,7 @@ class Origin(Checked):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class BasePipeline(abc.ABC):
+class BasePipeline:
     """A model with what it takes to use it.
 
     Attributes:
@@ -157,9 +157,31 @@ class BasePipeline(abc.ABC):
         card = model_card(self, name, ask_hub=public, token=token)
         (directory / CARD).write_text(card, encoding="utf-8")
 
-    @abc.abstractmethod
+    def component(self, name: str) -> Any:
+        """A component by its name in the table: a model's forward and parameters, None if missing.
+
+        Other components are what `effjax.pipeline` takes in their place.
+        """
+        return (self.forward, self.params) if name == self.family.model else getattr(self, name)
+
     def _components(self, directory: Path) -> dict[str, Any]:
         """Save the components, each in its folder; return what model_index.json says of them."""
+        said: dict[str, Any] = {}
+        for name, kind in self.family.kinds.items():
+            held, folder = self.component(name), directory / name
+            if held is None:
+                said[name] = [None, None]
+            elif kind == "model":
+                recipe.save(folder, *held)
+                said[name] = ["effjax", held[0].model.__name__]
+            elif kind == "scheduler":
+                folder.mkdir()
+                write_json(directory / SCHEDULER, held)
+                said[name] = ["diffusers", held.get("_class_name")]
+            else:
+                held.save_pretrained(folder)
+                said[name] = ["transformers", type(held).__name__]
+        return said
 
     def __repr__(self) -> str:
         config = self.forward.config
@@ -169,16 +191,6 @@ class BasePipeline(abc.ABC):
             f"{parameter_count(self.params):,} parameters in {config.param_dtype}, computed in "
             f"{config.dtype}, methods: {methods})"
         )
-
-
-def entry(pair: Pair | None) -> list[str | None]:
-    """How model_index.json names a model that `effjax.save` wrote, or one that is not there."""
-    return [None, None] if pair is None else ["effjax", pair[0].model.__name__]
-
-
-def transformers_entry(component: Any) -> list[str | None]:
-    """How model_index.json names a tokenizer or a processor."""
-    return ["transformers", type(component).__name__]
 
 
 def runs_executables(method: Method) -> Method:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.hub import open_folder
 from effjax.cost import weight_bytes
-from effjax.forward import parameter_count
+from effjax.forward import Forward, Params, parameter_count
 
 if TYPE_CHECKING:
     from effjax.pipelines.base import BasePipeline, Origin
@@ -28,7 +28,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData  # slow to import
 
-    config, recipe, origin = pipe.forward.config, pipe.forward.recipe, pipe.origin
+    recipe, origin = pipe.forward.recipe, pipe.origin
     methods = list(dict.fromkeys(method for method, _ in recipe))
     matter = ModelCardData(
         library_name="effjax",
@@ -41,6 +41,15 @@ def model_card(
     if origin is not None and origin.public:
         made_of = f", made of `{origin.model}` at commit `{origin.revision}`"
     plans = "\n\n".join(f"{method}\n{plan.describe()}" for method, plan in recipe)
+    family = pipe.family
+    parts = {name: pipe.component(name) for name in family.kinds}
+    rows = "\n".join(
+        _row(name, *parts[name]) for name in family.loaded_models if parts[name] is not None
+    )
+    beside = [
+        name for name, kind in family.kinds.items() if kind != "model" and parts[name] is not None
+    ]
+    with_them = f"\nBeside them: {', '.join(beside)}.\n" if beside else ""
     told = f"\n## Methods\n\n```\n{plans}\n```\n" if recipe else ""
     return f"""---
 {matter.to_yaml().strip()}
@@ -48,13 +57,12 @@ def model_card(
 
 # {name}
 
-A `{type(pipe).__name__}` of effjax{made_of}.
+A `{type(pipe).__name__}` of effjax (`{family.name}`){made_of}.
 
-| model | parameters | dtype | computed in | bytes of weights |
-|---|---|---|---|---|
-| `{pipe.forward.model.__name__}` | {parameter_count(pipe.params):,} | {config.param_dtype} | \
-{config.dtype} | {weight_bytes(pipe.params):,} |
-{told}
+| component | model | parameters | dtype | computed in | bytes of weights |
+|---|---|---|---|---|---|
+{rows}
+{with_them}{told}
 ## How to load it
 
 ```python
@@ -63,6 +71,15 @@ import effjax
 pipe = effjax.pipeline("{name}")
 ```
 """
+
+
+def _row(name: str, forward: Forward, params: Params) -> str:
+    """A model's line in the table of components."""
+    config = forward.config
+    return (
+        f"| {name} | `{forward.model.__name__}` | {parameter_count(params):,} | "
+        f"{config.param_dtype} | {config.dtype} | {weight_bytes(params):,} |"
+    )
 
 
 def _license(origin: Origin | None, *, ask_hub: bool, token: str | bool | None) -> dict[str, Any]:

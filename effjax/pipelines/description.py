@@ -13,8 +13,7 @@ from effjax import recipe
 from effjax.cost import weight_bytes
 from effjax.forward import parameter_count
 from effjax.pipelines import families
-from effjax.pipelines.base import INDEX
-from effjax.pipelines.diffusion import SCHEDULER
+from effjax.pipelines.base import INDEX, SCHEDULER
 from effjax.pipelines.loading import Components
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import jax
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from effjax import recipe
 from effjax.buckets import by_parts
 from effjax.context import PyTree
 from effjax.executables import Program
@@ -21,16 +19,13 @@ from effjax.fields import naming
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
 from effjax.pipelines import arguments
-from effjax.pipelines.base import BasePipeline, entry, transformers_entry
+from effjax.pipelines.base import SCHEDULER, BasePipeline
 from effjax.pipelines.family import DiffusionFamily, Size, image_tokens
 from effjax.pipelines.images import finished
 from effjax.pipelines.loading import Components
 from effjax.recipe import RECIPE
 from effjax.samplers import Sampler, Schedule, check_keys
-from effjax.storage import write_json
 from effjax.transform import Pair
-
-SCHEDULER = "scheduler/scheduler_config.json"
 
 OnStepEnd = Callable[[int, jax.Array], Any]
 OutputType = Literal["pil", "np", "latent"]
@@ -153,21 +148,12 @@ class Pipeline(BasePipeline):
         """Samples [B, ...] to images or videos, float32 in -1 ... 1 (about)."""
         return x if self.vae is None else _decode(self.family.decode, *self.vae, x)
 
-    def _components(self, directory: Path) -> dict[str, Any]:
-        (directory / SCHEDULER).parent.mkdir()
-        write_json(directory / SCHEDULER, self.scheduler)
-        pair = self.forward, self.params
-        recipe.save(directory / self.family.model, *pair)
-        if self.vae is not None:
-            recipe.save(directory / self.family.vae, *self.vae)
-        for name, processor in self.processors.items():
-            processor.save_pretrained(directory / name)
-        return {
-            self.family.model: entry(pair),
-            self.family.vae: entry(self.vae),
-            "scheduler": ["diffusers", self.scheduler.get("_class_name")],
-            **{name: transformers_entry(each) for name, each in self.processors.items()},
-        }
+    def component(self, name: str) -> Any:
+        if name == self.family.vae:
+            return self.vae
+        return (
+            self.processors.get(name) if name in self.family.processors else super().component(name)
+        )
 
     def _generate(
         self,

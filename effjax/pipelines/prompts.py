@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from effjax import recipe
 from effjax.buckets import by_parts
 from effjax.context import PyTree
 from effjax.executables import Program
 from effjax.forward import Forward, Params
 from effjax.pipelines import arguments
-from effjax.pipelines.base import entry, runs_executables, transformers_entry
+from effjax.pipelines.base import runs_executables
 from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline
 from effjax.pipelines.family import DiffusionFamily, TextEncoder
 from effjax.pipelines.loading import Components
@@ -187,17 +185,6 @@ class PromptPipeline(Pipeline):
         mask = np.asarray(read["attention_mask"], bool)
         run = functools.partial(_read, encoder.read, encoder.masked, *getattr(self, encoder.name))
         return by_parts(run, self.buckets, ids, mask)
-
-    def _components(self, directory: Path) -> dict[str, Any]:
-        own = {}
-        for each in self.family.text_encoders:
-            pair, tokenizer = getattr(self, each.name), getattr(self, each.tokenizer)
-            own |= {each.name: entry(pair), each.tokenizer: [None, None]}
-            if pair is not None:
-                recipe.save(directory / each.name, *pair)
-                tokenizer.save_pretrained(directory / each.tokenizer)
-                own[each.tokenizer] = transformers_entry(tokenizer)
-        return {**super()._components(directory), **own}
 
     def _prompted(
         self,

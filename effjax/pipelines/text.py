@@ -14,10 +14,9 @@ import jax
 import numpy as np
 
 from effjax import generate as generation
-from effjax import recipe
 from effjax.generate import PrefixCache, Streamer
 from effjax.pipelines.arguments import check_characters
-from effjax.pipelines.base import BasePipeline, entry, runs_executables, transformers_entry
+from effjax.pipelines.base import BasePipeline, runs_executables
 from effjax.pipelines.loading import Components
 from effjax.pipelines.settings import GENERATION, GenerationSettings, read_settings
 from effjax.storage import write_json
@@ -310,11 +309,7 @@ class TextPipeline(BasePipeline):
 
     def _components(self, directory: Path) -> dict[str, Any]:
         write_json(directory / GENERATION, dict(self.settings))
-        pair = self.forward, self.params
-        model, tokenizer = self.family.model, *self.family.tokenizers
-        recipe.save(directory / model, *pair)
-        self.tokenizer.save_pretrained(directory / tokenizer)
-        return {model: entry(pair), tokenizer: transformers_entry(self.tokenizer)}
+        return super()._components(directory)
 
     def sampling(self, given: Mapping[str, Any], *, drawn: bool) -> dict[str, Any]:
         """What is given, else what the settings say; they draw only if there is a key."""

@@ -27,12 +27,12 @@ from pallas_kernels.block_mask.rules import (
     Arrow,
     Band,
     Causal,
-    Full,
     Levels,
     Rule,
     SinkLocal,
     visible_pairs,
 )
+from pallas_kernels.block_mask.rules import Full as Full  # another name of Rule
 
 __all__ = [
     "EVERYTHING",
@@ -40,7 +40,6 @@ __all__ = [
     "Band",
     "BlockMask",
     "Causal",
-    "Full",
     "Levels",
     "Rule",
     "SinkLocal",
