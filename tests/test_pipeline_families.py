@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import converters
 import effjax
 import effjax.models
 from converters import family as converter_families
 from effjax import registry, testing
+from effjax.cli import main
 from effjax.forward import abstract
 from effjax.methods import round_to_nearest
 from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan
@@ -245,6 +247,15 @@ def test_it_is_described(pipe, folder):
     assert "of effjax (`TinyVideoPipeline`)" in card
     assert "| text_encoder_2 | `T5Encoder` | " in card
     assert "Beside them: tokenizer, tokenizer_2, feature_extractor, scheduler." in card
+
+
+def test_the_command_line_makes_videos(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    asked = ["--prompt", "a A", "--steps", "2", "-o", str(out)]
+    assert main(["sample", str(folder), *asked]) == 0
+    with Image.open(out / "000_a_A.gif") as video:
+        assert (video.n_frames, video.size) == (3, (8, 8))  # PIL lets equal frames last longer
+    assert "000_a_A.gif" in capsys.readouterr().out
 
 
 def changed(pipe, **fields):

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import effjax
-from effjax.fields import Count, Natural, NotNegative, parse
+from effjax.cli.arguments import (
+    COUNT,
+    LENGTHS,
+    NATURAL,
+    NOT_NEGATIVE,
+    Arguments,
+    condition_arguments,
+    sampler_arguments,
+    text_arguments,
+)
 
 _EXAMPLES = """examples:
   effjax demo                                       the whole story on the bundled model
@@ -27,8 +36,6 @@ _EXAMPLES = """examples:
 
 _CHIPS = ("host", "v4", "v5e", "v5p", "v6e", "tpu7x")
 _DTYPES = ("float32", "bfloat16", "float16")
-COUNT, NATURAL, NOT_NEGATIVE = parse(Count), parse(Natural), parse(NotNegative)
-LENGTHS = parse(tuple[Count, ...])
 TRANSFORMING = ("apply", "search", "fit")  # commands with the options of a method
 
 
@@ -216,36 +223,6 @@ def _loading_arguments(command: argparse.ArgumentParser) -> None:
     _version_arguments(group)
 
 
-Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
-
-
 def _version_arguments(command: Arguments) -> None:
     command.add_argument("--variant", help="which weights, such as fp16, if there are several")
     command.add_argument("--revision", help="branch, tag or commit of a hub repository")
-
-
-def sampler_arguments(command: Arguments) -> None:
-    """Settings of a pipeline's sampler."""
-    command.add_argument(
-        "--steps", type=COUNT, help="denoising steps; those of the plan, else the model's"
-    )
-    command.add_argument(
-        "--guidance", type=NOT_NEGATIVE, help="scale; that of the plan, else the model's"
-    )
-    command.add_argument("--height", type=COUNT, help="pixels, of a text-to-image model's images")
-    command.add_argument("--width", type=COUNT, help="pixels")
-
-
-def condition_arguments(command: Arguments, what: str) -> None:
-    """Labels and prompts."""
-    command.add_argument(
-        "--labels",
-        help=f"class names or indices with commas, {what}; a name that has commas itself stands in "
-        f"double quotes: '\"tench, Tinca tinca\",207'",
-    )
-    command.add_argument("--prompt", action="append", help=f"may be repeated, {what}")
-
-
-def text_arguments(command: Arguments) -> None:
-    """Where texts come from."""
-    command.add_argument("--texts", type=Path, help="a file; else Python's own library")

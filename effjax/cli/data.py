@@ -17,7 +17,7 @@ import numpy as np
 
 from effjax.bundled import texts
 from effjax.calibration import Answers, Sequences, Trajectory
-from effjax.cli.commands import (
+from effjax.cli.arguments import (
     COUNT,
     NATURAL,
     condition_arguments,

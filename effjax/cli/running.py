@@ -32,7 +32,7 @@ def load(arguments: argparse.Namespace) -> Any:
 
 
 def sample(arguments: argparse.Namespace) -> Figures:
-    """Generate images."""
+    """Generate images, as PNG files, or videos, as GIF files."""
     pipe = load(arguments)
     if isinstance(pipe, TextPipeline):
         raise ValueError(f"{arguments.source} is a language model; use `effjax generate`")
@@ -45,12 +45,15 @@ def sample(arguments: argparse.Namespace) -> Figures:
     each = arguments.images_per_prompt
     key = jax.random.key(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    images: Any = pipe(wanted, key=key, num_images_per_prompt=each, **options)
+    run: Any = pipe
+    outputs = run(wanted, key=key, **{f"num_{pipe.MAKES}_per_prompt": each}, **options)
     files = []
-    for number, image in enumerate(images):
+    for number, output in enumerate(outputs):
         word = re.sub(r"\W+", "_", wanted[number // each])[:40]
-        files.append(str(arguments.output / f"{number:03d}_{word}.png"))
-        image.save(files[-1])
+        frames, end = (output, "gif") if isinstance(output, list) else ([output], "png")
+        files.append(str(arguments.output / f"{number:03d}_{word}.{end}"))
+        more = {"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}
+        frames[0].save(files[-1], **more)
     return {"files": files}, "\n".join(files)
 
 

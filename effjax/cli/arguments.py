@@ -1,0 +1,40 @@
+"""Arguments that several commands have, and numbers as their fields say them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from effjax.fields import Count, Natural, NotNegative, parse
+
+COUNT, NATURAL, NOT_NEGATIVE = parse(Count), parse(Natural), parse(NotNegative)
+LENGTHS = parse(tuple[Count, ...])
+
+Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def sampler_arguments(command: Arguments) -> None:
+    """Settings of a pipeline's sampler."""
+    command.add_argument(
+        "--steps", type=COUNT, help="denoising steps; those of the plan, else the model's"
+    )
+    command.add_argument(
+        "--guidance", type=NOT_NEGATIVE, help="scale; that of the plan, else the model's"
+    )
+    command.add_argument("--height", type=COUNT, help="pixels, of a text-to-image model's images")
+    command.add_argument("--width", type=COUNT, help="pixels")
+
+
+def condition_arguments(command: Arguments, what: str) -> None:
+    """Labels and prompts."""
+    command.add_argument(
+        "--labels",
+        help=f"class names or indices with commas, {what}; a name that has commas itself stands in "
+        f"double quotes: '\"tench, Tinca tinca\",207'",
+    )
+    command.add_argument("--prompt", action="append", help=f"may be repeated, {what}")
+
+
+def text_arguments(command: Arguments) -> None:
+    """Where texts come from."""
+    command.add_argument("--texts", type=Path, help="a file; else Python's own library")
