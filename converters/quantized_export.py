@@ -113,6 +113,8 @@ def _scheme(leaf: QTensor, alone: bool) -> Scheme:
 
 def _fault(leaf: QTensor) -> str | None:
     """Why a leaf cannot be written."""
+    if leaf.leading:
+        return "is a stack of matrices"
     if leaf.bits not in (4, 8):
         return f"has {leaf.bits}-bit values, must be 4 or 8"
     if leaf.smoothing_scale is not None or leaf.rotation is not None:

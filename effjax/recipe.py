@@ -188,7 +188,9 @@ def _as_stored(params: Params) -> Params:
     def stored(leaf: Any) -> Any:
         if not isinstance(leaf, QTensor):
             return leaf
-        return dataclasses.replace(leaf, qvalue=QValues(leaf.qvalue, leaf.matrix_shape, leaf.bits))
+        return dataclasses.replace(
+            leaf, qvalue=QValues(leaf.qvalue, (*leaf.leading, *leaf.matrix_shape), leaf.bits)
+        )
 
     return jax.tree.map(stored, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 

@@ -40,6 +40,7 @@ Role = Literal[
     "down",  # and out of them
     "modulation",  # shifts, scales and gates from a time or a pooled text
     "embedding",  # times, patches and texts to tokens
+    "router",  # tokens to scores of experts
     "head",  # tokens to patches, logits or a projection
     "convolution",
 ]

@@ -3,8 +3,9 @@
 from effjax.quant.convolution import qconv
 from effjax.quant.hadamard import Rotation, hadamard
 from effjax.quant.product import qdot
+from effjax.quant.quantize import quantize_matrix, quantize_stack
 from effjax.quant.quantizer import FLOAT, Quantizer, dequantize, fake_quantize
-from effjax.quant.tensor import Activations, QTensor, quantize_matrix, restore
+from effjax.quant.tensor import Activations, QTensor, restore
 
 __all__ = [
     "FLOAT",
@@ -18,5 +19,6 @@ __all__ = [
     "qconv",
     "qdot",
     "quantize_matrix",
+    "quantize_stack",
     "restore",
 ]

@@ -41,7 +41,7 @@ def qconv(x: Array, w: QTensor, *, stride: int, padding: Padding, path: Path = "
     Raises:
         ValueError: for images that do not fit, windows whose sums exceed int32, or an unknown path.
     """
-    if x.ndim != 4 or w.ndim != 4 or x.shape[3] != w.shape[2]:
+    if x.ndim != 4 or not w.convolution or x.shape[3] != w.matrix[2]:
         raise ValueError(
             f"images {list(x.shape)} do not fit a kernel {list(w.shape)}: they must be "
             f"[B, H, W, I] and [R, S, I, O]"

@@ -12,9 +12,11 @@ libraries are read with these functions too (`converters.quantized`).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from pallas_kernels.packing import packed_rows, plane_widths, values_per_row
@@ -101,20 +103,20 @@ class QValues:
     """The quantized values of one leaf on their way to the disk and back; no pytree.
 
     Attributes:
-        value: `QTensor.qvalue`: quantized values int8[I, O] (or float8) or planes; arrays or their
-            shapes.
-        shape: (I, O).
+        value: `QTensor.qvalue`: quantized values int8[*E, I, O] (or float8) or planes; arrays or
+            their shapes.
+        shape: (*E, I, O).
         bits: of a quantized value.
     """
 
     value: Any
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bits: int
 
     @property
-    def disk_shape(self) -> tuple[int, int]:
-        """[I, bytes of a row], of `disk_dtype`."""
-        return self.shape[0], -(-self.shape[1] * self.bits // 8)
+    def disk_shape(self) -> tuple[int, ...]:
+        """[*E, I, bytes of a row], of `disk_dtype`."""
+        return *self.shape[:-1], -(-self.shape[-1] * self.bits // 8)
 
     @property
     def disk_dtype(self) -> np.dtype:
@@ -127,7 +129,7 @@ class QValues:
 
     @property
     def rows(self) -> Rows:
-        """Rows of the value, which is on the host."""
+        """Rows of the value, which is on the host and of one matrix."""
         if isinstance(self.value, tuple):
             return rows_of(self.value, self.bits)
         return lambda begin, end: self.value[begin:end]
@@ -135,30 +137,62 @@ class QValues:
     def to_disk(self) -> np.ndarray:
         """The value, which is on the host, as it stands in the file."""
         stored = np.empty(self.disk_shape, self.disk_dtype)
+        if self._leading:
+            matrices = stored.reshape(-1, *self.disk_shape[-2:])
+            for number, own in enumerate(self._matrices()):
+                matrices[number] = own.to_disk()
+            return stored
         for begin, end in _blocks(self.shape[0], self.bits):
             qvalues = self.rows(begin, end)
             stored[begin:end] = qvalues if self.bits == 8 else pack_bits(qvalues, self.bits)
         return stored
 
     def unpacked(self) -> np.ndarray:
-        """The value, which is on the host, as int8[I, O] (or float8)."""
+        """The value, which is on the host and of one matrix, as int8[I, O] (or float8)."""
         return self._whole(self.rows)
 
     def from_disk(self, stored: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
         """What stands in the file as arrays of the value's form, on the host."""
+        if self._leading:
+            return self._stacked(stored.reshape(-1, *self.disk_shape[-2:]))
 
         def rows(begin: int, end: int) -> np.ndarray:
             if self.bits == 8:
                 return stored[begin:end]
-            return signed(unpack_bits(stored[begin:end], self.bits, self.shape[1]), self.bits)
+            return signed(unpack_bits(stored[begin:end], self.bits, self.shape[-1]), self.bits)
 
         return self.fill(rows)
 
     def fill(self, rows: Rows) -> np.ndarray | tuple[np.ndarray, ...]:
-        """Quantized values that `rows` gives as arrays of the value's form, on the host."""
+        """Quantized values of one matrix that `rows` gives, in the value's form, on the host."""
         if isinstance(self.value, tuple):
-            return planes_of(rows, self.shape, self.bits)
+            inputs, outputs = self.shape
+            return planes_of(rows, (inputs, outputs), self.bits)
         return self._whole(rows)
+
+    @property
+    def _leading(self) -> int:
+        return len(self.shape) - 2
+
+    def _matrices(self) -> Iterator[QValues]:
+        """Every matrix of a stack by itself."""
+        flat = jax.tree.map(lambda part: part.reshape(-1, *part.shape[self._leading :]), self.value)
+        for number in range(math.prod(self.shape[:-2])):
+            own = jax.tree.map(lambda part, number=number: part[number], flat)
+            yield QValues(own, self.shape[-2:], self.bits)
+
+    def _stacked(self, stored: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
+        """What stands in the file of every matrix, as arrays with the leading axes."""
+        made = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), self.value)
+        one = jax.tree.map(
+            lambda part: jax.ShapeDtypeStruct(part.shape[self._leading :], part.dtype), self.value
+        )
+        for number, own in enumerate(stored):
+            place = np.unravel_index(number, self.shape[:-2])
+            held = QValues(one, self.shape[-2:], self.bits).from_disk(own)
+            for part, values in zip(jax.tree.leaves(made), jax.tree.leaves(held), strict=True):
+                part[place] = values
+        return made
 
     def _whole(self, rows: Rows) -> np.ndarray:
         qvalues = np.empty(self.shape, self._dtype)

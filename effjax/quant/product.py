@@ -26,11 +26,11 @@ def qdot(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Inputs times a quantized matrix, in x's dtype.
+    """Inputs times a quantized matrix, in x's dtype, or by the matrices of a stack.
 
     Args:
-        x: float[..., I].
-        w: [I, O].
+        x: float[..., I]; for a stack float[*E, ..., I], each part times its own matrix.
+        w: [I, O] or [*E, I, O].
         path: "integer" multiplies quantized values: int8 with int8 where inputs are quantized,
             floats with packed quantized values else; float8 values are multiplied as floats.
             "reference" multiplies what the quantized values stand for, in float32: the
@@ -38,20 +38,23 @@ def qdot(
         implementation, interpret: of the kernels; see `pallas_kernels.implementation`.
 
     Returns:
-        [..., O] in x's dtype. Gradients of the integer path are straight through the quantized
-        values of the inputs.
+        [..., O] or [*E, ..., O] in x's dtype. Gradients of the integer path are straight through
+        the quantized values of the inputs.
 
     Raises:
         ValueError: for inputs of another width, or a path that there is not.
         NotImplementedError: if the integer path cannot run these operands; nothing falls back.
     """
-    if w.ndim != 2 or x.shape[-1:] != w.shape[:1]:
-        raise ValueError(f"inputs of width {x.shape[-1:]} do not fit a matrix {list(w.shape)}")
+    leading = len(w.leading)
+    fits = x.shape[-1:] == w.matrix[:1] and x.shape[:-1][:leading] == w.leading
+    if w.convolution or not fits:
+        stack = " in a stack: they are [*E, ..., I], each part for its own matrix" * bool(leading)
+        raise ValueError(f"inputs {list(x.shape)} do not fit a matrix {list(w.shape)}{stack}")
     if path not in ("integer", "reference"):
         raise ValueError(f'path must be "integer" or "reference", got {path!r}')
     if path == "reference":
-        return _reference(x, w)
-    return _integer((implementation, interpret), x, w)
+        return w.each(lambda w, x: _reference(x, w), x)
+    return w.each(lambda w, x: _integer((implementation, interpret), x, w), x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

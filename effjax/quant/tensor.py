@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -67,13 +67,17 @@ class Activations(Checked):
         "input_zero_point",
         "column_sums",
     ),
-    meta_fields=("shape", "bits", "activations", "rotation", "block"),
+    meta_fields=("matrix", "bits", "activations", "rotation", "block"),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class QTensor:
-    """A quantized matrix [I, O]; a pytree that stands where the array did.
+    """A quantized matrix [I, O], or a stack of them; a pytree that stands where the array did.
 
     The kernel of a convolution [R, S, I, O] is held as the matrix [R S I, O].
+
+    What is static describes one matrix. In a stack [*E, I, O], such as the experts of a layer,
+    every array has the leading axes *E, so that `jax.vmap` and `jax.lax.map` over a leaf give the
+    leaves of single matrices, and results that are leaves become stacks again (see `each`).
 
     Attributes:
         qvalue: quantized values int8[I, O], or the planes of `pallas_kernels.packing.pack`; or
@@ -86,7 +90,8 @@ class QTensor:
         smoothing_scale: float32[I] that inputs are multiplied by; None for ones.
         input_scale, input_zero_point: float32[] and int32[] of calibrated activations.
         column_sums: float32[O] of the matrix, which zero points of activations need.
-        shape: of the array: (I, O) or (R, S, I, O).
+        matrix: shape of the array that one matrix stands for: (I, O), or (R, S, I, O) of a
+            convolution.
         bits: of a weight.
         activations: how inputs become quantized values; None leaves them floats.
         rotation: of the inputs, after the smoothing scale; None for none.
@@ -101,7 +106,7 @@ class QTensor:
     input_scale: Any
     input_zero_point: Any
     column_sums: Any
-    shape: tuple[int, ...]
+    matrix: tuple[int, ...]
     bits: int
     activations: Activations | None
     rotation: Rotation | None
@@ -112,12 +117,28 @@ class QTensor:
         quantized = f", inputs: {self.activations}" if self.activations else ""
         turned = f", {self.rotation}" if self.rotation else ""
         blocks = f" of float8, blocks {self.block}" if self.block else ""
-        return f"QTensor({list(self.shape)}, {self.bits} bits{blocks}{quantized}{turned})"
+        shape = [*getattr(self.scale, "shape", ())[:-2], *self.matrix]
+        return f"QTensor({shape}, {self.bits} bits{blocks}{quantized}{turned})"
 
     @property
     def packed(self) -> bool:
         """Whether quantized values are packed planes."""
         return isinstance(self.qvalue, tuple)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Leading axes of a stack of matrices; () for one."""
+        return tuple(self.scale.shape[:-2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array: (*E, I, O), or (R, S, I, O) of a convolution."""
+        return (*self.leading, *self.matrix)
+
+    @property
+    def convolution(self) -> bool:
+        """Whether it is the kernel of a convolution."""
+        return len(self.matrix) == 4
 
     @property
     def ndim(self) -> int:
@@ -129,18 +150,18 @@ class QTensor:
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix: inputs of one output."""
-        return math.prod(self.shape[:-1])
+        """Rows of a matrix: inputs of one output."""
+        return math.prod(self.matrix[:-1])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(I, O) of the matrix that is held."""
-        return self.rows, self.shape[-1]
+        """(I, O) of a matrix that is held."""
+        return self.rows, self.matrix[-1]
 
     @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
-        return self.block[0] if self.block else self.rows // self.scale.shape[0]
+        return self.block[0] if self.block else self.rows // self.scale.shape[-2]
 
     @property
     def logical_bytes(self) -> int:
@@ -152,7 +173,8 @@ class QTensor:
     def to_dict(self) -> dict[str, Any]:
         """What the leaf is, without its numbers, as JSON types."""
         return {
-            "shape": list(self.shape),
+            "shape": list(self.matrix),
+            "stack": list(self.leading),
             "bits": self.bits,
             "packed": self.packed,
             "group_size": self.group_size,
@@ -170,26 +192,37 @@ class QTensor:
             ValueError: for values that describe no leaf.
         """
         try:
-            *leading, outputs = shape = tuple(values["shape"])
-            rows, bits, quantized = math.prod(leading), values["bits"], values["activations"]
+            *inputs, outputs = matrix = tuple(values["shape"])
+            leading = tuple(values.get("stack", ()))
+            rows, bits, quantized = math.prod(inputs), values["bits"], values["activations"]
+            if any(type(size) is not int or size < 1 for size in (*leading, *matrix)):
+                raise ValueError(f"shape {list(matrix)}, stack {list(leading)}")
+            if len(matrix) not in (2, 4) or (len(matrix) == 4 and leading):
+                raise ValueError(f"shape {list(matrix)}, stack {list(leading)}")
             if bits not in BITS or type(bits) is not int:
                 raise ValueError(f"{bits} bits")
             block, scales = _scales(values, rows, outputs)
-            if block is not None and (bits != 8 or values["packed"] or len(leading) != 1):
-                raise ValueError(f"float8 values of {list(shape)}, {bits} bits or packed")
+            if block is not None and (bits != 8 or values["packed"] or len(matrix) != 2):
+                raise ValueError(f"float8 values of {list(matrix)}, {bits} bits or packed")
             dims = {"G": scales[0], "I": rows, "O": outputs}
+
+            def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct((*leading, *shape), dtype)
+
             parts: dict[str, Any] = dict.fromkeys(_PARTS)
             for name in values["parts"]:
                 axes, dtype = _PARTS[name]
-                parts[name] = jax.ShapeDtypeStruct(tuple(dims[axis] for axis in axes), dtype)
-            qvalues = jax.ShapeDtypeStruct((rows, outputs), FLOAT8 if block else jnp.int8)
+                parts[name] = array(tuple(dims[axis] for axis in axes), dtype)
+            qvalue: Any = array((rows, outputs), FLOAT8 if block else jnp.int8)
+            if values["packed"]:
+                one = jax.ShapeDtypeStruct((rows, outputs), jnp.int8)
+                planes = jax.eval_shape(partial(pack, bits=bits), one)
+                qvalue = jax.tree.map(lambda plane: array(plane.shape, plane.dtype), planes)
             return cls(
-                qvalue=jax.eval_shape(partial(pack, bits=bits), qvalues)
-                if values["packed"]
-                else qvalues,
-                scale=jax.ShapeDtypeStruct(scales, jnp.float32),
+                qvalue=qvalue,
+                scale=array(scales, jnp.float32),
                 **parts,
-                shape=shape,
+                matrix=matrix,
                 bits=bits,
                 activations=quantized and _activations(quantized),
                 rotation=values["rotation"] and Rotation(**values["rotation"]),
@@ -198,32 +231,52 @@ class QTensor:
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"this describes no quantized leaf: {values!r} ({error!r})") from error
 
+    def each(self, function: Callable[..., Any], *others: Any) -> Any:
+        """`function(leaf, *others)` for every matrix of a stack, with results stacked.
+
+        Args:
+            function: of the leaf of one matrix, and of what belongs to it.
+            others: trees of arrays with the leading axes of the stack.
+        """
+        for _ in self.leading:
+            function = jax.vmap(function)
+        return function(self, *others)
+
     def qvalues(self) -> Array:
-        """int8[I, O], or float8_e4m3fn."""
-        return unpack(self.qvalue, self.bits, self.rows) if self.packed else self.qvalue
+        """int8[*E, I, O], or float8_e4m3fn."""
+        return self.each(QTensor._qvalues)
 
     def dequantize(self) -> Array:
-        """The matrix float32[I, O] that the quantized values stand for, of prepared inputs."""
+        """Matrices float32[*E, I, O] that the quantized values stand for, of prepared inputs."""
+        return self.each(QTensor._dequantize)
+
+    def restore(self) -> Array:
+        """The array in float32, of unprepared inputs: what was quantized, with its rounding."""
+        return self.each(QTensor._restore)
+
+    def _qvalues(self) -> Array:
+        return unpack(self.qvalue, self.bits, self.rows) if self.packed else self.qvalue
+
+    def _dequantize(self) -> Array:
         zero = None if self.zero_point is None else self._spread(self.zero_point)
-        return dequantize(self.qvalues(), self._spread(self.scale), zero)
+        return dequantize(self._qvalues(), self._spread(self.scale), zero)
 
     def _spread(self, part: Array) -> Array:
         """The value of its group or block for each element of the matrix, or of its rows."""
         rows = jnp.repeat(part, self.group_size, axis=0)[: self.rows]
         if self.block is None or self.block[1] == 1:
             return rows
-        return jnp.repeat(rows, self.block[1], axis=1)[:, : self.shape[-1]]
+        return jnp.repeat(rows, self.block[1], axis=1)[:, : self.matrix[-1]]
 
-    def restore(self) -> Array:
-        """The array in float32, of unprepared inputs: what was quantized, with its rounding."""
-        w = self.dequantize()
+    def _restore(self) -> Array:
+        w = self._dequantize()
         if self.rotation is not None:
             w = self.rotation.undo(w.T).T
         if self.smoothing_scale is not None:
             w = w * self.smoothing_scale[:, None]
         if self.perm is not None:
             w = w[jnp.argsort(self.perm)]
-        return w.reshape(self.shape)
+        return w.reshape(self.matrix)
 
     def permuted(self, x: Array) -> Array:
         """Inputs [..., I] in the order of the quantized values' rows."""
@@ -234,7 +287,7 @@ class QTensor:
         return prepare_inputs(self.permuted(x), self.smoothing_scale, self.rotation)
 
     def to_qwix(self) -> Any:
-        """As a `qwix.QArray` [I, O], whose zero points are int8 (ranges must contain zero).
+        """As a `qwix.QArray` [*E, I, O], whose zero points are int8 (ranges must contain zero).
 
         Raises:
             ValueError: if inputs are prepared or quantized, which a QArray does not know, or for
@@ -242,7 +295,7 @@ class QTensor:
         """
         if self.block is not None:
             raise ValueError("a qwix.QArray is made of integer values here, not of float8")
-        if self.ndim != 2:
+        if self.convolution:
             raise ValueError(f"a qwix.QArray is made of a matrix, not of a kernel {self.shape}")
         prepared = (self.perm, self.smoothing_scale, self.rotation, self.activations)
         if any(part is not None for part in prepared):
@@ -260,18 +313,18 @@ def _activations(values: Mapping[str, Any]) -> Activations:
 
 
 def _static_to_json(static: tuple[Any, ...]) -> bytes:
-    shape, bits, activations, rotation, block = static
+    matrix, bits, activations, rotation, block = static
     described = (x and dataclasses.asdict(x) for x in (activations, rotation))
-    return json.dumps([shape, bits, *described, block]).encode()
+    return json.dumps([matrix, bits, *described, block]).encode()
 
 
 def _static_from_json(text: bytes | bytearray) -> tuple[Any, ...]:
-    shape, bits, activations, rotation, block = json.loads(text)
+    matrix, bits, activations, rotation, block = json.loads(text)
     quantized, rotated = (
         activations and _activations(activations),
         rotation and Rotation(**rotation),
     )
-    return tuple(shape), bits, quantized, rotated, block and tuple(block)
+    return tuple(matrix), bits, quantized, rotated, block and tuple(block)
 
 
 # So that an exported program may take leaves as arguments.
@@ -300,7 +353,7 @@ def _scales(
     return (high, wide), (-(-rows // high), -(-outputs // wide))
 
 
-# Axes and dtypes of what a leaf may hold beside its quantized values and scales.
+# Axes and dtypes of what the leaf of one matrix may hold beside its quantized values and scales.
 _PARTS: dict[str, tuple[str, Any]] = {
     "zero_point": ("GO", jnp.int32),
     "perm": ("I", jnp.int32),
@@ -330,128 +383,4 @@ def restore(params: Any, dtype: jax.typing.DTypeLike) -> Any:
         lambda leaf: leaf.restore().astype(dtype) if isinstance(leaf, QTensor) else leaf,
         params,
         is_leaf=lambda leaf: isinstance(leaf, QTensor),
-    )
-
-
-def quantize_matrix(
-    w: Array,
-    quantizer: Quantizer | None = None,
-    *,
-    group_size: int | None = None,
-    activations: Activations | None = None,
-    input_range: tuple[Array, Array] | None = None,
-    perm: Array | None = None,
-    smoothing_scale: Array | None = None,
-    rotation: Rotation | None = None,
-    packed: bool | None = None,
-) -> QTensor:
-    """Quantize a matrix to the nearest quantized values, with what its inputs need.
-
-    Args:
-        w: float[I, O], or the kernel of a convolution [R, S, I, O], which has a scale for each
-            output and takes no groups, order, smoothing scale or rotation.
-        quantizer: of the weights; symmetric 8 bits if None. Levels "e4m3" give float8 values.
-        group_size: inputs that share a scale; all of a channel if None.
-        activations: how inputs become quantized values; None leaves them floats.
-        input_range: float[] low and high of (prepared) inputs, for activations that are not
-            dynamic.
-        perm: int[I]: the inputs are taken in this order, and the rows of the matrix too, so that
-            groups are of inputs that follow each other in it.
-        smoothing_scale: float[I]: inputs, in their order, will be multiplied by it, and the matrix
-            is divided by it.
-        rotation: of inputs of width I, after the smoothing scale.
-        packed: pack the quantized values; None packs integers that are not products of int8 values
-            by channel.
-
-    Raises:
-        ValueError: for a matrix, group, order, smoothing scale, rotation or range that does not
-            fit, and for float8 values of a convolution, packed, or with inputs of integer values.
-    """
-    quantizer = quantizer or Quantizer()
-    shape = w.shape
-    if w.ndim not in (2, 4):
-        raise ValueError(
-            f"a quantized weight is a matrix [I, O] or a kernel [R, S, I, O]; got {list(shape)}"
-        )
-    if w.ndim == 4 and (
-        group_size or any(part is not None for part in (perm, smoothing_scale, rotation))
-    ):
-        raise ValueError(
-            f"the kernel of a convolution, {list(shape)}, has one scale for each output; leave out "
-            f"group_size, order, smoothing scale and rotation"
-        )
-    floats = quantizer.floats
-    if floats and (len(shape) != 2 or packed):
-        raise ValueError("float8 values are those of a matrix, and are not packed")
-    if activations is not None and activations.quantizer.floats != floats:
-        raise ValueError(
-            'inputs and weights are both float8 (levels="e4m3") or both integers; got '
-            f"{activations.quantizer} and {quantizer}"
-        )
-    w = w.reshape(-1, shape[-1])
-    inputs, outputs = w.shape
-    group_size = group_size or inputs
-    if inputs % group_size:
-        raise ValueError(f"group_size {group_size} does not divide the {inputs} inputs")
-    if perm is not None and perm.shape != (inputs,):
-        raise ValueError(f"perm must have one place for each of {inputs} inputs, got {perm.shape}")
-    if smoothing_scale is not None and smoothing_scale.shape != (inputs,):
-        raise ValueError(
-            f"smoothing scale must have one factor for each of {inputs} inputs, got "
-            f"{smoothing_scale.shape}"
-        )
-    if rotation is not None and rotation.width != inputs:
-        raise ValueError(f"a rotation of width {rotation.width} does not fit {inputs} inputs")
-    if activations is not None and inputs % (activations.group_size or 1):
-        raise ValueError(
-            f"groups of {activations.group_size} inputs with a range do not divide the {inputs}"
-        )
-    static = activations is not None and not activations.dynamic
-    if static != (input_range is not None):
-        raise ValueError("activations that are not dynamic, and no others, need an input_range")
-    if len(shape) == 4 and activations is not None:
-        if not activations.quantizer.keeps_zero:
-            raise ValueError(
-                "the images of a convolution are padded with zeros: keep keeps_zero=True"
-            )
-        if activations.group_size or (activations.dynamic and not activations.quantizer.symmetric):
-            raise ValueError(
-                "ranges of single images are symmetric and of all inputs; leave out group_size, "
-                "and calibrate asymmetric ones (dynamic=False)"
-            )
-    w = w.astype(jnp.float32)
-    smoothing_scale = None if smoothing_scale is None else smoothing_scale.astype(jnp.float32)
-    w = w if perm is None else w[perm]
-    w = prepare_weights(w, smoothing_scale, rotation)
-    groups = w.reshape(-1, group_size, outputs)
-    scale, zero = quantizer.fit_axes(groups, 1)
-    qvalues = quantizer.quantize(groups, scale, zero).reshape(inputs, outputs)
-    scale, zero = jax.tree.map(lambda x: x[:, 0], (scale, zero))
-    input_scale = input_zero = None
-    if activations is not None and input_range is not None:
-        input_scale, input_zero = activations.quantizer.fit(*input_range)
-    offset = activations is not None and not activations.quantizer.symmetric
-    if packed is None:
-        packed = quantizer.bits < 8
-        if len(shape) == 2 and not floats:
-            packed = packed or activations is None or group_size != inputs
-    tensor = QTensor(
-        qvalue=qvalues,
-        scale=scale,
-        zero_point=zero,
-        perm=None if perm is None else perm.astype(jnp.int32),
-        smoothing_scale=smoothing_scale,
-        input_scale=input_scale,
-        input_zero_point=input_zero,
-        column_sums=None,
-        shape=shape,
-        bits=quantizer.bits,
-        activations=activations,
-        rotation=rotation,
-        block=(group_size, 1) if floats else None,
-    )
-    return dataclasses.replace(
-        tensor,
-        qvalue=pack(qvalues, quantizer.bits) if packed else qvalues,
-        column_sums=jnp.sum(tensor.dequantize(), axis=0) if offset else None,
     )
