@@ -25,6 +25,7 @@ from effjax.forward import Forward, Params, StateDict
 from effjax.targets import TargetModule, Wrapper, target_modules, wrap
 
 Kind = type | tuple[type, ...]
+Call = tuple[tuple[PyTree, ...], dict[str, PyTree]]  # positional inputs and options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +238,56 @@ def gradients(
     return jax.grad(perturbed_loss)({p: jnp.zeros_like(value) for p, value in recorded.items()})
 
 
+def calls(module: nnx.Module, paths: Iterable[str], *inputs: PyTree) -> dict[str, list[Call]]:
+    """All that target modules below a module are called with, in one call of the module.
+
+    Within `jit` these are traced values of the same trace: use them there, or return them.
+
+    Args:
+        module: it is changed in place; give it a copy.
+        paths: canonical paths of the target modules in the module.
+        inputs: of the module.
+    """
+    found: dict[str, list[Call]] = {path: [] for path in paths}
+    for path, own in found.items():
+        wrap(module, path, _Listener, own.append)
+    assert callable(module)
+    module(*inputs)
+    return found
+
+
+def stack_inputs(
+    forward: Forward,
+    params: Params,
+    inputs: tuple[PyTree, ...],
+    path: str = "blocks",
+    *,
+    step: Step | None = None,
+    guidance: Guidance | None = None,
+) -> tuple[PyTree, ...]:
+    """What a forward gives a stack of blocks; a pure function, to be used under `jit` if large.
+
+    Args:
+        inputs: the forward's inputs.
+        path: of the `Stack`.
+        step, guidance: as in `Forward.__call__`.
+
+    Returns:
+        (x, *conditioning): the tokens, an array or a dictionary of streams, and what all blocks are
+        given beside them.
+
+    Raises:
+        ValueError: if there is no such stack, or it is not called once.
+    """
+    found: list[Call] = []
+    state = forward.init(params, *_checked(inputs), guidance=guidance)
+    listening = forward.patch(lambda module, _: wrap(module, path, _Listener, found.append))
+    listening(params, state, *inputs, step=step, guidance=guidance)
+    if len(found) != 1:
+        raise ValueError(f"{path} is called {len(found)} times in one forward, must be once")
+    return found[0][0]
+
+
 def chosen(module: nnx.Module, kind: Kind, pattern: str) -> tuple[TargetModule, ...]:
     """The callable target modules of this kind and pattern.
 
@@ -258,6 +309,18 @@ def chosen(module: nnx.Module, kind: Kind, pattern: str) -> tuple[TargetModule, 
             f"{', ...' if len(known) > 12 else ''}"
         )
     return found
+
+
+class _Listener(Wrapper):
+    """Tells a function what a module is called with."""
+
+    def __init__(self, inner: nnx.Module, tell: Callable[[Call], None]):
+        super().__init__(inner)
+        self.tell = tell
+
+    def __call__(self, *inputs: PyTree, **options: PyTree) -> PyTree:
+        self.tell((inputs, options))
+        return self.inner(*inputs, **options)
 
 
 class _Probe(Wrapper):

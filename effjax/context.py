@@ -263,6 +263,14 @@ class Model(nnx.Module):
         """Static token layout for inputs of these shapes; None for a model without tokens."""
         return None
 
+    def valid_tokens(self, *inputs: Any) -> jax.Array | None:
+        """Which tokens count, bool[B, S], in what the blocks are given; None if all do.
+
+        Calibrations leave padding out of arrays [..., B, S, C] with these B and S; other arrays in
+        the model have none.
+        """
+        return None
+
 
 def check_counts(said: Mapping[str, Any], counts: Mapping[str, str], paths: Iterable[str]) -> None:
     """Compare the numbers of parts that a configuration asks for with the parameters in a file.

@@ -1,11 +1,13 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from effjax import capture, testing
 from effjax.capture import Observe, Tap, gradients, read_statistics, statistics, tap
 from effjax.context import Model, State, switch
 from effjax.forward import abstract, functional
@@ -15,6 +17,7 @@ from effjax.layers.linear import Linear
 from effjax.layers.norms import modulate
 from effjax.models.dit import DiT, DiTConfig
 from effjax.targets import Wrapper, wrap
+from tests.subjects.joint import tiny_joint
 
 TRACES = []
 
@@ -332,3 +335,33 @@ class TestGradients:
         forward, params, inputs = tiny_dit()
         with pytest.raises(TypeError, match=r"no gradient at \['label'\]"):
             gradients(forward, params, jnp.sum, inputs, pattern="label", what="input")
+
+
+def test_what_a_stack_is_given():
+    """Two streams and their condition, under jit; the blocks make of it what the model does."""
+    subject = tiny_joint()
+    inputs = (jnp.ones((2, 16, 16, 4)), jnp.array([10.0, 500.0]), subject.cond)
+    look = jax.jit(lambda params: capture.stack_inputs(subject.forward, params, inputs))
+    x, c = look(subject.params)
+    assert {name: tokens.shape for name, tokens in x.items()} == {
+        "image": (2, 64, 16),
+        "text": (2, 5, 16),
+    }
+    module = subject.forward.module(subject.params)
+    tapped = tap(subject.forward, subject.params, inputs, pattern="norm", what="input")["norm"]
+    chex.assert_trees_all_close(module.blocks(x, c)["image"], tapped, atol=1e-5)
+    with pytest.raises(ValueError, match="has no target module 'layers'"):
+        capture.stack_inputs(subject.forward, subject.params, inputs, "layers")
+
+
+def test_calls_of_modules_in_a_module():
+    subject = testing.tiny_llama()
+    block = subject.forward.module(subject.params).blocks[0]
+    x, positions = jnp.ones((2, 3, 16)), jnp.array([[0, 1, 2], [0, 1, -1]])
+    seen = capture.calls(block, ["attn", "attn.to_q", "mlp.down"], x, positions)
+    [((normed, given), options)] = seen["attn"]
+    assert given is positions
+    assert not options
+    [((same,), _)] = seen["attn.to_q"]
+    assert same is normed
+    assert seen["mlp.down"][0][0][0].shape == (2, 3, 24)

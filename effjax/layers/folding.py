@@ -90,8 +90,10 @@ def fits(leaves: Mapping[str, Array], where: Fold) -> bool:
     """Whether what makes the inputs is as wide as they are: values of grouped heads are not."""
     if where.kind != "linear":
         return True
-    made = leaves[f"{where.source}.kernel"].shape[-1]
-    return all(leaves[f"{reader}.kernel"].shape[0] == made for reader in where.readers)
+    *leading, _, made = leaves[f"{where.source}.kernel"].shape
+    return all(
+        leaves[f"{reader}.kernel"].shape[:-1] == (*leading, made) for reader in where.readers
+    )
 
 
 def fold(leaves: Mapping[str, Array], where: Fold, smoothing_scale: Array) -> dict[str, Array]:
@@ -102,7 +104,7 @@ def fold(leaves: Mapping[str, Array], where: Fold, smoothing_scale: Array) -> di
     Args:
         leaves: parameters by path.
         where: with whole paths.
-        smoothing_scale: float32[I].
+        smoothing_scale: float32[I]; [*E, I] for a linear source that is a stack of matrices.
     """
     out = dict(leaves)
 
@@ -114,7 +116,7 @@ def fold(leaves: Mapping[str, Array], where: Fold, smoothing_scale: Array) -> di
         scale(f"{where.source}.scale", smoothing_scale)
         return out
     if where.kind == "linear":
-        scale(f"{where.source}.kernel", smoothing_scale)
+        scale(f"{where.source}.kernel", smoothing_scale[..., None, :])
         scale(f"{where.source}.bias", smoothing_scale)
         return out
     width = smoothing_scale.shape[0]

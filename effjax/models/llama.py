@@ -184,6 +184,9 @@ class Llama(Model):
     def layout(self, tokens: Array, *_: Any) -> Layout:
         return Layout(grid=(0, 0, 0), text=tokens.shape[1])
 
+    def valid_tokens(self, tokens: Array, positions: Array | None = None, *_: Any) -> Array | None:
+        return None if positions is None else positions >= 0
+
     def __call__(
         self,
         tokens: Int[Array, "B S"],

@@ -31,7 +31,7 @@ BITS = (4, 3)  # of weights alone
 
 def recipes(subject: Subject, texts: int) -> dict[tuple[str, str], Callable[..., Pair]]:
     """Transforms by (bits, recipe)."""
-    batches = [jnp.asarray(each) for each in islice(token_batches(subject.training), texts // 4)]
+    inputs = [(jnp.asarray(each),) for each in islice(token_batches(subject.training), texts // 4)]
     found: dict[tuple[str, str], Callable[..., Pair]] = {
         ("float32", "dense"): identity,
         ("W8A8", "round to nearest"): round_to_nearest.transform(round_to_nearest.uniform(8, 8)),
@@ -41,14 +41,13 @@ def recipes(subject: Subject, texts: int) -> dict[tuple[str, str], Callable[...,
         nearest = round_to_nearest.uniform(bits, round_to_nearest.FLOAT, **grouped)
         found[f"W{bits}A16", "round to nearest"] = round_to_nearest.transform(nearest)
         scaled = awq.uniform(bits, **grouped)
-        inputs = [(each,) for each in batches]
         found[f"W{bits}A16", "AWQ"] = awq.transform(
             scaled, awq.fit(scaled, *subject.exact, inputs, progress=False)
         )
         for recipe, act_order in (("GPTQ", False), ("GPTQ, act_order", True)):
             spread = gptq.uniform(bits, **grouped, act_order=act_order)
             found[f"W{bits}A16", recipe] = gptq.transform(
-                spread, gptq.fit(spread, *subject.exact, batches, progress=False)
+                spread, gptq.fit(spread, *subject.exact, inputs, progress=False)
             )
     return found
 

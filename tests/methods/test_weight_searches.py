@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from effjax import testing
+from effjax.calibration import Trajectory
 from effjax.capture import tap
 from effjax.forward import flatten_params
 from effjax.methods import awq, gptq, round_to_nearest
+from effjax.methods.quantization import blocks
 from effjax.quant import Quantizer, dequantize, quantize_matrix
+from tests.subjects.joint import tiny_joint
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def token_ids(seed, rows=8):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 50, (rows, 20)), jnp.int32)
 
 
-BATCHES = [token_ids(seed) for seed in range(3)]
+BATCHES = [(token_ids(seed),) for seed in range(3)]
 
 
 def error(subject, params):
@@ -165,7 +168,7 @@ def test_every_token_counts_once_in_the_moments(subject, batches, monkeypatch):
 
     monkeypatch.setattr(gptq, "_spread", seen)
     plan = gptq.GPTQPlan(((path.replace(".", "[.]"), 4, 16),))
-    given = [[np.asarray(texts[row]) for row in batch] for batch in batches]
+    given = [blocks.texts([np.asarray(texts[row]) for row in batch]) for batch in batches]
     gptq.fit(plan, subject.forward, subject.params, given, progress=False)
     (moment,) = moments
     chex.assert_trees_all_close(np.asarray(moment), rows.T @ rows / 47, rtol=1e-4, atol=1e-5)
@@ -189,10 +192,20 @@ def test_losses_of_unequal_batches_are_those_of_all_tokens(subject, monkeypatch)
     chex.assert_trees_all_close(parts, whole, rtol=1e-4)
 
 
-def test_awq_takes_no_padding(subject):
-    batch = jnp.zeros((1, 3), jnp.int32), jnp.array([[0, 1, -1]])
-    with pytest.raises(ValueError, match=r"batch 1 has padding .*texts of one length"):
-        awq.fit(awq.uniform(4), subject.forward, subject.params, [(batch[0],), batch])
+def test_padding_does_not_count_in_the_losses(subject, monkeypatch):
+    found, losses = [], awq._losses
+    monkeypatch.setattr(awq, "_losses", lambda *given: found.append(losses(*given)) or found[-1])
+    rows = [np.asarray(token_ids(seed, 1)[0, :length]) for seed, length in enumerate((20, 7))]
+
+    def total(*batches):
+        found.clear()
+        options = {"points": 4, "progress": False}
+        scales = awq.fit(awq.uniform(3, 8), subject.forward, subject.params, batches, **options)
+        return scales, np.asarray(found).reshape(len(batches), -1, 4).sum(0)
+
+    (one, whole), (two, parts) = total(blocks.texts(rows)), total(*((row[None],) for row in rows))
+    chex.assert_trees_all_close(two, one, rtol=1e-5)
+    chex.assert_trees_all_close(parts, whole, rtol=1e-4)
 
 
 def test_scaling_alone_changes_nothing(subject):
@@ -217,7 +230,7 @@ def test_scaling_alone_changes_nothing(subject):
 
 def test_awq_beats_rounding(subject):
     plan, pair = awq.uniform(3), (subject.forward, subject.params)
-    found = awq.fit(plan, *pair, [(tokens,) for tokens in BATCHES], progress=False)
+    found = awq.fit(plan, *pair, BATCHES, progress=False)
     assert all(float(jnp.std(scale)) > 0 for scale in found.values())
     _, params = awq.transform(plan, found)(*pair)
     _, nearest = awq.transform(plan)(*pair)
@@ -230,7 +243,7 @@ def test_the_first_exponent_is_no_scaling(subject):
     one = awq._scales(mean, jnp.float32(0.5))
     assert float(one.max() * one.min()) == pytest.approx(1, rel=1e-5)
     plan, pair = awq.uniform(4), (subject.forward, subject.params)
-    found = awq.fit(plan, *pair, [(BATCHES[0],)], points=1, progress=False)
+    found = awq.fit(plan, *pair, BATCHES[:1], points=1, progress=False)
     chex.assert_trees_all_close(found, jax.tree.map(jnp.ones_like, found), rtol=1e-6)
 
 
@@ -239,6 +252,77 @@ def test_grouped_values_have_no_place_for_scales():
     places = awq._places(awq.uniform(4), grouped.forward, grouped.params)
     assert not any("to_v" in each.source for each in places)
     assert len(places) == 6
+
+
+# Other architectures ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def joint():
+    """Two streams, with what a sampler gives the model, and modulations that spread channels."""
+    made = tiny_joint(steps=2)
+    for block in made.params["blocks"].values():
+        for name in ("modulation_image", "modulation_text"):
+            spread = jnp.concatenate([jnp.zeros(16), jnp.geomspace(0.1, 8, 16) - 1, jnp.zeros(16)])
+            block[name]["bias"] = block[name]["bias"] + jnp.tile(spread, 2)
+    pair = made.forward, made.params
+    data = Trajectory(made.sampler, made.cond, jax.random.key(0), made.uncond)
+    return pair, blocks.along(*pair, data)
+
+
+def noise(joint, params):
+    """Squared error of the model's outputs on what it was given."""
+    (forward, dense), batches = joint
+    run = jax.jit(lambda params, batch: forward(params, {}, *batch)[0])
+    errors = [jnp.mean(jnp.square(run(params, batch) - run(dense, batch))) for batch in batches]
+    return float(np.mean(errors))
+
+
+@pytest.mark.parametrize("method", [awq, gptq])
+def test_a_joint_transformer_is_fitted(method, joint):
+    """Both streams of a model that is no language model, from batches of its own inputs."""
+    pair, batches = joint
+    plan = method.uniform(3, 8)
+    learned = method.fit(plan, *pair, batches, progress=False)
+    layers = round_to_nearest.uniform(3).decided(*pair)
+    if method is gptq:
+        assert set(learned) == set(layers)
+        assert all(leaf.bits == 3 for leaf in learned.values())
+    else:
+        assert set(learned) == {
+            f"blocks.{i}.modulation_{stream}" for i in range(2) for stream in ("image", "text")
+        }
+    _, params = method.transform(plan, learned)(*pair)
+    _, nearest = method.transform(plan)(*pair)
+    assert noise(joint, params) < 0.95 * noise(joint, nearest)
+
+
+def test_moments_are_those_of_every_stream(joint, monkeypatch):
+    """H of a layer that reads the text alone, and of one that both streams' attention feeds."""
+    (forward, params), batches = joint
+    for path in ("blocks.0.mlp_text.fc1", "blocks.0.attn.image.to_out"):
+        moments, spread = [], gptq._spread
+
+        def seen(plan, quantizer, kernel, moment, leaf, moments=moments, spread=spread):
+            moments.append(moment)
+            return spread(plan, quantizer, kernel, moment, leaf)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gptq, "_spread", seen)
+            plan = gptq.GPTQPlan(((path.replace(".", "[.]"), 4, 16),))
+            gptq.fit(plan, forward, params, batches, progress=False)
+        rows = np.concatenate(
+            [
+                np.asarray(
+                    tap(forward, params, batch, pattern=path.replace(".", "[.]"), what="input")[
+                        path
+                    ]
+                ).reshape(-1, 16)
+                for batch in batches
+            ]
+        )
+        (moment,) = moments
+        chex.assert_trees_all_close(moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
 
 
 # What is refused -------------------------------------------------------------------------------
@@ -267,6 +351,6 @@ def test_what_does_not_fit(method, subject):
 def test_gptq_names_its_own_limits(subject):
     with pytest.raises(ValueError, match="damp must be a finite number above 0"):
         gptq.GPTQPlan((), damp=0.0)
-    plan = gptq.GPTQPlan(((r"lm_head", 4, 16),))
-    with pytest.raises(ValueError, match="only layers of a language model's blocks"):
+    plan = gptq.GPTQPlan((("role:head", 4, 16),))
+    with pytest.raises(ValueError, match=r"only layers of a model's blocks .*lm_head"):
         gptq.fit(plan, subject.forward, subject.params, BATCHES)

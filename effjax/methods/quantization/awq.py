@@ -7,9 +7,10 @@ the model runs: factors stand in the norm or layer that makes the inputs.
     loss(a) = |f(x; W) - f(x; Q(s W) / s)|^2              Q rounds to nearest
     W -> Q(s W),   what makes x -> divided by s           for the a of the least loss
 
-f is all of what reads the same inputs: the attention for its queries, keys and values, the
-feed-forward for its first layers, else one layer. Losses are those of the float model: scaling
-changes nothing of what it computes, so the choices do not depend on each other.
+f is all of what reads the same inputs, with all other inputs that it has: the attention for its
+queries, keys and values, the feed-forward for its first layers, else one layer. Losses are those
+of the float model: scaling changes nothing of what it computes, so the choices do not depend on
+each other.
 
 Static: bits and groups. Dynamic: quantized values, scales. Cost: as round_to_nearest; to make, n
     runs of f.
@@ -21,7 +22,6 @@ to put factors, and are rounded as they are.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -31,22 +31,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from tqdm.auto import tqdm
 
 from effjax import testing
 from effjax.calibration import Sequences
-from effjax.capture import statistics, tap
-from effjax.context import PyTree
+from effjax.capture import Call, calls
+from effjax.context import Layout, PyTree, tokens_as
 from effjax.fields import Count
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
-from effjax.layers.attention import CausalAttention
 from effjax.layers.folding import Fold, fits, fold, folds
 from effjax.layers.linear import Linear
-from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, with_kernels
-from effjax.models.llama import Llama
-from effjax.quant import FLOAT, Quantizer, fake_quantize, quantize_matrix
+from effjax.methods.quantization.blocks import (
+    Batches,
+    BlockInputs,
+    valid_rows,
+    walk,
+    with_kernels,
+)
+from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan
+from effjax.quant import FLOAT, QTensor, Quantizer, fake_quantize
 from effjax.quant.notation import read_bits
-from effjax.targets import BLOCK_LAYERS
+from effjax.targets import BLOCK_LAYERS, TargetModule, Wrapper, target_modules, wrap
 from effjax.transform import Method, Pair, Shorthand, Transform
 
 Scales = Mapping[str, Array]  # s [I] by the path of what makes the inputs
@@ -59,11 +63,6 @@ class AWQPlan(RoundToNearestPlan):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_tokens_range_themselves()
-
-    def rounded(self, kernel: Float[Array, "I O"], bits: int) -> Float[Array, "I O"]:
-        """A kernel as its quantized values say it."""
-        quantizer = Quantizer(bits, self.symmetric)
-        return quantize_matrix(kernel, quantizer, group_size=self.group_size).restore()
 
 
 def uniform(weights: int, inputs: int = FLOAT, *, group_size: int | None = None) -> AWQPlan:
@@ -81,121 +80,221 @@ def fit(
     plan: AWQPlan,
     forward: Forward,
     params: Params,
-    batches: Sequence[tuple[PyTree, ...]],
+    batches: Batches,
     *,
     points: int = 20,
     progress: bool = True,
 ) -> dict[str, Array]:
     """Scales of the inputs, by the path of the norm or layer that makes them.
 
+    How tokens are divided among batches does not matter, but for rounding. Padding does not count
+    where the model says what it is (`Model.valid_tokens`).
+
     Args:
         forward, params: the model, not quantized.
-        batches: tuples of the forward's inputs, each token of which counts once: no padding.
+        batches: tuples of the forward's inputs: token ids and positions of a language model
+            (`blocks.texts` makes them of texts of any lengths), or what a sampler gives a diffusion
+            model (`blocks.along`).
         points: n, how many exponents are tried.
-        progress: show a bar over the places of scales.
+        progress: show a bar over the blocks.
 
     Raises:
-        ValueError: without batches, with padding in them, if the pattern matches no layer, or a
-            layer is quantized.
+        ValueError: without batches, if a selector finds no layer, or a layer is quantized.
     """
-    if not len(batches):
-        raise ValueError("there are no batches to calibrate with")
-    for number, inputs in enumerate(batches):
-        positions = inputs[1] if issubclass(forward.model, Llama) and len(inputs) > 1 else None
-        if positions is not None and np.any(np.asarray(positions) < 0):
-            raise ValueError(
-                f"batch {number} has padding (positions below 0), which would count as tokens. "
-                f"Give texts of one length in a batch; batches may differ."
-            )
-    decided = plan.decided(forward, params, Linear)
+    bits = plan.decided(forward, params, Linear)
     places = _places(plan, forward, params)
-    first = {where.source: where.readers[0] for where in places}
-    pattern = "|".join(map(re.escape, first.values()))
-    seen = statistics(forward, params, batches, kind=Linear, pattern=pattern, what="input")
     exponents = jnp.arange(points) / points
-    candidates = {
-        where.source: jax.vmap(partial(_scales, seen[first[where.source]].absmean))(exponents)
-        for where in places
-    }
-    units = {where.source: _unit(where) for where in places}
-    modules = {target.path: nnx.split(target.module) for target in forward.target_modules(params)}
-    look = jax.jit(partial(_inputs, forward, "|".join(map(re.escape, units.values()))))
-    losses = {where.source: jnp.zeros(points) for where in places}
-    work = [(inputs, where) for inputs in batches for where in places]
-    tapped, x = None, {}
-    for inputs, where in tqdm(work, desc="awq", disable=not progress, leave=False):
-        if inputs is not tapped:
-            tapped, x = inputs, look(params, inputs)
-        unit = units[where.source]
-        readers = tuple(reader.removeprefix(unit).removeprefix(".") for reader in where.readers)
-        bits = decided[where.readers[0]]
-        losses[where.source] += _losses(
-            plan, bits, readers, *modules[unit], x[unit], candidates[where.source]
+    found: dict[str, Array] = {}
+
+    def visit(block: TargetModule, batches: Sequence[BlockInputs]) -> dict[str, QTensor]:
+        own = [each for each in places if each.source.startswith(f"{block.path}.")]
+        if not own:
+            return {}
+        below = {target.path: target.module for target in target_modules(block.module)}
+        here = {each.source: _within(each, block.path) for each in own}
+        graph, variables = nnx.split(block.module)
+        inputs = tuple((each.readers[0], _leading(each, below)) for each in here.values())
+        seen = [
+            _magnitudes(graph, each.layout, inputs, variables, each.inputs, each.valid)
+            for each in batches
+        ]
+        sums = jax.tree.map(lambda *each: sum(each), *seen)
+        means = {
+            path: total / jnp.maximum(count, 1)[..., None] for path, (total, count) in sums.items()
+        }
+        candidates = {
+            source: jax.vmap(partial(_scales, means[each.readers[0]]))(exponents)
+            for source, each in here.items()
+        }
+        units = {source: _unit(each.readers, below) for source, each in here.items()}
+        losses = {source: jnp.zeros(points) for source in here}
+        for batch in batches:
+            called = _called(graph, batch.layout, tuple(units.values()), variables, batch.inputs)
+            for source, each in here.items():
+                unit = units[source]
+                readers = tuple(
+                    (
+                        reader.removeprefix(unit).removeprefix("."),
+                        bits.get(f"{block.path}.{reader}"),
+                    )
+                    for reader in each.readers
+                )
+                losses[source] += _losses(
+                    *(plan, readers, batch.layout, *nnx.split(below[unit])),
+                    *(called[unit], batch.valid, candidates[source]),
+                )
+        for source, loss in losses.items():
+            found[source] = candidates[source][int(np.argmin(loss))]
+        return {}
+
+    walk(forward, params, batches, visit, name="awq", progress=progress)
+    return found
+
+
+def _within(where: Fold, block: str) -> Fold:
+    """A place by paths in its block."""
+    cut = len(block) + 1
+    readers = tuple(reader[cut:] for reader in where.readers)
+    return dataclasses.replace(where, readers=readers, source=where.source[cut:])
+
+
+def _leading(where: Fold, modules: Mapping[str, Any]) -> int:
+    """How many leading axes the scales have: those of a stack of matrices that makes the inputs."""
+    return modules[where.source].kernel.get_value().ndim - 2 if where.kind == "linear" else 0
+
+
+def _unit(readers: Sequence[str], modules: Mapping[str, Any]) -> str:
+    """The module whose outputs are compared: a single reader, or what holds all of them."""
+    if len(readers) == 1:
+        return readers[0]
+    holders = [
+        path
+        for path, module in modules.items()
+        if callable(module) and all(reader.startswith(f"{path}.") for reader in readers)
+    ]
+    if not holders:
+        raise ValueError(
+            f"no module of the block but itself holds {', '.join(readers)}, which read the same "
+            f"inputs: put them in a module whose outputs can be compared"
         )
-    return {source: candidates[source][int(np.argmin(own))] for source, own in losses.items()}
+    return max(holders, key=len)
 
 
-def _inputs(
-    forward: Forward, pattern: str, params: Params, inputs: tuple[PyTree, ...]
-) -> dict[str, Array]:
-    return tap(forward, params, inputs, pattern=pattern, what="input")
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _magnitudes(
+    graph: nnx.GraphDef,
+    layout: Layout | None,
+    layers: tuple[tuple[str, int], ...],
+    variables: Any,
+    inputs: tuple[PyTree, ...],
+    valid: Array | None,
+) -> dict[str, tuple[Array, Array]]:
+    """Sums [*E, I] of |x| over the tokens' inputs of linear layers, and how many tokens, [*E].
+
+    Args:
+        layers: paths in the block, and how many leading axes are kept.
+    """
+    block = nnx.merge(graph, variables, copy=True)
+    with tokens_as(layout):
+        seen = calls(block, [path for path, _ in layers], *inputs)
+    found = {}
+    for path, leading in layers:
+        (((x,), _),) = seen[path]
+        values, counted = valid_rows(x, valid)
+        axes = tuple(range(leading, x.ndim - 1))
+        found[path] = jnp.sum(jnp.abs(values), axes), jnp.sum(counted, axes)
+    return found
 
 
-def _scales(mean: Float[Array, " I"], exponent: Float[Array, ""]) -> Float[Array, " I"]:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _called(
+    graph: nnx.GraphDef,
+    layout: Layout | None,
+    paths: tuple[str, ...],
+    variables: Any,
+    inputs: tuple[PyTree, ...],
+) -> dict[str, Call]:
+    """What modules of a block are called with."""
+    block = nnx.merge(graph, variables, copy=True)
+    with tokens_as(layout):
+        return {path: call for path, (call,) in calls(block, paths, *inputs).items()}
+
+
+def _scales(mean: Float[Array, "*E I"], exponent: Float[Array, ""]) -> Float[Array, "*E I"]:
     s = jnp.maximum(mean**exponent, 1e-4)
-    return s / jnp.sqrt(jnp.max(s) * jnp.min(s))
+    most, least = (end(s, axis=-1, keepdims=True) for end in (jnp.max, jnp.min))
+    return s / jnp.sqrt(most * least)
+
+
+class _ReadsRounded(Wrapper):
+    """A layer whose inputs are what their quantized values say."""
+
+    def __init__(self, inner: nnx.Module, bits: int, scale: Array):
+        super().__init__(inner)
+        self.bits = bits
+        self.scale = nnx.Variable(scale)
+
+    def __call__(self, x: Array) -> Array:
+        scale = self.scale.get_value().astype(x.dtype)
+        scale = scale.reshape(*scale.shape[:-1], *(1,) * (x.ndim - scale.ndim), scale.shape[-1])
+        quantized = fake_quantize(x / scale, Quantizer(self.bits), axes=-1)
+        return self.inner((quantized * scale).astype(x.dtype))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _losses(
     plan: AWQPlan,
-    bits: tuple[int, int],
-    readers: tuple[str, ...],
+    readers: tuple[tuple[str, tuple[int, int] | None], ...],
+    layout: Layout | None,
     graph: nnx.GraphDef,
     variables: Any,
-    x: Float[Array, "B S I"],
-    candidates: Float[Array, "N I"],
+    call: Call,
+    valid: Array | None,
+    candidates: Float[Array, "N *E I"],
 ) -> Float[Array, " N"]:
     """Squared errors of what reads the scaled inputs, summed over tokens, for every candidate.
 
     Args:
-        bits: of weights and inputs.
-        readers: paths within the module; "" is the module itself.
+        readers: paths within the module, "" for the module itself, and their bits of weights and
+            inputs; None for layers that stay floats.
+        layout: what the tokens are.
         graph, variables: the module whose outputs are compared.
+        call: what it is called with.
+        valid: which tokens count.
     """
+    inputs, options = call
 
-    def output(module: Any, x: Array) -> Array:
-        out = module(x, None) if isinstance(module, CausalAttention) else module(x)
-        return out.astype(jnp.float32)
+    def outputs(module: Any) -> list[Array]:
+        with tokens_as(layout):
+            out = module(*inputs, **options)
+        return [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(out)]
 
     def loss(scale: Array) -> Array:
         module: Any = nnx.merge(graph, variables, copy=True)
-        for reader in readers:
-            layer = module if reader == "" else getattr(module, reader)
+        for path, bits in readers:
+            if bits is None:
+                continue
+            layer = module
+            for part in filter(None, path.split(".")):
+                layer = layer[int(part)] if isinstance(layer, nnx.List) else getattr(layer, part)
             kernel = layer.kernel.get_value()
-            scaled = kernel.astype(jnp.float32) * scale[:, None]
-            rounded = plan.rounded(scaled, bits[0]) / scale[:, None]
+            scaled = kernel.astype(jnp.float32) * scale[..., None]
+            rounded = plan.leaf((bits[0], FLOAT), scaled).restore() / scale[..., None]
             layer.kernel.set_value(rounded.astype(kernel.dtype))
-        error = jnp.square(output(module, _quantized(x, bits[1], scale)) - exact)
-        return jnp.mean(error) * (error.size // error.shape[-1])
+            if bits[1] == FLOAT:
+                continue
+            if path == "":
+                module = _ReadsRounded(module, bits[1], scale)
+            else:
+                wrap(module, path, _ReadsRounded, bits[1], scale)
+        errors = [
+            jnp.sum(jnp.mean(jnp.square(valid_rows(found - want, valid)[0]), axis=-1))
+            for found, want in zip(outputs(module), exact, strict=True)
+        ]
+        return jnp.sum(jnp.stack(errors))
 
-    exact = output(nnx.merge(graph, variables, copy=True), x)
+    exact = outputs(nnx.merge(graph, variables, copy=True))
     return jax.lax.map(loss, candidates)
-
-
-def _quantized(x: Float[Array, "B S I"], bits: int, scale: Float[Array, " I"]) -> Array:
-    """Inputs as their quantized values say them, if they have any."""
-    if bits == FLOAT:
-        return x
-    quantized = fake_quantize(x / scale.astype(x.dtype), Quantizer(bits), axes=-1)
-    return (quantized * scale.astype(x.dtype)).astype(x.dtype)
-
-
-def _unit(where: Fold) -> str:
-    """The module whose output is compared: a single reader, or what holds all of them."""
-    if len(where.readers) == 1:
-        return where.readers[0]
-    return where.readers[0].rpartition(".")[0]
 
 
 def transform(plan: AWQPlan, learned: Scales | None = None) -> Transform:
@@ -205,7 +304,7 @@ def transform(plan: AWQPlan, learned: Scales | None = None) -> Transform:
         learned: scales from `fit`; None rounds to nearest, a baseline.
 
     Raises:
-        ValueError: if the pattern matches no layer, a layer is quantized already, or the scales
+        ValueError: if a selector finds no layer, a layer is quantized already, or the scales
             belong to another model or plan.
     """
 
@@ -224,7 +323,7 @@ def _scaled(plan: AWQPlan, learned: Scales, forward: Forward, params: Params) ->
     places = _places(plan, forward, params)
     flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
     given = {path: scale.shape for path, scale in learned.items()}
-    wanted = {each.source: flat[f"{each.readers[0]}.kernel"].shape[:1] for each in places}
+    wanted = {each.source: _scale_shape(each, flat) for each in places}
     if given != wanted:
         raise ValueError(
             f"the scales are those of another model or plan: they are {given}, must be {wanted}"
@@ -234,19 +333,24 @@ def _scaled(plan: AWQPlan, learned: Scales, forward: Forward, params: Params) ->
         flat = fold(flat, where, 1 / scale)
         for reader in where.readers:
             name = f"{reader}.kernel"
-            scaled = flat[name].astype(jnp.float32) * scale[:, None]
+            scaled = flat[name].astype(jnp.float32) * scale[..., None]
             flat[name] = scaled.astype(flat[name].dtype)
     return nest_params(flat) | {name: leaf for name, leaf in params.items() if name == METHODS}
 
 
+def _scale_shape(where: Fold, flat: Mapping[str, Array]) -> tuple[int, ...]:
+    leading = flat[f"{where.source}.kernel"].shape[:-2] if where.kind == "linear" else ()
+    return (*leading, flat[f"{where.readers[0]}.kernel"].shape[-2])
+
+
 def _places(plan: AWQPlan, forward: Forward, params: Params) -> list[Fold]:
-    """Where scales can go, of layers that get quantized values."""
-    decided = set(plan.decided(forward, params, Linear))
+    """Where scales can go, of layers of which some get quantized values."""
+    bits = plan.decided(forward, params, Linear)
     flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
     return [
         each
         for each in folds(forward.target_modules(params))
-        if set(each.readers) <= decided and fits(flat, each)
+        if not set(each.readers).isdisjoint(bits) and fits(flat, each)
     ]
 
 

@@ -12,8 +12,7 @@ rounded from the largest diag(H) to the smallest, before anything is rounded. La
 by block, with the inputs that the blocks quantized so far give them.
 
 Static: bits and groups. Dynamic: quantized values and scales. Cost: as round_to_nearest; to make, a
-    factor of
-an I x I matrix for each layer.
+factor of an I x I matrix for each layer.
 
 Source: GPTQ, arXiv 2210.17323. Its code's `act_order` with `static_groups` is `act_order` here: a
 group is of consecutive inputs, so that nothing is reordered when the model runs.
@@ -23,31 +22,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int8
-from tqdm.auto import tqdm
 
 from effjax import testing
 from effjax.calibration import Sequences
-from effjax.capture import tap
+from effjax.capture import calls
+from effjax.context import Layout, PyTree, tokens_as
 from effjax.fields import Count, Positive
 from effjax.forward import Forward, Params
-from effjax.generate import Prompts
-from effjax.generate.prefix_cache import padded
 from effjax.layers.linear import Linear
-from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, with_kernels
-from effjax.models.llama import LlamaBlock
+from effjax.methods.quantization.blocks import (
+    Batches,
+    BlockInputs,
+    stacks,
+    valid_rows,
+    walk,
+    with_kernels,
+)
+from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan
 from effjax.quant import FLOAT, QTensor, Quantizer, dequantize
 from effjax.quant.notation import read_bits
-from effjax.targets import BLOCK_LAYERS, Wrapper, target_modules, wrap
+from effjax.targets import BLOCK_LAYERS, TargetModule, target_modules
 from effjax.transform import Method, Pair, Shorthand, Transform
 from pallas_kernels.packing import pack
 
@@ -89,106 +91,113 @@ def fit(
     plan: GPTQPlan,
     forward: Forward,
     params: Params,
-    batches: Sequence[Prompts],
+    batches: Batches,
     *,
     progress: bool = True,
 ) -> dict[str, QTensor]:
-    """Quantized values of a language model's layers, by path.
+    """Quantized values of layers in a model's blocks, by path.
 
-    How tokens are divided among batches does not matter, but for rounding.
+    How tokens are divided among batches does not matter, but for rounding. Padding does not count
+    where the model says what it is (`Model.valid_tokens`).
 
     Args:
         forward, params: the model, not quantized.
-        batches: token ids int32[B, S], or rows of any lengths, of which each token counts once.
+        batches: tuples of the forward's inputs: token ids and positions of a language model
+            (`blocks.texts` makes them of texts of any lengths), or what a sampler gives a diffusion
+            model (`blocks.along`).
         progress: show a bar over the blocks.
 
     Raises:
-        ValueError: without batches, for a pattern that matches no layer or one outside of the
+        ValueError: without batches, for a selector that finds no layer or one outside of the
             blocks, or a layer that is quantized.
     """
-    if not len(batches):
-        raise ValueError("there are no batches to calibrate with")
-    decided = plan.decided(forward, params, Linear)
-    blocks = forward.target_modules(params, LlamaBlock)
-    if outside := [p for p in decided if not any(p.startswith(f"{b.path}.") for b in blocks)]:
-        raise ValueError(f"only layers of a language model's blocks are quantized, not {outside}")
-    start = jax.jit(partial(_first_inputs, forward, blocks[0].path))
-    texts = [_with_positions(rows) for rows in batches]
-    hidden = [start(params, *text) for text in texts]
-    places = [positions for _, positions in texts]
-    counts = [tokens.size if at is None else int(np.sum(at >= 0)) for tokens, at in texts]
+    bits = plan.decided(forward, params, Linear)
     found: dict[str, QTensor] = {}
-    for target in tqdm(blocks, desc="gptq", disable=not progress, leave=False):
-        graph, variables = nnx.split(target.module)
-        seen = [_moments(graph, variables, x, at) for x, at in zip(hidden, places, strict=True)]
-        means = jax.tree.map(lambda *each: sum(each) / sum(counts), *seen)
-        for own in target_modules(target.module, Linear):
-            path = f"{target.path}.{own.path}"
-            if path not in decided:
-                continue
-            assert isinstance(own.module, Linear)
-            kernel = own.module.kernel.get_value()
-            leaf = plan.leaf(decided[path], kernel)
-            quantizer = Quantizer(leaf.bits, plan.symmetric)
-            qvalues, scale, zero = _spread(plan, quantizer, kernel, means[own.path], leaf)
-            qvalue = pack(qvalues, leaf.bits) if leaf.packed else qvalues
-            leaf = dataclasses.replace(leaf, qvalue=qvalue, scale=scale, zero_point=zero)
-            setattr(own.module, "kernel", nnx.Param(leaf))  # noqa: B010 - a leaf stands for an array
-            found[path] = leaf
-        graph, variables = nnx.split(target.module)
-        hidden = [_run(graph, variables, x, at) for x, at in zip(hidden, places, strict=True)]
+    inside = tuple(f"{stack.path}." for stack in stacks(forward.target_modules(params)))
+    if outside := [path for path in bits if not path.startswith(inside)]:
+        raise ValueError(f"only layers of a model's blocks are quantized, not {outside}")
+
+    def visit(block: TargetModule, batches: Sequence[BlockInputs]) -> dict[str, QTensor]:
+        layers = {
+            target.path: target.module
+            for target in target_modules(block.module, Linear)
+            if f"{block.path}.{target.path}" in bits
+        }
+        if not layers:
+            return {}
+        graph, variables = nnx.split(block.module)
+        seen = [
+            _moments(graph, each.layout, tuple(layers), variables, each.inputs, each.valid)
+            for each in batches
+        ]
+        sums = jax.tree.map(lambda *each: sum(each), *seen)
+        made = {}
+        for path, layer in layers.items():
+            assert isinstance(layer, Linear)
+            kernel = layer.kernel.get_value()
+            leaf = plan.leaf(bits[f"{block.path}.{path}"], kernel)
+            moment, count = sums[path]
+            moment = moment / jnp.maximum(count, 1)[..., None, None]
+            made[path] = _rounded(plan, kernel, moment, leaf)
+        found.update({f"{block.path}.{path}": leaf for path, leaf in made.items()})
+        return made
+
+    walk(forward, params, batches, visit, name="gptq", progress=progress)
     return found
 
 
-def _with_positions(rows: Prompts) -> tuple[np.ndarray, np.ndarray | None]:
-    """Tokens int32[B, S] and their positions, -1 for padding; None where there is none."""
-    tokens, lengths = padded(rows)
-    columns = np.arange(tokens.shape[1], dtype=np.int32)
-    if lengths.min() == lengths.max():
-        return tokens, None
-    return tokens, np.where(columns < lengths[:, None], columns, -1)
-
-
-def _first_inputs(
-    forward: Forward, path: str, params: Params, tokens: Array, positions: Array | None
-) -> Array:
-    return tap(forward, params, (tokens, positions), pattern=re.escape(path), what="input")[path]
-
-
-class _Watch(Wrapper):
-    """Shows a layer's inputs to a function."""
-
-    def __init__(self, inner: nnx.Module, show: Callable[[Array], None]):
-        super().__init__(inner)
-        self.show = show
-
-    def __call__(self, x: Array) -> Array:
-        self.show(x)
-        return self.inner(x)
-
-
-@partial(jax.jit, static_argnums=0)
-def _run(graph: nnx.GraphDef, variables: Any, x: Array, positions: Array | None) -> Array:
-    return nnx.merge(graph, variables, copy=True)(x, positions)
-
-
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _moments(
-    graph: nnx.GraphDef, variables: Any, x: Array, positions: Array | None
-) -> dict[str, Array]:
-    """Sum of x x^T over the tokens' inputs of every linear layer of a block."""
-    block, found = nnx.merge(graph, variables, copy=True), {}
+    graph: nnx.GraphDef,
+    layout: Layout | None,
+    paths: tuple[str, ...],
+    variables: Any,
+    inputs: tuple[PyTree, ...],
+    valid: Array | None,
+) -> dict[str, tuple[Array, Array]]:
+    """Sum of x x^T over the tokens' inputs of linear layers of a block, and how many tokens.
 
-    def moment(path: str, x: Array) -> None:
-        if positions is not None:
-            x = jnp.where(positions[:, :, None] >= 0, x, 0)
-        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-        found[path] = jnp.matmul(rows.T, rows, precision="highest")
-
-    for target in target_modules(block, Linear):
-        wrap(block, target.path, _Watch, partial(moment, target.path))
-    block(x, positions)
+    Those of a layer whose kernel is a stack have its leading axes.
+    """
+    block = nnx.merge(graph, variables, copy=True)
+    leading = {
+        target.path: target.module.kernel.get_value().ndim - 2
+        for target in target_modules(block, Linear)
+        if isinstance(target.module, Linear)
+    }
+    with tokens_as(layout):
+        seen = calls(block, paths, *inputs)
+    found = {}
+    for path, own in seen.items():
+        if not own:
+            raise ValueError(f"{path} is never called in its block; leave it out of the plan")
+        parts = [_second_moment(x, valid, leading[path]) for (x,), _ in own]
+        found[path] = tuple(sum(each) for each in zip(*parts, strict=True))
     return found
+
+
+def _second_moment(x: Array, valid: Array | None, leading: int) -> tuple[Array, Array]:
+    values, counted = valid_rows(x, valid)
+    lead = x.shape[:leading]
+    rows = values.reshape(*lead, -1, x.shape[-1])
+    moment = jnp.matmul(jnp.swapaxes(rows, -1, -2), rows, precision="highest")
+    return moment, jnp.sum(counted.reshape(*lead, -1), axis=-1)
+
+
+def _rounded(
+    plan: GPTQPlan, kernel: Float[Array, "*E I O"], moment: Float[Array, "*E I I"], leaf: QTensor
+) -> QTensor:
+    """The leaf with GPTQ's quantized values, of each matrix of a stack by itself."""
+    quantizer = Quantizer(leaf.bits, plan.symmetric)
+
+    def one(kernel: Array, moment: Array, leaf: QTensor) -> QTensor:
+        qvalues, scale, zero = _spread(plan, quantizer, kernel, moment, leaf)
+        qvalue = pack(qvalues, leaf.bits) if leaf.packed else qvalues
+        return dataclasses.replace(leaf, qvalue=qvalue, scale=scale, zero_point=zero)
+
+    if kernel.ndim == 2:
+        return one(kernel, moment, leaf)
+    return jax.lax.map(lambda each: _rounded(plan, *each), (kernel, moment, leaf))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -260,7 +269,7 @@ def transform(plan: GPTQPlan, learned: Kernels | None = None) -> Transform:
         learned: quantized values from `fit`; None rounds to nearest, a baseline.
 
     Raises:
-        ValueError: if the pattern matches no layer, a layer is quantized already, or the quantized
+        ValueError: if a selector finds no layer, a layer is quantized already, or the quantized
             values belong to another model or plan.
     """
 
@@ -289,7 +298,7 @@ def transform(plan: GPTQPlan, learned: Kernels | None = None) -> Transform:
 def _calibrate(
     plan: GPTQPlan, forward: Forward, params: Params, data: Sequences
 ) -> dict[str, QTensor]:
-    return fit(plan, forward, params, [data.calibration()])
+    return fit(plan, forward, params, [(jnp.asarray(data.calibration()),)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -27,7 +27,9 @@ from effjax import testing
 from effjax.capture import tap
 from effjax.context import Guidance, PyTree
 from effjax.fields import Count
-from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
+from effjax.forward import Forward, Params
+from effjax.layers.convolution import Conv2d
+from effjax.methods.quantization.blocks import with_kernels
 from effjax.methods.quantization.rules import (
     LAYER_TYPES,
     Bits,
@@ -37,7 +39,7 @@ from effjax.methods.quantization.rules import (
     deciding,
     described,
 )
-from effjax.quant import FLOAT, Activations, QTensor, Quantizer, quantize_matrix
+from effjax.quant import FLOAT, Activations, QTensor, Quantizer, quantize_matrix, quantize_stack
 from effjax.quant.notation import read_bits
 from effjax.quant.ranges import Range, minmax, union
 from effjax.targets import BLOCK_LAYERS, TargetModule
@@ -92,20 +94,30 @@ class RoundToNearestPlan(Plan):
             )
 
     def leaf(
-        self, bits: tuple[int, int], kernel: jax.Array, input_range: Range | None = None
+        self,
+        bits: tuple[int, int],
+        kernel: jax.Array,
+        *,
+        input_range: Range | None = None,
+        convolution: bool = False,
     ) -> QTensor:
         """A kernel rounded to nearest.
 
         Args:
             bits: of its weights and its inputs; see `decided`.
-            input_range: of the inputs, instead of each token's own.
+            kernel: [I, O], a stack [*E, I, O], or [R, S, I, O] of a convolution.
+            input_range: of the inputs, instead of each token's own; one for all of a stack.
+            convolution: whether it is the kernel of one.
         """
         weights, inputs = bits
         activations = None
         if inputs != FLOAT:
             static = input_range is not None
             activations = Activations(Quantizer(inputs, symmetric=not static), not static)
-        return quantize_matrix(
+        if input_range is not None and not convolution:
+            leading = kernel.shape[:-2]
+            input_range = Range(*(jnp.broadcast_to(end, leading) for end in input_range))
+        return (quantize_matrix if convolution else quantize_stack)(
             kernel,
             Quantizer(weights, self.symmetric),
             group_size=self.group_size,
@@ -161,23 +173,14 @@ def transform(plan: RoundToNearestPlan) -> Transform:
                 f"the plan has input ranges of {wrong}, whose inputs it does not quantize; "
                 f"calibrate it for this model"
             )
+        images = {target.path for target in forward.target_modules(params, Conv2d)}
         made = {
-            path: partial(plan.leaf, own, input_range=ranges.get(path))
+            path: partial(plan.leaf, own, input_range=ranges.get(path), convolution=path in images)
             for path, own in bits.items()
         }
         return forward, with_kernels(params, made)
 
     return Transform(METHOD.name, plan, apply)
-
-
-def with_kernels(
-    params: Params, made: Mapping[str, Callable[[jax.Array], jax.Array | QTensor]]
-) -> Params:
-    """Parameters with other kernels, each made from the old one, by the path of its layer."""
-    flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
-    flat |= {f"{path}.kernel": make(flat[f"{path}.kernel"]) for path, make in made.items()}
-    learned = {METHODS: params[METHODS]} if METHODS in params else {}
-    return nest_params(flat) | learned
 
 
 def calibrate(
