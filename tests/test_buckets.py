@@ -228,7 +228,7 @@ def test_a_batch_that_is_spread_over_devices_stays_whole():
     subject = testing.tiny_dit(steps=2, batch=4, num_layers=1)
     places = jax.NamedSharding(device_mesh(data=4), jax.P("data"))
     cond = jax.device_put(subject.cond, places)
-    model = subject.forward, shard(subject.params, device_mesh(data=4))
+    model = subject.forward, shard(subject.params, device_mesh(data=4), ())
     options = {"progress": False, "buckets": [1]}
     spread = subject.sampler.stepwise(*model, cond, jax.random.key(1), **options)
     assert len(spread.sharding.device_set) == 4

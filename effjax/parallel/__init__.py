@@ -2,20 +2,20 @@
 
 from effjax.parallel.sharding import (
     CACHES,
-    TENSOR_PARALLEL,
     Rule,
     device_mesh,
     leaf_sharding,
     shard,
     shardings,
+    tensor_parallel,
 )
 
 __all__ = [
     "CACHES",
-    "TENSOR_PARALLEL",
     "Rule",
     "device_mesh",
     "leaf_sharding",
     "shard",
     "shardings",
+    "tensor_parallel",
 ]

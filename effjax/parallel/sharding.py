@@ -1,13 +1,16 @@
-"""Where parameters lie on a mesh of devices: rules by path, so that models carry no annotations.
+"""Where parameters lie on a mesh: rules by role or path, so that models carry no annotations.
 
     mesh = device_mesh(data=2, model=4)
-    params = shard(params, mesh)                          # what is there already
-    places = shardings(forward.abstract_params(), mesh)   # or straight from the file:
+    rules = tensor_parallel(forward)
+    params = shard(params, mesh, rules)                          # what is there already
+    places = shardings(forward.abstract_params(), mesh, rules)   # or straight from the file:
     forward, params = converters.from_pretrained(path, sharding=places)
 
-A rule is a pattern and the mesh axes of an array's dimensions. A dimension that its axis does not
+A rule is a pattern and the mesh axes of an array's dimensions. `tensor_parallel` makes rules of the
+roles of a model's layers; rules of your own go before them. A dimension that its axis does not
 divide is kept whole on every device. The compiler finds the communication (GSPMD): tensor
-parallelism needs one sum over devices after `to_out` and one after `down` of every block.
+parallelism needs one sum over devices after the attention and one after the feed-forward of every
+block.
 """
 
 from __future__ import annotations
@@ -22,25 +25,18 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effjax.context import PyTree
-from effjax.forward import flatten_params, nest_params
+from effjax.forward import Forward, flatten_params, nest_params
+from effjax.layers.linear import Linear
 from effjax.quant import QTensor
+from effjax.targets import Role
 
 Axes = tuple[str | None, ...]
 Rule = tuple[str, Axes]
 
-_WIDE, _NARROW = r"to_[qkv]|fc1|gate|up", r"to_out|fc2|down"
-
-# Of transformers: projections that widen are cut by outputs, those that narrow by inputs, so that
-# what is between them (heads, hidden channels) stays on its device.
-TENSOR_PARALLEL: tuple[Rule, ...] = (
-    (rf".*blocks\..*\.({_WIDE})\.kernel", (None, "model")),
-    (rf".*blocks\..*\.({_WIDE})\.bias", ("model",)),
-    (rf".*blocks\..*\.({_NARROW})\.kernel", ("model", None)),
-    (r"lm_head\.kernel", (None, "model")),
-    (r"embed_tokens", ("model", None)),
-    # CSKV: every head is rebuilt from all features
-    (r"methods\.cskv\..*\.up_[kv]", (None, "model")),
-)
+# Layers that widen are cut by outputs, those that narrow by inputs, so that what is between them
+# (heads, hidden channels) stays on its device.
+WIDE: tuple[Role, ...] = ("qkv", "cross_qkv", "up", "head")
+NARROW: tuple[Role, ...] = ("out", "cross_out", "down")
 
 # Of states: keys, values and their scales [B, C, K, D] by rows and heads; features [B, C, R] and
 # slots of a flat cache [B, N, D] by rows.
@@ -69,9 +65,35 @@ def device_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
 
 
-def shardings(
-    tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = TENSOR_PARALLEL
-) -> dict[str, Any]:
+def tensor_parallel(forward: Forward) -> tuple[Rule, ...]:
+    """Rules for a model's parameters by the roles of its layers.
+
+    Queries, keys, values, layers into hidden channels and heads are cut by outputs on the axis
+    "model"; what leaves attention and hidden channels by inputs; the embedding of tokens by rows.
+    Matrices of a stack (experts) are dealt out on the axis "expert". All else is whole everywhere.
+    """
+    found: dict[Axes, list[str]] = {}
+
+    def put(name: str, *axes: str | None) -> None:
+        found.setdefault(axes, []).append(re.escape(name))
+
+    for path, layer in forward.target_modules(forward.abstract_params(), Linear):
+        assert isinstance(layer, Linear)
+        stack = ("expert",) * (layer.kernel.get_value().ndim - 2)
+        wide, narrow = layer.role in WIDE, layer.role in NARROW
+        if stack or wide or narrow:
+            put(f"{path}.kernel", *stack, "model" if narrow else None, "model" if wide else None)
+        if layer.bias is not None and (stack or wide):
+            put(f"{path}.bias", *stack, "model" if wide else None)
+    return (
+        *(("|".join(names), axes) for axes, names in found.items()),
+        ("embed_tokens", ("model", None)),
+        # CSKV: every head is rebuilt from all features
+        (r"methods\.cskv\..*\.up_[kv]", (None, "model")),
+    )
+
+
+def shardings(tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule]) -> dict[str, Any]:
     """A sharding for every array of a tree of parameters or states.
 
     Args:
@@ -97,9 +119,7 @@ def shardings(
     return nest_params(found) if nested else found
 
 
-def shard(
-    tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule] = TENSOR_PARALLEL
-) -> dict[str, Any]:
+def shard(tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule]) -> dict[str, Any]:
     """Put a tree of parameters or states on a mesh; arguments as for `shardings`."""
     return jax.device_put(dict(tree), shardings(tree, mesh, rules))
 
@@ -109,7 +129,7 @@ def leaf_sharding(leaf: Any, mesh: Mesh, axes: Axes) -> PyTree:
 
     A part of a quantized leaf is cut along the dimensions that it shares with the matrix: scales of
     groups along both, if there are enough groups; smoothing scales along the inputs. An order of
-    inputs is whole everywhere.
+    inputs is whole everywhere. All parts of a stack are cut along its leading axes.
 
     Args:
         leaf: array, shape or `QTensor`.
@@ -118,23 +138,24 @@ def leaf_sharding(leaf: Any, mesh: Mesh, axes: Axes) -> PyTree:
     """
     if not isinstance(leaf, QTensor):
         return _fitting(leaf.shape, mesh, axes)
+    leading, (*inner, outputs) = axes[: len(leaf.leading)], axes[len(leaf.leading) :]
     # A convolution is held as a matrix whose rows are places times inputs: those stay together.
-    inputs, outputs = axes if len(axes) == 2 else (None, axes[-1])
-    of = {
-        "scale": (inputs, outputs),
-        "zero_point": (inputs, outputs),
-        "perm": (None,),  # names inputs of all devices
-        "smoothing_scale": (inputs,),
-        "input_scale": (),
-        "input_zero_point": (),
-        "column_sums": (outputs,),
+    inputs = None if leaf.convolution else inner[0]
+    of: dict[str, Axes] = {
+        "scale": (*leading, inputs, outputs),
+        "zero_point": (*leading, inputs, outputs),
+        "perm": (*leading, None),  # names inputs of all devices
+        "smoothing_scale": (*leading, inputs),
+        "input_scale": leading,
+        "input_zero_point": leading,
+        "column_sums": (*leading, outputs),
     }
     parts: dict[str, Any] = {
         name: None if (part := getattr(leaf, name)) is None else _fitting(part.shape, mesh, axes)
         for name, axes in of.items()
     }
     parts["qvalue"] = jax.tree.map(
-        lambda part: _fitting(part.shape, mesh, (inputs, outputs)), leaf.qvalue
+        lambda part: _fitting(part.shape, mesh, (*leading, inputs, outputs)), leaf.qvalue
     )
     return dataclasses.replace(leaf, **parts)
 

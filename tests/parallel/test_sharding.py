@@ -1,4 +1,4 @@
-"""Rules by path: the same results on four devices, with arrays cut where they can be."""
+"""Rules by role and path: the same results on four devices, with arrays cut where they can be."""
 
 import chex
 import jax
@@ -11,9 +11,10 @@ import converters
 from effjax import testing
 from effjax.generate import Reading
 from effjax.methods import cskv, kivi, moa, round_to_nearest
-from effjax.parallel import CACHES, device_mesh, leaf_sharding, shard, shardings
+from effjax.parallel import CACHES, device_mesh, leaf_sharding, shard, shardings, tensor_parallel
 from effjax.quant import Activations, Quantizer, qdot, quantize_matrix
 from effjax.transform import identity
+from tests.subjects.joint import tiny_joint
 
 MESHES = [{"model": 4}, {"data": 2, "model": 2}, {"data": 4}]
 
@@ -35,7 +36,7 @@ def test_a_llama_on_four_devices(mesh, bits):
     forward, params = leaves(subject, bits)
     want, _ = jax.jit(forward)(params, {}, subject.cond)
     devices = device_mesh(**mesh)
-    spread = shard(params, devices)
+    spread = shard(params, devices, tensor_parallel(forward))
     tokens = shard({"tokens": subject.cond}, devices, [("tokens", ("data", None))])["tokens"]
     got, _ = jax.jit(forward)(spread, {}, tokens)
     chex.assert_trees_all_close(np.asarray(got), np.asarray(want), atol=2e-5)
@@ -48,7 +49,36 @@ def test_a_dit_on_four_devices(bits):
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 4))
     t, labels = jnp.array([3.0, 700.0]), jnp.array([1, 2])
     want, _ = jax.jit(forward)(params, {}, x, t, labels)
-    got, _ = jax.jit(forward)(shard(params, device_mesh(model=4)), {}, x, t, labels)
+    got, _ = jax.jit(forward)(
+        shard(params, device_mesh(model=4), tensor_parallel(forward)), {}, x, t, labels
+    )
+    chex.assert_trees_all_close(np.asarray(got), np.asarray(want), atol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_joint_transformer_on_four_devices(bits):
+    """Layers of both streams are cut by their roles, whatever they are called."""
+    subject = tiny_joint(head_dim=16, num_heads=4)
+    forward, params = leaves(subject, bits)
+    mesh, rules = device_mesh(model=4), tensor_parallel(forward)
+    specs = jax.tree.map(lambda place: place.spec, shardings(subject.params, mesh, rules))
+    block = specs["blocks"]["1"]
+    for stream in ("image", "text"):
+        attn, mlp = block["attn"][stream], block[f"mlp_{stream}"]
+        assert attn["to_v"]["kernel"] == mlp["fc1"]["kernel"] == PartitionSpec(None, "model")
+        assert attn["to_v"]["bias"] == mlp["fc1"]["bias"] == PartitionSpec("model")
+        assert attn["to_out"]["kernel"] == mlp["fc2"]["kernel"] == PartitionSpec("model", None)
+        assert attn["to_out"]["bias"] == mlp["fc2"]["bias"] == PartitionSpec(None)
+        assert block[f"modulation_{stream}"]["kernel"] == PartitionSpec(None, None)
+    assert specs["proj"]["kernel"] == PartitionSpec(None, "model")
+    assert specs["caption_projection"]["kernel"] == PartitionSpec(None, None)
+    own = [(r"blocks\.1\..*\.kernel", ("data", None)), *rules]  # rules of the user go first
+    assert shardings(subject.params, mesh, own)["blocks"]["1"]["mlp_text"]["fc1"][
+        "kernel"
+    ].spec == PartitionSpec(None, None)
+    inputs = (jnp.ones((2, 16, 16, 4)), jnp.array([10.0, 500.0]), subject.cond)
+    want, _ = jax.jit(forward)(params, {}, *inputs)
+    got, _ = jax.jit(forward)(shard(params, mesh, rules), {}, *inputs)
     chex.assert_trees_all_close(np.asarray(got), np.asarray(want), atol=2e-5)
 
 
@@ -86,7 +116,7 @@ def test_caches_are_cut_by_rows_and_heads(kind):
             carry = reading.step(forward, params, carry, texts, None, step)
         return carry
 
-    alone, together = two(params, carry), two(shard(params, mesh), spread)
+    alone, together = two(params, carry), two(shard(params, mesh, tensor_parallel(forward)), spread)
     chex.assert_trees_all_close(np.asarray(together.x), np.asarray(alone.x), atol=2e-5)
     by_heads = {path: leaf for path, leaf in spread.state.items() if leaf.ndim == 4}
     assert by_heads or kind == "moa, flat, 4 bits"
@@ -101,14 +131,16 @@ def test_caches_are_cut_by_rows_and_heads(kind):
 def test_what_a_device_holds():
     mesh = device_mesh(model=4)
     subject = testing.tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16, num_kv_heads=2)
-    specs = jax.tree.map(lambda s: s.spec, shardings(subject.params, mesh))
+    rules = tensor_parallel(subject.forward)
+    specs = jax.tree.map(lambda s: s.spec, shardings(subject.params, mesh, rules))
     block = specs["blocks"]["0"]
     assert block["attn"]["to_q"]["kernel"] == PartitionSpec(None, "model")
     assert block["attn"]["to_out"]["kernel"] == PartitionSpec("model", None)
     assert block["mlp"]["down"]["kernel"] == PartitionSpec("model", None)
+    assert specs["lm_head"]["kernel"] == PartitionSpec(None, None)  # nor do 50 outputs
     assert block["norm1"]["scale"] == PartitionSpec(None)
     assert specs["embed_tokens"] == PartitionSpec(None, None)  # 50 rows do not divide
-    spread = shard(subject.params, mesh)
+    spread = shard(subject.params, mesh, rules)
     kernel = spread["blocks"]["0"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (64, 32)
 
@@ -161,7 +193,7 @@ def test_checkpoints_go_straight_to_their_devices(tmp_path):
     subject = testing.tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16, num_kv_heads=4)
     converters.save_pretrained(subject.forward, subject.params, tmp_path / "m", progress=False)
     mesh = device_mesh(model=4)
-    places = shardings(subject.forward.abstract_params(), mesh)
+    places = shardings(subject.forward.abstract_params(), mesh, tensor_parallel(subject.forward))
     _, params = converters.from_pretrained(tmp_path / "m", sharding=places)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, params), subject.params)
     assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, params, places))
@@ -172,7 +204,8 @@ def test_quantized_checkpoints_are_cut_by_parts(tmp_path):
     plan = round_to_nearest.uniform(4, 16, group_size=32)
     forward, params = round_to_nearest.transform(plan)(subject.forward, subject.params)
     converters.save_pretrained(forward, params, tmp_path / "m", progress=False)
-    places = shardings(subject.forward.abstract_params(), device_mesh(model=4))
+    rules = tensor_parallel(subject.forward)
+    places = shardings(subject.forward.abstract_params(), device_mesh(model=4), rules)
     _, spread = converters.from_pretrained(tmp_path / "m", sharding=places)
     down = spread["blocks"]["0"]["mlp"]["down"]["kernel"]
     assert down.scale.sharding.spec == PartitionSpec("model", None)  # four groups of inputs
@@ -186,5 +219,5 @@ def test_quantized_checkpoints_are_cut_by_parts(tmp_path):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"needs 3 devices, there are 4"):
         device_mesh(model=3)
-    with pytest.raises(ValueError, match=r"cuts 1 dimensions as .*but table is \[50, 16\]"):
+    with pytest.raises(ValueError, match=r"cuts 1 dimensions as .*but embed_tokens is \[50, 16\]"):
         shardings(testing.tiny_llama().params, device_mesh(model=4), [("embed_tokens", ("model",))])
