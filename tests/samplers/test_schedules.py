@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effjax.samplers import DDIM, DDPM, Betas, DPMSolver, FlowMatchEuler, Schedule, step_noise
+from effjax.samplers import (
+    DDIM,
+    DDPM,
+    Betas,
+    DPMSolver,
+    FlowMatchEuler,
+    Schedule,
+    config,
+    step_noise,
+)
 from effjax.samplers.schedule import data_and_noise
 from effjax.samplers.tables import Spacing, spaced_timesteps
 
@@ -401,3 +410,27 @@ def test_all_problems_of_a_config_at_once():
 def test_a_config_of_another_schedule():
     with pytest.raises(ValueError, match="read as DDIM, not as DDPM"):
         DDPM.from_config(json.loads(DIT_FILE), steps=10)
+
+
+def test_a_schedule_joins_those_that_read_files(monkeypatch):
+    for name in ("_schedules", "_classes", "_ELSEWHERE"):
+        monkeypatch.setattr(config, name, getattr(config, name).copy())
+    table = config.SchedulerClass(
+        fields={"num_train_timesteps": ("train_timesteps", 1000), "use_own": ("dynamic", False)},
+        fixed={"own_order": 1},
+    )
+
+    @config.reads("OwnScheduler", table)
+    @dataclasses.dataclass(frozen=True)
+    class Own(FlowMatchEuler):
+        pass
+
+    file = {"_class_name": "OwnScheduler", "num_train_timesteps": 500, "own_order": 1}
+    assert Schedule.from_config(file, steps=4) == Own(4, train_timesteps=500)
+    sized = Schedule.from_config(file | {"use_own": True}, steps=4, tokens=256)
+    assert (type(sized), sized.mu) == (Own, 0.5)
+    assert sized.to_config() == file | {"use_own": True}
+    with pytest.raises(ValueError, match="own_order=2: only 1 is supported"):
+        Schedule.from_config(file | {"own_order": 2}, steps=4)
+    with pytest.raises(ValueError, match="OwnScheduler is read by Own already"):
+        config.reads("OwnScheduler", table)(FlowMatchEuler)
