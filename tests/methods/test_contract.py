@@ -13,6 +13,7 @@ import pytest
 import effjax
 from effjax import fields, recipe, registry, testing
 from effjax.cost import sampler_cost, state_bytes, weight_bytes
+from effjax.layers.stack import Stack
 from effjax.registry import methods
 from effjax.samplers import sample_keys
 from tests.subjects import first_block_cache, step_cache, token_merging
@@ -222,8 +223,10 @@ def test_stateful_neighbors_keep_their_state(method, subject):
 
     plan = method.ladder(subject)[-1]
     forward, params = method.transform(plan)(subject.forward, subject.params)
-    both = forward.patch(MemoryPatch("blocks.1"))
-    assert "blocks.1.total" in _initial_state(subject, both, params)
+    (stack, *_) = (t.module for t in forward.target_modules(params, Stack))
+    path = "blocks.1.mlp_image" if stack.streams else "blocks.1"
+    both = forward.patch(MemoryPatch(path))
+    assert f"{path}.total" in _initial_state(subject, both, params)
     chex.assert_tree_all_finite(sample(subject, both, params))
 
 
