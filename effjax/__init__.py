@@ -1,8 +1,16 @@
 """effjax: efficient generative inference in JAX.
 
-A model is a pure function (`Forward`), an efficiency method is a transform of it, and everything a
-method decides ahead of time is a plan. Names below load when they are first used: `import effjax`
-is quick and touches no device.
+A model is a pure function (`Forward`). An efficiency method is a transform of that function.
+Everything that a method decides ahead of time is a plan.
+
+    pipe = effjax.pipeline("facebook/DiT-XL-2-512")
+    fast = pipe.transform(method.transform(plan))
+    images = fast([207, 360], key=jax.random.key(0))
+    fast.save("dit-fast")
+
+Use `pipeline` for whole model directories, and `functional`, `save` and `load` for a single model.
+The names of this package are loaded when they are first used. `import effjax` is therefore quick
+and touches no device.
 """
 
 from __future__ import annotations

@@ -42,10 +42,12 @@ METHODS = "methods"  # params[METHODS][method][target module]: what a method lea
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Forward:
-    """A model's computation without its parameters: frozen, hashable, equal by value.
+    """The computation of a model, without its parameters.
 
-    It is a pytree node without leaves, so it may be an argument of a jitted function; equal
-    forwards hit the same compiled program.
+    `functional` makes a forward of a model, and transforms return a changed one. Call it as
+    `outputs, state = forward(params, state, *inputs)`. A forward is frozen and hashable, and two
+    forwards with equal fields are equal. It is a pytree node without leaves, so it may be an
+    argument of a jitted function; equal forwards run the same compiled program.
 
     Attributes:
         model: the class of the unpatched module.
@@ -99,20 +101,22 @@ class Forward:
         step: Step | None = None,
         guidance: Guidance | None = None,
     ) -> tuple[PyTree, StateDict]:
-        """Run the patched model.
+        """Run the model with its patches.
 
         Args:
-            params: nested dict in the unpatched model's layout, plus `params["methods"]`.
-            state: `{}` for a model without stateful patches, else from `init` or the last call.
+            params: parameters, a nested dict in the layout of the model without patches. What
+                methods learned is in `params["methods"]`.
+            state: what patches remember between calls. `{}` for a model whose patches keep nothing;
+                else the result of `init`, or of the last call.
             inputs: the model's inputs.
             step: index of the network call, static (int) or traced (int32[]); 0 if not given.
-            guidance: arrangement of a guided batch, None if the batch is not guided.
+            guidance: how the branches of a guided batch are arranged; None if it is not guided.
 
         Returns:
-            The model's outputs and the state after this call, with the keys of `state`.
+            The model's outputs, and the state after this call with the same keys as `state`.
 
         Raises:
-            ValueError: for parameters or state that do not fit, all listed at once.
+            ValueError: for parameters or state that do not fit; the message lists all of them.
         """
         module, held = self._loaded(params, state, inputs, self._step(step), guidance)
         with tokens_as(module.layout(*inputs)):
@@ -121,9 +125,10 @@ class Forward:
         return outputs, {path: variable.get_value() for path, variable in kept.items()}
 
     def init(self, params: Params, *inputs: PyTree, guidance: Guidance | None = None) -> StateDict:
-        """Make the initial state for inputs of these shapes; nothing is computed.
+        """Make the state for the first call, for inputs of these shapes.
 
-        Every branch of every step is seen, whatever `at` has fixed.
+        The model is traced on shapes and not computed. The trace visits every branch of every
+        step, even if `at` has fixed a step. Inputs may be arrays or shapes.
         """
         if not self.patches:  # what has no patches keeps nothing: no need to trace it
             return {}
@@ -146,17 +151,28 @@ class Forward:
         return {path: jnp.full(shape, fill, dtype) for path, (shape, dtype, fill) in found.items()}
 
     def patch(self, *patches: Patch) -> Forward:
-        """Append patches. Outside jit they must be hashable; inside jit they may hold tracers."""
+        """Return this forward with more patches at the end of the list.
+
+        Outside of jit patches must be hashable. Inside of jit they may hold tracers.
+        """
         return dataclasses.replace(self, patches=self.patches + patches)
 
     def at(self, step: int) -> Forward:
-        """Fix the step, so that plans choose while tracing instead of branching."""
+        """Return this forward for one step only.
+
+        Plans then choose while the model is traced, and the program has no branches for other
+        steps. Calls must leave out `step`.
+        """
         if not is_static(step) or step < 0:
             raise ValueError(f"at() takes a static step >= 0, got {step!r}")
         return dataclasses.replace(self, fixed_step=int(step))
 
     def within(self, start: int, stop: int) -> Forward:
-        """Promise that steps lie in start ... stop - 1, where no plan changes parameters."""
+        """Return this forward for the steps start ... stop - 1 only.
+
+        No plan may change parameters between them, see `boundaries`. Samplers use this for each
+        segment that they scan.
+        """
         return dataclasses.replace(self, span=(start, stop))
 
     def with_cache_length(self, prompt: int, new: int, most: int | None = None) -> Forward:
@@ -165,12 +181,19 @@ class Forward:
 
     @property
     def boundaries(self) -> tuple[int, ...]:
-        """Network calls at which some patch changes parameters: samplers scan between them."""
+        """Network calls at which some patch changes parameters, in order.
+
+        Samplers run one scan for each segment between two of them.
+        """
         found = {call for patch in self.patches for call in getattr(patch, "boundaries", ())}
         return tuple(sorted(found))
 
     def segments(self, start: int, stop: int) -> tuple[tuple[Forward, int, int], ...]:
-        """The calls start ... stop - 1 cut at the boundaries, each with the forward for it."""
+        """Cut the calls start ... stop - 1 at the boundaries.
+
+        Returns:
+            For each segment the forward for it, its first call, and the call after its last.
+        """
         inner = [call for call in self.boundaries if start < call < stop]
         cuts = [start, *inner, stop]
         if not self.boundaries:
@@ -192,13 +215,19 @@ class Forward:
                 )
 
     def layout(self, params: Params, *inputs: PyTree) -> Layout | None:
-        """Token layout for inputs of these shapes, None if the model has none."""
+        """The token layout for inputs of these shapes; None if the model has none."""
         return self.module(params).layout(*inputs)
 
     def target_modules(
         self, params: Params, kind: type | tuple[type, ...] = nnx.Module, pattern: str = ".*"
     ) -> tuple[TargetModule, ...]:
-        """List the target modules that patches can wrap, with modules that hold `params`."""
+        """List the modules that patches can wrap.
+
+        Args:
+            params: the parameters that the listed modules hold.
+            kind: class of the modules, or several classes.
+            pattern: regular expression for their paths.
+        """
         return target_modules(self.module(params), kind, pattern)
 
     def module(self, params: Params) -> Model:
@@ -234,7 +263,7 @@ class Forward:
         step: Step = 0,
         guidance: Guidance | None = None,
     ) -> Model:
-        """A fresh module with its patches, as a call at this step makes it, with empty states."""
+        """A fresh module with its patches and empty states, as a call at this step makes it."""
         module = self.module(params)
         layout, learned = module.layout(*inputs), params.get(METHODS, {})
         context = Context(step, guidance, layout, learned, self.span, self.cache_length)
@@ -245,7 +274,7 @@ class Forward:
     def loaded(
         self, params: Params, state: StateDict, *inputs: PyTree, step: Step | None = None
     ) -> Model:
-        """What `patched` gives, with a state in it: to ask its wrappers what they hold."""
+        """A fresh module with its patches and this state: to ask its wrappers what they hold."""
         return self._loaded(params, state, inputs, self._step(step), None)[0]
 
     def _loaded(
@@ -287,13 +316,20 @@ jax.tree_util.register_pytree_node(
 
 
 def functional(model: Model) -> tuple[Forward, Params]:
-    """Split a model into its forward and its parameters (or their shapes, if it is abstract).
+    """Split a model into its forward and its parameters.
+
+    Use it for a model that you build yourself. For files, `effjax.load` and
+    `converters.from_pretrained` return the same pair.
 
     Args:
-        model: a model whose variables are all `nnx.Param`.
+        model: a model whose variables are all `nnx.Param`. It may be abstract (`nnx.eval_shape`).
+
+    Returns:
+        The forward, and the parameters as a nested dict of arrays, or of shapes for an abstract
+        model.
 
     Raises:
-        ValueError: if the model holds state: base models keep none, caches are patches.
+        ValueError: if the model holds state. Base models have no state; caches are patches.
     """
     graphdef, variables = nnx.split(model)
     flat = list(nnx.to_flat_state(variables))
@@ -309,7 +345,7 @@ def functional(model: Model) -> tuple[Forward, Params]:
 
 
 def abstract(model_type: type[Model], config: Any) -> tuple[Forward, Params]:
-    """The forward of a model and the shapes of its parameters; allocates nothing."""
+    """Make the forward of a model and the shapes of its parameters. Nothing is allocated."""
     return functional(nnx.eval_shape(lambda: model_type(config, rngs=nnx.Rngs(0))))
 
 

@@ -56,18 +56,22 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = True,
 ) -> None:
-    """Save a transformed model as one directory, atomically.
+    """Save one model, with the methods that were applied to it, as a directory.
+
+    The directory holds the configuration, the weights and the recipe of the methods; `load` reads
+    it. It takes its name only when it is complete. To save a whole pipeline use its own `save`.
 
     Args:
         path: a directory that does not exist yet, or is empty.
-        forward: patched by transforms alone (other patches could not be read back).
+        forward: the forward. Only transforms may have patched it, because other patches cannot be
+            read back.
         params: its parameters.
-        max_shard_bytes: largest weight file; only a single tensor may be larger.
+        max_shard_bytes: largest size of a weight file; a file with a single tensor may be larger.
         progress: show a bar for what takes longer than a second.
 
     Raises:
         ValueError: if the path is taken, if the forward has patches that its recipe does not make,
-            or if the parameters are no arrays, or not those that the recipe makes.
+            or if the parameters are not arrays, or not those that the recipe makes.
     """
     if forward.fixed_step is not None:
         raise ValueError("save the forward itself, not forward.at(step)")
@@ -129,20 +133,25 @@ def load(
     progress: bool = True,
     check_finite: bool = False,
 ) -> Pair:
-    """Load what `save` wrote: the transformed forward and its parameters, ready to jit.
+    """Load a model that `save` wrote.
 
     Args:
         path: the directory.
-        dtype: float32, bfloat16 or float16 for all parameters that are floats; as saved if None.
-            Quantized leaves keep their values, and what belongs to them.
-        compute_dtype: of the computation; that of `dtype` if None, else as saved.
+        dtype: float32, bfloat16 or float16 for all parameters that are floats. None keeps the saved
+            dtypes. Quantized leaves keep their values, scales and other arrays.
+        compute_dtype: dtype of the computation. None takes `dtype`, or the saved one if that is
+            None too.
         sharding: where to put the parameters; the default device if None.
         progress: show a bar for what takes longer than a second.
-        check_finite: reject NaN and infinite weights.
+        check_finite: refuse weights that are NaN or infinite.
+
+    Returns:
+        The forward, with all methods applied, and its parameters.
 
     Raises:
-        ValueError: for a directory that is no saved model, an unknown model or method, damaged
-            files, missing, unexpected or misshapen tensors, and bad values, all listed at once.
+        ValueError: for a directory that is not a saved model, an unknown model or method, damaged
+            files, missing, unexpected or misshapen tensors, and bad values. The message lists all
+            of them.
     """
     directory = Path(os.path.expanduser(path))
     dtype = None if dtype is None else float_dtype(dtype)

@@ -18,7 +18,11 @@ Pair = tuple[Forward, Params]
 
 @dataclasses.dataclass(frozen=True)
 class Plan(Checked):
-    """What a method decides ahead of time: tuples and scalars, hashable, readable as JSON."""
+    """Everything that a method decides ahead of time.
+
+    A plan is a frozen dataclass of tuples and scalars. It is hashable, and it can be written as
+    JSON and read again.
+    """
 
     def describe(self) -> str:
         """The plan in a few lines for people; methods say more than this default."""
@@ -57,10 +61,12 @@ class Plan(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """One method with its plan: `(forward, params) -> (forward, params)`.
+    """A method with its plan, as a function `(forward, params) -> (forward, params)`.
 
-    It notes itself in `forward.recipe`, from which `effjax.save` writes `recipe.json`. Parameters
-    may be abstract: `effjax.load` runs transforms on shapes to know what a checkpoint must hold.
+    Methods make transforms with `method.transform(plan)`. A call returns a changed forward and
+    changed parameters, and adds the method and its plan to `forward.recipe`, from which
+    `effjax.save` writes `recipe.json`. The parameters may be abstract: `effjax.load` runs
+    transforms on shapes to find out what a checkpoint must hold.
 
     Attributes:
         method: name of the method in the registry.
@@ -85,7 +91,10 @@ class Transform:
 
 
 def chain(*transforms: Callable[[Forward, Params], Pair]) -> Callable[[Forward, Params], Pair]:
-    """Compose transforms, applied from left to right. `chain()` is `identity`."""
+    """Compose transforms into one, which applies them from left to right.
+
+    `chain(a, b)(forward, params)` equals `b(*a(forward, params))`. `chain()` is `identity`.
+    """
 
     def chained(forward: Forward, params: Params) -> Pair:
         for transform in transforms:
@@ -96,7 +105,7 @@ def chain(*transforms: Callable[[Forward, Params], Pair]) -> Callable[[Forward, 
 
 
 def on_shapes(transforms: Iterable[Transform], forward: Forward, params: Params) -> Pair:
-    """Apply transforms to the shapes of parameters; nothing is computed or allocated."""
+    """Apply transforms to the shapes of parameters. Nothing is computed or allocated."""
 
     def apply(params: Params) -> Params:
         nonlocal forward
@@ -108,7 +117,7 @@ def on_shapes(transforms: Iterable[Transform], forward: Forward, params: Params)
 
 
 def identity(forward: Forward, params: Params) -> Pair:
-    """The transform that changes nothing."""
+    """Return a forward and its parameters unchanged: the transform that does nothing."""
     return forward, params
 
 

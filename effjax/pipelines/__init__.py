@@ -58,36 +58,44 @@ def pipeline(
     buckets: Buckets = POWERS,
     **components: Any,
 ) -> Any:
-    """Load a pipeline directory or hub repository with all its components.
+    """Load a pipeline from a directory or a hub repository, with all its components.
+
+    A pipeline holds a model and everything that is needed to call it: text encoders, tokenizers,
+    the VAE and settings. For a single model without these use `converters.from_pretrained`.
+
+        pipe = effjax.pipeline("facebook/DiT-XL-2-512", dtype="bfloat16")
+        images = pipe("golden retriever", key=jax.random.key(0))
 
     Args:
-        source: directory (diffusers' layout; transformers', for language models; or written by a
-            pipeline's `save`), or hub repository ("owner/name").
+        source: a directory or a hub repository ("owner/name"). A directory has the layout of
+            diffusers, for language models that of transformers, or was written by a pipeline's
+            `save`.
         revision, token, cache_dir, local_files_only: as in `converters.from_pretrained`.
-        variant: which weights, such as "fp16", of the components that have several; the others give
-            those that they have.
-        dtype: float32, bfloat16 or float16 for the parameters of all components; as stored if
-            None. Quantized layers keep their values.
-        compute_dtype: of the computation; that of `dtype` if None, else that in which most
-            parameters of a component are stored (as saved, for one that a pipeline's `save` wrote).
-        sharding: where parameters go.
+        variant: which weights to load, such as "fp16", of components that have several. Other
+            components load the weights that they have.
+        dtype: float32, bfloat16 or float16 for the parameters of all components. None keeps the
+            stored dtypes. Quantized layers keep their values.
+        compute_dtype: dtype of the computation. None takes `dtype`; without that either, it takes
+            the dtype in which most parameters of a component are stored, or the saved one for a
+            component that a pipeline's `save` wrote.
+        sharding: where to put the parameters.
         progress: show bars for what takes longer than a second.
-        check_finite: reject NaN and infinite weights.
+        check_finite: refuse weights that are NaN or infinite.
         executables: run the programs that `effjax compile` saved in the directory, see
             `effjax.executables`. They are machine code of whoever wrote the directory.
-        buckets: sizes that shapes are rounded up to, so that few programs are compiled: "powers of
+        buckets: sizes that shapes are rounded up to, so that few programs are compiled. "powers of
             two", a list (of tokens for texts, of batches for images), or None for exact shapes.
-        components: in the place of the directory's, which may be without: `text_encoder`, `vae` and
-            other models as pairs of forward and parameters, `tokenizer` and processors of
-            transformers.
+        components: components to use instead of the directory's, which may lack them:
+            `text_encoder`, `vae` and other models as pairs of forward and parameters, `tokenizer`
+            and processors of transformers.
 
     Returns:
-        The class of this module that the table (`effjax.pipelines.families`) has for the class that
-        model_index.json names; a `TextPipeline` if there is only a config.json.
+        A pipeline. Its class is the one that the table (`effjax.pipelines.families`) has for the
+        class in model_index.json. If there is only a config.json, it is a `TextPipeline`.
 
     Raises:
         ValueError: for another kind of pipeline, a single file, a component that is missing or
-            damaged, components that belong to different models, and executables that are not there
+            damaged, components that belong to different models, and executables that are missing
             or were made for something else.
         TypeError: for unknown arguments.
     """
