@@ -31,7 +31,7 @@ Trips = int | Callable[[str], int]
 
 
 class ScopeCost(NamedTuple):
-    """Cost of the equations directly in one scope path, such as "attention/softmax"."""
+    """The cost of the equations that stand directly in one scope path ("attention/softmax")."""
 
     scope: str
     flops: int
@@ -41,7 +41,9 @@ class ScopeCost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of a program, as a sum over scope paths; add costs, or multiply one by an int.
+    """The cost of a program, by scope path.
+
+    Costs can be added, and multiplied by an int.
 
     Attributes:
         scopes: cost by path of `jax.named_scope`s ("" outside of any), sorted, each path once.
@@ -65,9 +67,10 @@ class Cost:
         return sum(part.bytes_ for part in self.scopes)
 
     def scope(self, name: str) -> Cost:
-        """The part under a named scope, at any depth; zero if nothing is.
+        """The part of the cost under a named scope, at any depth. It is zero if there is none.
 
-        `name` is one name, "attention", or consecutive ones, "attention/softmax".
+        Args:
+            name: one name, "attention", or several consecutive ones, "attention/softmax".
         """
         return Cost(tuple(part for part in self.scopes if f"/{name}/" in f"/{part.scope}/"))
 
@@ -86,7 +89,7 @@ class Cost:
     __rmul__ = __mul__
 
     def share(self, part: float) -> Cost:
-        """A part 0 ... 1 of the cost, each figure rounded to a whole number."""
+        """This cost times a factor 0 ... 1, with each figure rounded to a whole number."""
         return Cost(
             tuple(
                 ScopeCost(each.scope, *(round(part * number) for number in each[1:]))
@@ -103,11 +106,14 @@ def cost(
     platform: str | None = None,
     **kwargs: PyTree,
 ) -> Cost:
-    """Count the cost of `function(*args, **kwargs)`.
+    """Count what `function(*args, **kwargs)` costs: FLOPs and bytes.
 
-    Convolutions count 2 * outputs * kernel positions * input channels of a group, padded and
-    dilated positions included. Rows of a ragged product count once, for their one group.
-    A `shard_map` counts on all of its devices.
+    The function is traced and not run, so shapes are enough. A convolution counts 2 * outputs *
+    kernel positions * input channels of a group, including padded and dilated positions. Rows of a
+    ragged product count once, for their one group. A `shard_map` counts for all of its devices.
+
+        counted = effjax.cost.cost(function, jax.ShapeDtypeStruct((8, 64), "float32"))
+        counted.flops, counted.scope("attention").flops
 
     Args:
         function: any function that JAX can trace, jitted or not.
@@ -150,16 +156,18 @@ def sampler_cost(
     while_trips: Trips | None = None,
     platform: str | None = None,
 ) -> Cost:
-    """Cost of all network calls of a sampler, each traced at its static step.
+    """Count what all network calls of a sampler cost.
 
-    What a plan decides by step is decided while tracing, so that no branch remains for it; branches
-    on values remain, and `branch` chooses.
+    Each call is traced at its own static step. Decisions of plans that depend on the step are
+    therefore made during tracing, and leave no branches. Branches on values remain; `branch` says
+    which of them to count.
 
     Args:
-        sampler: anything with `calls`, `init`, `unconditional` and `network` as in
+        sampler: an object with `calls`, `init`, `unconditional` and `network` as in
             `effjax.samplers.Sampler`.
         forward, params, cond, uncond: what the sampler is called with; arrays or shapes.
-        distinct: key of a step; steps with equal keys cost the same and are traced once.
+        distinct: function of a step that returns a key. Steps with equal keys cost the same and are
+            traced once.
         branch, while_trips, platform: as in `cost`.
     """
     carry = jax.eval_shape(
@@ -185,7 +193,7 @@ def sampler_cost(
 
 
 def array_bytes(array: Any) -> int:
-    """Logical bytes of an array or shape: a dtype of 4 bits takes half a byte an element."""
+    """Logical bytes of an array or shape. An element of 4 bits counts as half a byte."""
     dtype = array.dtype
     if jnp.issubdtype(dtype, jnp.integer):
         bits = jnp.iinfo(dtype).bits

@@ -23,24 +23,27 @@ FOLDER = "EFFJAX_CACHE"  # environment variable
 
 
 def compilation_cache(folder: str | os.PathLike | None = None) -> Path:
-    """Keep all programs that are compiled from here on, for this process and later ones.
+    """Keep all programs that are compiled from now on, for this process and later ones.
 
-    This is JAX's persistent compilation cache, with small programs in it too. What another version
-    of JAX or a processor with other instructions compiled lies in another folder within, so that
-    machines may share one. No device is touched. A second call changes the folder.
+    Call it once, before the first program is compiled. A later process then traces its programs but
+    does not compile them again. This is JAX's persistent compilation cache, with small programs in
+    it too. Each version of JAX and each set of processor instructions has a folder of its own
+    within the folder, so several machines may share it. No device is touched. A second call changes
+    the folder.
 
-    Programs are machine code that later processes run: keep the folder from people that you do not
-    trust. It grows; what is in it may be removed at any time.
+    The programs are machine code that later processes run. Keep the folder from people that you do
+    not trust. The folder grows; its files may be removed at any time.
 
     Args:
-        folder: it is made if there is none. None is what the environment variable EFFJAX_CACHE
-            says, else `effjax` in the user's cache directory (XDG_CACHE_HOME, else ~/.cache).
+        folder: where to keep the programs; it is made if it does not exist. None takes the folder
+            in the environment variable EFFJAX_CACHE, else `effjax` in the user's cache directory
+            (XDG_CACHE_HOME, else ~/.cache).
 
     Returns:
-        The folder within, of this machine and these versions.
+        The folder of this machine and these versions within the folder.
 
     Raises:
-        ValueError: if nothing can be written there.
+        ValueError: if nothing can be written to the folder.
     """
     given = folder or os.environ.get(FOLDER) or Path(_user_cache()) / "effjax"
     own = Path(os.path.expanduser(given)).absolute() / _name()

@@ -48,18 +48,18 @@ class Origin(Checked):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BasePipeline:
-    """A model with what it takes to use it.
+    """A model with everything that is needed to use it.
 
     Attributes:
         forward, params: the model, possibly transformed.
-        origin: what it was loaded from, if it was.
+        origin: what the pipeline was loaded from; None if it was not loaded.
         buckets: sizes that shapes are rounded up to, see `effjax.buckets`: of tokens for texts, of
-            batches for images. It is not saved.
-        executables: what runs its programs where they fit; those of another model fit none.
-        family: its entry in the table of pipeline classes; that of its model if None.
+            batches for images. They are not saved.
+        executables: compiled programs that run calls which they fit; None compiles all calls.
+        family: the pipeline's entry in the table of pipeline classes; that of its model if None.
 
     Raises:
-        ValueError: for buckets that are none, and for a model that stands in no entry.
+        ValueError: for buckets that are not valid, and for a model that no entry names.
     """
 
     forward: Forward
@@ -85,16 +85,21 @@ class BasePipeline:
             object.__setattr__(self, "family", family)
 
     def transform(self: AnyPipeline, *transforms: Callable[[Forward, Params], Pair]) -> AnyPipeline:
-        """This pipeline with a transformed model."""
+        """Return a copy of this pipeline with a transformed model.
+
+        Args:
+            transforms: functions `(forward, params) -> (forward, params)`, applied in order.
+        """
         forward, params = self.forward, self.params
         for each in transforms:
             forward, params = each(forward, params)
         return dataclasses.replace(self, forward=forward, params=params, executables=None)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Save all components as one directory that `effjax.pipeline` reads, atomically.
+        """Save all components as one directory, which `effjax.pipeline` reads.
 
-        Its README.md is a model card, so that the directory may be uploaded to a hub as it is.
+        The directory takes its name when it is complete. Its README.md is a model card, so you may
+        upload the directory to a hub as it is.
 
         Raises:
             ValueError: if the path is taken, or for patches that no transform made.
@@ -111,12 +116,12 @@ class BasePipeline:
         commit_message: str | None = None,
         token: str | bool | None = None,
     ) -> str:
-        """Upload what `save` writes to a hub repository, from which `effjax.pipeline` loads it.
+        """Upload what `save` writes to a hub repository. `effjax.pipeline` loads it from there.
 
         Args:
-            repo_id: "owner/name"; it is made if there is none.
-            private: of a new repository; what the account says if None.
-            commit_message: of the one commit.
+            repo_id: "owner/name". The repository is made if it does not exist.
+            private: whether a new repository is private; None takes the account's default.
+            commit_message: message of the one commit.
             token: True or None for the one that was stored by logging in.
 
         Returns:

@@ -39,20 +39,25 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler(Loop):
-    """A schedule and guidance (classifier-free: Ho & Salimans, arXiv 2207.12598).
+    """The loop that makes samples of noise with a diffusion model.
 
-    `jax.jit(sampler)(forward, params, cond, key)` is one program; `sampler.stepwise(...)` gives the
-    same samples from a host loop. Both return float32[B, *shape] in the model's sample space
-    (latents, for latent models).
+    A sampler has a noise schedule and guidance (classifier-free: Ho & Salimans, arXiv 2207.12598).
+    `jax.jit(sampler)(forward, params, cond, key)` runs the whole loop as one program.
+    `sampler.stepwise(...)` gives the same samples from a loop on the host, which can show progress
+    and call a callback. Both return float32[B, *shape] in the model's sample space (latents, for
+    latent models). A sampler costs `calls` network calls on B samples, or on B samples for each
+    branch if it guides.
 
     Attributes:
         schedule: when the network is called, and how its output moves the sample.
-        guidance: scale s in uncond + s (cond - uncond). 1 is no guidance: one forward on B samples
-            in place of 2B. For other branches, weights w by name, of all branches but one:
-            last + sum w_i (branch_i - last). Perturbed attention (arXiv 2403.17377) of scale p
-            beside s is {"cond": s + p, "perturbed": -p} with "uncond" the last.
+        guidance: the scale s in uncond + s (cond - uncond). 1 means no guidance: the network then
+            sees B samples in place of 2B. For other branches give weights w by the names of all
+            branches but one, the last: last + sum w_i (branch_i - last). Perturbed attention (arXiv
+            2403.17377) of scale p beside s is {"cond": s + p, "perturbed": -p} with "uncond" as the
+            last.
         arrangement: the branches and how they stand in a guided batch.
-        shape: of one sample, for models that take several; the model's `sample_shape` if None.
+        shape: shape of one sample, for models that take several; the model's `sample_shape` if
+            None.
     """
 
     schedule: Schedule
@@ -142,16 +147,20 @@ class Sampler(Loop):
         uncond: PyTree = None,
         noise: Array | np.ndarray | None = None,
     ) -> Float[Array, "B ..."]:
-        """Sample in one `lax.scan`.
+        """Make samples in one `lax.scan`.
 
         Args:
-            forward: the network, possibly patched; it must not be fixed at one step.
+            forward: the network, possibly patched. It must not be fixed at one step.
             params: its parameters.
             cond: conditions, a tree of arrays [B, ...] (labels int32[B] for class models).
             key: one key (`jax.random.key`), or keys [B] from `sample_keys`. Sample i depends on the
                 key and on i, not on how many samples there are.
             uncond: unconditional counterpart of `cond`; the model's null condition if None.
-            noise: unit noise [B, ...] to start from, which the schedule scales; the key's if None.
+            noise: unit noise [B, ...] to start from, which the schedule scales. None draws noise
+                from the key.
+
+        Returns:
+            float32[B, *shape].
         """
         uncond = self.unconditional(forward, cond, uncond)
         carry = self.init(forward, params, cond, key, uncond=uncond, noise=noise)
@@ -170,15 +179,15 @@ class Sampler(Loop):
         callback: Callable[[int, Array], Any] | None = None,
         buckets: Buckets = None,
     ) -> Float[Array, "B ..."]:
-        """Sample in a host loop over one compiled step; arguments as for `__call__`.
+        """Make samples in a loop on the host, which runs one compiled step after the other.
 
         Args:
             forward, params, cond, key, uncond, noise: as for `__call__`.
             progress: show a progress bar.
             callback: called as `callback(step, x)` after every step.
-            buckets: sizes of batches that are compiled, see `effjax.buckets`: others are cut into
-                such, which take turns in every step. A batch that is spread over devices stays
-                whole.
+            buckets: sizes of batches that are compiled, see `effjax.buckets`. Other batches are cut
+                into parts of these sizes, which take turns in every step. A batch that is spread
+                over devices is not cut.
         """
         from tqdm.auto import tqdm
 
@@ -199,7 +208,11 @@ class Sampler(Loop):
         return joined([carry.x for carry in carries], batch)
 
     def parts(self, forward: Forward, whole: Part, buckets: Buckets) -> list[Part]:
-        """A batch in parts of a few sizes: what each is sampled from."""
+        """Cut a batch into parts of a few sizes.
+
+        Returns:
+            For each part, what it is sampled from.
+        """
         cond, key, uncond, noise = whole
         _check_key(key)
         batch = _batch(cond)
@@ -223,7 +236,7 @@ class Sampler(Loop):
         uncond: PyTree = None,
         noise: Array | np.ndarray | None = None,
     ) -> Carry:
-        """Initial noise, memory, state and keys for these conditions.
+        """Make the initial noise, memory, state and keys for these conditions.
 
         Raises:
             ValueError: if the forward is planned for another number of network calls, or noise is
@@ -264,7 +277,7 @@ class Sampler(Loop):
     def inputs(
         self, x: Float[Array, "B ..."], cond: PyTree, uncond: PyTree, step: Step
     ) -> tuple[Float[Array, "N ..."], Float[Array, " N"], PyTree]:
-        """The network's inputs (sample, time, condition) at a step, joined if guided."""
+        """The network's inputs (sample, time, condition) at a step, all branches in one batch."""
         if self.guided:
             x = self.arrangement.duplicate(x)
             cond = self.arrangement.join(self._conditions(cond, uncond))
@@ -272,10 +285,10 @@ class Sampler(Loop):
         return x, jnp.full(x.shape[:1], time), cond
 
     def guide(self, raw: Float[Array, "N ..."], channels: int) -> Float[Array, "B ..."]:
-        """The guided output of a raw one.
+        """Make the guided output from the raw output of all branches.
 
-        Guidance moves the first `channels`, those of the sample; a learned variance in the rest is
-        taken from the conditional half.
+        Guidance applies to the first `channels`, those of the sample. The rest holds a learned
+        variance, which is taken from the conditional branch.
         """
         if not self.guided:
             return raw
@@ -295,7 +308,7 @@ class Sampler(Loop):
         } | {"cond": cond}
 
     def update(self, carry: Carry, out: Float[Array, "B ..."], step: Step) -> Carry:
-        """Move samples and memory by a guided output; `carry.state` is already the new one."""
+        """Move samples and memory by a guided output. `carry.state` must be the new state."""
         x, memory = self.schedule.update(carry.x, out, step, carry.memory, carry.keys)
         return carry._replace(x=x, memory=memory)
 
@@ -306,10 +319,10 @@ class Sampler(Loop):
     def given_noise(
         self, forward: Forward, batch: int, noise: Array | np.ndarray
     ) -> Float[Array, "B ..."]:
-        """Initial noise that a caller brings, as float32.
+        """Check initial noise that a caller gives, and return it as float32.
 
         Raises:
-            ValueError: if it is no array of floats of the samples' shape.
+            ValueError: if it is not an array of floats with the shape of the samples.
         """
         shape = (batch, *self.sample_shape(forward))
         array = isinstance(noise, jax.Array | np.ndarray)
@@ -345,14 +358,19 @@ def _finite(value: Any) -> bool:
 
 
 def sample_keys(key: Array, batch: int, *, first: int = 0) -> Key[Array, " B"]:
-    """Keys [batch] of the samples first, first + 1, ..., or `key` itself if it is keys [batch].
+    """Make one key for each sample of a batch.
 
-    A large set in small batches: `sampler(forward, params, labels[i:j], sample_keys(key, j - i,
-    first=i))` gives the samples i ... j - 1 of the whole set.
+    Use it to make a large set in small batches: `sampler(forward, params, labels[i:j],
+    sample_keys(key, j - i, first=i))` gives the samples i ... j - 1 of the whole set.
+
+    Args:
+        key: one key; or keys [batch], which are returned as they are.
+        batch: how many samples there are.
+        first: index of the first sample in the whole set.
 
     Raises:
-        TypeError: if `key` is no key array.
-        ValueError: if it has another batch.
+        TypeError: if `key` is not a key array.
+        ValueError: if it holds keys for another batch.
     """
     check_keys(key, batch)
     if key.shape:
