@@ -65,16 +65,16 @@ def save(
     """Compile recorded calls, and write their executables to a folder in `executables`.
 
     Args:
-        directory: of a saved model or pipeline.
-        calls: what `record` gave.
+        directory: directory of a saved model or pipeline.
+        calls: the calls that `record` recorded.
         place: a device, such as `effjax.chips.chip("v5e")`; the first one of this machine if None.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: without calls, for static values that cannot be described, and if a folder for
-            these calls and this device is there already.
+        ValueError: if there are no calls, if static values cannot be described, and if a folder for
+            these calls and this device exists already.
     """
     if not calls:
         raise ValueError("no program was recorded: call a pipeline within executables.record()")
@@ -100,7 +100,7 @@ def save(
 
 
 class Executables:
-    """What `load` found, for the calls within `using`."""
+    """The executables that `load` found. They run calls that are made within `using`."""
 
     def __init__(self, device: Any, entries: Mapping[Path, Entry]):
         self.device = device
@@ -113,10 +113,10 @@ class Executables:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
-        """Within this context, programs are run by these executables where they fit.
+        """Run programs by these executables, where one fits, within this context.
 
         Warns:
-            ExecutablesWarning: if none fits; the program is compiled as it would be without.
+            ExecutablesWarning: if none fits a call. The program is then compiled as usual.
         """
         token = used.set(self)
         try:
@@ -167,16 +167,17 @@ class Executable:
 
 
 def load(directory: str | os.PathLike) -> Executables:
-    """Load the executables beside a saved model or pipeline that this process can run.
+    """Load the executables of a saved model or pipeline that this process can run.
 
-    They are machine code: load them only from where you would install a package from.
+    Executables are machine code. Load them only from sources from which you would install a
+    package.
 
     Args:
-        directory: with a folder `executables`, as `save` wrote it.
+        directory: a directory with a folder `executables`, as `save` wrote it.
 
     Raises:
-        ValueError: if there are none, or if all of them were made for something else, which is
-            named; and for damaged files.
+        ValueError: if there are no executables, for damaged files, and if all executables were made
+            for something else. The message then says what differs.
     """
     folders = sorted(path.parent for path in (Path(directory) / FOLDER).glob(f"*/{INDEX}"))
     if not folders:

@@ -172,10 +172,13 @@ class Calls(list[Call]):
 
 @contextlib.contextmanager
 def record() -> Iterator[Calls]:
-    """Within this context, programs are not run but recorded: `save` compiles them.
+    """Record programs within this context, in place of running them. `save` compiles them later.
 
-    Their results are arrays of ones, made here, so a pipeline that is called goes through all of
-    its programs and what it returns means nothing.
+    The results of recorded programs are arrays of ones. A pipeline that is called within the
+    context therefore goes through all of its programs, and what it returns has no meaning.
+
+    Yields:
+        The list of the recorded calls, which grows as they are made.
     """
     calls = Calls()
     token = recorded.set(calls)

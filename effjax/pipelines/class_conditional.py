@@ -25,9 +25,11 @@ Label = SupportsIndex | str
 class ClassConditionalPipeline(Pipeline):
     """A class-conditional diffusion model (diffusers' DiTPipeline).
 
+    Call it with class indices or names to get images of these classes.
+
     Attributes:
-        names: of classes by their index, several for one class with commas between them; classes
-            may be without.
+        names: names of classes by their index. Several names of one class have commas between
+            them. Some classes may have no name.
     """
 
     names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
@@ -63,14 +65,17 @@ class ClassConditionalPipeline(Pipeline):
 
         Args:
             labels: one or more class indices or names.
-            key: PRNG key, `jax.random.key(seed)`; the same key gives the same image at its place.
-            num_images_per_prompt: images of each label: all of the first, then of the second, ...
-            num_inference_steps: denoising steps; those of the plan, else of the family (50).
-            guidance_scale: 1 is no guidance; that of the plan, else of the family (4.0).
-            latents: unit noise [images, H, W, C] to start from, in place of the key's; the schedule
+            key: PRNG key, `jax.random.key(seed)`. The same key gives the same image at its place.
+            num_images_per_prompt: images of each label. All of the first label come first, then all
+                of the second, ...
+            num_inference_steps: denoising steps. None takes those of the plan, else of the family
+                (50).
+            guidance_scale: strength of guidance; 1 means no guidance. None takes that of the plan,
+                else of the family (4.0).
+            latents: unit noise [images, H, W, C] to start from, in place of the key's. The schedule
                 scales it as it would its own.
-            output_type: "pil"; "np" for float32[images, H, W, 1 or 3] in 0 ... 1; "latent" for the
-                samples float32[images, H, W, C] before they are decoded.
+            output_type: "pil" for PIL images, "np" for float32[images, H, W, 1 or 3] in 0 ... 1,
+                "latent" for the samples float32[images, H, W, C] before they are decoded.
             progress: show a bar over the steps.
             callback_on_step_end: called as `callback_on_step_end(step, latents)`.
 
@@ -82,7 +87,7 @@ class ClassConditionalPipeline(Pipeline):
 
         Raises:
             ValueError: for unknown labels, or steps that the forward is not planned for.
-            TypeError: if `key` is no key.
+            TypeError: if `key` is not a key.
         """
         asked = arguments.listed("labels", labels)
         return self._generate(
@@ -100,15 +105,18 @@ class ClassConditionalPipeline(Pipeline):
     def conditions(
         self, labels: Label | Sequence[Label] | np.ndarray | jax.Array
     ) -> tuple[jax.Array, None]:
-        """What a sampler takes for these labels: `cond` and `uncond`."""
+        """Make the conditions `cond` and `uncond` that a sampler takes for these labels."""
         indices = [self.index(label) for label in arguments.listed("labels", labels)]
         return jnp.asarray(indices, jnp.int32), None
 
     def index(self, label: Any) -> int:
-        """Class index of a label: an index, also as text, one name of a class, or all its names.
+        """Find the class index of a label.
+
+        Args:
+            label: an index (also as text), one name of a class, or all names of a class.
 
         Raises:
-            ValueError: for what is no label, and for a name of no class or of several.
+            ValueError: for a value that is not a label, and for a name of no class or of several.
         """
         return index_of(label, self.names, self.forward.config.num_classes)
 

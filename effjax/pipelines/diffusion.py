@@ -37,13 +37,13 @@ _PIXELS = (1, 3)  # channels of a model that needs no VAE
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Pipeline(BasePipeline):
-    """A diffusion model, ready to sample: what pipelines of images and videos share.
+    """A diffusion model that is ready to sample: the base of pipelines of images and videos.
 
     Attributes:
         forward, params: the denoiser, possibly transformed.
         scheduler: contents of its scheduler_config.json.
-        vae: forward and parameters of the latent decoder, None for models of pixels.
-        processors: of transformers, by the names of the components.
+        vae: forward and parameters of the latent decoder; None for models of pixels.
+        processors: processors of transformers, by the names of the components.
     """
 
     scheduler: Mapping[str, Any]
@@ -104,18 +104,21 @@ class Pipeline(BasePipeline):
         width: int | None = None,
         num_frames: int | None = None,
     ) -> Sampler:
-        """The sampler that a call uses: `jax.jit(sampler)(forward, params, cond, key)`.
+        """Make the sampler that a call uses.
+
+        Use it to sample in one program of your own: `jax.jit(sampler)(forward, params, cond, key)`.
 
         Args:
-            num_inference_steps, guidance_scale: those of the plan, else the pipeline's own, if
-                None.
-            height, width: of the images in pixels, for models that take several sizes; the size
-                that the model was made for if None.
-            num_frames: of videos, likewise.
+            num_inference_steps, guidance_scale: None takes those of the plan, else the pipeline's
+                own.
+            height, width: size of the images in pixels, for models that take several sizes. None
+                takes the size that the model was made for.
+            num_frames: number of frames of a video, likewise.
 
         Raises:
             ValueError: for a height or width that is not a whole number of patches, for steps that
-                are no whole number of at least 1, and a scale that is not finite or below 0.
+                are not a whole number of at least 1, and for a scale that is not finite or is below
+                0.
         """
         steps = (
             self._planned("calls", self.family.steps)
@@ -136,7 +139,7 @@ class Pipeline(BasePipeline):
         return Sampler(schedule, guided, self.family.arrangement, shape)
 
     def guidance_scale(self, given: float | None = None) -> float:
-        """The guidance scale of a call: the one that is given, else the plan's, else the family's.
+        """The guidance scale of a call: the given one, else the plan's, else the family's.
 
         Raises:
             ValueError: for a scale that is not finite or below 0.
@@ -145,7 +148,7 @@ class Pipeline(BasePipeline):
         return arguments.scale("guidance_scale", scale)
 
     def decode(self, x: jax.Array) -> jax.Array:
-        """Samples [B, ...] to images or videos, float32 in -1 ... 1 (about)."""
+        """Decode samples [B, ...] into images or videos, float32 in about -1 ... 1."""
         return x if self.vae is None else _decode(self.family.decode, *self.vae, x)
 
     def component(self, name: str) -> Any:

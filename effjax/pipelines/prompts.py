@@ -33,14 +33,14 @@ Videos = list[list[Image.Image]] | np.ndarray | jax.Array
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PromptPipeline(Pipeline):
-    """A diffusion model that is conditioned on prompts: what its pipelines share.
+    """A diffusion model that is conditioned on prompts: the base of its pipelines.
 
-    Threads may call it at once.
+    Several threads may call it at the same time.
 
     Attributes:
         text_encoder, text_encoder_2, text_encoder_3: forward and parameters of the text encoders
-            that the family has; None for one that may be missing.
-        tokenizer, tokenizer_2, tokenizer_3: of transformers, one for each.
+            that the family has; None for an optional one that is missing.
+        tokenizer, tokenizer_2, tokenizer_3: tokenizers of transformers, one for each encoder.
 
     Raises:
         ValueError: for text encoders that are missing, or that the family does not have.
@@ -102,13 +102,13 @@ class PromptPipeline(Pipeline):
         negative_prompt: str | Sequence[str | None] | None = None,
         guidance_scale: float | None = None,
     ) -> tuple[PyTree, PyTree]:
-        """What a sampler takes for these prompts: `cond` and `uncond`.
+        """Make the conditions `cond` and `uncond` that a sampler takes for these prompts.
 
         Args:
-            prompts: one or more.
-            negative_prompt: one for all, or one for each prompt.
-            guidance_scale: as for `sampler`; models that are given it as an input read it from
-                here.
+            prompts: one or more prompts.
+            negative_prompt: one for all prompts, or one for each of them.
+            guidance_scale: as for `sampler`. Models that take the scale as an input find it in
+                these conditions.
 
         Raises:
             ValueError: for prompts that are too long, or another number of negative prompts.
@@ -151,7 +151,7 @@ class PromptPipeline(Pipeline):
         return min(getattr(self, encoder.tokenizer).model_max_length, encoder.max_length)
 
     def encode(self, prompts: Sequence[str]) -> PyTree:
-        """The conditions [B, ...] of prompts; the last few are remembered.
+        """Encode prompts into conditions [B, ...]. Those of the last few prompts are remembered.
 
         Raises:
             ValueError: for prompts that are too long.
