@@ -152,7 +152,7 @@ class Method:
         name: name in recipes, on the command line and in the documentation.
         paper: title and arXiv number.
         seams: which of "leaves", "patches", "loops" it changes.
-        domain: what models it is for.
+        domain: what models it is for: those of images (and videos), language models, or any.
         plan: type of its plan.
         transform: plan -> Transform; (plan, learned) -> Transform if it calibrates or trains.
         identity: subject -> plan under which wrappers are installed and change nothing.

@@ -91,7 +91,7 @@ def images(
     distance = float(psnr(*(pipe.decode(samples[name]) for name in pairs)))
     figures[f"psnr_to_{reference.kind}"] = distance
     folder = open_folder(arguments.source, revision=arguments.revision)
-    saved = folder.saved_model("transformer", weights=False)
+    saved = folder.saved_model(pipe.family.model, weights=False)
     files = [] if saved is None else [file for file in saved.iterdir() if file.is_file()]
     figures["disk_bytes"] = sum(file.stat().st_size for file in files)
     lines = side_by_side(figures, reference)
