@@ -1,9 +1,10 @@
-"""PyTorch checkpoints in and out of effjax, by name tables that are read both ways.
+"""Read PyTorch checkpoints as effjax models, and write effjax models as PyTorch checkpoints.
 
     forward, params = converters.from_pretrained("facebook/DiT-XL-2-512")
     converters.save_pretrained(forward, params, "copy")
 
-Each model family is one file of this folder; see `converters.dit`.
+Each model family is one file of this folder, with a table of names that is read in both
+directions; see `converters.dit`.
 """
 
 from __future__ import annotations

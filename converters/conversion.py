@@ -55,21 +55,22 @@ def convert(
     progress: bool = True,
     check_finite: bool = False,
 ) -> dict[str, Any]:
-    """Rewrite a checkpoint in another layout or dtype, holding one tensor at a time.
+    """Rewrite a checkpoint in another layout or dtype, with one tensor in memory at a time.
 
-    Of a pipeline all components are rewritten, or copied (scheduler, tokenizer, model_index.json);
-    a language model takes its tokenizer along. What `effjax.save` or a pipeline's `save` wrote is
-    converted too, if it has no methods but in leaves that these layouts have.
+    All components of a pipeline are rewritten, or copied (scheduler, tokenizer, model_index.json).
+    A language model keeps its tokenizer. Directories that `effjax.save` or a pipeline's `save`
+    wrote are converted too, if methods changed nothing but leaves that these layouts can hold.
 
-    Quantized layers keep their values and are written as compressed-tensors; those with inputs in
-    an order of their own, which it does not have, become floats, and a warning says so.
+    Quantized layers keep their values and are written as compressed-tensors. That format has no
+    layers whose inputs have an order of their own: these become floats, with a warning.
 
-    Arguments are those of `from_pretrained` and `save_pretrained`, which this equals. `variant` is
-    that of the components that have it; `subfolder` chooses one model of a pipeline.
+    The arguments are those of `from_pretrained` and `save_pretrained`. The result is that of
+    calling these two. `variant` applies to the components that have it, and `subfolder` chooses one
+    model of a pipeline.
 
     Returns:
-        What was written, as `save_pretrained`; of a pipeline: pipeline, destination, components (by
-        name), parameters and bytes.
+        A dictionary of what was written, as from `save_pretrained`. For a pipeline it has pipeline,
+        destination, components (by name), parameters and bytes.
 
     Raises:
         ValueError: as these, and for a component or a method that cannot be converted.

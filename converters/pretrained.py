@@ -54,37 +54,38 @@ def from_pretrained(
     progress: bool = True,
     check_finite: bool = False,
 ) -> tuple[Forward, Params]:
-    """Load a model and its parameters from PyTorch weights.
+    """Load one model and its parameters from PyTorch weights.
 
-    Tensors go one by one from the file to their place; the host never holds a second copy. torch
-    itself is needed for pickles only. Layers that the checkpoint holds quantized
-    (`converters.quantized`) become quantized leaves, with the file's own quantized values.
+    For a whole pipeline with text encoders, tokenizer and VAE use `effjax.pipeline`. Tensors go one
+    by one from the file to their place, so the host never holds a second copy. torch is needed for
+    pickles only. Layers that the checkpoint holds quantized (`converters.quantized`) become
+    quantized leaves, with the file's own quantized values.
 
     Args:
         repo_or_dir: hub repository ("owner/name"), file in one ("owner/name/file.pt"), directory in
             diffusers' layout, or weight file.
-        subfolder: of the model in the repository or directory; "transformer" for a pipeline.
-        variant: which of several sets of weights in a folder, such as "fp16" for
+        subfolder: folder of the model in the repository or directory; "transformer" for a pipeline.
+        variant: which of several sets of weights in a folder to load, such as "fp16" for
             "model.fp16.safetensors".
         revision: branch, tag or commit of the repository.
-        dtype: float32, bfloat16 or float16 for all parameters; as stored if None. Quantized layers
-            keep their quantized values.
-        compute_dtype: of the computation; that of `dtype` if None, else that in which most
-            parameters are stored.
-        token: for private repositories; True for the one that was stored by logging in.
-        cache_dir: of downloads.
-        local_files_only: use what was downloaded before; ask no server.
-        sharding: where parameters go: one sharding for all, a function of path and shape, or
-            shardings in the structure of the parameters; the default device if None.
+        dtype: float32, bfloat16 or float16 for all parameters. None keeps the stored dtypes.
+            Quantized layers keep their quantized values.
+        compute_dtype: dtype of the computation. None takes `dtype`; without that either, it takes
+            the dtype in which most parameters are stored.
+        token: token for private repositories; True for the one that was stored by logging in.
+        cache_dir: folder of downloads.
+        local_files_only: use what was downloaded before, and ask no server.
+        sharding: where to put the parameters: one sharding for all, a function of path and shape,
+            or shardings in the structure of the parameters; the default device if None.
         progress: show bars for what takes longer than a second.
-        check_finite: reject NaN and infinite weights.
+        check_finite: refuse weights that are NaN or infinite.
 
     Returns:
         The forward and its parameters.
 
     Raises:
-        ValueError: for what cannot be found, read, recognized or placed; everything that is wrong
-            with the tensors is listed at once.
+        ValueError: if the checkpoint cannot be found, read, recognized or placed. The message lists
+            everything that is wrong with the tensors.
         ImportError: for a pickle, if torch is not installed.
     """
     path = resolve(
@@ -120,15 +121,16 @@ def describe(
     variant: str | None = None,
     **remote: Any,
 ) -> dict[str, Any]:
-    """What a checkpoint is, from its configuration and its files' headers; nothing is loaded.
+    """Describe a checkpoint by its configuration and the headers of its files. Nothing is loaded.
 
     Args:
         repo_or_dir, subfolder, variant: as in `from_pretrained`.
         remote: `revision`, `token`, `cache_dir`, `local_files_only`, as there.
 
     Returns:
-        model, layout, config, parameters (of the model, without copies), dtype (of most of them),
-        compute_dtype (that they would be computed in), and weight_bytes (of the tensors as stored).
+        A dictionary with model, layout, config, parameters (how many the model has, without
+        copies), dtype (of most of them), compute_dtype (in which they would be computed) and
+        weight_bytes (of the tensors as stored).
     """
     weights = open_weights(resolve(repo_or_dir, subfolder=subfolder, variant=variant, **remote))
     stored = [Spec(tensor.shape, tensor.dtype).bytes_ for tensor in weights.tensors.values()]
@@ -153,20 +155,23 @@ def save_pretrained(
     progress: bool = True,
     finish: Callable[[Path], object] = lambda directory: None,
 ) -> dict[str, Any]:
-    """Write a model as PyTorch libraries read it: config.json and safetensors, sharded if large.
+    """Write a model as a checkpoint that PyTorch libraries read.
+
+    The checkpoint is a directory with config.json and safetensors, which are sharded if they are
+    large. A model that methods have patched has no such form; use `effjax.save` for it.
 
     Args:
-        forward: the unpatched model.
-        params: its parameters: arrays of float32, bfloat16 or float16, and quantized leaves
-            of 4 or 8 bits without mask and rotation, which are written as compressed-tensors.
-        dst: directory to make; it appears when it is complete.
-        max_shard_bytes: largest weight file.
-        layout: names of the tensors, one of this family's layouts; its first one if None.
+        forward: the model without patches.
+        params: its parameters: arrays of float32, bfloat16 or float16, and quantized leaves of 4 or
+            8 bits without smoothing scale and rotation, which are written as compressed-tensors.
+        dst: directory to make. It takes its name when it is complete.
+        max_shard_bytes: largest size of a weight file.
+        layout: which names the tensors get, one of this family's layouts; its first one if None.
         progress: show a bar for what takes longer than a second.
-        finish: is called with the directory before it takes its name, to add to it.
+        finish: function that is called with the directory before it takes its name, to add files.
 
     Returns:
-        What was written: model, layout, files, parameters (as stored) and bytes.
+        A dictionary of what was written: model, layout, files, parameters (as stored) and bytes.
 
     Raises:
         ValueError: for a compressed model, parameters that do not fit, or an occupied `dst`.

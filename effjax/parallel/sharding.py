@@ -47,14 +47,14 @@ CACHES: tuple[Rule, ...] = (
 
 
 def device_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
-    """A mesh with named axes, such as `device_mesh(data=2, model=4)`.
+    """Make a mesh of devices with named axes, such as `device_mesh(data=2, model=4)`.
 
     Args:
-        devices: all of this process if None.
-        axes: sizes by name; their product is the number of devices.
+        devices: the devices; all of this process if None.
+        axes: sizes of the axes by name. Their product must be the number of devices.
 
     Raises:
-        ValueError: if sizes and devices do not agree.
+        ValueError: if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if not axes or math.prod(axes.values()) != len(devices):
@@ -66,11 +66,14 @@ def device_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
 
 
 def tensor_parallel(forward: Forward) -> tuple[Rule, ...]:
-    """Rules for a model's parameters by the roles of its layers.
+    """Make rules for a model's parameters from the roles of its layers.
 
-    Queries, keys, values, layers into hidden channels and heads are cut by outputs on the axis
-    "model"; what leaves attention and hidden channels by inputs; the embedding of tokens by rows.
-    Matrices of a stack (experts) are dealt out on the axis "expert". All else is whole everywhere.
+    Queries, keys, values, layers into hidden channels and heads are cut by their outputs on the
+    axis "model". Layers out of attention and out of hidden channels are cut by their inputs, and
+    the embedding of tokens by rows. The matrices of a stack (experts) are distributed along the
+    axis "expert". All other arrays are whole on every device.
+
+        params = shard(params, device_mesh(data=2, model=4), tensor_parallel(forward))
     """
     found: dict[Axes, list[str]] = {}
 
@@ -94,18 +97,19 @@ def tensor_parallel(forward: Forward) -> tuple[Rule, ...]:
 
 
 def shardings(tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule]) -> dict[str, Any]:
-    """A sharding for every array of a tree of parameters or states.
+    """Make a sharding for every array of a tree of parameters or states.
 
     Args:
         tree: arrays, shapes and quantized leaves, by (nested) name.
-        mesh: devices; axes that rules name and it lacks are left out.
-        rules: the first whose pattern matches the whole path holds; none is whole everywhere.
+        mesh: the devices. Axes that rules name and the mesh lacks are ignored.
+        rules: pairs of a pattern and mesh axes. The first rule whose pattern matches the whole path
+            of an array applies to it. An array without a rule is whole on every device.
 
     Returns:
         The tree with shardings in place of arrays.
 
     Raises:
-        ValueError: for a rule with another number of axes than an array it matches.
+        ValueError: if a rule has another number of axes than an array that it matches.
     """
     found = {}
     for path, leaf in flatten_params(tree).items():
@@ -120,7 +124,7 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule]) -> dic
 
 
 def shard(tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule]) -> dict[str, Any]:
-    """Put a tree of parameters or states on a mesh; arguments as for `shardings`."""
+    """Put a tree of parameters or states on a mesh. The arguments are those of `shardings`."""
     return jax.device_put(dict(tree), shardings(tree, mesh, rules))
 
 

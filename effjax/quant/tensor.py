@@ -30,14 +30,14 @@ from pallas_kernels.packing import pack, unpack
 
 @dataclasses.dataclass(frozen=True)
 class Activations(Checked):
-    """How a layer's inputs become quantized values; static.
+    """How the inputs of a layer become quantized values. It is static.
 
     Attributes:
-        quantizer: of the inputs.
-        dynamic: each token (each image, for a convolution) takes its own range; else one range was
-            calibrated for all of them.
-        group_size: consecutive inputs of a token that share a range, if it is dynamic and
-            symmetric; None for all.
+        quantizer: the quantizer of the inputs.
+        dynamic: True if each token (each image, for a convolution) has its own range; False if one
+            range was calibrated for all of them.
+        group_size: number of consecutive inputs of a token that share a range, for ranges that are
+            dynamic and symmetric; None for all inputs.
     """
 
     quantizer: Quantizer = dataclasses.field(default_factory=Quantizer)
@@ -71,13 +71,15 @@ class Activations(Checked):
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class QTensor:
-    """A quantized matrix [I, O], or a stack of them; a pytree that stands where the array did.
+    """A quantized matrix [I, O], or a stack of such matrices.
 
-    The kernel of a convolution [R, S, I, O] is held as the matrix [R S I, O].
+    It is a pytree, and stands in the parameters in the place of the array. Make one with
+    `quantize_matrix` or `quantize_stack`, multiply with `qdot`, and get floats with `dequantize`.
+    The kernel of a convolution [R, S, I, O] is kept as the matrix [R S I, O].
 
-    What is static describes one matrix. In a stack [*E, I, O], such as the experts of a layer,
-    every array has the leading axes *E, so that `jax.vmap` and `jax.lax.map` over a leaf give the
-    leaves of single matrices, and results that are leaves become stacks again (see `each`).
+    The static fields describe one matrix. In a stack [*E, I, O], such as the experts of a layer,
+    every array has the leading axes *E. So `jax.vmap` and `jax.lax.map` over a leaf give the leaves
+    of single matrices, and results that are leaves become stacks again (see `each`).
 
     Attributes:
         qvalue: quantized values int8[I, O], or the planes of `pallas_kernels.packing.pack`; or
