@@ -225,7 +225,7 @@ def test_training_with_quantized_values_beats_rounding_afterwards():
     subject = skew(testing.tiny_llama(num_heads=2, num_kv_heads=1, head_dim=16))
     floats, quantized = (cskv.CSKVPlan(0.75, 0.75, window=12, bits=bits) for bits in (16, 4))
     _, start = starts(floats, subject)
-    options = {"steps": 60, "learning_rate": 3e-3, "progress": False}
+    options = {"steps": 150, "learning_rate": 3e-3, "progress": False}
     pair = subject.forward, subject.params
     after = cskv.fit(floats, *pair, start, token_batches, **options)[0]
     aware = cskv.fit(quantized, *pair, start, token_batches, **options)[0]
