@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effjax import testing
+from effjax.caches import Caches, as_it_is
 from effjax.cost import state_bytes
 from effjax.finite import NotFiniteWarning
 from effjax.generate import (
@@ -23,7 +24,6 @@ from effjax.generate import (
     process_logits,
     score,
 )
-from effjax.layers.kv_cache import Caches, as_it_is
 from effjax.methods import moa
 from effjax.samplers import sample_keys
 from tests.models.test_llama import ARRAYS, CONFIGS, MASK, load
@@ -331,7 +331,7 @@ def test_a_session_has_its_limits(model):
     other = forward.patch(Caches(as_it_is), Caches(as_it_is))
     with pytest.raises(ValueError, match="its patches"):
         generate(other, params, prefix=prefix, max_new_tokens=1)
-    with pytest.raises(ValueError, match="2 texts, got 1 continuations"):
+    with pytest.raises(ValueError, match="2 sequences, got 1 continuations"):
         extend(params, prefix, [[3]])
 
 
@@ -365,9 +365,9 @@ def test_logits_that_are_not_finite_are_warned_of(model, value):
     broken = params | {"embed_tokens": params["embed_tokens"].at[30].set(value)}
     assert "lm_head" in params  # else token 30 is never finite
     prefix = prefill(forward, broken, [[7, 8], [30]], new=NEW)
-    with pytest.warns(NotFiniteWarning, match=r"1 of 2 texts \(rows \[1\]\).*compute_dtype"):
+    with pytest.warns(NotFiniteWarning, match=r"1 of 2 sequences \(rows \[1\]\).*compute_dtype"):
         generate(forward, broken, prefix=prefix, max_new_tokens=1)
-    with pytest.warns(NotFiniteWarning, match="log-probabilities of texts: 1 of 2 values"):
+    with pytest.warns(NotFiniteWarning, match="log-probabilities of sequences: 1 of 2 values"):
         score(forward, broken, [[7, 8], [30, 8]])
 
 

@@ -23,6 +23,7 @@ LAYERS = [
     ],
     ["effjax.context", "effjax.quant", "effjax.targets"],
     ["effjax.layers"],
+    ["effjax.caches"],
     ["effjax.models"],
     [
         "effjax.forward",

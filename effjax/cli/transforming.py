@@ -15,7 +15,7 @@ from effjax.cli.data import Source, add_arguments
 from effjax.cli.running import load
 from effjax.cost import weight_bytes
 from effjax.fields import naming
-from effjax.generate import text_bytes
+from effjax.generate import sequence_bytes
 from effjax.pipelines import TextPipeline
 from effjax.registry import method
 from effjax.transform import Method, Plan, Shorthand
@@ -164,7 +164,7 @@ def _saved(
     ]
     if isinstance(pipe, TextPipeline):
         tokens = min(source.tokens or TOKENS, pipe.forward.config.max_positions)
-        dense, held = (text_bytes(each.forward, each.params, tokens) for each in (pipe, small))
+        dense, held = (sequence_bytes(each.forward, each.params, tokens) for each in (pipe, small))
         figures |= {
             "cache_tokens": tokens,
             "cache_bytes": held._asdict(),

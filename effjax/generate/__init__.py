@@ -2,25 +2,16 @@
 
     out = generate(forward, params, [[5, 9, 2], [7, 7]], max_new_tokens=64)
 
-Both are one jitted program each; decoding is a `lax.while_loop`. What a text's keys and values are
-kept in is the forward's matter: one without a cache gets a dense one.
+Both are one jitted program each; decoding is a `lax.while_loop`. What keys and values are kept in
+is the forward's matter: one without a cache gets a dense one.
 """
 
 from __future__ import annotations
 
+from effjax.generate.arguments import Prompts
 from effjax.generate.decoding import Generated, Streamer, generate
-from effjax.generate.prefix_cache import (
-    CacheBytes,
-    PrefixCache,
-    Prompts,
-    cache_bytes,
-    cached,
-    caches,
-    extend,
-    has_cache,
-    prefill,
-    text_bytes,
-)
+from effjax.generate.installed import CacheBytes, cached, caches, has_cache, sequence_bytes
+from effjax.generate.prefix_cache import PrefixCache, cache_bytes, extend, prefill
 from effjax.generate.sampling import Sampling, process_logits
 from effjax.generate.scoring import Reading, perplexity, score
 
@@ -42,5 +33,5 @@ __all__ = [
     "prefill",
     "process_logits",
     "score",
-    "text_bytes",
+    "sequence_bytes",
 ]

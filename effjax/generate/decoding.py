@@ -16,16 +16,13 @@ from effjax.buckets import POWERS, Buckets
 from effjax.executables import Program
 from effjax.finite import NotFiniteWarning
 from effjax.forward import Forward, Params
+from effjax.generate.arguments import Prompts, check_count, check_tokens, padded
 from effjax.generate.prefix_cache import (
     ADVICE,
     PrefixCache,
-    Prompts,
-    check_count,
     check_maker,
     check_room,
-    check_tokens,
     extend,
-    padded,
     prefill,
     read,
 )
@@ -37,7 +34,7 @@ STRIDE = 8  # tokens between two looks at what is made, for streamers and stop f
 
 @runtime_checkable
 class Streamer(Protocol):
-    """Receives tokens as they are made; for one text, transformers' `TextStreamer` is one.
+    """Receives tokens as they are made; for one sequence, transformers' `TextStreamer` is one.
 
     What it gets is what `Generated.rows` gives later, token for token: nothing after a stop, an end
     token as the last. In a batch -1 stands where there is no token: around shorter prompts, and in
@@ -56,7 +53,7 @@ class Generated(NamedTuple):
 
     Attributes:
         tokens: int32[B, N] on the host; a row beyond its length repeats its end.
-        lengths: int32[B] new tokens of each row, an end-of-text token included.
+        lengths: int32[B] new tokens of each row, an end-of-sequence token included.
         log_probs: float32[B, N] of the tokens by the model itself, before `Sampling`; 0 beyond a
             row's length.
     """
@@ -89,21 +86,21 @@ def generate(
     chunk: int | None = None,
     buckets: Buckets = POWERS,
 ) -> Generated:
-    """Continue texts.
+    """Continue sequences.
 
     Args:
         forward, params: a language model, possibly compressed.
-        prompts: token ids, rows of any lengths; with a prefix cache they continue its texts, and
-            None continues them with nothing between.
+        prompts: token ids, rows of any lengths; with a prefix cache they continue its sequences,
+            and None continues them with nothing between.
         max_new_tokens: the most tokens to make for a row.
         temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; without a temperature,
             and with 0, the most likely token is taken.
-        eos: tokens that end a text.
+        eos: tokens that end a sequence.
         key: PRNG key for a temperature, `jax.random.key(seed)`: row i draws from
             `fold_in(key, i)`, whatever else is in the batch; or one key for each row.
         streamer: receives the prompts and then the tokens, a few at a time.
-        stop: ends a row's text as soon as it is true of its new tokens.
-        prefix cache: texts that `prefill` has read with this model.
+        stop: ends a row's sequence as soon as it is true of its new tokens.
+        prefix: sequences that `prefill` has read with this model.
         chunk, buckets: see `prefill`.
 
     Raises:
@@ -142,7 +139,7 @@ def generate(
             prefix = extend(params, prefix, prompts, buckets=buckets)
         check_room(prefix, max_new_tokens)
         prefix = _copied(prefix)
-    rows, batch = prefix.texts, len(prefix.lengths)
+    rows, batch = prefix.sequences, len(prefix.lengths)
     keys = None if key is None else _row_keys(key, rows, batch)
     if streamer is not None:
         streamer.put(_shown_prompts(prompts, rows))
@@ -178,7 +175,7 @@ def _copied(prefix: PrefixCache) -> PrefixCache:
 
 
 def _row_keys(key: Key[Array, "..."], rows: int, batch: int) -> Key[Array, " B"]:
-    """A key for each row of a batch, of which those beyond the texts draw nothing."""
+    """A key for each row of a batch, of which those beyond the sequences draw nothing."""
     if np.shape(key) == ():
         return sample_keys(key, batch)
     keys = sample_keys(key, rows)
@@ -202,8 +199,8 @@ def _show(streamer: Streamer, made: _Made, rows: int, start: int, stop: int) -> 
 def _warn_of_rows(rows: np.ndarray, batch: int) -> None:
     if rows.size:
         warnings.warn(
-            f"the logits of {rows.size} of {batch} texts (rows {rows[:8].tolist()}) became NaN or "
-            f"infinite: their tokens mean nothing from there on. {ADVICE}",
+            f"the logits of {rows.size} of {batch} sequences (rows {rows[:8].tolist()}) became NaN "
+            f"or infinite: their tokens mean nothing from there on. {ADVICE}",
             NotFiniteWarning,
             stacklevel=3,
         )

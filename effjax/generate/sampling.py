@@ -82,7 +82,7 @@ def process_logits(
 
     Args:
         logits: of the model.
-        occurred: which tokens the text holds; needed for a repetition penalty.
+        occurred: which tokens the sequence holds; needed for a repetition penalty.
 
     Raises:
         ValueError: for a repetition penalty without them.

@@ -1,4 +1,4 @@
-"""Log-probabilities and logits of given texts."""
+"""Log-probabilities and logits of given sequences."""
 
 from __future__ import annotations
 
@@ -12,56 +12,47 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from effjax.buckets import POWERS, Buckets, bucket, sizes_of
+from effjax.caches.slots import told
 from effjax.context import Step, is_static
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params, StateDict
-from effjax.generate.prefix_cache import (
-    ADVICE,
-    LEAST,
-    Prompts,
-    cached,
-    check_shortest,
-    check_tokens,
-    empty_state,
-    has_cache,
-    padded,
-    wider,
-)
-from effjax.layers.kv_cache import told
+from effjax.generate.arguments import Prompts, check_tokens, padded, wider
+from effjax.generate.installed import cached, check_shortest, empty_state, has_cache
+from effjax.generate.prefix_cache import ADVICE, LEAST
 from effjax.loops import Carry, Loop
 
 
 def score(
     forward: Forward,
     params: Params,
-    texts: Prompts,
+    sequences: Prompts,
     *,
     context: int | None = None,
     buckets: Buckets = POWERS,
 ) -> np.ndarray:
-    """Log-probabilities of the tokens of texts, float32[B, S]; NaN for first tokens and padding.
+    """Log-probabilities of sequences' tokens, float32[B, S]; NaN for first tokens and padding.
 
     Logits are made in chunks of tokens: those of all words for all tokens are never there at once.
 
     Args:
         forward, params: a language model.
-        texts: token ids, rows of any lengths.
+        sequences: token ids, rows of any lengths.
         context: how many tokens are read at once; the others follow one by one, through the cache,
             as they would be generated: this is what shows a compressed cache's error. None reads
             all at once.
-        buckets: of texts that are read at once, see `prefill`; with a context shapes are exact.
+        buckets: of sequences that are read at once, see `prefill`; with a context shapes are exact.
 
     Raises:
-        ValueError: as `prefill`; if the context is not within the texts.
+        ValueError: as `prefill`; if the context is not within the sequences.
 
     Warns:
         NotFiniteWarning: if the model gave NaN or infinite values.
     """
-    tokens, lengths = padded(texts)
+    tokens, lengths = padded(sequences)
     check_tokens(forward, tokens)
     rows, columns = shape = tokens.shape
     if context is not None and not 1 <= context <= columns:
-        raise ValueError(f"context must be 1 ... {columns} tokens of the texts, got {context}")
+        raise ValueError(f"context must be 1 ... {columns} tokens of the sequences, got {context}")
     shortest = int(lengths.min())
     if context is None and sizes_of(buckets) is not None:
         rounded = min(bucket(columns, buckets, least=LEAST), forward.config.max_length)
@@ -77,7 +68,7 @@ def score(
         state = {}
     scores = np.array(_score(forward, params, state, tokens, positions.astype(np.int32), first))
     scores, positions = (each[: shape[0], : shape[1]] for each in (scores, positions))
-    warn_unless_finite("the log-probabilities of texts", scores[positions > 0], ADVICE)
+    warn_unless_finite("the log-probabilities of sequences", scores[positions > 0], ADVICE)
     return scores
 
 
@@ -85,8 +76,8 @@ def score(
 class Reading(Loop):
     """Texts read by a language model: the first tokens at once, the others through its cache.
 
-    What a `Sampler` is to a diffusion model: `jax.jit(reading)(forward, params, texts)` is one
-    program.
+    What a `Sampler` is to a diffusion model: `jax.jit(reading)(forward, params, sequences)`
+    is one program.
 
     Attributes:
         prompt: tokens that are read at once.
@@ -103,10 +94,10 @@ class Reading(Loop):
         return 1 + self.new
 
     def __call__(
-        self, forward: Forward, params: Params, texts: Int[Array, "B S"], key: Any = None
+        self, forward: Forward, params: Params, sequences: Int[Array, "B S"], key: Any = None
     ) -> Float[Array, "B N V"]:
         """Logits after the prompt and after every token that is read singly, N = 1 + new."""
-        return self.run(forward, params, self.init(forward, params, texts, key), texts).x
+        return self.run(forward, params, self.init(forward, params, sequences, key), sequences).x
 
     def init(
         self,
@@ -120,10 +111,12 @@ class Reading(Loop):
         """An empty cache, and no logits yet.
 
         Raises:
-            ValueError: for texts of another length.
+            ValueError: for sequences of another length.
         """
         if cond.shape[1] != self.prompt + self.new:
-            raise ValueError(f"texts have {self.prompt} + {self.new} tokens, got {cond.shape[1]}")
+            raise ValueError(
+                f"sequences have {self.prompt} + {self.new} tokens, got {cond.shape[1]}"
+            )
         shape = cond.shape[0], self.calls, forward.config.vocab_size
         state = empty_state(self.ready(forward), params, cond.shape[0])
         return Carry(jnp.zeros(shape, forward.config.dtype), (), state, jnp.zeros((0,)))

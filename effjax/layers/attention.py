@@ -23,7 +23,20 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention
 
 Heads = Float[Array, "B S H D"]
 KeyHeads = Float[Array, "B T K D"]  # those of another sequence have another length
-Positions = Int[Array, "B S"]
+Positions = Int[Array, "B S"] | Int[Array, "B R S"]  # one row, or several, see `places`
+
+
+def places(
+    positions: Positions,
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"] | Int[Array, "B R S"]]:
+    """Places of tokens in their sequences, and the positions that they are rotated to.
+
+    Of positions with several rows the first one says the places (-1 is padding), and the others say
+    the rotation, one for each section of `Rotary`.
+    """
+    if positions.ndim == 2:
+        return positions, positions
+    return positions[:, 0], positions[:, 1:]
 
 
 class AttentionCore(nnx.Module):
@@ -319,12 +332,14 @@ class CausalCore(nnx.Module):
             x: the tokens they were projected from; not used here.
             positions: of the tokens, rising along a row; -1 is padding, which nobody attends to and
                 whose output means nothing. None for 0, 1, 2, ... in every row, without padding.
+                With several rows [B, R, S] see `places`.
         """
         segments = None
         if positions is None:
             turns = jnp.arange(q.shape[1])[None]
         else:
-            turns, valid = positions, (positions >= 0).astype(jnp.int32)
+            place, turns = places(positions)
+            valid = (place >= 0).astype(jnp.int32)
             segments = valid, valid
         with jax.named_scope("attention"):
             q, k = self.rotary(q, turns), self.rotary(k, turns)

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from effjax import testing
+from effjax.caches import PressedCache, budgets
+from effjax.caches.pressed import highest
 from effjax.context import CacheLength, states
 from effjax.generate import Reading, caches, generate, prefill, score
 from effjax.layers.attention import CausalCore
-from effjax.layers.kv_cache import budgets
 from effjax.layers.rotary import Rotary
 from effjax.methods import expected_attention, kivi, knorm, snap_kv, streaming_llm
 from effjax.registry import methods
-from tests.layers.test_kv_cache import TEXT, run, texts
+from tests.caches.test_caches import TEXT, run, texts
 
 ROTARY = Rotary(8, theta=100.0)
 
@@ -25,14 +26,15 @@ def rotated(x):
     return np.asarray(ROTARY(x, jnp.arange(x.shape[1])[None]))
 
 
-def held(kind, prompt=16, **options):
-    """Positions that a cache holds after a prompt, by text and head."""
+def held(plan, keep, prompt=16):
+    """Positions that a press keeps of a prompt, by sequence and head."""
     core = CausalCore(ROTARY)
-    cache = kind(core, first=True, cache_length=CacheLength(16, 16), **options)
+    options = {"choose": highest(plan.score), "keep": keep}
+    cache = PressedCache(core, first=True, cache_length=CacheLength(16, 16), **options)
     for path, state in states(cache).items():
         state.set_metadata(path=str(path), creating=True)
     cache(*(part[:, :prompt] for part in texts()), None)
-    return np.asarray(cache.positions(jnp.full(2, prompt)))[..., : min(options["keep"], prompt)]
+    return np.asarray(cache.positions(jnp.full(2, prompt)))[..., : min(keep, prompt)]
 
 
 def best(scores, keep):
@@ -44,7 +46,7 @@ def best(scores, keep):
 def test_knorm_keeps_short_keys():
     k = np.asarray(texts()[1][:, :16])
     norms = np.linalg.norm(k, axis=-1).transpose(0, 2, 1)
-    chex.assert_trees_all_equal(held(knorm.KnormCache, keep=6), best(-norms, 6))
+    chex.assert_trees_all_equal(held(knorm.KnormPlan(), keep=6), best(-norms, 6))
 
 
 def test_snap_kv_keeps_what_the_end_attends_to():
@@ -58,7 +60,7 @@ def test_snap_kv_keeps_what_the_end_attends_to():
     padded = np.pad(scores, ((0, 0), (0, 0), (1, 1)))
     smooth = sum(padded[..., i : i + 12] for i in range(3)) / 3
     want = np.concatenate([best(smooth, 3), np.broadcast_to(np.arange(12, 16), (2, 2, 4))], -1)
-    chex.assert_trees_all_equal(held(snap_kv.SnapKVCache, keep=7, window=4, kernel=3), want)
+    chex.assert_trees_all_equal(held(snap_kv.SnapKVPlan(window=4, kernel=3), keep=7), want)
 
 
 def test_expected_attention_by_its_formula():
@@ -82,14 +84,14 @@ def test_expected_attention_by_its_formula():
                 logits = own @ mean / np.sqrt(8) + np.sum(own @ covariance * own, -1) / 16
                 total = total + np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
             scores[b, g, sinks:] = total / 2 * np.linalg.norm(values[b, sinks:, g], axis=-1)
-    got = held(expected_attention.ExpectedCache, keep=7, future=future, sinks=sinks)
+    got = held(expected_attention.ExpectedAttentionPlan(future=future, sinks=sinks), keep=7)
     chex.assert_trees_all_equal(got, best(scores, 7))
 
 
 METHODS_OF_CACHES = {
     method.name: method
     for method in methods().values()
-    if method.transform.__module__.startswith("effjax.methods.cache.")
+    if method.plan.__module__.startswith("effjax.methods.cache.")
 }
 
 
@@ -144,22 +146,23 @@ def test_budgets_of_rows_are_those_of_texts_alone(ratio):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("plan", "own"),
     [
-        (knorm.KnormCache, {"keep": 6}),
-        (snap_kv.SnapKVCache, {"keep": 6, "window": 3, "kernel": 3}),
-        (expected_attention.ExpectedCache, {"keep": 6, "future": 9, "sinks": 1}),
-        (knorm.KnormCache, {"keep": 6, "own": lambda tokens: tokens - 5}),
+        (knorm.KnormPlan(), None),
+        (snap_kv.SnapKVPlan(window=3, kernel=3), None),
+        (expected_attention.ExpectedAttentionPlan(future=9, sinks=1), None),
+        (knorm.KnormPlan(), lambda tokens: tokens - 5),
     ],
 )
-def test_padded_rows_keep_what_they_keep_alone(kind, options):
+def test_padded_rows_keep_what_they_keep_alone(plan, own):
     """Row 1 has 9 tokens after 7 of padding; then it goes on."""
     p = np.arange(TEXT)
     left = np.stack([p[:16], np.where(p[:16] < 7, -1, p[:16] - 7)])
     calls = [(slice(0, 16), left), (slice(16, 18), np.array([[16, 17], [9, 10]]))]
-    outputs, values = run(kind, calls, **options)
+    options = {"choose": highest(plan.score), "keep": 6, "own": own}
+    outputs, values = run(PressedCache, calls, **options)
     alone = [(slice(7, 16), np.stack([p[:9]] * 2)), (slice(16, 18), np.array([[9, 10]] * 2))]
-    single, own = run(kind, alone, **options)
+    single, own = run(PressedCache, alone, **options)
     chex.assert_trees_all_close(outputs[1][1], single[1][1], atol=1e-5)
     for path, value in own.items():
         chex.assert_trees_all_close(values[path][1], value[1], atol=1e-5)
@@ -167,10 +170,11 @@ def test_padded_rows_keep_what_they_keep_alone(kind, options):
 
 def test_evicted_tokens_are_not_seen():
     """Later tokens attend to what is kept and to themselves, by an explicit mask."""
-    outputs, values = run(knorm.KnormCache, [(slice(0, 16), None)], keep=6)
+    options = {"choose": highest(knorm.KnormPlan().score), "keep": 6}
+    outputs, values = run(PressedCache, [(slice(0, 16), None)], **options)
     (places,) = (value for path, value in values.items() if path[-1] == "held")
     positions = np.broadcast_to(np.arange(16, 23), (2, 7))
-    outputs, _ = run(knorm.KnormCache, [(slice(0, 16), None), (slice(16, 23), positions)], keep=6)
+    outputs, _ = run(PressedCache, [(slice(0, 16), None), (slice(16, 23), positions)], **options)
     q, k, v, _ = texts()
     q, k = rotated(q), np.repeat(rotated(k), 2, axis=2)
     v = np.repeat(np.asarray(v), 2, axis=2)
@@ -190,7 +194,7 @@ def test_evicted_tokens_are_not_seen():
 @pytest.mark.parametrize("sizes", [(10,) + (1,) * 13, (9, 6, 8)], ids=str)
 def test_quantized_values_stand_for_keys_and_values(bits, near, sizes):
     """Every token once, sealed or not, within half a step of its window's or its own scale."""
-    from tests.layers.test_kv_cache import causal, expected, pieces
+    from tests.caches.test_caches import causal, expected, pieces
 
     plan = kivi.KIVIPlan(bits, bits, group=4)
     outputs, values = run(kivi.KIVICache, pieces(*sizes), plan=plan)
@@ -266,10 +270,9 @@ def test_short_prompts_keep_what_is_always_kept(ratio, window, kept):
     subject = testing.tiny_llama()
     plan = snap_kv.SnapKVPlan(ratio=ratio, window=window)
     forward, params = snap_kv.transform(plan)(subject.forward, subject.params)
-    assert [c.keep for c in caches(forward.with_cache_length(20, 3), params).values()] == [
-        kept,
-        kept,
-    ]
+    state = prefill(forward, params, [list(range(20))], new=3, buckets=None).state
+    slots = [value.shape[1] for path, value in state.items() if path.endswith(".k")]
+    assert slots == [kept + 3] * 2
     out = generate(forward, params, [list(range(20))], max_new_tokens=3)
     assert out.lengths.tolist() == [3]
 

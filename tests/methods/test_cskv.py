@@ -16,7 +16,8 @@ from effjax.generate import Reading, generate, prefill
 from effjax.layers.attention import CausalCore
 from effjax.layers.rotary import Rotary
 from effjax.methods import cskv
-from tests.layers.test_kv_cache import TEXT, pieces, run, texts
+from effjax.methods.cache.cskv.training import rounded
+from tests.caches.test_caches import TEXT, pieces, run, texts
 
 WINDOW = 4
 
@@ -255,9 +256,9 @@ def _bias(subject, name):
 def test_gradients_stop_at_the_ends_of_a_group():
     plan = cskv.CSKVPlan(window=4, bits=4)
     c = jnp.arange(8.0).reshape(1, 4, 2) ** 2
-    gradient = jax.grad(lambda c: cskv._rounded(c, plan, 1, keys=True).sum())(c)
+    gradient = jax.grad(lambda c: rounded(c, plan, 1, keys=True).sum())(c)
     chex.assert_trees_all_equal(gradient[0, :, 0], jnp.array([0.0, 1, 1, 0]))
-    gradient = jax.grad(lambda c: cskv._rounded(c, plan, 2, keys=False).sum())(c)
+    gradient = jax.grad(lambda c: rounded(c, plan, 2, keys=False).sum())(c)
     assert float(jnp.abs(gradient).sum()) == 0  # each is alone in its group
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from effjax import testing
+from effjax.caches.quantization import unpack
 from effjax.context import CacheLength
 from effjax.cost import state_bytes
 from effjax.generate import Reading, generate, prefill
 from effjax.layers.attention import CausalCore
-from effjax.layers.cache_quantization import unpack
 from effjax.methods import moa, round_to_nearest
 from effjax.targets import Wrapper, wrap
-from tests.layers.test_kv_cache import TEXT, causal, expected, pieces, run
+from tests.caches.test_caches import TEXT, causal, expected, pieces, run
 
 # Rules of the published plan for Vicuna-7B: (alpha, beta) and how many of 1,024 heads.
 VICUNA = [
@@ -240,7 +240,7 @@ def test_texts_are_generated():
         ({"alphas": ((0.0,),), "betas": ((0.5, 0.5),)}, r"alphas have \[1\] heads and betas \[2\]"),
         ({"sink": 65}, "multiples of the block"),
         ({"floor": 64}, "floor=64 leaves no slot beside sink=64: take at least 128"),
-        ({"betas": ((-0.5,),)}, "betas are shares of a text, 0 or more, .* least one is -0.5"),
+        ({"betas": ((-0.5,),)}, "betas are shares of a sequence, 0 or more, .* least one is -0.5"),
         ({"layout": "round"}, "layout must be one of 'flat', 'grouped'"),
         ({"bits": 3}, "bits must be one of 4, 8, 16"),
     ],
@@ -259,7 +259,7 @@ def test_plans_of_other_models_are_named():
     short = moa.uniform(3, 2, alpha=-16.0, beta=1.0)
     forward, params = moa.transform(short)(subject.forward, subject.params)
     for prompts in ([[1, 2]], [[1, 2], list(range(30))]):
-        with pytest.raises(ValueError, match="6 tokens is no span; this plan is for longer texts"):
+        with pytest.raises(ValueError, match="6 tokens is no span; this plan is for longer seq"):
             generate(forward, params, prompts, max_new_tokens=4)
     with pytest.raises(ValueError, match="has alphas and betas, this one has"):
         moa.read_released({"spans": []})

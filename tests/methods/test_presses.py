@@ -10,13 +10,25 @@ import json
 from pathlib import Path
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from effjax.layers.kv_cache import RingCache, told
-from effjax.methods import expected_attention, knorm, snap_kv, streaming_llm
+from effjax.caches import KVCache
+from effjax.caches.slots import told
+from effjax.methods import (
+    ada_kv,
+    chunk_kv,
+    chunk_press,
+    expected_attention,
+    knorm,
+    pyramid_kv,
+    snap_kv,
+    streaming_llm,
+    tova,
+)
 from tests.models.test_llama import load
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "presses.npz"  # made by make_presses.py there
@@ -42,24 +54,20 @@ def transformed(method, model):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    ("method", "kind"),
-    [
-        (knorm.METHOD, knorm.KnormCache),
-        (snap_kv.METHOD, snap_kv.SnapKVCache),
-        (expected_attention.METHOD, expected_attention.ExpectedCache),
-    ],
+    "method",
+    [knorm.METHOD, snap_kv.METHOD, expected_attention.METHOD],
     ids=["knorm", "snap_kv", "expected_attention"],
 )
-def test_every_head_scores_and_keeps_as_a_press(method, kind, model, monkeypatch):
+def test_every_head_scores_and_keeps_as_a_press(method, model, monkeypatch):
     """Of a prompt that is read without jit, so that scores are seen."""
     forward, params, tokens = transformed(method, model)
-    state, found, score = forward.init(params, tokens), [], kind.scores
+    state, found, score = forward.init(params, tokens), [], method.plan.score
 
     def scores(*inputs):
         found.append(score(*inputs))
         return found[-1]
 
-    monkeypatch.setattr(kind, "scores", scores)
+    monkeypatch.setattr(method.plan, "score", scores)
     _, state = forward(params, state, tokens, step=0)
     held = [value[0] for path, value in state.items() if path.endswith(".held")]
     chex.assert_trees_all_equal(np.stack(held), ARRAYS[f"{model}/{method.name}/kept"])
@@ -72,15 +80,49 @@ def test_every_head_scores_and_keeps_as_a_press(method, kind, model, monkeypatch
     chex.assert_trees_all_close(got, want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_streaming_llm_keeps_what_a_press_keeps(model):
-    forward, params, tokens = transformed(streaming_llm.METHOD, model)
-    kept = ARRAYS[f"{model}/streaming_llm/kept"]
+def masks(forward, params, tokens):
+    """Which tokens of a prompt every layer and head holds after it, bool[L, K, S]."""
     length = jnp.array([tokens.shape[1]])
-    state = told(forward.init(params, tokens[:, :1]), length)
-    module = forward.loaded(params, state, tokens[:, :1], step=1)
-    held = [
-        node.positions(length) for _, node in nnx.iter_graph(module) if isinstance(node, RingCache)
-    ]
-    held = np.sort(np.concatenate(held))
-    chex.assert_trees_all_equal(np.broadcast_to(held, kept.shape), kept)
+
+    @jax.jit
+    def held(params):
+        state = told(forward.init(params, tokens[:, :1]), length)
+        _, state = forward(params, state, tokens, step=0)
+        module = forward.loaded(params, state, tokens[:, :1], step=1)
+        caches = [node for _, node in nnx.iter_graph(module) if isinstance(node, KVCache)]
+        return [cache.positions(length)[0] for cache in caches]
+
+    heads = forward.config.num_kv_heads
+    found = np.zeros((forward.config.num_layers, heads, tokens.shape[1]), bool)
+    for layer, positions in enumerate(held(params)):
+        for head, own in enumerate(np.broadcast_to(positions, (heads, positions.shape[1]))):
+            assert len(set(own[own >= 0])) == np.count_nonzero(own >= 0)
+            found[layer, head, own[own >= 0]] = True
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", [streaming_llm.METHOD, tova.METHOD], ids=lambda m: m.name)
+def test_prompts_that_fill_their_room_keep_what_a_press_keeps(method, model):
+    got = masks(*transformed(method, model))
+    kept = ARRAYS[f"{model}/{method.name}/kept"]
+    chex.assert_trees_all_equal(got.sum(-1), np.full(kept.shape[:2], kept.shape[2]))
+    assert np.take_along_axis(got, kept, axis=2).all()
+
+
+WRAPPERS = {
+    pyramid_kv: {"options": (("window", 2),), "beta": 4},
+    ada_kv: {"options": (("window", 6),), "floor": 0.2},
+    chunk_press: {"press": "knorm", "chunk": 16},
+    chunk_kv: {"press": "knorm", "chunk": 6},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", WRAPPERS, ids=lambda method: method.METHOD.name)
+def test_budgets_of_layers_heads_and_chunks_are_those_of_presses(method, model):
+    plan = method.METHOD.plan(ratio=0.6, **WRAPPERS[method])
+    forward, params = method.transform(plan)(*load(model))
+    tokens = jnp.asarray(ARRAYS[f"{model}/tokens"])[None]
+    got = masks(forward.with_cache_length(tokens.shape[1], 0), params, tokens)
+    chex.assert_trees_all_equal(got, ARRAYS[f"{model}/{method.METHOD.name}/mask"])

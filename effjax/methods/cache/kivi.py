@@ -4,7 +4,7 @@ Buys: a quarter to a seventh of the bytes of a float32 cache (half to two sevent
 as much of the traffic when a token attends to it. Keys have channels that are large for all tokens,
 so that a scale for each channel loses little; values do not.
 
-    a window of G tokens of a text is sealed when it is full:
+    a window of G tokens of a sequence is sealed when it is full:
         k = (q + 2^(b-1)) s_c + min_c    for each channel c, over the window's tokens
         v = (q + 2^(b-1)) s_t + min_t    for each token t, over a head's channels
     the tokens of the window that is not full yet stay as they are
@@ -25,13 +25,14 @@ from typing import Annotated, Any
 from jaxtyping import Array, Float
 
 from effjax import testing
+from effjax.caches import Caches, Kind, Lengths, ResidualBufferCache
+from effjax.caches.install import Place
+from effjax.caches.quantization import pack, to_qvalues
+from effjax.caches.residual_buffer import Arrays, Tokens
 from effjax.context import CacheLength
 from effjax.fields import Count, OneOf
 from effjax.forward import Forward, Params
-from effjax.layers.attention import CausalCore, Heads
-from effjax.layers.cache_quantization import pack, to_qvalues
-from effjax.layers.kv_cache import Caches, Kind, Lengths
-from effjax.layers.residual_buffer import Arrays, ResidualBufferCache, Tokens
+from effjax.layers.attention import Heads
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.decode_attention import quantized_decode_attention
 
@@ -62,7 +63,7 @@ def transform(plan: KIVIPlan) -> Transform:
     return Transform(METHOD.name, plan, apply)
 
 
-def _choose(plan: KIVIPlan, core: CausalCore, cache_length: CacheLength, layer: int) -> Kind:
+def _choose(plan: KIVIPlan, place: Place) -> Kind:
     return KIVICache, {"plan": plan}
 
 

@@ -18,31 +18,21 @@ key head (the reference expands the keys instead, and loses what grouping saves)
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from effjax import testing
-from effjax.context import CacheLength
+from effjax.caches import AttentionInputs
+from effjax.caches.pressed import Scores
+from effjax.caches.slots import lengths_after
 from effjax.fields import Count
-from effjax.forward import Forward, Params
-from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import (
-    Caches,
-    Dropped,
-    EvictingCache,
-    Kind,
-    budgets,
-    check_budget,
-    lengths_after,
-)
-from effjax.transform import Method, Pair, Plan, Transform
+from effjax.methods.cache import press
 
 
 @dataclasses.dataclass(frozen=True)
-class SnapKVPlan(Plan):
+class SnapKVPlan(press.PressPlan):
     """How many tokens of a prompt are kept, and by what.
 
     Attributes:
@@ -52,8 +42,6 @@ class SnapKVPlan(Plan):
         kernel: tokens over which scores are averaged, odd.
     """
 
-    capacity: Count | None = None
-    ratio: Dropped | None = None
     window: Count = 32
     kernel: Count = 5
 
@@ -61,75 +49,47 @@ class SnapKVPlan(Plan):
         super().__post_init__()
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {self.kernel}")
-        check_budget(self, window=self.window)
 
+    @property
+    def always(self) -> Mapping[str, int]:
+        return {"window": self.window}
 
-def transform(plan: SnapKVPlan) -> Transform:
-    """Give every attention layer a cache that keeps what the prompt's end attends to."""
-
-    def apply(forward: Forward, params: Params) -> Pair:
-        return forward.patch(Caches(_choose, plan)), params
-
-    return Transform(METHOD.name, plan, apply)
-
-
-def _choose(plan: SnapKVPlan, core: CausalCore, cache_length: CacheLength, layer: int) -> Kind:
-    keep, own = budgets(plan.capacity, plan.ratio, cache_length.prompt, always=plan.window)
-    options = {"window": plan.window, "kernel": plan.kernel}
-    return SnapKVCache, {"keep": keep, "own": own, **options}
-
-
-class SnapKVCache(EvictingCache):
-    """Keeps the tokens that the prompt's last ones attend to."""
-
-    def __init__(self, inner: Any, *, window: int, kernel: int, **options: Any):
-        super().__init__(inner, **options)
-        self.window = window
-        self.kernel = kernel
-
-    def scores(
-        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
-    ) -> Float[Array, "B K S"]:
-        batch, columns, heads, width = k.shape
-        lengths, window = lengths_after(positions), min(self.window, columns)
-        # The last tokens of each row; a shorter row's first one stands in for those it lacks.
-        wanted = lengths[:, None] - window + jnp.arange(window)
-        first = jnp.argmax(positions >= 0, axis=1)[:, None]
-        place = jnp.clip(jnp.maximum(wanted, 0) + first, 0, columns - 1)
-        own = jnp.take_along_axis(q, place[:, :, None, None], axis=1)
-        own = self.core.rotary(own, jnp.maximum(wanted, 0))
-        own = own.reshape(batch, window, heads, -1, width) * jnp.asarray(width**-0.5, q.dtype)
-        keys = self.core.rotary(k, positions)
-        logits = jnp.einsum("bwkgd,btkd->bkgwt", own, keys, preferred_element_type=jnp.float32)
-        seen = (positions >= 0)[:, None] & (positions[:, None] <= wanted[:, :, None])
-        logits = jnp.where(seen[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jnp.where(seen[:, None, None], jax.nn.softmax(logits, axis=-1), 0.0)
+    def score(self, inputs: AttentionInputs) -> Scores:
+        weights, in_window = last_attention(inputs, self.window)
         scores = jnp.mean(weights, axis=(2, 3))
-        in_window = (positions >= (lengths - window)[:, None])[:, None]
         scores = jnp.where(in_window, 0.0, scores)  # the window is left out before smoothing
-        smooth = jax.lax.reduce_window(
-            scores, 0.0, jax.lax.add, (1, 1, self.kernel), (1, 1, 1), "SAME"
-        )
+        window = (1, 1, self.kernel)
+        smooth = jax.lax.reduce_window(scores, 0.0, jax.lax.add, window, (1, 1, 1), "SAME")
         return jnp.where(in_window, jnp.inf, smooth / self.kernel)
 
 
-def _identity(subject: testing.Subject) -> SnapKVPlan:
-    return SnapKVPlan(ratio=0.0, window=2)
+def last_attention(
+    inputs: AttentionInputs, window: int
+) -> tuple[Float[Array, "B K G W S"], Bool[Array, "B 1 S"]]:
+    """How a prompt's last tokens attend to it, by key head, and which tokens these are.
+
+    A row that is shorter than the window has its first token in place of those that it lacks.
+    """
+    q, k, positions = inputs.rotated_q, inputs.rotated_k, inputs.positions
+    (batch, columns, heads, width), lengths = k.shape, lengths_after(positions)
+    window = min(window, columns)
+    wanted = lengths[:, None] - window + jnp.arange(window)
+    first = jnp.argmax(positions >= 0, axis=1)[:, None]
+    column = jnp.clip(jnp.maximum(wanted, 0) + first, 0, columns - 1)
+    q = jnp.take_along_axis(q, column[:, :, None, None], axis=1)
+    q = q.reshape(batch, window, heads, -1, width) * jnp.asarray(width**-0.5, q.dtype)
+    logits = jnp.einsum("bwkgd,btkd->bkgwt", q, k, preferred_element_type=jnp.float32)
+    seen = (positions >= 0)[:, None] & (positions[:, None] <= wanted[:, :, None])
+    logits = jnp.where(seen[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.where(seen[:, None, None], jax.nn.softmax(logits, axis=-1), 0.0)
+    return weights, (positions >= (lengths - window)[:, None])[:, None]
 
 
-def _ladder(subject: testing.Subject) -> tuple[SnapKVPlan, ...]:
-    return tuple(SnapKVPlan(ratio=ratio, window=2) for ratio in (0.25, 0.5, 0.75))
-
-
-METHOD = Method(
-    name="snap_kv",
-    paper="SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469",
-    seams=("patches",),
-    domain="language models",
-    plan=SnapKVPlan,
-    transform=transform,
-    identity=_identity,
-    ladder=_ladder,
-    tiny=testing.tiny_llama,
+METHOD = press.method(
+    "snap_kv",
+    "SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469",
+    SnapKVPlan,
     systems=("SnapKV",),
+    window=2,
 )
+transform = METHOD.transform

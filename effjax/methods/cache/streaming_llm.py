@@ -1,7 +1,7 @@
 """StreamingLLM: keep the first tokens and the last ones.
 
-Buys: keys and values of a constant number of tokens, whatever the length of the text, and attention
-of as many for every new token. What stood between is forgotten; the first tokens are kept because
+Buys: keys and values of a constant number of tokens, however long the sequence is, and attention to
+as many for every new token. What stood between is forgotten; the first tokens are kept because
 trained models put their surplus attention there ("sinks").
 
     slot(p) = p for the first sinks, then sinks + (p - sinks) mod ring
@@ -15,69 +15,43 @@ Source: StreamingLLM, arXiv 2309.17453. The baseline that every choice of tokens
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from effjax import testing
-from effjax.context import CacheLength
-from effjax.fields import Count, Natural
-from effjax.forward import Forward, Params
-from effjax.layers.attention import CausalCore
-from effjax.layers.kv_cache import Caches, Dropped, Kind, RingCache, budgets, check_budget
-from effjax.transform import Method, Pair, Plan, Transform
+from effjax.caches import Kind, RingCache
+from effjax.caches.install import Place
+from effjax.fields import Natural
+from effjax.methods.cache import press
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamingLLMPlan(Plan):
+class StreamingLLMPlan(press.BudgetPlan):
     """How many tokens are kept.
 
     Attributes:
-        capacity: slots of a text, sinks included; or None, for
-        ratio: the share of a text's tokens (prompt and new ones) that has no slot; half of them if
-            neither is given.
+        capacity: slots of a sequence, sinks included; or None, for
+        ratio: the share of a sequence's tokens (prompt and new ones) that has no slot; half of them
+            if neither is given.
         sinks: first tokens that are never overwritten.
     """
 
-    capacity: Count | None = None
-    ratio: Dropped | None = None
     sinks: Natural = 4
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_budget(self, sinks=self.sinks)
+    @property
+    def always(self) -> Mapping[str, int]:
+        return {"sinks": self.sinks}
+
+    def kind(self, place: Place) -> Kind:
+        slots, own = self.budget(place.cache_length.total)
+        ring = max(slots - self.sinks, 1)
+        return RingCache, {"sinks": self.sinks, "ring": ring, "own": own}
 
 
-def transform(plan: StreamingLLMPlan) -> Transform:
-    """Give every attention layer a cache of sinks and a ring."""
-
-    def apply(forward: Forward, params: Params) -> Pair:
-        return forward.patch(Caches(_choose, plan)), params
-
-    return Transform(METHOD.name, plan, apply)
-
-
-def _choose(
-    plan: StreamingLLMPlan, core: CausalCore, cache_length: CacheLength, layer: int
-) -> Kind:
-    slots, own = budgets(plan.capacity, plan.ratio, cache_length.total, always=plan.sinks)
-    return RingCache, {"sinks": plan.sinks, "ring": max(slots - plan.sinks, 1), "own": own}
-
-
-def _identity(subject: testing.Subject) -> StreamingLLMPlan:
-    return StreamingLLMPlan(ratio=0.0)
-
-
-def _ladder(subject: testing.Subject) -> tuple[StreamingLLMPlan, ...]:
-    return tuple(StreamingLLMPlan(ratio=ratio, sinks=2) for ratio in (0.3, 0.5, 0.7))
-
-
-METHOD = Method(
-    name="streaming_llm",
-    paper="Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
-    seams=("patches",),
-    domain="language models",
-    plan=StreamingLLMPlan,
-    transform=transform,
-    identity=_identity,
-    ladder=_ladder,
-    tiny=testing.tiny_llama,
+METHOD = press.method(
+    "streaming_llm",
+    "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
+    StreamingLLMPlan,
     systems=("StreamingLLM",),
+    ratios=(0.3, 0.5, 0.7),
+    sinks=2,
 )
+transform = METHOD.transform

@@ -11,17 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from effjax import testing
+from effjax.caches import Caches, DenseCache, RingCache, as_it_is, budgets
+from effjax.caches.slots import ring_positions, ring_slot
 from effjax.context import CacheLength, states
 from effjax.layers.attention import CausalCore
-from effjax.layers.kv_cache import (
-    Caches,
-    DenseCache,
-    RingCache,
-    as_it_is,
-    budgets,
-    ring_positions,
-    ring_slot,
-)
 from effjax.layers.rotary import Rotary
 
 TEXT = 23  # tokens of the texts below

@@ -1,9 +1,9 @@
 """Caches that seal windows: full ones in a smaller form, the one that is being filled as it is.
 
-A text is cut in windows of W tokens. A token goes to the open window; the token that fills it still
-sees the whole window as it is, and then the window is sealed and the next one is opened. So between
-1 and W last tokens are exact: the window is a residual buffer that empties when it is full, it does
-    not slide.
+A sequence is cut in windows of W tokens. A token goes to the open window; the token that fills it
+still sees the whole window as it is, and then the window is sealed and the next one is opened. So
+between 1 and W last tokens are exact: the window is a residual buffer that empties when it is full;
+it does not slide.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from effjax.caches.inputs import AttentionInputs
+from effjax.caches.protocol import KVCache
+from effjax.caches.slots import Lengths, Places, lengths_after, put, take
 from effjax.context import CacheLength, State
-from effjax.layers.attention import Heads, KeyHeads, Positions
-from effjax.layers.kv_cache import KVCache, Lengths, lengths_after, put, take
+from effjax.layers.attention import Heads
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.merge import merge
 
@@ -31,7 +33,7 @@ class ResidualBufferCache(KVCache):
     """What caches with windows share.
 
     Args:
-        window: W. In texts that are not longer nothing is ever sealed.
+        window: W. In sequences that are not longer nothing is ever sealed.
         sealed: names of what `seal` makes.
         parts: names of what an open window holds beside keys `k` and values `v`.
     """
@@ -62,7 +64,7 @@ class ResidualBufferCache(KVCache):
     def exact_chunked_prefill(self) -> bool:
         return self.slots == 0
 
-    def more(self, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"]) -> Arrays:
+    def more(self, inputs: AttentionInputs) -> Arrays:
         """What an open window holds beside keys (rotated) and values, by name: [B, S, ...]."""
         return {}
 
@@ -80,24 +82,19 @@ class ResidualBufferCache(KVCache):
     ) -> tuple[Heads, Float[Array, "B S H"]]:
         """Attention of one token to the first sealed ones, and its log-sum-exps."""
 
-    def store(
-        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
-    ) -> None:
-        tokens = self._tokens(self.core.rotary(k, positions), v, x)
+    def store(self, inputs: AttentionInputs) -> None:
+        tokens, positions = self._tokens(inputs), inputs.positions
         lengths = lengths_after(positions)
         sealed, _ = self._read(tokens)
         if self.slots:
-            slots = jnp.broadcast_to(jnp.arange(self.slots), (k.shape[0], self.slots))
+            slots = jnp.broadcast_to(jnp.arange(self.slots), (len(lengths), self.slots))
             wanted = jnp.where(slots < lengths[:, None], slots, -1)
             sealed = self.seal({n: take(part, positions, wanted) for n, part in tokens.items()})
         opened = self._open(lengths)
         self._write(sealed, {n: take(part, positions, opened) for n, part in tokens.items()})
 
-    def append(
-        self, q: Heads, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"], positions: Positions
-    ) -> Heads:
-        q = self.core.rotary(q, positions)
-        tokens = self._tokens(self.core.rotary(k, positions), v, x)
+    def append(self, inputs: AttentionInputs) -> Heads:
+        q, tokens, positions = inputs.rotated_q, self._tokens(inputs), inputs.positions
         held = self._read(tokens)
         if q.shape[1] == 1:
             out, *held = self._one(q, tokens, positions, *held)
@@ -122,7 +119,7 @@ class ResidualBufferCache(KVCache):
         return jnp.concatenate([sealed, self._open(lengths)], axis=1)[:, None]
 
     def _one(
-        self, q: Heads, tokens: Arrays, positions: Positions, sealed: Arrays, opened: Arrays
+        self, q: Heads, tokens: Arrays, positions: Places, sealed: Arrays, opened: Arrays
     ) -> tuple[Heads, Arrays, Arrays]:
         """Append a token to every row, attend, and seal the windows that it fills."""
         place = jnp.where(positions >= 0, positions % self.window, -1)
@@ -141,8 +138,9 @@ class ResidualBufferCache(KVCache):
             new[name] = put(sealed[name], part, slots)
         return out, new, opened
 
-    def _tokens(self, k: KeyHeads, v: KeyHeads, x: Float[Array, "B S C"]) -> Arrays:
-        return {"k": k, "v": v, **(self.more(k, v, x) if self.slots else {})}
+    def _tokens(self, inputs: AttentionInputs) -> Arrays:
+        more = self.more(inputs) if self.slots else {}
+        return {"k": inputs.rotated_k, "v": inputs.v, **more}
 
     def _open(self, lengths: Lengths) -> Int[Array, "B W"]:
         """Positions of the tokens in the window that is being filled; -1 for an empty slot."""

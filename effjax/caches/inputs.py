@@ -1,0 +1,57 @@
+"""What an attention layer sees of the tokens of a call."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions, places
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionInputs:
+    """What caches store and scores go by.
+
+    Attributes:
+        q, k, v: heads before their rotation.
+        x: the tokens they were projected from.
+        positions: places of the tokens in their sequences; -1 is padding.
+        angles: positions that queries and keys are rotated to: the same, or one row for each
+            section of the frequencies.
+        core: the original core, for its rotation and its window.
+    """
+
+    q: Heads
+    k: KeyHeads
+    v: KeyHeads
+    x: Float[Array, "B S C"]
+    positions: Int[Array, "B S"]
+    angles: Int[Array, "B S"] | Int[Array, "B R S"]
+    core: CausalCore
+
+    @classmethod
+    def of(
+        cls,
+        q: Heads,
+        k: KeyHeads,
+        v: KeyHeads,
+        x: Float[Array, "B S C"],
+        positions: Positions | None,
+        core: CausalCore,
+    ) -> AttentionInputs:
+        """What a core is called with; without positions those of whole rows, 0, 1, 2, ..."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+        return cls(q, k, v, x, *places(positions), core)
+
+    @property
+    def rotated_q(self) -> Heads:
+        """Queries, rotated to the positions of their tokens."""
+        return self.core.rotary(self.q, self.angles)
+
+    @property
+    def rotated_k(self) -> KeyHeads:
+        """Keys, rotated to the positions of their tokens."""
+        return self.core.rotary(self.k, self.angles)

@@ -1,0 +1,105 @@
+"""Which caches a forward has, and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from effjax.caches import Caches, KVCache, as_it_is
+from effjax.forward import Forward, Params, StateDict
+from effjax.targets import canonical
+
+
+def has_cache(forward: Forward) -> bool:
+    """Whether a patch of the forward puts caches into it."""
+    return any(getattr(patch, "caches", False) for patch in forward.patches)
+
+
+def cached(forward: Forward) -> Forward:
+    """The forward, with a dense cache if it has none."""
+    return forward if has_cache(forward) else forward.patch(Caches(as_it_is))
+
+
+def caches(forward: Forward, params: Params) -> dict[str, KVCache]:
+    """The caches of a forward by target module, without what they hold."""
+    found: dict[str, KVCache] = {}
+
+    def look(params: Params) -> None:
+        token = jnp.zeros((1, 1), jnp.int32)
+        for path, node in nnx.iter_graph(forward.patched(params, (token,))):
+            if isinstance(node, KVCache):
+                found[canonical(path)] = node
+
+    jax.eval_shape(look, params)
+    return found
+
+
+# Jitted because shaping a state traces the whole model.
+@partial(jax.jit, static_argnums=2)
+def empty_state(forward: Forward, params: Params, batch: int) -> StateDict:
+    """What the caches of a forward hold before anything was read."""
+    token = jnp.zeros((batch, 1), jnp.int32)
+    return forward.init(params, token, token)
+
+
+def check_shortest(forward: Forward, tokens: int) -> None:
+    """Raise ValueError if a cache has nothing for sequences of so few tokens."""
+    for patch in forward.patches:
+        if isinstance(patch, Caches):
+            patch.check(tokens)
+
+
+class CacheBytes(NamedTuple):
+    """Bytes of caches.
+
+    Attributes:
+        allocated: what the arrays take.
+        useful: the part of slots that hold a token.
+    """
+
+    allocated: int
+    useful: int
+
+
+def sequence_bytes(forward: Forward, params: Params, tokens: int) -> CacheBytes:
+    """What the caches of one prompt of so many tokens take, and how much of that it uses."""
+    forward = cached(forward).with_cache_length(tokens, 0)
+    sequence = jnp.zeros((1, tokens), jnp.int32)
+    positions = jnp.arange(tokens)[None]
+
+    @jax.jit  # of the model only what a cache chooses its tokens by is computed
+    def shares(params: Params) -> dict[str, Array]:
+        state = forward.init(params, sequence[:, :1], positions[:, :1])
+        _, state = forward(params, state, sequence, positions, step=0)
+        return filled(forward, params, state, jnp.full(1, tokens))
+
+    state = jax.eval_shape(partial(empty_state, forward, batch=1), params)
+    return total_bytes(state, shares(params))
+
+
+@partial(jax.jit, static_argnums=0)
+def filled(forward: Forward, params: Params, state: StateDict, lengths: Array) -> dict[str, Array]:
+    """Share of each cache's slots that hold a token, by target module."""
+    token = jnp.zeros((lengths.shape[0], 1), jnp.int32)
+    module = forward.loaded(params, state, token, step=1)
+    found = ((canonical(path), node) for path, node in nnx.iter_graph(module))
+    return {path: node.filled(lengths) for path, node in found if isinstance(node, KVCache)}
+
+
+def total_bytes(state: Mapping[str, Any], shares: Mapping[str, Array]) -> CacheBytes:
+    """Bytes of a state's caches, of which shares of slots hold a token."""
+    allocated, useful = 0, 0.0
+    for path, share in shares.items():
+        own = sum(
+            leaf.size * leaf.dtype.itemsize
+            for name, leaf in state.items()
+            if name.startswith(f"{path}.")
+        )
+        allocated, useful = allocated + own, useful + own * float(share)
+    return CacheBytes(allocated, round(useful))

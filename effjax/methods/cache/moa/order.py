@@ -1,0 +1,76 @@
+"""The same model with its heads in another order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from effjax.forward import Forward, Params, flatten_params, nest_params
+from effjax.layers.attention import CausalAttention
+from effjax.methods.cache.moa.plan import MoAPlan, Rule, check_fits
+from effjax.quant import QTensor
+
+
+def order_heads(
+    plan: MoAPlan, forward: Forward, params: Params, *, tokens: int, devices: int = 1
+) -> tuple[MoAPlan, Params]:
+    """The same model and plan with each layer's key heads in another order, query heads with them.
+
+    For the layout "grouped". On one device heads that have equally many slots stand side by side,
+    so that no cache gathers them. For several devices, each of which holds as many heads one after
+    the other, the devices' sums of slots are balanced: the largest heads go first, each to the
+    device that has the least.
+
+    Args:
+        forward, params: a model whose projections are floats.
+        tokens: the length that slots are counted for.
+        devices: that share the heads.
+
+    Raises:
+        ValueError: if devices do not divide the key heads, or projections are quantized already.
+    """
+    config = forward.config
+    kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    check_fits(plan, config.num_layers, config.num_heads, kv_heads)
+    if devices < 1 or kv_heads % devices:
+        raise ValueError(f"{kv_heads} key heads cannot be shared evenly by {devices} devices")
+    flat, alphas, betas = flatten_params(params), [], []
+    for layer, target in enumerate(forward.target_modules(params, CausalAttention)):
+        order = _order(plan.slots(layer, tokens), plan.rules(layer), devices)
+        alphas.append(tuple(plan.alphas[layer][head] for head in order))
+        betas.append(tuple(plan.betas[layer][head] for head in order))
+        queries = (np.asarray(order)[:, None] * group + np.arange(group)).reshape(-1)
+        for name, heads in {"q": queries, "k": order, "v": order, "out": queries}.items():
+            for part in ("kernel", "bias"):
+                path = f"{target.path}.to_{name}.{part}"
+                if path not in flat or (name == "out" and part == "bias"):
+                    continue
+                if isinstance(flat[path], QTensor):
+                    raise ValueError(f"{path} is quantized: order the heads before")
+                axis = 0 if name == "out" else -1
+                flat[path] = _reordered(flat[path], np.asarray(heads), axis)
+    return dataclasses.replace(plan, alphas=tuple(alphas), betas=tuple(betas)), nest_params(flat)
+
+
+def _order(slots: Sequence[int], rules: Sequence[Rule], devices: int) -> list[int]:
+    """Heads in their new order: by device, and in each by slots and rules."""
+    cache_length = len(slots) // devices
+    held: list[list[int]] = [[] for _ in range(devices)]
+    for head in sorted(range(len(slots)), key=lambda head: -slots[head]):
+        free = [own for own in held if len(own) < cache_length]
+        min(free, key=lambda own: sum(slots[each] for each in own)).append(head)
+    return [
+        head
+        for own in held
+        for head in sorted(own, key=lambda head: (slots[head], rules[head], head))
+    ]
+
+
+def _reordered(x: Array, heads: np.ndarray, axis: int) -> Array:
+    """An array with its heads, which lie side by side on an axis, in this order."""
+    parts = jnp.stack(jnp.split(x, len(heads), axis=axis))
+    return jnp.concatenate(list(parts[heads]), axis=axis)
