@@ -115,6 +115,7 @@ def _kind(config: LlamaConfig) -> str:
         "mlp_bias": config.mlp_bias,
         "window": config.window is not None,
         "window_layers": bool(config.window_layers),
+        "rope_sections": bool(config.rope_sections),
     }
     own = {name for name, on in switches.items() if on}
     both = {"qkv_bias", "out_bias"}

@@ -73,6 +73,8 @@ def generate(
     prompts: Prompts | None = None,
     *,
     max_new_tokens: int,
+    inputs_embeds: Any = None,
+    positions: Any = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -93,6 +95,7 @@ def generate(
         prompts: token ids, rows of any lengths; with a prefix cache they continue its sequences,
             and None continues them with nothing between.
         max_new_tokens: the most tokens to make for a row.
+        inputs_embeds, positions: see `prefill`.
         temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; without a temperature,
             and with 0, the most likely token is taken.
         eos: tokens that end a sequence.
@@ -129,14 +132,15 @@ def generate(
         raise ValueError(f"a streamer has the functions put and end, got {streamer!r}")
     ends = np.atleast_1d(np.asarray(eos, np.int32))
     check_tokens(forward, ends)
+    given: Any = {"inputs_embeds": inputs_embeds, "positions": positions, "buckets": buckets}
     if prefix is None:
-        if prompts is None:
+        if prompts is None and inputs_embeds is None:
             raise ValueError("give prompts, or a prefix cache that has read some")
-        prefix = prefill(forward, params, prompts, new=max_new_tokens, chunk=chunk, buckets=buckets)
+        prefix = prefill(forward, params, prompts, new=max_new_tokens, chunk=chunk, **given)
     else:
         check_maker(prefix, forward)
-        if prompts is not None:
-            prefix = extend(params, prefix, prompts, buckets=buckets)
+        if prompts is not None or inputs_embeds is not None:
+            prefix = extend(params, prefix, prompts, **given)
         check_room(prefix, max_new_tokens)
         prefix = _copied(prefix)
     rows, batch = prefix.sequences, len(prefix.lengths)
@@ -284,8 +288,11 @@ def _decode(
 
     def step(carry: tuple[PrefixCache, _Made]) -> tuple[PrefixCache, _Made]:
         prefix, made = carry
-        positions = jnp.where(made.done, -1, prefix.lengths)
-        prefix = read(1, params, prefix, _last(made)[:, None], positions[:, None])
+        positions = jnp.where(made.done, -1, prefix.lengths)[:, None]
+        if prefix.shift is not None:
+            angles = (prefix.lengths + prefix.shift)[:, None]
+            positions = jnp.stack([positions, angles], axis=1)
+        prefix = read(1, params, prefix, _last(made)[:, None], positions)
         return prefix, _choose(made, prefix.logits, prefix.occurred, sampling, keys, ends)
 
     def going(carry: tuple[PrefixCache, _Made]) -> Array:

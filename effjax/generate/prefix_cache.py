@@ -1,9 +1,10 @@
-"""Texts that were read into a cache, to be continued: prefill and extend."""
+"""Sequences that were read into a cache, to be continued: prefill and extend."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from effjax.caches.slots import told
 from effjax.cost import state_bytes
 from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
-from effjax.generate.arguments import Prompts, check_count, check_tokens, padded, split, wider
+from effjax.generate.arguments import Prompts, check_count, rows_of
 from effjax.generate.installed import (
     CacheBytes,
     cached,
@@ -26,6 +27,7 @@ from effjax.generate.installed import (
     filled,
     total_bytes,
 )
+from effjax.layers.attention import Positions, places
 
 LEAST = 64  # tokens of the smallest bucket: fewer cost nearly as much, and are other programs
 ADVICE = (
@@ -36,12 +38,12 @@ ADVICE = (
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("state", "lengths", "logits", "occurred", "end"),
+    data_fields=("state", "lengths", "logits", "occurred", "end", "shift"),
     meta_fields=("forward",),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class PrefixCache:
-    """Texts that were read once, to be continued any number of times.
+    """Sequences that were read once, to be continued any number of times.
 
     It is a value: `generate` and `extend` leave it as it is. Rows beyond the sequences are padding.
 
@@ -52,6 +54,7 @@ class PrefixCache:
         logits: [B, V] of the token that follows.
         occurred: which tokens each sequence holds.
         end: how long the sequences may become, as it was asked for.
+        shift: int32[B] what is added to the place of a token that follows to rotate it; None for 0.
     """
 
     forward: Forward
@@ -60,6 +63,7 @@ class PrefixCache:
     logits: Float[Array, "B V"]
     occurred: Bool[Array, "B V"]
     end: Int[Array, ""]
+    shift: Int[Array, " B"] | None = None
 
     @property
     def sequences(self) -> int:
@@ -74,9 +78,11 @@ class PrefixCache:
 def prefill(
     forward: Forward,
     params: Params,
-    prompts: Prompts,
+    prompts: Prompts | None = None,
     *,
     new: int,
+    inputs_embeds: Any = None,
+    positions: Any = None,
     chunk: int | None = None,
     buckets: Buckets = POWERS,
 ) -> PrefixCache:
@@ -85,8 +91,13 @@ def prefill(
     Args:
         forward: a language model; one without a cache gets a dense one.
         params: its parameters.
-        prompts: token ids, rows of any lengths.
+        prompts: token ids, rows of any lengths. Beside `inputs_embeds` they are only what a
+            repetition penalty knows.
         new: how many tokens may follow, those that `extend` adds included.
+        inputs_embeds: rows [S, hidden_size] in place of the embeddings of tokens, of any lengths.
+        positions: int[R, S] for each row, what its tokens are rotated to: one row of positions, or
+            one for each of the model's `rope_sections` (M-RoPE). None for 0, 1, 2, ... What
+            follows goes on from the highest one.
         chunk: read in pieces of so many tokens, for prompts whose activations do not fit; all at
             once if None.
         buckets: sizes that the tokens of prompts, and those that may follow, are rounded up to, so
@@ -94,13 +105,12 @@ def prefill(
             for exact shapes. With either, rows go up to powers of two. No result depends on it.
 
     Raises:
-        ValueError: for empty prompts, unknown tokens, prompts longer than the model's sequences, or
-            chunks that this kind of cache cannot read.
+        ValueError: for empty prompts, unknown tokens, prompts longer than the model's sequences,
+            rows that do not fit together, or chunks that this kind of cache cannot read.
     """
-    tokens, lengths = padded(prompts)
-    check_tokens(forward, tokens)
+    rows = rows_of(forward, prompts, inputs_embeds, positions)
     check_count("new", new, least=0)
-    limit, longest = forward.config.max_length, int(lengths.max())
+    limit, longest = forward.config.max_length, rows.columns
     if longest + new > limit:
         raise ValueError(
             f"{longest} tokens and {new} new ones are beyond the {limit} that the model was "
@@ -109,19 +119,19 @@ def prefill(
     if chunk is not None:
         check_count("chunk", chunk)
     forward = cached(forward)
-    check_shortest(forward, int(lengths.min()) + new)
+    check_shortest(forward, int(rows.lengths.min()) + new)
     end = np.int32(longest + new)
     prompt, new = (min(bucket(size, buckets, least=LEAST), limit) for size in (longest, new))
     columns = prompt
     if chunk is not None and chunk < longest:
         _check_chunks(forward.with_cache_length(longest, int(end) - longest), params)
         columns = longest if sizes_of(buckets) is None else -(-longest // chunk) * chunk
-    batch = bucket(len(tokens), POWERS if sizes_of(buckets) is not None else None)
-    tokens, lengths = wider(tokens, batch, columns), wider(lengths, batch)
+    batch = bucket(len(rows.lengths), POWERS if sizes_of(buckets) is not None else None)
+    rows = rows.wider(batch, columns)
     forward = forward.with_cache_length(prompt, new, limit)
-    first, *others = split(tokens, lengths, chunk or columns)
-    ends = np.where(lengths > 0, lengths + (end - longest), 0).astype(np.int32)
-    prefix = _read_first(forward, params, *first, ends, end)
+    first, *others = rows.split(chunk or columns)
+    ends = np.where(rows.lengths > 0, rows.lengths + (end - longest), 0).astype(np.int32)
+    prefix = _read_first(forward, params, *first[:2], ends, end, *first[2:])
     for piece in others:
         prefix = _read_on(params, prefix, *piece)
     return prefix
@@ -142,7 +152,13 @@ def _check_chunks(forward: Forward, params: Params) -> None:
 
 
 def extend(
-    params: Params, prefix: PrefixCache, prompts: Prompts, *, buckets: Buckets = POWERS
+    params: Params,
+    prefix: PrefixCache,
+    prompts: Prompts | None = None,
+    *,
+    inputs_embeds: Any = None,
+    positions: Any = None,
+    buckets: Buckets = POWERS,
 ) -> PrefixCache:
     """Append tokens to the sequences of a prefix cache, such as a question to a context.
 
@@ -150,26 +166,30 @@ def extend(
         params: of the model.
         prefix: it stays as it is.
         prompts: token ids, a row for every sequence.
+        inputs_embeds, positions: see `prefill`; without positions what is appended goes on from the
+            highest one.
         buckets: of several tokens: "powers of two" from 8 on, a list, or None, see `prefill`.
 
     Raises:
         ValueError: if there is no room, or the kind of cache appends tokens singly only.
     """
-    tokens, lengths = padded(prompts)
-    check_tokens(prefix.forward, tokens)
-    if len(tokens) != prefix.sequences:
+    rows = rows_of(prefix.forward, prompts, inputs_embeds, positions)
+    if len(rows.lengths) != prefix.sequences:
         raise ValueError(
-            f"the prefix cache has {prefix.sequences} sequences, got {len(tokens)} continuations"
+            f"the prefix cache has {prefix.sequences} sequences, got {len(rows.lengths)} "
+            f"continuations"
         )
-    check_room(prefix, int(lengths.max()))
-    columns = tokens.shape[1]
+    columns = rows.columns
+    check_room(prefix, columns)
     if columns > 1:  # one is a program of its own, and all that some caches take
         columns = bucket(columns, buckets, least=FEW)
     before = np.asarray(prefix.lengths)
-    tokens, lengths = wider(tokens, len(before), columns), wider(lengths, len(before))
-    (piece,) = split(tokens, lengths, columns)
-    positions = np.where(piece[1] >= 0, before[:, None] + piece[1], -1)
-    return _read_more(params, prefix, piece[0], positions)
+    rows = rows.wider(len(before), columns)
+    if prefix.shift is not None and rows.angles is None:
+        angles = (before + np.asarray(prefix.shift))[:, None, None] + np.arange(columns)
+        rows = rows._replace(angles=angles.astype(np.int32))
+    ((tokens, positions, *embeds),) = rows.split(columns, before[:, None])
+    return _read_more(params, prefix, tokens, positions, *embeds)
 
 
 def cache_bytes(params: Params, prefix: PrefixCache) -> CacheBytes:
@@ -207,23 +227,46 @@ def check_maker(prefix: PrefixCache, forward: Forward) -> None:
 
 
 def read(
-    step: int, params: Params, prefix: PrefixCache, tokens: Array, positions: Array
+    step: int,
+    params: Params,
+    prefix: PrefixCache,
+    tokens: Array | None,
+    positions: Positions,
+    embeds: Array | None = None,
 ) -> PrefixCache:
-    """Read one piece of the sequences; a row that ends in it leaves its logits."""
-    last = jnp.argmax(positions, axis=1)
-    ended = jnp.max(positions, axis=1) >= 0
-    logits, state = prefix.forward(
-        params, prefix.state, tokens, positions, last[:, None], step=step
-    )
-    valid = positions >= 0
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    where = jnp.where(valid, tokens, prefix.occurred.shape[1])
+    """Read one piece of the sequences; a row that ends in it leaves its logits.
+
+    Args:
+        step: 0 for the first piece, 1 for others.
+        params, prefix: what is continued.
+        tokens: their ids, None where they are not known.
+        positions: see `Llama`.
+        embeds: what the model is given in place of tokens.
+    """
+    place, angles = places(positions)
+    valid, last = place >= 0, jnp.argmax(place, axis=1)
+    ended = jnp.any(valid, axis=1)
+    inputs: tuple = (tokens, positions, last[:, None])
+    if embeds is not None:
+        inputs = (None, positions, last[:, None], None, embeds)
+    logits, state = prefix.forward(params, prefix.state, *inputs, step=step)
+    occurred, shift = prefix.occurred, prefix.shift
+    if tokens is not None:
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        where = jnp.where(valid, tokens, occurred.shape[1])
+        occurred = occurred.at[rows, where].set(True, mode="drop")
+    lengths = prefix.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+    if angles.ndim == 3:
+        before = jnp.zeros_like(lengths) if shift is None else shift
+        highest = jnp.max(jnp.where(valid[:, None], angles, -1), axis=(1, 2)) + 1
+        shift = jnp.where(ended, jnp.maximum(highest, prefix.lengths + before) - lengths, before)
     return dataclasses.replace(
         prefix,
         state=state,
-        lengths=prefix.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32),
+        lengths=lengths,
         logits=jnp.where(ended[:, None], logits[:, 0], prefix.logits),
-        occurred=prefix.occurred.at[rows, where].set(True, mode="drop"),
+        occurred=occurred,
+        shift=shift,
     )
 
 
@@ -231,13 +274,14 @@ def read(
 def _read_first(
     forward: Forward,
     params: Params,
-    tokens: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
+    tokens: Int[Array, "B S"] | None,
+    positions: Positions,
     ends: Int[Array, " B"],
     end: Int[Array, ""],
+    embeds: Float[Array, "B S C"] | None = None,
 ) -> PrefixCache:
     """Read the first piece; sequences are to end after `ends` tokens, never later than `end`."""
-    batch, vocabulary = tokens.shape[0], forward.config.vocab_size
+    batch, vocabulary = positions.shape[0], forward.config.vocab_size
     prefix = PrefixCache(
         forward,
         told(empty_state(forward, params, batch), ends),
@@ -246,7 +290,7 @@ def _read_first(
         jnp.zeros((batch, vocabulary), bool),
         end,
     )
-    return read(0, params, prefix, tokens, positions)
+    return read(0, params, prefix, tokens, positions, embeds)
 
 
 # A prefix cache that is being read is donated; one that is extended is kept, others may extend it

@@ -367,7 +367,8 @@ class CausalAttention(OneStream):
     def rotate(self, q: Heads, k: KeyHeads, *positions: Array) -> tuple[Heads, KeyHeads]:
         core = original(self.core)
         assert isinstance(core, CausalCore)
-        return core.rotary(q, positions[0]), core.rotary(k, positions[0])
+        _, angles = places(positions[0])
+        return core.rotary(q, angles), core.rotary(k, angles)
 
     def __call__(
         self, x: Float[Array, "B S C"], positions: Positions | None

@@ -43,26 +43,85 @@ class Rotary(nnx.Module):
     Args:
         head_dim: D, even.
         theta: base of the frequencies theta^(-2 i / D).
-        scaling: how frequencies are changed for longer texts, see `frequencies`.
+        scaling: how frequencies are changed for longer sequences, see `frequencies`.
+        sections: how many of the D / 2 frequencies go by each row of positions (M-RoPE of
+            Qwen2-VL: time, row and column of a patch); () for one row.
+        interleaved: rows take turns, frequency by frequency, as long as their section lasts, and
+            the first row has the rest (Qwen3-VL).
 
     Attributes:
         frequencies: D / 2 angles per position.
         factor: of cosines and sines (YaRN's temperature), 1 for all others.
+        rows: row of positions that each frequency goes by; () for one row.
+
+    Raises:
+        ValueError: for sections that are not D / 2 frequencies together.
     """
 
-    def __init__(self, head_dim: int, *, theta: float, scaling: Scaling = ()):
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        theta: float,
+        scaling: Scaling = (),
+        sections: tuple[int, ...] = (),
+        interleaved: bool = False,
+    ):
         found, self.factor = frequencies(head_dim, theta, scaling)
         self.frequencies = tuple(found.tolist())
+        self.sections = sections
+        self.rows = section_rows(head_dim, sections, interleaved=interleaved)
 
     def __call__(
-        self, x: Float[Array, "B S H D"], positions: Int[Array, "#B S"]
+        self, x: Float[Array, "B S H D"], positions: Int[Array, "#B S"] | Int[Array, "#B R S"]
     ) -> Float[Array, "B S H D"]:
-        """Rotate heads to their tokens' positions; float32 angles, the input's dtype."""
+        """Rotate heads to their tokens' positions; float32 angles, the input's dtype.
+
+        Args:
+            x: heads.
+            positions: one row for all frequencies, or one for each section.
+
+        Raises:
+            ValueError: for another number of rows.
+        """
         rates = np.asarray(self.frequencies, np.float32)
-        angles = positions.astype(jnp.float32)[:, :, None, None] * rates
+        if positions.ndim == 3:
+            count = positions.shape[1]
+            if count not in (1, len(self.sections)):
+                raise ValueError(
+                    f"positions have {count} rows to rotate by, and this model has "
+                    f"{len(self.sections) or 'no'} sections of frequencies: give 1 row"
+                    + (f" or {len(self.sections)}" if self.sections else "")
+                )
+            rows = np.zeros(len(rates), int) if count == 1 else np.asarray(self.rows)
+            positions = positions[:, rows].swapaxes(1, 2)
+            angles = positions.astype(jnp.float32)[:, :, None] * rates
+        else:
+            angles = positions.astype(jnp.float32)[:, :, None, None] * rates
         cos, sin = (self.factor * f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
         left, right = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def section_rows(
+    head_dim: int, sections: tuple[int, ...], *, interleaved: bool = False
+) -> tuple[int, ...]:
+    """Row of positions that each of the D / 2 frequencies goes by, see `Rotary`.
+
+    Raises:
+        ValueError: for sections that are not D / 2 frequencies together.
+    """
+    if not sections:
+        return ()
+    if sum(sections) != head_dim // 2:
+        raise ValueError(
+            f"sections {sections} have {sum(sections)} frequencies, heads of {head_dim} channels "
+            f"have {head_dim // 2}"
+        )
+    if not interleaved:
+        return tuple(row for row, count in enumerate(sections) for _ in range(count))
+    turns = ((i // len(sections), i % len(sections)) for i in range(head_dim // 2))
+    return tuple(row if turn < sections[row] else 0 for turn, row in turns)
 
 
 def frequencies(head_dim: int, theta: float, scaling: Scaling = ()) -> tuple[np.ndarray, float]:

@@ -23,12 +23,12 @@ from jaxtyping import Array, Float, Int
 
 from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName, Positive, Range
-from effjax.layers.attention import CausalAttention
+from effjax.layers.attention import CausalAttention, Positions
 from effjax.layers.folding import QKV, Fold
 from effjax.layers.linear import Linear, dot_transposed
 from effjax.layers.mlp import GatedMLP
 from effjax.layers.norms import RMSNorm
-from effjax.layers.rotary import Rotary, Scaling, frequencies
+from effjax.layers.rotary import Rotary, Scaling, frequencies, section_rows
 from effjax.layers.stack import Stack
 from effjax.layers.token_scores import token_scores
 
@@ -47,6 +47,9 @@ class LlamaConfig(Checked):
             that its rotation may be stretched.
         rope_theta: base of the rotary frequencies.
         rope_scaling: how they are stretched, see `effjax.layers.rotary.frequencies`.
+        rope_sections: how many frequencies go by each row of positions (M-RoPE), () for one row,
+            see `effjax.layers.rotary.Rotary`.
+        rope_interleaved: whether those of the rows take turns.
         window: how many of the last tokens a token sees, None for all.
         window_layers: whether each layer has the window, () for all.
         qkv_bias, out_bias, mlp_bias: which linear layers have biases.
@@ -67,6 +70,8 @@ class LlamaConfig(Checked):
     max_positions: Count = 4096
     rope_theta: Annotated[float, Range(1, above=True)] = 10_000.0
     rope_scaling: Scaling = ()
+    rope_sections: tuple[Count, ...] = ()
+    rope_interleaved: bool = False
     window: Count | None = None
     window_layers: tuple[bool, ...] = ()
     qkv_bias: bool = False
@@ -93,6 +98,7 @@ class LlamaConfig(Checked):
                 f"{len(self.window_layers)}"
             )
         frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+        section_rows(self.head_dim, self.rope_sections)
 
     @property
     def max_length(self) -> int:
@@ -124,7 +130,13 @@ class LlamaBlock(nnx.Module):
 
     def __init__(self, config: LlamaConfig, layer: int, *, rngs: nnx.Rngs):
         hidden_size, eps, dtype = config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)
-        rotary = Rotary(config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+        rotary = Rotary(
+            config.head_dim,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+            sections=config.rope_sections,
+            interleaved=config.rope_interleaved,
+        )
         self.norm1 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
         self.attn = CausalAttention(
             hidden_size,
@@ -150,7 +162,7 @@ class LlamaBlock(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B S C"], positions: Int[Array, "B S"] | None
+        self, x: Float[Array, "B S C"], positions: Positions | None
     ) -> Float[Array, "B S C"]:
         x = x + self.attn(self.norm1(x), positions)
         return x + self.mlp(self.norm2(x))
@@ -181,35 +193,46 @@ class Llama(Model):
             )
         )
 
-    def layout(self, tokens: Array, *_: Any) -> Layout:
-        return Layout(grid=(0, 0, 0), text=tokens.shape[1])
+    def layout(self, tokens: Array | None, *others: Any) -> Layout:
+        given = others[3] if tokens is None else tokens
+        return Layout(grid=(0, 0, 0), text=given.shape[1])
 
     def valid_tokens(self, tokens: Array, positions: Array | None = None, *_: Any) -> Array | None:
         return None if positions is None else positions >= 0
 
     def __call__(
         self,
-        tokens: Int[Array, "B S"],
-        positions: Int[Array, "B S"] | None = None,
+        tokens: Int[Array, "B S"] | None,
+        positions: Positions | None = None,
         logits_to_keep: Int[Array, "B N"] | None = None,
         labels: Int[Array, "B N"] | None = None,
+        inputs_embeds: Float[Array, "B S C"] | None = None,
     ) -> Float[Array, "B N V"] | Float[Array, "B N"]:
         """Run the network.
 
         Args:
-            tokens: ids, 0 ... vocab_size - 1.
-            positions: of the tokens in their texts, rising along a row; -1 is padding, at any
-                place. None for 0, 1, 2, ... in every row.
+            tokens: ids, 0 ... vocab_size - 1; None with `inputs_embeds`.
+            positions: of the tokens in their sequences, rising along a row; -1 is padding, at any
+                place. None for 0, 1, 2, ... in every row. With several rows [B, 1 + R, S] the first
+                one says this, and the others what tokens are rotated to: R is 1, or the number of
+                `rope_sections`.
             logits_to_keep: columns whose logits are wanted; None for all. The head of a large
                 vocabulary costs more than a layer, and generation needs one column.
             labels: tokens whose log-probabilities are wanted in place of logits, which are then
                 never held all at once.
+            inputs_embeds: what stands in place of the embeddings of tokens.
 
         Returns:
             Logits [B, N, vocab_size] in `config.dtype`, or log-probabilities float32[B, N]; N = S
             if `logits_to_keep` is None. Those of padding mean nothing.
+
+        Raises:
+            ValueError: for both of tokens and `inputs_embeds`, or none.
         """
-        x = self.embed_tokens.get_value()[tokens].astype(self.config.dtype)
+        if (tokens is None) == (inputs_embeds is None):
+            raise ValueError("a language model takes tokens or inputs_embeds, one of them")
+        x = self.embed_tokens.get_value()[tokens] if inputs_embeds is None else inputs_embeds
+        x = x.astype(self.config.dtype)
         x = self.blocks(x, positions)
         if logits_to_keep is not None:
             x = jnp.take_along_axis(x, logits_to_keep[:, :, None], axis=1)

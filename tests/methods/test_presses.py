@@ -7,6 +7,7 @@ there: they agree where no token may follow.
 """
 
 import json
+import re
 from pathlib import Path
 
 import chex
@@ -16,8 +17,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effjax.caches import KVCache
+from effjax import testing
+from effjax.caches import AttentionInputs, KVCache
 from effjax.caches.slots import told
+from effjax.generate import generate, prefill
+from effjax.layers.attention import CausalCore
+from effjax.layers.rotary import Rotary
 from effjax.methods import (
     ada_kv,
     chunk_kv,
@@ -126,3 +131,35 @@ def test_budgets_of_layers_heads_and_chunks_are_those_of_presses(method, model):
     tokens = jnp.asarray(ARRAYS[f"{model}/tokens"])[None]
     got = masks(forward.with_cache_length(tokens.shape[1], 0), params, tokens)
     chex.assert_trees_all_equal(got, ARRAYS[f"{model}/{method.METHOD.name}/mask"])
+
+
+def test_the_press_of_the_page_runs():
+    """docs/kv-cache.md, "How to write a new press": scores by the formula, and generation."""
+    page = (Path(__file__).parents[2] / "docs" / "kv-cache.md").read_text()
+    section = page[page.index("## How to write a new press") :]
+    code = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL).group(1)
+    names = {"__name__": "effjax.methods.cache.key_diff"}
+    exec(code, names)
+    subject = testing.tiny_llama(num_layers=1)
+    plan = names["METHOD"].plan(ratio=0.5)
+    forward, params = names["transform"](plan)(subject.forward, subject.params)
+    prompts = [list(range(24)), [9, 9, 7, 1]]
+    prefix = prefill(forward, params, prompts, new=3, buckets=None)
+    assert [v.shape[1] for path, v in prefix.state.items() if path.endswith(".k")] == [12 + 3]
+    assert generate(forward, params, prefix=prefix, max_new_tokens=3).lengths.tolist() == [3, 3]
+    rng = np.random.default_rng(0)
+    q, k, v, x = (rng.standard_normal((2, 6, *s)).astype(np.float32) for s in SHAPES)
+    core = CausalCore(Rotary(8, theta=100.0))
+    positions = jnp.asarray([[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3]])
+    inputs = AttentionInputs.of(*map(jnp.asarray, (q, k, v, x)), positions, core)
+    got = np.asarray(plan.score(inputs))
+    keys = np.asarray(inputs.rotated_k)
+    keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    for row, first in enumerate((0, 2)):
+        own = keys[row, first:]
+        anchor = own.mean(0)
+        cosines = np.einsum("skd,kd->ks", own, anchor / np.linalg.norm(anchor, axis=-1)[:, None])
+        chex.assert_trees_all_close(got[row][:, first:], -cosines, atol=1e-5)
+
+
+SHAPES = (4, 8), (2, 8), (2, 8), (16,)  # of queries, keys, values and tokens

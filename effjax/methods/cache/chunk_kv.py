@@ -81,7 +81,8 @@ class ChunkKVPlan(press.WrapperPlan):
         first = jnp.argmax(valid, axis=1)[:, None]
         whole = jnp.sort(jnp.where(taken, jnp.arange(columns) + first, columns), axis=1)[:, :slots]
         few = best(scores, valid, kept, min(slots, self.chunk))
-        few = jnp.pad(few, ((0, 0), (0, 0), (0, slots - few.shape[2])), constant_values=columns)
+        short = ((0, 0), (0, 0), (0, whole.shape[1] - few.shape[2]))
+        few = jnp.pad(few, short, constant_values=columns)
         return jnp.where((lengths < self.chunk)[:, None, None], few, whole[:, None])
 
 

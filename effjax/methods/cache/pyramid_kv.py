@@ -4,15 +4,15 @@ Buys: the same bytes as one budget for all layers, spent where attention is spre
 look at everything, the last ones at few tokens.
 
     n = tokens of a prompt, b = what each layer would keep, w = what is kept in any case
-    least = b / beta,  most = 2 b - least;  where most > n - w:  most = n - w,  least = 2 b - most
-    layer l of L keeps round(most - l (most - least) / (L - 1)), if n >= most >= least >= w
-    and b otherwise (prompts too short for a pyramid)
+    least = b / beta,  most = 2 b - least
+    layer l of L keeps round(most - l (most - least) / (L - 1)), n at most and w at least
+
+With a ratio, b = n (1 - ratio): where most > n - w, most = n - w and least = 2 b - most; if then
+not n >= most >= least >= w (prompts too short for a pyramid), all layers keep b.
 
 Which tokens is the matter of another press' score, SnapKV's by default. Static: budgets. Dynamic:
 which tokens. Cost: (mean budget + new) / (prompt + new) of the dense cache. With a ratio a layer
-has slots for the largest budget that a shorter prompt of the batch may have, which for the last
-layers can be the b of a prompt without a pyramid; with a capacity it needs no more than the formula
-says.
+has slots for the largest budget that a shorter prompt may have.
 
 Source: PyramidKV, arXiv 2406.02069; kvpress' `PyramidKVPress`.
 """
@@ -58,17 +58,19 @@ def _table(plan: PyramidKVPlan, most: int, layer: int, layers: int) -> np.ndarra
 
 def layer_budget(plan: PyramidKVPlan, tokens: int, layer: int, layers: int) -> int:
     """What a layer keeps of a prompt of so many tokens."""
-    always, ratio = sum(plan.always.values()), plan.ratio or 0.0
-    if ratio == 0.0 and (plan.capacity is None or plan.capacity >= tokens):
+    always, ratio, capacity = sum(plan.always.values()), plan.ratio, plan.capacity
+    if ratio == 0.0:
         return tokens
-    mean = tokens * (1 - ratio) if plan.capacity is None else float(plan.capacity)
+    mean = tokens * (1 - ratio) if ratio is not None else float(capacity or tokens)
     least = mean / plan.beta
     most = 2 * mean - least
-    if most >= tokens - always:
-        most, least = tokens - always, 2 * mean - (tokens - always)
-    if not tokens >= most >= least >= always:
-        return min(tokens, max(always + 1, round(mean)))
-    return round(most - layer * (most - least) / max(layers - 1, 1))
+    if capacity is None:
+        if most >= tokens - always:
+            most, least = tokens - always, 2 * mean - (tokens - always)
+        if not tokens >= most >= least >= always:
+            most = least = mean
+    kept = round(most - layer * (most - least) / max(layers - 1, 1))
+    return min(tokens, max(always, 1, kept))
 
 
 METHOD = press.method(
