@@ -28,7 +28,7 @@ class AttentionInputs:
     v: KeyHeads
     x: Float[Array, "B S C"]
     positions: Int[Array, "B S"]
-    angles: Int[Array, "B S"] | Int[Array, "B R S"]
+    angles: Int[Array, "B S"] | Int[Array, "B N S"]
     core: CausalCore
 
     @classmethod

@@ -28,7 +28,7 @@ Positions = Int[Array, "B S"] | Int[Array, "B R S"]  # one row, or several, see 
 
 def places(
     positions: Positions,
-) -> tuple[Int[Array, "B S"], Int[Array, "B S"] | Int[Array, "B R S"]]:
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"] | Int[Array, "B N S"]]:
     """Places of tokens in their sequences, and the positions that they are rotated to.
 
     Of positions with several rows the first one says the places (-1 is padding), and the others say
