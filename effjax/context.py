@@ -176,12 +176,12 @@ class Guidance:
 
 @dataclasses.dataclass(frozen=True)
 class CacheLength:
-    """How long a text may become: what caches are sized by, static.
+    """How long a sequence may become: what caches are sized by, static.
 
     Attributes:
         prompt: tokens (columns, with padding) that are read before generation starts.
         new: tokens that may follow.
-        most: tokens that no text exceeds, though both may be rounded up; None if that is their sum.
+        most: tokens that no sequence exceeds, though both may be rounded up; None for their sum.
     """
 
     prompt: int
@@ -212,7 +212,7 @@ class Context:
         learned: `params["methods"]`: what methods learned, by method name and target module.
         span: the first network call that this trace serves and the one after the last; None if that
             is not known.
-        cache_length: how long texts may become, None if nobody said.
+        cache_length: how long sequences may become, None if nobody said.
     """
 
     step: Step = 0

@@ -57,7 +57,7 @@ class Forward:
         patches: functions `patch(module, context)` that wrap target modules, applied in order.
         fixed_step: the step that `at` fixed, or None.
         span: the calls that `within` promised, or None.
-        cache_length: how long texts may become, or None.
+        cache_length: how long sequences may become, or None.
         recipe: (method, plan) of every transform that was applied.
     """
 
@@ -176,7 +176,7 @@ class Forward:
         return dataclasses.replace(self, span=(start, stop))
 
     def with_cache_length(self, prompt: int, new: int, most: int | None = None) -> Forward:
-        """Say how long texts may become, which caches must know; see `CacheLength`."""
+        """Say how long sequences may become, which caches must know; see `CacheLength`."""
         return dataclasses.replace(self, cache_length=CacheLength(prompt, new, most))
 
     @property

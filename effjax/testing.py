@@ -134,10 +134,10 @@ def tiny_pixart(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
 
 
 def tiny_llama(*, batch: int = 2, **options: Any) -> Subject:
-    """A Llama of two layers with grouped heads, and random texts of 20 tokens to read.
+    """A Llama of two layers with grouped heads, and random sequences of 20 tokens to read.
 
     Args:
-        batch: texts.
+        batch: sequences.
         options: fields of `LlamaConfig` to change.
     """
     shape = {

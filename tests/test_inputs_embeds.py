@@ -8,7 +8,7 @@ import pytest
 from effjax import testing
 from effjax.generate import extend, generate, prefill
 from effjax.layers.rotary import Rotary
-from effjax.methods import ada_kv, kivi, snap_kv, tova
+from effjax.methods import ada_kv, cskv, kivi, snap_kv, tova
 from effjax.models.llama import LlamaConfig
 
 PROMPTS = [[5, 9, 2, 7, 7, 31, 8, 4, 11], [3, 1, 4], [6, 2, 9, 9, 40]]
@@ -170,6 +170,17 @@ def test_a_question_continues_embeddings(subject):
 def test_rows_that_do_not_fit_are_refused(subject, given, message):
     with pytest.raises(ValueError, match=message):
         prefill(subject.forward, subject.params, new=2, **given)
+
+
+def test_rebuilt_keys_have_no_rows_of_positions(subject):
+    """CSKV rotates what it rebuilds to the places of slots."""
+    plan = cskv.CSKVPlan(window=4)
+    pair = cskv.transform(plan)(subject.forward, subject.params)
+    want = generate(*pair, PROMPTS, max_new_tokens=NEW)
+    got = generate(*pair, inputs_embeds=embeddings(subject), max_new_tokens=NEW)
+    assert got.rows() == want.rows()
+    with pytest.raises(ValueError, match="cskv rotates rebuilt keys to their places"):
+        generate(*pair, PROMPTS, positions=equal_rows(), max_new_tokens=NEW)
 
 
 def test_a_model_takes_tokens_or_embeddings(subject):

@@ -1,1 +1,1 @@
-"""Methods that change what a language model keeps of the keys and values of its text."""
+"""Methods that change what a language model keeps of the keys and values of its sequences."""

@@ -65,8 +65,7 @@ class ChunkKVPlan(press.WrapperPlan):
     def choose(self, inputs: AttentionInputs, keep: Lengths, slots: int) -> Columns:
         """The tokens of the best chunks; of prompts shorter than a chunk the best tokens."""
         scores, valid = self.score(inputs), inputs.positions >= 0
-        columns = scores.shape[2]
-        lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+        lengths, columns = jnp.sum(valid, axis=1, dtype=jnp.int32), valid.shape[1]
         kept = jnp.asarray(self._kept(columns))[lengths]
         # By place in the sequence: chunks count from its first token.
         sums = left_aligned(jnp.sum(scores, axis=1), inputs.positions)

@@ -142,7 +142,7 @@ class Uniform(Shorthand):
 
 
 def _plan(subject: testing.Subject, *betas: float) -> MoAPlan:
-    """Rules that differ by head, for short texts."""
+    """Rules that differ by head, for short sequences."""
     config = subject.forward.config
     row = tuple(betas[head % len(betas)] for head in range(config.num_kv_heads))
     table = (row,) * config.num_layers
