@@ -20,6 +20,7 @@ from effjax.transform import Method
 SYSTEMS = Path(__file__).parent / "systems.toml"
 STATES = ("not yet", "not possible here")  # of systems that no method is; the second has a reason
 BESIDE = (
+    "effjax.methods.cache.press",
     "effjax.calibration",
     "effjax.search.allocation",
     "effjax.search.sensitivity",

@@ -73,7 +73,7 @@ METHOD = press.method(
     "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM "
     "Inference, arXiv 2407.11550",
     AdaKVPlan,
-    systems=("Ada-KV",),
+    systems=("AdaKV",),
     options=(("window", 2),),
 )
 transform = METHOD.transform
