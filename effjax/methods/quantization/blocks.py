@@ -23,7 +23,7 @@ from effjax.capture import stack_inputs
 from effjax.context import Layout, PyTree, tokens_as
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.generate import Prompts
-from effjax.generate.prefix_cache import padded
+from effjax.generate.arguments import padded
 from effjax.layers.linear import Linear
 from effjax.layers.stack import Stack
 from effjax.quant import QTensor
