@@ -124,6 +124,14 @@ def test_quantize_and_bench(untyped, capsys, folder, tmp_path, method):
     assert not bad.exists()
 
 
+def test_plans_are_said_in_short(capsys, folder, tmp_path, language_model):
+    words = (FAST, "--pattern", "WARS,AST", "--calls", 4)
+    _, figures, _ = run(capsys, "apply", folder, tmp_path / "shared", *words)
+    assert figures["plan"]["strategies"] == [[0, 3, 1, 3]] * 2
+    _, figures, _ = run(capsys, "apply", language_model[0], tmp_path / "half", "moa", "--beta", 0.5)
+    assert figures["plan"]["betas"] == [[0.5, 0.5]] * 2
+
+
 def test_bits_are_searched(capsys, folder, tmp_path):
     options = ("vidit_q", "--average-bits", 6, "--steps", 2, "--labels", "a,b")
     status, figures, _ = run(capsys, "search", folder, tmp_path / "found", *options)
@@ -201,8 +209,10 @@ FAST, ROUND = "dit_fast_attn", "round_to_nearest"
         (("apply", "FOLDER", "new", ROUND, "--plan", "FOLDER"), "irectory"),
         (("apply", "FOLDER", "new", ROUND, "--plan", "plan.json"), "plan.json is not valid JSON"),
         (("apply", "FOLDER", "new", ROUND, "--plan", "deep.json"), "deep.json is not valid JSON"),
-        (("apply", "FOLDER", "new", ROUND, "--plan", "deep.json", "--bits", "w4"), "leave out"),
+        (("apply", "FOLDER", "new", ROUND, "--plan", "deep.json", "--bits", "w4"), "out --bits"),
         (("apply", "FOLDER", "new", ROUND, "--bits", "w" + "9" * 5000), "bits must be such as"),
+        (("apply", "FOLDER", "new", ROUND, "--plan", "none.json"), "none.json cannot be read"),
+        (("apply", "FOLDER", "new\0", ROUND), "null byte"),
         (("methods", "magic"), "no method 'magic'"),
     ],
 )
@@ -260,6 +270,9 @@ def test_arguments_have_ranges(capsys, words):
     ("words", "message"),
     [
         (("search", "a", "b", "magic"), "no method 'magic'"),
+        (("search", "a", "b", "--threshold", "0.1", FAST), "stands behind its name"),
+        (("apply", "a", "b", "vidit_q", "--segments", '{"a":1}'), "must be a list, each a list"),
+        (("apply", "a", "b", "moa", "--alphas", "[[1e400]]"), "each a finite number"),
         (("search", "a", "b", "snap_kv"), "has no search"),
         (("fit", "a", "b", "gptq"), "is not trained"),
         (("apply", "a", "b", "gptq", "--size", "2"), "unrecognized arguments: --size 2"),

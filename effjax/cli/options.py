@@ -83,7 +83,7 @@ def make(kinds: Sequence[type], values: Mapping[str, Any]) -> Any:
         if set(values) <= set(own) and required(kind) <= set(values):
             return kind(**values)
     told = " or ".join(_usage(kind) for kind in kinds)
-    got = ", ".join(map(_option, values)) or "nothing"
+    got = ", ".join(map(option, values)) or "nothing"
     raise ValueError(f"give {told}; got {got}")
 
 
@@ -99,9 +99,10 @@ def required(kind: type) -> set[str]:
 def _usage(kind: type) -> str:
     needed = required(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
-    words = [_option(name) if name in needed else f"[{_option(name)}]" for name in names]
+    words = [option(name) if name in needed else f"[{option(name)}]" for name in names]
     return " ".join(words)
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """How a field is said."""
     return f"--{name.replace('_', '-')}"

@@ -30,7 +30,10 @@ def add_options(command: argparse.ArgumentParser, verb: str, name: str) -> None:
     Raises:
         ValueError: for a name of no method, or one that has no search, or is not trained.
     """
-    chosen = method(name)
+    try:
+        chosen = method(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; what a method takes stands behind its name") from None
     _check(chosen, verb)
     if chosen.data is not None and (verb != "apply" or chosen.calibrate is not None):
         add_arguments(command, chosen.data)
@@ -106,7 +109,9 @@ def _spoken(chosen: Method, arguments: argparse.Namespace) -> Plan | Shorthand:
     if arguments.plan is None:
         return options.make(ways(chosen), values)
     if values:
-        raise ValueError(f"--plan is a whole plan: leave out {', '.join(values)}")
+        raise ValueError(
+            f"--plan is a whole plan: leave out {', '.join(map(options.option, values))}"
+        )
     with naming(arguments.plan):
         return chosen.plan.from_dict(storage.read_json(arguments.plan))
 
