@@ -1,4 +1,4 @@
-"""Attention and matrix-product kernels for generative inference; depends on JAX alone."""
+"""Kernels for generative inference: attention and matrix products. They depend on JAX alone."""
 
 from pallas_kernels.implementation import use_implementation
 

@@ -38,9 +38,10 @@ def dense_attention(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of every query to every key.
+    """Attend from every query to every key.
 
-    The reference and the kernels are those of `block_sparse_attention`, with every block listed.
+    The reference and the kernels are those of `block_sparse_attention`, with all blocks in the
+    lists.
 
     Args:
         q: float[B, S, H, D].

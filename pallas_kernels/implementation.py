@@ -45,9 +45,9 @@ _unnamed = jax.make_user_context(None)  # what None stands for; a part of what J
 
 @contextlib.contextmanager
 def use_implementation(name: Implementation | None) -> Iterator[None]:
-    """Within this context, operations that name no implementation run this one.
+    """Run this implementation for operations that name none, within this context.
 
-    A function that was jitted before is traced again.
+    A function that was jitted outside of the context is traced again.
 
     Args:
         name: "xla" or "reference", which every operation has on every platform; None for the kernel

@@ -55,27 +55,28 @@ def quantized_attention(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Any:
-    """Attention of every query to the keys that a mask lets it see, on quantized operands.
+    """Attend from every query to the keys that a mask lets it see, with quantized products.
 
-    Operands come in floats and are quantized here. Gradients are those of attention without
-    quantization (straight through).
+    The operands are floats, and this function quantizes them. Gradients are those of attention
+    without quantization (straight through).
 
     Args:
         q: [B, S, H, D], float32, bfloat16 or float16.
         k, v: [B, T, K, D] and [B, T, K, E] in q's dtype.
         mask: lists of blocks, or a rule, for which each implementation chooses its own blocks.
-        bits: of the quantized values of queries and keys: 8, or 4 (kept in int8: the accuracy of 4
-            bits, not their speed).
-        values: quantized values of probabilities and values: "int8", "int4" (kept in int8),
-            "float8" (e4m3); None leaves them in v's dtype. GPUs have float8 from compute capability
-            8.9.
+        bits: number of bits of the quantized queries and keys: 8, or 4. 4 bits are kept in int8:
+            they have the accuracy of 4 bits, but not their speed.
+        values: how probabilities and values are quantized: "int8", "int4" (kept in int8) or
+            "float8" (e4m3). None leaves them in v's dtype. GPUs have float8 from compute capability
+            8.9 on.
         tokens: how many consecutive queries, and keys, share a scale: (128, 64) in SageAttention,
             (32, 64) in PAROAttention, one by default.
-        smooth: subtract the keys' mean over tokens first. Exact in real arithmetic, and what keys
-            with a common offset need.
-        scale: of the logits; D^-1/2 if None.
+        smooth: subtract the mean of the keys over tokens first. This is exact in real arithmetic,
+            and keys with a common offset need it.
+        scale: factor on the logits; D^-1/2 if None.
         segments: as in `block_sparse_attention`.
-        return_lse: return (output, log-sum-exp float32[B, S, H]) too, that of the keys as given.
+        return_lse: return (output, log-sum-exp float32[B, S, H]). The log-sum-exp is that of the
+            keys as they are given.
         implementation: see `pallas_kernels.implementation`.
         interpret: run a named kernel in interpret mode.
 

@@ -41,15 +41,16 @@ def dense_and_sparse_attention(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-    """Attention to all keys, and attention to those that a rule shows.
+    """Attend to all keys, and attend to the keys that a rule shows.
 
-    "reference" is two attentions, and so is "xla" where a head has more than `attention.WHOLE`
-    logits or a block of queries sees more than one run of keys.
+    Use it where you need both results: kernels make them in one pass. "reference" runs two
+    attentions. "xla" does so where a head has more than `attention.WHOLE` logits, or where a block
+    of queries sees more than one run of keys.
 
     Args:
         q: [B, S, H, D], float32, bfloat16 or float16.
         k, v: [B, T, K, D] and [B, T, K, E] in q's dtype.
-        rule: what the second result sees.
+        rule: which keys the second result sees.
         implementation: see `pallas_kernels.implementation`.
         interpret: run a named kernel in interpret mode.
 

@@ -1,7 +1,8 @@
 """Attention over lists of key blocks: softmax(q k^T scale) v where a mask lets keys be seen.
 
-Work is that of the visited blocks on every platform; the rule inside of them is exact. A query that
-sees nothing gives zeros, and -inf as its log-sum-exp.
+Use it for attention with windows, sinks or any other mask that leaves out blocks. On every platform
+the work is that of the visited blocks, and within them the rule is exact. A query that sees no key
+gives zeros, and -inf as its log-sum-exp.
 
 Letters: B batch, S queries, T keys, H query heads, K key heads (H = K G, query head h reads key
 head h // G), D head width, E value width; M and N blocks of queries and keys.
@@ -54,20 +55,23 @@ def block_sparse_attention(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Any:
-    """Attention of every query to the keys that a mask lets it see.
+    """Attend from every query to the keys that a mask lets it see.
 
-    Differentiable in q, k and v (reverse mode); the backward pass visits the same blocks.
+    The result is differentiable in q, k and v (reverse mode). The backward pass visits the same
+    blocks.
 
     Args:
         q: [B, S, H, D], float32, bfloat16 or float16.
         k, v: [B, T, K, D] and [B, T, K, E] in q's dtype.
-        mask: lists of blocks, or a rule, for which each implementation chooses its own blocks.
-        scale: of the logits; D^-1/2 if None.
-        segments: int32[B, S] and int32[B, T]; a query sees only keys of its own segment.
-        by_row: int32[B, H, P], the rule's parameters for every row and head, where rows differ; the
-            blocks that are visited are those of the rule's own, which may show no less.
-        return_lse: return (output, log-sum-exp float32[B, S, H]), so that results over different
-            keys can be merged.
+        mask: lists of blocks (`BlockMask`), or a rule. For a rule each implementation chooses its
+            own blocks.
+        scale: factor on the logits; D^-1/2 if None.
+        segments: int32[B, S] and int32[B, T]. A query sees only keys of its own segment.
+        by_row: int32[B, H, P], the parameters of the rule for every row and head, where rows
+            differ. The visited blocks are those of the rule in `mask`, which must show at least as
+            much.
+        return_lse: return (output, log-sum-exp float32[B, S, H]), so that you can merge results
+            over different keys.
         implementation: see `pallas_kernels.implementation`.
         interpret: run a named kernel in interpret mode.
 
