@@ -33,20 +33,23 @@ _TOKENIZERS = threading.Lock()
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TextPipeline(BasePipeline):
-    """A language model, ready to continue texts and to answer in chats.
+    """A language model that is ready to continue texts and to answer in chats.
 
-    It may be called by several threads at once.
+    Call it with a text or with messages. Several threads may call it at the same time.
+
+        pipe = effjax.pipeline("Qwen/Qwen2.5-0.5B-Instruct")
+        answer = pipe([{"role": "user", "content": "Hello"}], max_new_tokens=64)
 
     Attributes:
         forward, params: the model, possibly transformed.
-        tokenizer: of transformers. It may know more tokens than the model; texts must not hold
-            them.
-        settings: contents of its generation_config.json: defaults of what is drawn and when a text
-            ends, see `effjax.pipelines.settings.GenerationSettings`.
+        tokenizer: a tokenizer of transformers. It may know more tokens than the model; texts must
+            not contain these.
+        settings: contents of its generation_config.json. They are the defaults for drawing tokens
+            and for ending texts, see `effjax.pipelines.settings.GenerationSettings`.
 
     Raises:
-        ValueError: for settings of another type or out of range, and ends that are no tokens of the
-            model.
+        ValueError: for settings of another type or out of range, and for ends that are not tokens
+            of the model.
     """
 
     tokenizer: Any
@@ -96,28 +99,29 @@ class TextPipeline(BasePipeline):
 
         Args:
             prompt: a text; or messages, `[{"role": "user", "content": "..."}]`, which the
-                tokenizer's chat template turns into one; or a list of either. A last message of the
-                assistant is continued.
-            max_new_tokens: the most tokens to make; of the settings, else 128.
-            key: PRNG key, `jax.random.key(seed)`: tokens are drawn, as `do_sample=True` says in
-                transformers; without one the most likely tokens are taken.
-            stop: texts that end the answer, and are cut off with what follows; special tokens as
-                they are written ("<|im_end|>").
-            streamer: receives tokens as they are made, such as transformers' `TextStreamer`; those
-                of a stop are among them.
-            prefix: what `prefill` has read, which the prompts continue.
+                tokenizer's chat template turns into a text; or a list of either. If the last
+                message is the assistant's, it is continued.
+            max_new_tokens: the most tokens to make. None takes the number of the settings, else
+                128.
+            key: PRNG key, `jax.random.key(seed)`. With a key tokens are drawn, as with
+                `do_sample=True` in transformers. Without a key the most likely tokens are taken.
+            stop: texts that end the answer. They are cut off with everything that follows. Write
+                special tokens as they are ("<|im_end|>").
+            streamer: an object that receives tokens as they are made, such as transformers'
+                `TextStreamer`. It also receives the tokens of a stop.
+            prefix: result of `prefill`; the prompts continue its text.
             options: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` of
-                `effjax.generate.Sampling`; of the settings, else none. For chats also what
-                transformers' `apply_chat_template` takes: `tools`, `documents`,
-                `add_generation_prompt`, `continue_final_message`, `chat_template`, and whatever
-                else the template reads (`enable_thinking`).
+                `effjax.generate.Sampling`; the defaults are those of the settings, else none. For
+                chats also the arguments of transformers' `apply_chat_template`: `tools`,
+                `documents`, `add_generation_prompt`, `continue_final_message`, `chat_template`, and
+                all others that the template reads (`enable_thinking`).
 
         Returns:
             The new text, or a list of them.
 
         Raises:
             ValueError: as `effjax.generate.generate`, and as `encode`.
-            TypeError: for options that nothing here, nor the chat template, takes.
+            TypeError: for options that neither this function nor the chat template takes.
         """
         prompts, several = _prompts(prompt)
         stops = _stops(stop)
@@ -147,15 +151,17 @@ class TextPipeline(BasePipeline):
     ) -> PrefixCache:
         """Read a text once, for several prompts that continue it.
 
-        A compressed cache compresses it here, without knowing what will be asked. What continues it
-        gets no second token that begins a text: `pipe(question, prefix=pipe.prefill(text))` is
-        `pipe(text + question)`, as far as the tokenizer splits the two at their seam.
+        Use it for a long context that several questions are about. A compressed cache compresses
+        the text here, without knowing what will be asked. A prompt that continues the text gets no
+        second token that begins texts: `pipe(question, prefix=pipe.prefill(text))` equals
+        `pipe(text + question)`, if the tokenizer splits the two at their seam.
 
         Args:
-            prompt: the beginning of all those texts; or the first messages of chats.
-            new: how many tokens may follow, prompts and answers.
+            prompt: the beginning of all these texts, or the first messages of chats.
+            new: how many tokens may follow, those of prompts and answers together.
             chunk: see `effjax.generate.prefill`.
-            template: for messages, see `__call__`; nothing follows them unless it is asked for.
+            template: for messages, see `__call__`. No prompt for an answer is added unless you ask
+                for it.
 
         Raises:
             ValueError: as `effjax.generate.prefill`, and as `encode`.
@@ -167,11 +173,14 @@ class TextPipeline(BasePipeline):
         return generation.prefill(self.forward, self.params, rows, new=new, **options)
 
     def score(self, text: str | Sequence[str], **options: Any) -> list[np.ndarray]:
-        """Log-probability of every token but the first, for each text.
+        """Compute the log-probability of every token but the first, for each text.
 
         Args:
-            text: one or more.
+            text: one or more texts.
             options: `context` of `effjax.generate.score`.
+
+        Returns:
+            An array float32[tokens - 1] for each text.
         """
         rows = [self.encode(each) for each in ([text] if isinstance(text, str) else text)]
         options = {"buckets": self.buckets, **options}
@@ -179,7 +188,7 @@ class TextPipeline(BasePipeline):
         return [each[1 : len(row)] for each, row in zip(scores, rows, strict=True)]
 
     def perplexity(self, text: str | Sequence[str], **options: Any) -> float:
-        """exp of the mean negative log-probability of the tokens of texts.
+        """Compute perplexity: exp of the mean negative log-probability of the tokens of texts.
 
         Raises:
             ValueError: if none of the texts has a second token.
@@ -192,20 +201,23 @@ class TextPipeline(BasePipeline):
     def encode(
         self, prompt: Prompt, *, begins: bool = True, ends: bool = True, **template: Any
     ) -> list[int]:
-        """Tokens of a text, with those that the tokenizer puts around it, or of a chat.
+        """Turn a text, or the messages of a chat, into tokens.
 
-        A text without tokens is the one that begins texts.
+        The tokens include those that the tokenizer puts around a text. For a text without tokens,
+        the result is the token that begins texts.
 
         Args:
             prompt: the text or the messages.
-            begins: with the tokens that begin a text; a prompt that continues another has none.
-            ends: with those that the tokenizer puts behind a text; a text that goes on has none.
+            begins: whether to include the tokens that begin a text. A prompt that continues another
+                text has none.
+            ends: whether to include the tokens that the tokenizer puts behind a text. A text that
+                will be continued has none.
             template: for messages, see `__call__`.
 
         Raises:
-            ValueError: for tokens that the model does not know, for a text without any where there
-                is none that begins texts, and for messages if there is no chat template or it
-                cannot render them.
+            ValueError: for tokens that the model does not know, for a text without tokens if no
+                token begins texts, and for messages if there is no chat template or it cannot
+                render them.
             TypeError: for options that the chat template does not read.
         """
         if not isinstance(prompt, str):
