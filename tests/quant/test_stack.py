@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import chex
 import jax
@@ -177,6 +178,21 @@ def test_parts_of_a_stack_are_cut_by_experts():
     got = leaf_sharding(leaf, device_mesh(expert=2, model=2), ("expert", "model", None))
     assert got.scale.spec == got.zero_point.spec == PartitionSpec("expert", "model", None)
     assert all(plane.spec == PartitionSpec("expert", "model", None) for plane in got.qvalue)
+
+
+@pytest.mark.parametrize(
+    "options", [{"activations": Activations()}, {"quantizer": UNEVEN}], ids=str
+)
+def test_experts_are_multiplied_where_they_lie(options):
+    """No weight or token moves between devices: each multiplies by its own matrices."""
+    mesh = device_mesh(expert=4)
+    x, leaf = jnp.ones((4, 5, 64)), quantize_stack(jnp.ones((4, 64, 32)), **options)
+    places = leaf_sharding(leaf, mesh, ("expert", None, None))
+    x = jax.device_put(x, leaf_sharding(x, mesh, ("expert", None, None)))
+    text = jax.jit(qdot).lower(x, jax.device_put(leaf, places)).compile().as_text()
+    assert not {"all-gather", "all-to-all", "all-reduce", "collective-permute"} & set(
+        re.findall(r"[a-z]+-[a-z]+", text)
+    )
 
 
 # A model with experts ----------------------------------------------------------------------------
