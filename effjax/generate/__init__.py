@@ -1,9 +1,9 @@
-"""Text generation: read prompts (prefill), then choose token after token (decode).
+"""Text generation: read prompts (prefill), then choose one token after the other (decode).
 
     out = generate(forward, params, [[5, 9, 2], [7, 7]], max_new_tokens=64)
 
-Both are one jitted program each; decoding is a `lax.while_loop`. What keys and values are kept in
-is the forward's matter: one without a cache gets a dense one.
+Each of the two is one jitted program; decoding is a `lax.while_loop`. The patches of the forward
+decide how keys and values are kept. A forward without a cache gets a dense one.
 """
 
 from __future__ import annotations

@@ -34,11 +34,12 @@ STRIDE = 8  # tokens between two looks at what is made, for streamers and stop f
 
 @runtime_checkable
 class Streamer(Protocol):
-    """Receives tokens as they are made; for one sequence, transformers' `TextStreamer` is one.
+    """An object that receives tokens as they are made.
 
-    What it gets is what `Generated.rows` gives later, token for token: nothing after a stop, an end
-    token as the last. In a batch -1 stands where there is no token: around shorter prompts, and in
-    rows that have ended.
+    For one sequence you can use transformers' `TextStreamer`. A streamer receives the same tokens
+    that `Generated.rows` gives later: an end token is the last, and nothing follows a stop. In a
+    batch it receives -1 where there is no token: around shorter prompts, and in rows that have
+    ended.
     """
 
     def put(self, value: np.ndarray) -> None:
@@ -52,10 +53,10 @@ class Generated(NamedTuple):
     """New tokens.
 
     Attributes:
-        tokens: int32[B, N] on the host; a row beyond its length repeats its end.
-        lengths: int32[B] new tokens of each row, an end-of-sequence token included.
-        log_probs: float32[B, N] of the tokens by the model itself, before `Sampling`; 0 beyond a
-            row's length.
+        tokens: int32[B, N] on the host. Beyond its length a row repeats its end.
+        lengths: int32[B], number of new tokens of each row, including an end-of-sequence token.
+        log_probs: float32[B, N], log-probabilities of the tokens by the model itself, before
+            `Sampling`; 0 beyond the length of a row.
     """
 
     tokens: np.ndarray
@@ -88,21 +89,26 @@ def generate(
     chunk: int | None = None,
     buckets: Buckets = POWERS,
 ) -> Generated:
-    """Continue sequences.
+    """Continue sequences of tokens.
+
+    Use it for token ids or embeddings. For texts and chats use a pipeline, see `effjax.pipeline`.
+
+        out = generate(forward, params, [[5, 9, 2], [7, 7]], max_new_tokens=64)
+        out.rows()  # the new tokens of each row
 
     Args:
         forward, params: a language model, possibly compressed.
-        prompts: token ids, rows of any lengths; with a prefix cache they continue its sequences,
-            and None continues them with nothing between.
+        prompts: token ids, rows of any lengths. With a prefix cache they continue its sequences;
+            None then continues these sequences directly.
         max_new_tokens: the most tokens to make for a row.
         inputs_embeds, positions: see `prefill`.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; without a temperature,
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Without a temperature,
             and with 0, the most likely token is taken.
         eos: tokens that end a sequence.
-        key: PRNG key for a temperature, `jax.random.key(seed)`: row i draws from
-            `fold_in(key, i)`, whatever else is in the batch; or one key for each row.
-        streamer: receives the prompts and then the tokens, a few at a time.
-        stop: ends a row's sequence as soon as it is true of its new tokens.
+        key: PRNG key for a temperature, `jax.random.key(seed)`, or one key for each row. With one
+            key row i draws from `fold_in(key, i)`, whatever else is in the batch.
+        streamer: an object that receives the prompts and then the tokens, a few at a time.
+        stop: function of the new tokens of a row. The row ends as soon as it returns True.
         prefix: sequences that `prefill` has read with this model.
         chunk, buckets: see `prefill`.
 

@@ -22,12 +22,12 @@ def has_cache(forward: Forward) -> bool:
 
 
 def cached(forward: Forward) -> Forward:
-    """The forward, with a dense cache if it has none."""
+    """Return the forward, with a dense cache if it has none."""
     return forward if has_cache(forward) else forward.patch(Caches(as_it_is))
 
 
 def caches(forward: Forward, params: Params) -> dict[str, KVCache]:
-    """The caches of a forward by target module, without what they hold."""
+    """The caches of a forward by target module, without their contents."""
     found: dict[str, KVCache] = {}
 
     def look(params: Params) -> None:
@@ -59,8 +59,8 @@ class CacheBytes(NamedTuple):
     """Bytes of caches.
 
     Attributes:
-        allocated: what the arrays take.
-        useful: the part of slots that hold a token.
+        allocated: bytes of the arrays.
+        useful: bytes of the slots that hold a token.
     """
 
     allocated: int
@@ -68,7 +68,7 @@ class CacheBytes(NamedTuple):
 
 
 def sequence_bytes(forward: Forward, params: Params, tokens: int) -> CacheBytes:
-    """What the caches of one prompt of so many tokens take, and how much of that it uses."""
+    """Count the bytes that caches take for one prompt of so many tokens, and those it uses."""
     forward = cached(forward).with_cache_length(tokens, 0)
     sequence = jnp.zeros((1, tokens), jnp.int32)
     positions = jnp.arange(tokens)[None]

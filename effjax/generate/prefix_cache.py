@@ -43,18 +43,20 @@ ADVICE = (
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class PrefixCache:
-    """Sequences that were read once, to be continued any number of times.
+    """Sequences that were read once, and that you can continue any number of times.
 
-    It is a value: `generate` and `extend` leave it as it is. Rows beyond the sequences are padding.
+    `prefill` makes it. It is a value: `generate` and `extend` do not change it. Rows beyond the
+    sequences are padding.
 
     Attributes:
-        forward: with a cache and its room.
-        state: what the cache holds.
-        lengths: int32[B] tokens of each sequence; 0 for a row of padding.
-        logits: [B, V] of the token that follows.
-        occurred: which tokens each sequence holds.
+        forward: the forward, with a cache of a known length.
+        state: contents of the cache.
+        lengths: int32[B], number of tokens of each sequence; 0 for a row of padding.
+        logits: [B, V], logits of the token that follows.
+        occurred: bool[B, V], which tokens each sequence contains.
         end: how long the sequences may become, as it was asked for.
-        shift: int32[B] what is added to the place of a token that follows to rotate it; None for 0.
+        shift: int32[B], number that is added to the place of a token that follows, to rotate it;
+            None for 0.
     """
 
     forward: Forward
@@ -88,21 +90,27 @@ def prefill(
 ) -> PrefixCache:
     """Read prompts into a cache.
 
+    Use it when several generations continue the same prompts. `generate` reads prompts itself.
+
     Args:
-        forward: a language model; one without a cache gets a dense one.
+        forward: a language model. One without a cache gets a dense cache.
         params: its parameters.
-        prompts: token ids, rows of any lengths. Beside `inputs_embeds` they are only what a
-            repetition penalty knows.
-        new: how many tokens may follow, those that `extend` adds included.
-        inputs_embeds: rows [S, hidden_size] in place of the embeddings of tokens, of any lengths.
-        positions: int[R, S] for each row, what its tokens are rotated to: one row of positions, or
-            one for each of the model's `rope_sections` (M-RoPE). None for 0, 1, 2, ... What
-            follows goes on from the highest one.
-        chunk: read in pieces of so many tokens, for prompts whose activations do not fit; all at
-            once if None.
-        buckets: sizes that the tokens of prompts, and those that may follow, are rounded up to, so
-            that other lengths run the same programs: "powers of two" from 64 on, a list, or None
-            for exact shapes. With either, rows go up to powers of two. No result depends on it.
+        prompts: token ids, rows of any lengths. Beside `inputs_embeds` only a repetition penalty
+            uses them.
+        new: how many tokens may follow, including those that `extend` adds.
+        inputs_embeds: rows [S, hidden_size] of any lengths, in place of the embeddings of tokens.
+        positions: int[R, S] for each row, the numbers that its tokens are rotated to: one row of
+            positions, or one for each of the model's `rope_sections` (M-RoPE). None for 0, 1, 2,
+            ... Tokens that follow continue from the highest position.
+        chunk: read in pieces of so many tokens, for prompts whose activations do not fit; None
+            reads all at once.
+        buckets: sizes that the numbers of tokens of prompts, and of those that may follow, are
+            rounded up to, so that other lengths run the same programs. "powers of two" from 64 on,
+            a list, or None for exact shapes. Unless it is None, the number of rows is rounded up to
+            a power of two. No result depends on it.
+
+    Returns:
+        The prompts in a cache, ready to be continued.
 
     Raises:
         ValueError: for empty prompts, unknown tokens, prompts longer than the model's sequences,
@@ -163,15 +171,20 @@ def extend(
     """Append tokens to the sequences of a prefix cache, such as a question to a context.
 
     Args:
-        params: of the model.
-        prefix: it stays as it is.
+        params: parameters of the model.
+        prefix: the prefix cache; it is not changed.
         prompts: token ids, a row for every sequence.
-        inputs_embeds, positions: see `prefill`; without positions what is appended goes on from the
-            highest one.
-        buckets: of several tokens: "powers of two" from 8 on, a list, or None, see `prefill`.
+        inputs_embeds, positions: see `prefill`. Without positions the appended tokens continue from
+            the highest one.
+        buckets: sizes for several tokens: "powers of two" from 8 on, a list, or None, see
+            `prefill`.
+
+    Returns:
+        A prefix cache with the longer sequences.
 
     Raises:
-        ValueError: if there is no room, or the kind of cache appends tokens singly only.
+        ValueError: if the tokens do not fit the cache's length, or if this kind of cache appends
+            only single tokens.
     """
     rows = rows_of(prefix.forward, prompts, inputs_embeds, positions)
     if len(rows.lengths) != prefix.sequences:
@@ -193,7 +206,7 @@ def extend(
 
 
 def cache_bytes(params: Params, prefix: PrefixCache) -> CacheBytes:
-    """What the caches of a prefix cache take, and how much of that its sequences use."""
+    """Count the bytes that the caches of a prefix cache take, and those that its sequences use."""
     shares = filled(prefix.forward, params, prefix.state, prefix.lengths)
     return total_bytes(prefix.state, shares)
 

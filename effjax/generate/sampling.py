@@ -23,14 +23,15 @@ from effjax.fields import LARGEST
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the distribution of the next token is changed before one is drawn.
+    """How the distribution of the next token is changed before a token is drawn.
 
-    None leaves a step out. Numbers are data: other values do not compile again, but `top_k` does.
+    None leaves a step out. Numbers are data, so other values do not compile again; only another
+    `top_k` does.
 
     Attributes:
-        temperature: divides the logits; None takes the most likely token (greedy), and 0 draws
-            among those that are equally likely.
-        top_k: keeps the k most likely tokens, and those as likely as the last of them; 0 all.
+        temperature: divides the logits. None takes the most likely token (greedy), and 0 draws
+            among the most likely tokens if several are equally likely.
+        top_k: keeps the k most likely tokens, and those as likely as the last of them; 0 keeps all.
         top_p: keeps the most likely tokens whose probabilities reach this sum.
         min_p: keeps tokens at least this likely relative to the most likely one.
         repetition_penalty: logits of tokens that occurred are divided by it where positive and
@@ -44,7 +45,7 @@ class Sampling:
     repetition_penalty: float | Array | None = None
 
     def check(self) -> None:
-        """Raise ValueError for what is no number or out of range; all wrong ones are named."""
+        """Raise ValueError for values that are no numbers or out of range, with all their names."""
         wrong = [
             f"{name} must be {allowed}, got {value}"
             for name, (holds, allowed) in _RANGES.items()
@@ -76,9 +77,10 @@ def _number(value: Any) -> float:
 def process_logits(
     logits: Float[Array, "B V"], sampling: Sampling, occurred: Bool[Array, "B V"] | None = None
 ) -> Float[Array, "B V"]:
-    """Log-probabilities of the next token, whole: -inf for tokens that are left out.
+    """Compute the distribution from which the next token is drawn, as log-probabilities.
 
-    In the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+    The changes have the order of transformers: repetition penalty, temperature, top-k, top-p,
+    min-p. Tokens that are left out have -inf.
 
     Args:
         logits: of the model.

@@ -30,17 +30,22 @@ def score(
     context: int | None = None,
     buckets: Buckets = POWERS,
 ) -> np.ndarray:
-    """Log-probabilities of sequences' tokens, float32[B, S]; NaN for first tokens and padding.
+    """Compute the log-probabilities of the tokens of sequences.
 
-    Logits are made in chunks of tokens: those of all words for all tokens are never there at once.
+    Use it to measure how well a model, or a compressed cache, predicts given sequences. Logits are
+    made in chunks of tokens, so the logits of all tokens are never in memory at once.
 
     Args:
         forward, params: a language model.
         sequences: token ids, rows of any lengths.
-        context: how many tokens are read at once; the others follow one by one, through the cache,
-            as they would be generated: this is what shows a compressed cache's error. None reads
-            all at once.
-        buckets: of sequences that are read at once, see `prefill`; with a context shapes are exact.
+        context: how many tokens are read at once. The others follow one by one through the cache,
+            as in generation, which shows the error of a compressed cache. None reads all tokens at
+            once.
+        buckets: sizes for sequences that are read at once, see `prefill`. With a context shapes are
+            exact.
+
+    Returns:
+        float32[B, S]; NaN for first tokens and padding.
 
     Raises:
         ValueError: as `prefill`; if the context is not within the sequences.
@@ -74,10 +79,11 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class Reading(Loop):
-    """Texts read by a language model: the first tokens at once, the others through its cache.
+    """The loop that reads given sequences with a language model.
 
-    What a `Sampler` is to a diffusion model: `jax.jit(reading)(forward, params, sequences)`
-    is one program.
+    The first tokens are read at once, and the others one by one through the cache. It is to a
+    language model what a `Sampler` is to a diffusion model:
+    `jax.jit(reading)(forward, params, sequences)` is one program.
 
     Attributes:
         prompt: tokens that are read at once.
