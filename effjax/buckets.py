@@ -25,7 +25,9 @@ Tree = TypeVar("Tree")
 
 
 def sizes_of(buckets: Buckets) -> tuple[int, ...] | None:
-    """The listed sizes in order, () for powers of two and None for exact shapes.
+    """Check buckets, and return the listed sizes in order.
+
+    The result is () for powers of two and None for exact shapes.
 
     Raises:
         ValueError: for anything else.
@@ -45,14 +47,14 @@ def sizes_of(buckets: Buckets) -> tuple[int, ...] | None:
 
 
 def bucket(size: int, buckets: Buckets, *, least: int = 1) -> int:
-    """The size that a shape is made with; 0 stays 0.
+    """Round a size up to its bucket. 0 stays 0.
 
-    Beyond the last size of a list these are whole multiples of it.
+    A size beyond the last one of a list is rounded up to a whole multiple of the last one.
 
     Args:
-        size: the true one.
-        buckets: as above.
-        least: the smallest power of two.
+        size: the true size.
+        buckets: "powers of two", a list of sizes, or None for exact shapes.
+        least: the smallest power of two that is used.
     """
     sizes = sizes_of(buckets)
     if sizes is None or size == 0:
@@ -63,10 +65,10 @@ def bucket(size: int, buckets: Buckets, *, least: int = 1) -> int:
 
 
 def parts(size: int, buckets: Buckets) -> list[int]:
-    """Sizes that a batch is cut into, largest first: together they hold its rows.
+    """Choose the sizes of the parts that a batch is cut into, largest first.
 
-    Rows are worth more than calls: five are four and one, not eight. The last part may have rows of
-    padding, if they are few or there is no smaller size.
+    A row of padding costs more than a further call: five rows become four and one, not eight. The
+    last part may have rows of padding, if they are few or if there is no smaller size.
     """
     sizes = sizes_of(buckets)
     if sizes is None:
@@ -86,9 +88,10 @@ def parts(size: int, buckets: Buckets) -> list[int]:
 
 
 def rows(tree: Tree, start: int, size: int) -> Tree:
-    """Rows start ... start + size - 1 of a tree of arrays; beyond the last one, that one again.
+    """Take the rows start ... start + size - 1 of a tree of arrays.
 
-    Chosen on the host, because on a device each choice of rows would be a program.
+    Rows beyond the last one repeat it. The rows are taken on the host, because on a device each
+    choice of rows would be a program.
     """
 
     def own(leaf: Any) -> jax.Array:
@@ -99,14 +102,17 @@ def rows(tree: Tree, start: int, size: int) -> Tree:
 
 
 def joined(arrays: Sequence[jax.Array], size: int) -> jax.Array:
-    """Parts of a batch of `size` rows as one array, without padding."""
+    """Join the parts of a batch of `size` rows to one array, without padding."""
     if len(arrays) == 1 and len(arrays[0]) == size:
         return arrays[0]
     return jnp.asarray(np.concatenate([np.asarray(array) for array in arrays])[:size])
 
 
 def cut(size: int, buckets: Buckets, *trees: Any) -> list[int]:
-    """`parts` of a batch of these arrays; whole if one is traced or spread over several devices."""
+    """The `parts` of a batch of these arrays.
+
+    A batch stays whole if one of its arrays is traced or spread over several devices.
+    """
     leaves = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
     if any(isinstance(leaf, Tracer) or len(leaf.sharding.device_set) > 1 for leaf in leaves):
         return [size]
@@ -116,7 +122,7 @@ def cut(size: int, buckets: Buckets, *trees: Any) -> list[int]:
 def by_parts(
     function: Callable[..., Tree], buckets: Buckets, *arrays: jax.Array | np.ndarray
 ) -> Tree:
-    """A function of the rows of arrays [B, ...] to such trees, in batches of a few sizes."""
+    """Apply a function of arrays [B, ...], which acts on each row, in batches of a few sizes."""
     size = len(arrays[0])
     sizes = cut(size, buckets, *arrays)
     if sizes == [size]:

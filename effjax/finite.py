@@ -1,5 +1,7 @@
-"""Results that are not finite are warned of by name, at the places where they would turn into black
-pictures or into text without a word."""
+"""Warnings for results that are not finite.
+
+Without a warning, NaN and infinite values would turn into black pictures or into wrong text.
+"""
 
 from __future__ import annotations
 

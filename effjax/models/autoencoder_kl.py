@@ -255,7 +255,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(Model):
-    """Images to latent moments (`encode`) and latents to images (`decode`)."""
+    """The network: encodes images to latent moments and decodes latents to images."""
 
     Config = AutoencoderKLConfig
     counts = {  # noqa: RUF012
@@ -354,7 +354,9 @@ def encode(
     images: Float[Array, "B H W I"],
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B Y X Z"]:
-    """Latents in model space, float32: the mean, or a sample if there is a key.
+    """Encode images to latents in model space, float32.
+
+    The latents are the mean of their distribution, or a sample of it if there is a key.
 
     Args:
         forward: an AutoencoderKL's forward, with or without patches that keep no state.
@@ -371,7 +373,10 @@ def decode(
     params: PyTree,
     latents: Float[Array, "B Y X Z"],
 ) -> Float[Array, "B H W O"]:
-    """Images, in about -1 ... 1, of latents in model space; arguments as in `encode`."""
+    """Decode latents in model space to images in about -1 ... 1.
+
+    The forward is as in `encode`.
+    """
     return forward(params, {}, latents)[0]
 
 

@@ -66,7 +66,7 @@ class CLIPTextConfig(Checked):
 
 
 class EncodedText(NamedTuple):
-    """What becomes of a text.
+    """The vectors of a text, as the encoder returns them.
 
     Attributes:
         last: vectors [B, T, C] after all blocks and the last norm.
@@ -110,7 +110,7 @@ class CLIPBlock(nnx.Module):
 
 
 class CLIPText(Model):
-    """Token ids to vectors of the tokens and of the text."""
+    """The network: computes vectors of the tokens and of the whole text from token ids."""
 
     Config = CLIPTextConfig
 
@@ -141,7 +141,7 @@ class CLIPText(Model):
     def __call__(
         self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
     ) -> EncodedText:
-        """Encode.
+        """Encode texts.
 
         Args:
             ids: tokens, 0 ... vocab_size - 1.

@@ -168,7 +168,7 @@ class FinalLayer(nnx.Module):
 
 
 class DiT(Model):
-    """Noisy images, times and labels to the predicted noise or velocity."""
+    """The network: predicts noise or velocity from noisy images, times and class labels."""
 
     Config = DiTConfig
 

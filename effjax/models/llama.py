@@ -169,7 +169,7 @@ class LlamaBlock(nnx.Module):
 
 
 class Llama(Model):
-    """Token ids to the logits of the next token."""
+    """The network: computes the logits of the next token from token ids."""
 
     Config = LlamaConfig
 
@@ -212,22 +212,22 @@ class Llama(Model):
 
         Args:
             tokens: ids, 0 ... vocab_size - 1; None with `inputs_embeds`.
-            positions: of the tokens in their sequences, rising along a row; -1 is padding, at any
-                place. None for 0, 1, 2, ... in every row. With several rows [B, 1 + R, S] the first
-                one says this, and the others what tokens are rotated to: R is 1, or the number of
-                `rope_sections`.
+            positions: places of the tokens in their sequences, which rise along a row; -1 is
+                padding, at any place. None for 0, 1, 2, ... in every row. With several rows
+                [B, 1 + R, S] the first row has these places, and the others the numbers that tokens
+                are rotated to: R is 1, or the number of `rope_sections`.
             logits_to_keep: columns whose logits are wanted; None for all. The head of a large
                 vocabulary costs more than a layer, and generation needs one column.
             labels: tokens whose log-probabilities are wanted in place of logits, which are then
                 never held all at once.
-            inputs_embeds: what stands in place of the embeddings of tokens.
+            inputs_embeds: embeddings to use in place of those of tokens.
 
         Returns:
             Logits [B, N, vocab_size] in `config.dtype`, or log-probabilities float32[B, N]; N = S
             if `logits_to_keep` is None. Those of padding mean nothing.
 
         Raises:
-            ValueError: for both of tokens and `inputs_embeds`, or none.
+            ValueError: if tokens and `inputs_embeds` are both given, or neither.
         """
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("a language model takes tokens or inputs_embeds, one of them")

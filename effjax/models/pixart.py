@@ -32,7 +32,7 @@ from effjax.layers.stack import Stack
 
 
 class PromptEmbeddings(NamedTuple):
-    """Prompts as a text encoder gives them: the condition of a text-to-image model.
+    """The output of a text encoder for prompts: the condition of a text-to-image model.
 
     Attributes:
         embeds: the encoder's output, one vector per token.
@@ -179,7 +179,7 @@ class FinalLayer(nnx.Module):
 
 
 class PixArt(Model):
-    """Noisy images, times and captions to the predicted noise or velocity."""
+    """The network: predicts noise or velocity from noisy images, times and prompt embeddings."""
 
     Config = PixArtConfig
 

@@ -112,7 +112,7 @@ class T5Block(nnx.Module):
 
 
 class T5Encoder(Model):
-    """Token ids to one vector per token."""
+    """The network: computes one vector for each token from token ids."""
 
     Config = T5Config
 
@@ -131,7 +131,7 @@ class T5Encoder(Model):
         return Layout(grid=(0, 0, 0), text=ids.shape[1])
 
     def __call__(self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
-        """Encode.
+        """Encode texts.
 
         Args:
             ids: tokens, 0 ... vocab_size - 1.

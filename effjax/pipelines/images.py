@@ -1,4 +1,4 @@
-"""What a model of images or videos makes, as arrays and as pictures."""
+"""Outputs of models of images and videos, as arrays and as PIL images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from effjax.finite import warn_unless_finite
 
 
 def to_unit(images: jax.Array | np.ndarray) -> np.ndarray:
-    """Images float[B, H, W, 1 or 3] in -1 ... 1 as float32 in 0 ... 1, on the host.
+    """Turn images float[B, H, W, 1 or 3] in -1 ... 1 into float32 in 0 ... 1, on the host.
 
     Raises:
         ValueError: for other shapes.
@@ -27,13 +27,15 @@ def to_unit(images: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def draw(unit: np.ndarray) -> list[Image.Image]:
-    """Images float32[B, H, W, 1 or 3] in 0 ... 1 as 8-bit PIL images, "L" or "RGB"."""
+    """Turn images float32[B, H, W, 1 or 3] in 0 ... 1 into 8-bit PIL images, "L" or "RGB"."""
     pixels = np.rint(255 * np.nan_to_num(unit, nan=0.0)).astype(np.uint8)
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
 
 
 def to_pil(images: jax.Array | np.ndarray) -> list[Image.Image]:
-    """Images float[B, H, W, 1 or 3] in -1 ... 1 as 8-bit PIL images; NaN is black.
+    """Turn images float[B, H, W, 1 or 3] in -1 ... 1 into 8-bit PIL images. NaN becomes black.
+
+    Use it for what `decode` of a pipeline returns.
 
     Warns:
         NotFiniteWarning: if any value is NaN or infinite.
