@@ -101,7 +101,9 @@ def tap(
     step: Step | None = None,
     guidance: Guidance | None = None,
 ) -> dict[str, jax.Array]:
-    """Values of chosen modules in one call; a pure function, to be used under `jit` if large.
+    """Get the values of chosen modules in one call.
+
+    It is a pure function. Use it under `jit` for large models.
 
     Args:
         inputs: the forward's inputs.
@@ -132,7 +134,7 @@ def tapped_call(
     step: Step | None = None,
     guidance: Guidance | None = None,
 ) -> tuple[PyTree, StateDict, dict[str, jax.Array]]:
-    """A call of the forward that also gives what a `Tap` saw; arguments as for `tap`.
+    """Call the forward, and also return the values that a `Tap` saw. Arguments are as for `tap`.
 
     Returns:
         Outputs, the state after the call, and the values by target module path.
@@ -157,10 +159,11 @@ def statistics(
     step: Step | None = None,
     guidance: Guidance | None = None,
 ) -> dict[str, Statistics]:
-    """Statistics of chosen target modules over batches of inputs, by target module path.
+    """Collect statistics of chosen target modules over batches of inputs, by their paths.
 
     Each batch starts from the forward's initial state. For statistics along a sampler's trajectory,
-    give the sampler `forward.patch(Observe(...))`, and its last state to `read_statistics`.
+    call the sampler with `forward.patch(Observe(...))`, and give its last state to
+    `read_statistics`.
 
     Args:
         batches: tuples of the forward's inputs; one compiled program for each shape.
@@ -210,10 +213,10 @@ def gradients(
     step: Step | None = None,
     guidance: Guidance | None = None,
 ) -> dict[str, jax.Array]:
-    """Gradients of `loss(outputs)` with respect to values at chosen modules, by target module path.
+    """Compute gradients of `loss(outputs)` for the values at chosen modules, by their paths.
 
-    A zero is added to each value, and the loss differentiated with respect to it. A target module
-    that is not called at this step has gradient zero.
+    The loss is differentiated with respect to a zero that is added to each value. A target module
+    that is not called at this step has the gradient zero.
 
     Args:
         loss: function of the forward's outputs that returns a scalar.
@@ -239,7 +242,7 @@ def gradients(
 
 
 def calls(module: nnx.Module, paths: Iterable[str], *inputs: PyTree) -> dict[str, list[Call]]:
-    """All that target modules below a module are called with, in one call of the module.
+    """Record the inputs of all target modules below a module, in one call of the module.
 
     Within `jit` these are traced values of the same trace: use them there, or return them.
 
@@ -265,7 +268,9 @@ def stack_inputs(
     step: Step | None = None,
     guidance: Guidance | None = None,
 ) -> tuple[PyTree, ...]:
-    """What a forward gives a stack of blocks; a pure function, to be used under `jit` if large.
+    """Get the inputs that a forward gives to a stack of blocks.
+
+    It is a pure function. Use it under `jit` for large models.
 
     Args:
         inputs: the forward's inputs.

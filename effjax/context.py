@@ -27,7 +27,9 @@ Step = int | np.integer | jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the tokens of a sequence are, static: those of a model's inputs, or what became of them.
+    """A static description of the tokens of a sequence.
+
+    A model describes the tokens of its inputs. A method that changes tokens describes the new ones.
 
     Attributes:
         grid: image or video tokens as (frames, rows, columns), frame by frame and row by row; None
@@ -84,10 +86,10 @@ _LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout"
 
 @contextlib.contextmanager
 def tokens_as(layout: Layout | None) -> Iterator[None]:
-    """Say what the tokens are to modules that are called within, while they are traced.
+    """Describe the tokens to all modules that are called within this context.
 
-    The forward says it for the model's inputs. A wrapper that changes tokens says it around its
-    call of the inner module.
+    The forward does this for the model's inputs, while it is traced. A wrapper that changes tokens
+    must call its inner module within this context.
     """
     before = _LAYOUT.set(layout)
     try:
@@ -97,7 +99,7 @@ def tokens_as(layout: Layout | None) -> Iterator[None]:
 
 
 def current_layout() -> Layout | None:
-    """What the tokens are that the calling module is given; None if nobody said."""
+    """The layout of the tokens that the calling module receives; None if none was set."""
     return _LAYOUT.get()
 
 
@@ -106,7 +108,8 @@ class Guidance:
     """The branches of a guided batch and how they stand in it.
 
     Classifier-free guidance has a conditional and an unconditional branch. Perturbed-attention and
-    skip-layer guidance add one that a patch changes, a second text adds one with its condition.
+    skip-layer guidance add a branch that a patch changes. A second text adds a branch with its
+    condition.
 
     Attributes:
         branches: their names, in the order of the batch: ("cond", "uncond") for DiT,
@@ -202,7 +205,7 @@ class CacheLength:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a patch may use while it builds its wrappers.
+    """Everything that a patch may use while it builds its wrappers.
 
     Attributes:
         step: index of the network call; a Python int is static (it chooses while tracing), a traced
@@ -223,7 +226,7 @@ class Context:
     cache_length: CacheLength | None = None
 
     def segment(self, boundaries: tuple[int, ...]) -> int:
-        """Which segment of the network calls this trace serves, static.
+        """The segment of the network calls that this trace serves, static.
 
         Args:
             boundaries: first call of every segment but the first, in order.
@@ -264,10 +267,10 @@ class Model(nnx.Module):
         return None
 
     def valid_tokens(self, *inputs: Any) -> jax.Array | None:
-        """Which tokens count, bool[B, S], in what the blocks are given; None if all do.
+        """Say which tokens of the blocks' inputs count, bool[B, S]; None if all do.
 
-        Calibrations leave padding out of arrays [..., B, S, C] with these B and S; other arrays in
-        the model have none.
+        Calibrations leave padding out of arrays [..., B, S, C] with these B and S. Other arrays in
+        the model have no padding.
         """
         return None
 
@@ -348,7 +351,7 @@ class State(nnx.Variable):
 
 
 class StateTree(nnx.Module):
-    """What a wrapper remembers of tokens: one array, or one for each named stream.
+    """Values that a wrapper remembers of tokens: one array, or one for each named stream.
 
     Args:
         streams: names of the streams; () for a single array.

@@ -20,7 +20,7 @@ from effjax.forward import Forward, Params, StateDict
 
 
 class Carry(NamedTuple):
-    """What goes from one call to the next.
+    """The values that a loop hands from one call to the next.
 
     Attributes:
         x: what the loop makes: samples float32[B, ...], or logits [B, calls, V].
@@ -47,10 +47,10 @@ class Branches(NamedTuple):
 
 
 class Loop(abc.ABC):
-    """The protocol of a loop: its pieces are functions of the forward, and it keeps nothing.
+    """The protocol of a loop. Its pieces are functions of the forward, and it has no state.
 
-    `cond` is what each sample is made from, `uncond` its unconditional counterpart (or `Branches`),
-    None for a loop without guidance.
+    `cond` is the condition that each sample is made from. `uncond` is its unconditional counterpart
+    (or `Branches`), or None for a loop without guidance.
 
     Attributes:
         apart: calls whose shapes differ from those of the others: they are traced by themselves,
@@ -66,7 +66,7 @@ class Loop(abc.ABC):
 
     @property
     def joined(self) -> Guidance | None:
-        """How branches of guidance stand in the network's batch, None without guidance."""
+        """How branches of guidance stand in the network's batch; None without guidance."""
         return None
 
     def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
@@ -83,11 +83,11 @@ class Loop(abc.ABC):
         *,
         uncond: PyTree = None,
     ) -> Carry:
-        """What there is before the first call."""
+        """Make the carry for the first call."""
 
     @abc.abstractmethod
     def inputs(self, x: Array, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
-        """What the network is given at a call."""
+        """The inputs of the network at a call."""
 
     @abc.abstractmethod
     def network(
@@ -100,11 +100,15 @@ class Loop(abc.ABC):
         uncond: PyTree,
         step: Step,
     ) -> tuple[Array, Array, StateDict]:
-        """Call the network: its guided output, its raw output and the next state."""
+        """Call the network.
+
+        Returns:
+            The guided output, the raw output and the next state.
+        """
 
     @abc.abstractmethod
     def update(self, carry: Carry, out: Array, step: Step) -> Carry:
-        """What an output does to the carry; `carry.state` is already the new one."""
+        """Update the carry with an output. `carry.state` must be the new state."""
 
     def step(
         self,
@@ -115,7 +119,7 @@ class Loop(abc.ABC):
         uncond: PyTree,
         step: Step,
     ) -> Carry:
-        """One call of the network and the update that follows."""
+        """Do one call of the network and the update that follows."""
         out, _, state = self.network(forward, params, carry.state, carry.x, cond, uncond, step)
         return self.update(carry._replace(state=state), out, step)
 
@@ -130,13 +134,13 @@ class Loop(abc.ABC):
         start: int = 0,
         stop: int | None = None,
     ) -> Carry:
-        """Do the calls `start ... stop - 1` in one `lax.scan`, or one for each of its segments.
+        """Do the calls `start ... stop - 1` in one `lax.scan`, or in one for each segment.
 
-        A plan may change parameters at `forward.boundaries`. Between two runs a caller may change
-        forward, parameters or state.
+        A plan may change parameters at `forward.boundaries`, which cut the calls into segments.
+        Between two runs the caller may change forward, parameters or state.
 
         Raises:
-            ValueError: for calls that there are not.
+            ValueError: for calls that the loop does not make.
         """
         stop = self.calls if stop is None else stop
         if not 0 <= start <= stop <= self.calls:

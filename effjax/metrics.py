@@ -1,4 +1,4 @@
-"""How far one output is from another."""
+"""Measures of how far one output is from another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 def relative_difference(
     reference: Float[Array, "..."], output: Float[Array, "..."]
 ) -> Float[Array, ""]:
-    """mean(clip(|(a - b) / (max(a, b) + 1e-6)|, 0, 10)): DiTFastAttn's search loss.
+    """Compute DiTFastAttn's search loss: mean(clip(|(a - b) / (max(a, b) + 1e-6)|, 0, 10)).
 
     The maximum is of the signed values, not of magnitudes; published thresholds rely on it.
     """
@@ -21,7 +21,7 @@ def relative_difference(
 def structural_dissimilarity(
     reference: Float[Array, "B H W C"], output: Float[Array, "B H W C"]
 ) -> Float[Array, ""]:
-    """1 - SSIM with 7 x 7 windows; the data range is that of the reference."""
+    """Compute 1 - SSIM with 7 x 7 windows. The data range is that of the reference."""
     a, b = reference.astype(jnp.float32), output.astype(jnp.float32)
     low, high = jnp.min(a), jnp.max(a)
     c1, c2 = (jnp.square(factor * (high - low)) + 1e-12 for factor in (0.01, 0.03))
@@ -42,6 +42,6 @@ def structural_dissimilarity(
 def psnr(
     reference: Float[Array, "..."], output: Float[Array, "..."], *, data_range: float = 2.0
 ) -> Float[Array, ""]:
-    """Peak signal-to-noise ratio in dB; `data_range` is 2 for images in [-1, 1]."""
+    """Compute the peak signal-to-noise ratio in dB. `data_range` is 2 for images in [-1, 1]."""
     error = jnp.mean(jnp.square(reference.astype(jnp.float32) - output.astype(jnp.float32)))
     return 10 * jnp.log10(data_range**2 / error)

@@ -26,7 +26,7 @@ def qdot(
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Inputs times a quantized matrix, in x's dtype, or by the matrices of a stack.
+    """Multiply inputs with a quantized matrix, or with the matrices of a stack, in x's dtype.
 
     Args:
         x: float[..., I]; for a stack float[*E, ..., I], each part times its own matrix.

@@ -21,13 +21,13 @@ class Range(NamedTuple):
 
 
 def minmax(x: Array, axes: Axes = None) -> Range:
-    """All that is seen."""
+    """The range of all values."""
     x = x.astype(jnp.float32)
     return Range(jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True))
 
 
 def percentile(x: Array, axes: Axes = None, *, percent: float = 99.9) -> Range:
-    """All but the outermost values: the same share is left out at both ends.
+    """The range without the outermost values. The same share is left out at both ends.
 
     Raises:
         ValueError: for a percentage outside of 50 ... 100.
@@ -41,7 +41,7 @@ def percentile(x: Array, axes: Axes = None, *, percent: float = 99.9) -> Range:
 
 
 def least_squares(x: Array, quantizer: Quantizer, axes: Axes = None, *, steps: int = 40) -> Range:
-    """The range, of several shrunken ones, whose values have the least mean squared error.
+    """The range with the least mean squared error, out of several smaller ranges.
 
     Args:
         x: float[...].
@@ -62,7 +62,7 @@ def least_squares(x: Array, quantizer: Quantizer, axes: Axes = None, *, steps: i
 
 
 def union(a: Range | None, b: Range) -> Range:
-    """All that is in either; None holds nothing yet."""
+    """The range that contains both. None stands for an empty range."""
     return b if a is None else Range(jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
 
 

@@ -249,7 +249,10 @@ class QTensor:
         return self.each(QTensor._qvalues)
 
     def dequantize(self) -> Array:
-        """Matrices float32[*E, I, O] that the quantized values stand for, of prepared inputs."""
+        """The matrices float32[*E, I, O] that the quantized values stand for.
+
+        They multiply prepared inputs, see `prepare`. `restore` gives matrices for plain inputs.
+        """
         return self.each(QTensor._dequantize)
 
     def restore(self) -> Array:
@@ -380,7 +383,7 @@ def prepare_weights(w: Array, smoothing_scale: Array | None, rotation: Rotation 
 
 
 def restore(params: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """A tree of parameters with arrays of a dtype in the place of its quantized leaves."""
+    """Turn the quantized leaves of a tree of parameters into arrays of a dtype."""
     return jax.tree.map(
         lambda leaf: leaf.restore().astype(dtype) if isinstance(leaf, QTensor) else leaf,
         params,
