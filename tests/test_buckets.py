@@ -40,7 +40,7 @@ KINDS = {"dense": None, "window": None} | {
 
 
 def made(name, plan=-1):
-    """A model of one layer with this kind of cache, for texts of up to 300 tokens."""
+    """A model of one layer with this kind of cache, for sequences of up to 300 tokens."""
     options = {"num_layers": 1, "max_positions": 300}
     if name == "window":
         options["window"] = 7
@@ -116,7 +116,7 @@ def test_no_cache_sees_the_padding(name):
 
 
 def check_equal(forward, params, plain, padded):
-    assert padded.texts == plain.texts == 3
+    assert padded.sequences == plain.sequences == 3
     chex.assert_trees_all_close(padded.logits[:3], plain.logits, atol=1e-5)
     assert padded.lengths.tolist() == [*plain.lengths.tolist(), 0]
     options = {"max_new_tokens": NEW, "eos": 7}

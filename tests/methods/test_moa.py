@@ -16,6 +16,7 @@ from effjax.cost import state_bytes
 from effjax.generate import Reading, generate, prefill
 from effjax.layers.attention import CausalCore
 from effjax.methods import moa, round_to_nearest
+from effjax.methods.cache.moa import plan_search, profile
 from effjax.targets import Wrapper, wrap
 from tests.caches.test_caches import TEXT, causal, expected, pieces, run
 
@@ -343,7 +344,7 @@ def test_influence_where_one_element_is_nearly_all():
     k, v, out = (
         jnp.asarray(pair, jnp.float32).reshape(2, 1, 1) for pair in ((0, gap), (1, 0), (1, rest))
     )
-    found = np.asarray(moa._blocks(q, k, v, out, gradient, 1))[0]
+    found = np.asarray(profile._blocks(q, k, v, out, gradient, 1))[0]
     want = (1 - rest) * rest / (rest + 2.0**-23)
     assert found[1, 1] == pytest.approx(want, rel=0.01)
     assert found[0].tolist() == [1, 0]  # the first row's element has nothing to take its weight
@@ -375,7 +376,7 @@ def test_plans_keep_their_density_and_few_rules_a_layer():
     def loss(plan):
         chosen = [rules.index(rule) for row in zip(plan.alphas, plan.betas) for rule in zip(*row)]
         return [
-            moa._losses(profiles[n], rules, block=16, sink=16)[np.arange(12), chosen].sum()
+            plan_search._losses(profiles[n], rules, block=16, sink=16)[np.arange(12), chosen].sum()
             for n in profiles
         ]
 
@@ -384,7 +385,7 @@ def test_plans_keep_their_density_and_few_rules_a_layer():
             assert len(set(zip(alphas, betas))) <= 2
         for n in (128, 256, 512):
             kept = [
-                moa._kept(rule, n, block=16, sink=16)
+                plan_search._kept(rule, n, block=16, sink=16)
                 for row in zip(plan.alphas, plan.betas)
                 for rule in zip(*row)
             ]
@@ -412,7 +413,7 @@ def test_the_search_beats_chance_and_runs():
     small, _ = moa.transform(plan)(forward, params)
     assert generate(small, params, [list(range(24))], max_new_tokens=4).lengths.tolist() == [4]
     profile = moa.influence(forward, params, samples(32), block=4, progress=False)
-    table = moa._losses(profile, rules, block=4, sink=4)
+    table = plan_search._losses(profile, rules, block=4, sink=4)
     chosen = [rules.index(r) for row in zip(plan.alphas, plan.betas) for r in zip(*row)]
     rng = np.random.default_rng(0)
     mine = table[np.arange(8), chosen].sum()
