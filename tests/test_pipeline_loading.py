@@ -239,7 +239,7 @@ def test_nothing_prints_its_arrays(texts):
     context = small.prefill("a b c", new=4)
     assert repr(context).startswith("PrefixCache(Forward(Llama, ")
     held = sum(leaf.nbytes for leaf in context.state.values())
-    assert repr(context).endswith(f"1 texts, {held:,} bytes of cache)")
+    assert repr(context).endswith(f"1 sequences, {held:,} bytes of cache)")
     assert repr(testing.tiny_dit()).startswith("Subject(Forward(DiT, methods: none")
 
 

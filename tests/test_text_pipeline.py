@@ -453,7 +453,7 @@ def test_what_is_not_finite_is_warned_of(pipe):
     own = TextPipeline(
         pipe.forward, jax.tree.map(lambda x: x * jnp.nan, pipe.params), pipe.tokenizer
     )
-    with pytest.warns(NotFiniteWarning, match=r"1 of 1 texts"):
+    with pytest.warns(NotFiniteWarning, match=r"1 of 1 sequences"):
         own("a b c", max_new_tokens=6)
     with pytest.warns(NotFiniteWarning, match="3 of 3 values"):
         own.perplexity("a b c d")

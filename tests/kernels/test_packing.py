@@ -105,7 +105,7 @@ def test_pack_errors(qvalues, bits, message):
 
 def test_unpack_errors():
     planes = pack(qvalues_of(3, 256), 3)
-    with pytest.raises(ValueError, match=r"4 bits are packed as uint32\[K/8, N\]"):
+    with pytest.raises(ValueError, match=r"4-bit values are packed as uint32\[K/8, N\]"):
         unpack(planes, 4)
     with pytest.raises(
         ValueError, match=r"K a multiple of 256; got uint32\[8, 3\], uint32\[16, 3\]"
@@ -113,5 +113,5 @@ def test_unpack_errors():
         unpack(planes[::-1], 3)
     with pytest.raises(ValueError, match="there are 256 packed rows, cannot unpack 257"):
         unpack(planes, 3, 257)
-    with pytest.raises(ValueError, match="8 bits are packed as int8"):
+    with pytest.raises(ValueError, match="8-bit values are packed as int8"):
         unpack(planes[:1], 8)

@@ -448,7 +448,7 @@ def test_declared_cost_of_int8_products():
     ("change", "options", "message"),
     [
         ({}, {"bits": 9}, "quantized values have .* bits, got bits=9"),
-        ({}, {"bits": 3}, "3 bits are packed as"),
+        ({}, {"bits": 3}, "3-bit values are packed as"),
         ({}, {"group_size": 48}, r"groups of 48 .* K = 192; group_size may be 32, 64, 192"),
         ({}, {"group_size": 128}, r"groups of 128 are not supported for K = 192"),
         ({}, {"group_size": 32}, r"scale must have shape \(6, 16\), got \(3, 16\)"),

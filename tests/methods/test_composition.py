@@ -67,10 +67,9 @@ def both_orders(subject, one, two, **options):
 
 def test_leaves_meet_patches_on_blocks_and_tokens(subject):
     """Leaves change no product's size: costs are those of the patch alone."""
-    for patch in (stepped(NEVER), first_block(NEVER), MERGED):
-        for branch in ("max", "min"):
-            together = both_orders(subject, ROUNDED, patch, branch=branch)
-            assert together == cost(subject, patch, branch=branch)
+    for patch, branch in ((stepped(NEVER), "max"), (first_block(NEVER), "min"), (MERGED, "max")):
+        together = both_orders(subject, ROUNDED, patch, branch=branch)
+        assert together == cost(subject, patch, branch=branch)
 
 
 def test_attention_meets_patches_on_blocks(subject, tokens):

@@ -107,7 +107,7 @@ def test_every_strategy_follows_the_formula(subject, branches, paired):
     patched, params = transform(plan)(forward, params)
     x = jnp.zeros((4, 64, 16))
     traced = static = patched.init(params, x, guidance=arrangement)
-    assert sorted(traced) == ["attn.output", "attn.residual"]
+    assert sorted(traced) == ["attn.output.tokens", "attn.residual"]
     run = jax.jit(lambda p, s, x, t: patched(p, s, x, step=t, guidance=arrangement))
     for step, (x, expected) in enumerate(by_formula(subject, plan, arrangement)):
         out, traced = run(params, traced, x, step)
@@ -322,7 +322,7 @@ def test_a_plan_for_something_else_is_refused(subject):
     odd = plan_of(FULL, FULL_ASC)
     patched, params = transform(odd)(subject.forward, subject.params)
     inputs = (jnp.ones((3, 16, 16, 4)), jnp.ones(3), jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match="must be even; got 3"):
+    with pytest.raises(ValueError, match="must be a multiple of 2; got 3"):
         patched(params, {}, *inputs, step=1, guidance=Guidance())
 
 

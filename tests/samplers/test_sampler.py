@@ -127,7 +127,7 @@ def test_the_pieces_make_the_loop(model, key, arrangement):
         step = np.int32(step)
         out, raw, state = network(*model, carry.state, carry.x, labels(), uncond, step)
         assert raw.shape == (6, 8, 8, 8)
-        c, u = arrangement.split(raw)
+        c, u = (arrangement.branch(name, raw) for name in ("cond", "uncond"))
         assert_close(out[..., :4], u[..., :4] + 3.0 * (c[..., :4] - u[..., :4]))
         np.testing.assert_array_equal(out[..., 4:], c[..., 4:])
         carry = update(carry._replace(state=state), out, step)
