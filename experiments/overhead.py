@@ -57,7 +57,7 @@ for name, (subject, (forward, params)) in pairs.items():
     found[name] = {
         "trace_seconds": traced - begin,
         "compile_seconds": compiled - traced,
-        "run_seconds": fastest(lambda: jax.block_until_ready(program(*arguments)), 30),
+        "run_seconds": fastest(lambda: jax.block_until_ready(program(*arguments)), 300),
         # Of a program with these arguments that has nothing to do.
         "dispatch_microseconds": 1e6 * fastest(lambda: nothing(*arguments), 200),
         "hash_microseconds": 1e6 * fastest(lambda: hash(dataclasses.replace(forward)), 200),
