@@ -2,8 +2,8 @@
 
 A sequence is cut in windows of W tokens. A token goes to the open window; the token that fills it
 still sees the whole window as it is, and then the window is sealed and the next one is opened. So
-between 1 and W last tokens are exact: the window is a residual buffer that empties when it is full;
-it does not slide.
+between 1 and W last tokens are exact. The window is a residual buffer: it is emptied when it is
+full, and does not slide.
 """
 
 from __future__ import annotations

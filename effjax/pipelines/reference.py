@@ -22,7 +22,7 @@ class Reference(NamedTuple):
     Attributes:
         pair: its forward and parameters.
         kind: "dense" for weights that no method changed; "dequantized" for floats that were made of
-            codes, whose rounding is in them.
+            quantized values, whose rounding is in them.
         model: where the weights come from; None for the pipeline's own.
         reason: why they are dequantized.
     """
@@ -43,7 +43,7 @@ def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
     """What a pipeline is compared with.
 
     Methods that change no weights leave the pipeline's own; else the model that it was made of is
-    loaded, in its dtypes. Where that cannot be found, its own weights are restored from codes.
+    loaded, in its dtypes. Where that cannot be found, its own weights are dequantized.
 
     Args:
         pipe: the compressed pipeline.

@@ -74,7 +74,7 @@ class Inspection:
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def look(self, name: str, values: np.ndarray) -> None:
-        """Note values that are not finite, if that is asked for; codes are."""
+        """Note values that are not finite, if asked; quantized ones are."""
         if self.check_finite and values.dtype.kind not in "biu":
             finite = np.isfinite(values)
             if count := finite.size - np.count_nonzero(finite):
