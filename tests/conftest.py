@@ -1,7 +1,9 @@
 """Every test runs with strict dtype promotion, four virtual CPU devices and no network."""
 
+import functools
 import os
 import socket
+import typing
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("EFFJAX_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -15,6 +17,7 @@ import jax
 import jaxtyping
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from jaxtyping import _decorator
 
 from experiments import tpu
 
@@ -25,6 +28,35 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def _remembered(make, key=lambda *given: given):
+    made = {}
+
+    @functools.wraps(make)
+    def own(*args, **kwargs):
+        name = (*key(*args), *kwargs.items())
+        try:
+            if name in made:
+                return made[name][0]
+        except TypeError:  # a default that has no hash
+            return make(*args, **kwargs)
+        found = make(*args, **kwargs)
+        if found is not typing.Any:  # perhaps a name that is not there yet
+            made[name] = found, args  # what an id is of lives on
+        return found
+
+    return own
+
+
+# A function within a function is decorated again whenever the outer one runs. What jaxtyping and
+# beartype make of a signature takes them milliseconds, a quarter of what it takes to trace a model:
+# it is made once.
+for _make in (_decorator._make_fn_with_signature, _decorator._apply_typechecker):
+    setattr(_decorator, _make.__name__, _remembered(_make))
+_decorator._destring_annotation = _remembered(
+    _decorator._destring_annotation, lambda annotation, names: (annotation, id(names))
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
