@@ -156,7 +156,7 @@ def test_a_session_has_the_room_that_was_asked_for(model):
         generate(forward, params, prefix=prefix, max_new_tokens=5)
     long = prefill(forward, params, [[3] * 270], new=30)
     assert long.forward.cache_length.total == forward.config.max_length == 300
-    assert long.state["blocks.0.attn.core.k"].shape[1] == 300
+    assert long.state["blocks.0.attn.core.tokens.k"].shape[1] == 300
     assert prefill(forward, params, [[3] * 270], new=30, chunk=100).forward == long.forward
 
 

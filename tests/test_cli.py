@@ -417,12 +417,14 @@ def test_compress_and_bench_a_language_model(capsys, tmp_path, language_model):
     for side in ("dense", "compressed"):
         assert figures[side]["decode_tokens_per_second"] > 0
         assert 0 <= figures[side]["answers_right"] <= 1
-    other = run(capsys, "apply", model, tmp_path / "few", "snap_kv", "--ratio", 0.5)
-    assert other[1]["plan"]["ratio"] == 0.5
+    options = ("--ratio", 0.5, "--bits", 4)
+    other = run(capsys, "apply", model, tmp_path / "few", "snap_kv", *options)
+    assert (other[1]["plan"]["ratio"], other[1]["plan"]["bits"]) == (0.5, 4)
     tokens, held = other[1]["cache_tokens"], other[1]["cache_bytes"]
     token = 2 * 2 * 8 * 4 * 2  # float32 keys and values of two heads of 8 in two layers
     assert other[1]["cache_bytes_before"] == {"allocated": tokens * token, "useful": tokens * token}
     kept = max(tokens // 2, 32 + 1)
+    token = 2 * 2 * 2 * (8 // 2 + 2 * 4)  # 4 bits a channel, a scale and an offset for all
     positions = 2 * (2 * kept + 1) * 4  # of kept tokens, and how many were dropped
     assert held == {"allocated": kept * token + positions, "useful": kept * token + positions}
     short = ("generate", tmp_path / "few", "--prompt", "a b", "--max-new-tokens", 2)

@@ -19,6 +19,7 @@ empty.
     evicting          a fixed number of tokens: the one with the least score is overwritten
     residual_buffer   full windows in a smaller form, the newest tokens as they are
     budgets           how many tokens are kept of a sequence
+    storage           what slots hold of their tokens: floats or quantized values
     slots, attention  arithmetic of positions and slots; attention to slots
     quantization      quantized values of what a cache holds
 

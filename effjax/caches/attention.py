@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effjax.caches.slots import Lengths, Places
-from effjax.context import State
+from effjax.caches.slots import Held, Lengths, Places
 from effjax.layers.attention import Heads, KeyHeads
 from pallas_kernels.block_mask import EVERYTHING, Causal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import decode_attention, quantized_decode_attention
 from pallas_kernels.merge import merge, merge_rows
 
 FEW = 8  # queries that a decode kernel takes
@@ -19,11 +18,16 @@ FEW = 8  # queries that a decode kernel takes
 Part = tuple[Heads, Float[Array, "B S H"]]  # attention to some of the keys, and its log-sum-exps
 
 
-def decode(q: Heads, k: State, v: State, lengths: Lengths) -> Heads:
+def decode(q: Heads, held: Held, lengths: Lengths) -> Heads:
     """A few new tokens attend to the first `lengths` slots, which hold themselves too."""
-    out = decode_attention(q, k.get_value(), v.get_value(), lengths)
-    assert isinstance(out, jax.Array)
-    return out
+    return decode_part(q, held, lengths)[0]
+
+
+def decode_part(q: Heads, held: Held, lengths: Lengths) -> Part:
+    """`decode` and its log-sum-exps, to be merged with attention to other slots."""
+    attend = quantized_decode_attention if "k_scale" in held else decode_attention
+    out, log_sum_exps = attend(q, lengths=lengths, return_lse=True, **held)
+    return out, log_sum_exps
 
 
 def attend_chunk(

@@ -14,7 +14,9 @@ from effjax.caches.budgets import Sizes
 from effjax.caches.inputs import AttentionInputs
 from effjax.caches.pressed import Score, best
 from effjax.caches.protocol import KVCache
-from effjax.caches.slots import Lengths, foresee, lengths_after
+from effjax.caches.quantization import FLOAT
+from effjax.caches.slots import Held, Lengths, foresee, lengths_after
+from effjax.caches.storage import Storage
 from effjax.context import CacheLength, State
 from effjax.layers.attention import Heads
 
@@ -36,6 +38,8 @@ class EvictingCache(KVCache):
         slots: C, of all rows.
         own: slots of a row, by the tokens that its sequence is to have; None for C.
         recent: how many of the last tokens that are held never go, by a row's slots.
+        bits: of keys and values, see `Storage`. A new token attends to them as they are held, its
+            own included.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class EvictingCache(KVCache):
         slots: int,
         recent: Sizes,
         own: Sizes | None = None,
+        bits: int = FLOAT,
         first: bool,
         cache_length: CacheLength,
     ):
@@ -54,7 +59,8 @@ class EvictingCache(KVCache):
         self.score, self.observe, self.recent = score, observe, recent
         self.slots = slots
         self.own = own
-        self.k, self.v, self.scores = State(), State(), State()
+        self.tokens = Storage(bits)
+        self.scores = State()
         self.held = State(fill=-1.0)  # position of the token in every slot
         if own is not None:
             self.foreseen = State()
@@ -85,14 +91,15 @@ class EvictingCache(KVCache):
         held = jnp.take_along_axis(known, column, axis=2)
         self.held.write(jnp.where(chosen < columns, held, -1))
         self.scores.write(jnp.take_along_axis(scores.astype(jnp.float32), column, axis=2))
-        for state, new in ((self.k, inputs.rotated_k), (self.v, inputs.v)):
-            kept = jnp.take_along_axis(new, column.transpose(0, 2, 1)[..., None], axis=1)
-            state.write(kept)
+        at = column.transpose(0, 2, 1)[..., None]
+        k, v = (jnp.take_along_axis(x, at, axis=1) for x in (inputs.rotated_k, inputs.v))
+        self.tokens.write(self.tokens.of(k, v))
 
     def append(self, inputs: AttentionInputs) -> Heads:
         state = self._read(inputs)
         room = self._room(inputs.k.shape[0])
-        tokens = inputs.rotated_q, inputs.rotated_k, inputs.v, inputs.positions
+        new = self.tokens.of(inputs.rotated_k, inputs.v)
+        tokens = inputs.rotated_q, new, inputs.positions
 
         def step(state: Any, column: Any) -> tuple[Any, Array]:
             return self._one(state, room, *column)
@@ -100,12 +107,12 @@ class EvictingCache(KVCache):
         # One by one: a token may take the place of one that an earlier one has seen.
         columns = jax.tree.map(lambda part: part.swapaxes(0, 1), tokens)
         if inputs.q.shape[1] == 1:
-            state, out = step(state, [part[0] for part in columns])
+            state, out = step(state, jax.tree.map(lambda part: part[0], columns))
             out = out[:, None]
         else:
             state, out = jax.lax.scan(step, state, columns)
             out = out.swapaxes(0, 1)
-        for held, value in zip((self.k, self.v, self.held, self.scores), state, strict=True):
+        for held, value in zip((self.tokens, self.held, self.scores), state, strict=True):
             held.write(value)
         return out
 
@@ -115,16 +122,15 @@ class EvictingCache(KVCache):
 
     def _one(
         self,
-        state: tuple[Array, Array, Array, Array],
+        state: tuple[Held, Array, Array],
         room: Lengths,
         q: Float[Array, "B H D"],
-        k: Float[Array, "B K D"],
-        v: Float[Array, "B K D"],
+        new: Held,
         position: Int[Array, " B"],
-    ) -> tuple[tuple[Array, Array, Array, Array], Float[Array, "B H D"]]:
+    ) -> tuple[tuple[Held, Array, Array], Float[Array, "B H D"]]:
         """Write a token of every row, attend, and change the scores."""
-        keys, values, held, scores = state
-        batch, heads, width = k.shape
+        tokens, held, scores = state
+        batch, heads, _ = scores.shape
         full = position >= room
         goes = (held >= 0) & (held < (position - self.recent(room))[:, None, None])
         goes = jnp.where(jnp.any(goes, axis=2, keepdims=True), goes, held >= 0)
@@ -136,18 +142,20 @@ class EvictingCache(KVCache):
         held = held.at[at].set(position[:, None], mode="drop")
         scores = scores.at[at].set(0.0, mode="drop")
         rows = at[0], at[2], at[1]
-        keys, values = (x.at[rows].set(new, mode="drop") for x, new in ((keys, k), (values, v)))
-        grouped = q.reshape(batch, heads, -1, width) * jnp.asarray(width**-0.5, q.dtype)
+        tokens = {n: part.at[rows].set(new[n], mode="drop") for n, part in tokens.items()}
+        keys, values = self.tokens.floats(tokens, q.dtype)
+        grouped = q.reshape(batch, heads, -1, q.shape[2])
+        grouped *= jnp.asarray(q.shape[2] ** -0.5, q.dtype)
         logits = jnp.einsum("bkgd,bckd->bkgc", grouped, keys, preferred_element_type=jnp.float32)
         seen = (held >= 0)[:, :, None]
         logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
         weights = jnp.where(seen, jax.nn.softmax(logits, axis=-1), 0.0)
         mixed = jnp.einsum(
-            "bkgc,bckd->bkgd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32
+            "bkgc,bckd->bkgd", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
         )
         observed = self.observe(scores, weights)
         scores = jnp.where(position[:, None, None] >= 0, observed, scores)
-        return (keys, values, held, scores), mixed.astype(v.dtype).reshape(q.shape)
+        return (tokens, held, scores), mixed.astype(q.dtype).reshape(q.shape)
 
     def _room(self, batch: int) -> Lengths:
         """Slots of every row."""
@@ -155,12 +163,10 @@ class EvictingCache(KVCache):
             return jnp.full(batch, self.slots, jnp.int32)
         return self.own(self.foreseen.read((batch,), jnp.int32))
 
-    def _read(self, inputs: AttentionInputs) -> tuple[Array, Array, Array, Array]:
-        batch, _, heads, width = inputs.k.shape
-        shape = batch, self.slots, heads
+    def _read(self, inputs: AttentionInputs) -> tuple[Held, Array, Array]:
+        batch, _, heads, _ = inputs.k.shape
         return (
-            self.k.read((*shape, width), inputs.k.dtype),
-            self.v.read((*shape, inputs.v.shape[3]), inputs.v.dtype),
+            self.tokens.read(self.tokens.of(inputs.k, inputs.v), self.slots),
             self.held.read((batch, heads, self.slots), jnp.int32),
             self.scores.read((batch, heads, self.slots), jnp.float32),
         )

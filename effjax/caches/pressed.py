@@ -17,7 +17,9 @@ from effjax.caches.attention import FEW, attend_chunk, decode
 from effjax.caches.budgets import Sizes
 from effjax.caches.inputs import AttentionInputs
 from effjax.caches.protocol import KVCache
-from effjax.caches.slots import Lengths, ends, put, starts
+from effjax.caches.quantization import FLOAT
+from effjax.caches.slots import Lengths, begin, ends, put_all, starts
+from effjax.caches.storage import Storage
 from effjax.context import CacheLength, State
 from effjax.layers.attention import Heads
 
@@ -59,6 +61,7 @@ class PressedCache(KVCache):
             many as there are slots.
         keep: slots of a prompt.
         own: of a row's own prompt, `keep` at most, by its tokens; None for `keep`.
+        bits: of keys and values, see `Storage`.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class PressedCache(KVCache):
         choose: Choice,
         keep: int,
         own: Sizes | None = None,
+        bits: int = FLOAT,
         first: bool,
         cache_length: CacheLength,
     ):
@@ -77,7 +81,7 @@ class PressedCache(KVCache):
         self.choose = choose
         self.keep = min(keep, cache_length.prompt)
         self.own = own
-        self.k, self.v = State(), State()
+        self.tokens = Storage(bits)
         self.held = State(fill=-1.0)  # positions of the kept tokens
         self.dropped = State()  # how many tokens of each sequence were not kept
 
@@ -103,23 +107,23 @@ class PressedCache(KVCache):
         self._read(batch, heads)
         self.held.write(held)
         self.dropped.write(count - jnp.sum(held[:, 0] >= 0, axis=1, dtype=jnp.int32))
-        for state, new in ((self.k, inputs.rotated_k), (self.v, inputs.v)):
-            old = state.read((batch, self.slots, *new.shape[2:]), new.dtype)
-            places = jnp.minimum(chosen, columns - 1).transpose(0, 2, 1)[..., None]
-            kept = jnp.take_along_axis(new, places, axis=1)
-            state.write(jax.lax.dynamic_update_slice_in_dim(old, kept, 0, axis=1))
+        places = jnp.minimum(chosen, columns - 1).transpose(0, 2, 1)[..., None]
+        k, v = (jnp.take_along_axis(x, places, axis=1) for x in (inputs.rotated_k, inputs.v))
+        kept = self.tokens.of(k, v)
+        self.tokens.write(begin(self.tokens.read(kept, self.slots), kept))
 
     def append(self, inputs: AttentionInputs) -> Heads:
-        q, k, v, positions = inputs.rotated_q, inputs.rotated_k, inputs.v, inputs.positions
+        q, k, positions = inputs.rotated_q, inputs.rotated_k, inputs.positions
         _, dropped = self._read(k.shape[0], k.shape[2])
         places = jnp.where(positions >= 0, positions - dropped[:, None], -1)
-        past = []
-        for state, new in ((self.k, k), (self.v, v)):
-            past.append(state.read((new.shape[0], self.slots, *new.shape[2:]), new.dtype))
-            state.write(put(past[-1], new, places))
+        new = self.tokens.of(k, inputs.v)
+        past = self.tokens.read(new, self.slots)
+        held = put_all(past, new, places)
+        self.tokens.write(held)
         if q.shape[1] <= FEW:
-            return decode(q, self.k, self.v, ends(places))
-        return attend_chunk(q, k, v, positions, past[0], past[1], starts(places))
+            return decode(q, held, ends(places))
+        own, old = (self.tokens.floats(each, q.dtype) for each in (new, past))
+        return attend_chunk(q, *own, positions, *old, starts(places))
 
     def positions(self, lengths: Lengths) -> Int[Array, "B G C"]:
         held, dropped = self._read(lengths.shape[0], None)

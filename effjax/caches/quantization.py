@@ -24,6 +24,16 @@ def to_qvalues(x: Float[Array, "..."], bits: int, *, axis: int) -> tuple[Array, 
     return qvalues.astype(jnp.int8), scale, low + half * scale
 
 
+def from_qvalues(
+    qvalues: Integer[Array, "... E"],
+    scale: Float[Array, "... 1"],
+    offset: Float[Array, "... 1"],
+    bits: int,
+) -> Float[Array, "... D"]:
+    """float32 of packed values with a scale and an offset for their last axis."""
+    return unpack(qvalues, bits).astype(jnp.float32) * scale + offset
+
+
 def pack(qvalues: Integer[Array, "... D"], bits: int) -> Integer[Array, "... E"]:
     """Two 4-bit values in a byte, see `pallas_kernels.decode_attention.pack_int4`."""
     return pack_int4(qvalues) if bits == 4 else qvalues

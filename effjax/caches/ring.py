@@ -10,17 +10,19 @@ from effjax.caches.attention import attend_to_positions, decode
 from effjax.caches.budgets import Sizes
 from effjax.caches.inputs import AttentionInputs
 from effjax.caches.protocol import KVCache
+from effjax.caches.quantization import FLOAT
 from effjax.caches.slots import (
     Lengths,
     ends,
     foresee,
     lengths_after,
-    put,
+    put_all,
     ring_positions,
     ring_slot,
     starts,
     take,
 )
+from effjax.caches.storage import Storage
 from effjax.context import CacheLength, State
 from effjax.layers.attention import Heads
 
@@ -36,6 +38,7 @@ class RingCache(KVCache):
         sinks, ring: slots of each part.
         own: slots of both that a row uses, by the tokens that its sequence is to have; None for
             all.
+        bits: of keys and values, see `Storage`.
     """
 
     def __init__(
@@ -45,13 +48,14 @@ class RingCache(KVCache):
         sinks: int,
         ring: int,
         own: Sizes | None = None,
+        bits: int = FLOAT,
         first: bool,
         cache_length: CacheLength,
     ):
         super().__init__(inner, first=first, cache_length=cache_length)
         self.sinks = min(sinks, cache_length.total)
         self.ring = max(1, min(ring, cache_length.total - self.sinks))
-        self.k, self.v = State(), State()
+        self.tokens = Storage(bits)
         self.own = None if self.slots >= cache_length.total else own
         if self.own is not None:
             self.foreseen = State()
@@ -63,7 +67,8 @@ class RingCache(KVCache):
     @property
     def exact_chunked_prefill(self) -> bool:
         window = self.core.window
-        return self.slots >= self.cache_length.total or (window is not None and window <= self.ring)
+        whole = self.slots >= self.cache_length.total
+        return not self.tokens.quantized and (whole or (window is not None and window <= self.ring))
 
     @property
     def slots(self) -> int:
@@ -80,31 +85,31 @@ class RingCache(KVCache):
         if self.own is not None:
             foresee(self.foreseen, inputs.positions, self.cache_length)
         held = self.positions(lengths_after(inputs.positions))[:, 0]
-        for state, new in ((self.k, inputs.rotated_k), (self.v, inputs.v)):
-            state.read((new.shape[0], self.slots, *new.shape[2:]), new.dtype)
-            state.write(take(new, inputs.positions, held))
+        k, v = (take(x, inputs.positions, held) for x in (inputs.rotated_k, inputs.v))
+        self.tokens.write(self.tokens.of(k, v))
 
     def append(self, inputs: AttentionInputs) -> Heads:
-        q, k, positions = inputs.rotated_q, inputs.rotated_k, inputs.positions
+        q, positions = inputs.rotated_q, inputs.positions
         before, ring = starts(positions), self.rings(q.shape[0])
         rings = ring if isinstance(ring, int) else ring[:, None]
         place = ring_slot(positions, self.sinks, rings)
         after = lengths_after(positions)[:, None]
         # Of several new tokens for one slot, only the last is written.
         place = jnp.where((place < self.sinks) | (positions >= after - rings), place, -1)
-        old = []
-        for state, new in ((self.k, k), (self.v, inputs.v)):
-            old.append(state.read((new.shape[0], self.slots, *new.shape[2:]), new.dtype))
-            state.write(put(old[-1], new, place))
+        new = self.tokens.of(inputs.rotated_k, inputs.v)
+        past = self.tokens.read(new, self.slots)
+        held = put_all(past, new, place)
+        self.tokens.write(held)
         if q.shape[1] == 1:
-            return decode(q, self.k, self.v, jnp.minimum(ends(positions), self.sinks + ring))
-        held = self.positions(before)[:, 0]
+            return decode(q, held, jnp.minimum(ends(positions), self.sinks + ring))
+        old, own = (self.tokens.floats(each, q.dtype) for each in (past, new))
+        k, v = (jnp.concatenate(parts, axis=1) for parts in zip(old, own, strict=True))
         return attend_to_positions(
             q,
-            jnp.concatenate([old[0], k], axis=1),
-            jnp.concatenate([old[1], inputs.v], axis=1),
+            k,
+            v,
             positions,
-            jnp.concatenate([held, positions], axis=1),
+            jnp.concatenate([self.positions(before)[:, 0], positions], axis=1),
             sinks=self.sinks,
             local=rings,
         )

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from effjax.caches.attention import FEW, attend_to_segments, chunk_parts
+from effjax.caches.attention import FEW, attend_to_segments, chunk_parts, decode_part
 from effjax.caches.budgets import Sizes
 from effjax.caches.inputs import AttentionInputs
 from effjax.caches.protocol import KVCache
-from effjax.caches.slots import Lengths, ends, put, starts
+from effjax.caches.quantization import FLOAT
+from effjax.caches.slots import Held, Lengths, ends, put_all, starts
+from effjax.caches.storage import Storage
 from effjax.context import CacheLength, State
 from effjax.layers.attention import Heads
-from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.merge import merge
 
 # Of all heads' scores [B, K, S], where padding is -inf: places head * S + column of the tokens that
@@ -37,6 +38,7 @@ class SharedCache(KVCache):
         choose: the tokens that are kept, of all heads.
         keep: slots of a prompt for each head, on average.
         own: of a row's own prompt, `keep` at most, by its tokens; None for `keep`.
+        bits: of keys and values, see `Storage`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SharedCache(KVCache):
         choose: SharedChoice,
         keep: int,
         own: Sizes | None = None,
+        bits: int = FLOAT,
         first: bool,
         cache_length: CacheLength,
     ):
@@ -54,7 +57,7 @@ class SharedCache(KVCache):
         self.score, self.choose = score, choose
         self.keep = min(keep, cache_length.prompt)
         self.own = own
-        self.k, self.v, self.k_new, self.v_new = (State() for _ in range(4))
+        self.flat, self.tokens = Storage(bits), Storage(bits)  # of the prompt; those that follow
         self.held = State(fill=-1.0)  # position of the token in every slot
         self.counts = State()  # slots of each head
         self.prompt = State()  # tokens of each prompt
@@ -81,24 +84,23 @@ class SharedCache(KVCache):
         column = jnp.where(kept, chosen % columns, 0)
         self.held.write(jnp.where(kept, jnp.take_along_axis(positions, column, axis=1), -1))
         at = jnp.arange(batch)[:, None], column, jnp.minimum(head, heads - 1)
-        for state, new in ((self.k, inputs.rotated_k), (self.v, inputs.v)):
-            state.write(new[at])
+        self.flat.write(self.flat.of(inputs.rotated_k[at], inputs.v[at]))
 
     def append(self, inputs: AttentionInputs) -> Heads:
-        q, k, v, positions = inputs.rotated_q, inputs.rotated_k, inputs.v, inputs.positions
-        self._read(inputs)
-        new = jnp.where(positions >= 0, positions - self.prompt.get_value()[:, None], -1)
-        old = self.k_new.get_value(), self.v_new.get_value()
-        for state, part in ((self.k_new, k), (self.v_new, v)):
-            state.write(put(state.get_value(), part, new))
-        heads, few = k.shape[2], q.shape[1] <= FEW
-        if few:
-            held = self.k_new.get_value(), self.v_new.get_value()
-            later = [decode_attention(q, *held, ends(new), return_lse=True)]
+        q, positions = inputs.rotated_q, inputs.positions
+        flat, past = self._read(inputs)
+        places = jnp.where(positions >= 0, positions - self.prompt.get_value()[:, None], -1)
+        new = self.tokens.of(inputs.rotated_k, inputs.v)
+        held = put_all(past, new, places)
+        self.tokens.write(held)
+        if q.shape[1] <= FEW:
+            later = [decode_part(q, held, ends(places))]
         else:
-            later = chunk_parts(q, k, v, positions, *old, starts(new))
-        shared = self.k.get_value(), self.v.get_value(), self._heads(heads)
-        earlier = attend_to_segments(q, *shared, heads=heads)
+            own, old = (self.tokens.floats(each, q.dtype) for each in (new, past))
+            later = chunk_parts(q, *own, positions, *old, starts(places))
+        heads = inputs.k.shape[2]
+        k, v = self.flat.floats(flat, q.dtype)
+        earlier = attend_to_segments(q, k, v, self._heads(heads), heads=heads)
         return merge(*zip(earlier, *later, strict=True))[0]
 
     def _heads(self, heads: int) -> Int[Array, "B N"]:
@@ -122,15 +124,13 @@ class SharedCache(KVCache):
         slots = len(lengths) * heads * (self.keep + self.cache_length.new)
         return jnp.sum(self.positions(lengths) >= 0).astype(jnp.float32) / slots
 
-    def _read(self, inputs: AttentionInputs) -> None:
+    def _read(self, inputs: AttentionInputs) -> tuple[Held, Held]:
+        """The tokens of the prompt, and those that follow."""
         batch, _, heads, _ = inputs.k.shape
-        shared, new = heads * self.keep, self.cache_length.new
-        for state, later, x in (
-            (self.k, self.k_new, inputs.k),
-            (self.v, self.v_new, inputs.v),
-        ):
-            state.read((batch, shared, x.shape[3]), x.dtype)
-            later.read((batch, max(new, 1), heads, x.shape[3]), x.dtype)
+        shared = heads * self.keep
         self.held.read((batch, shared), jnp.int32)
         self.counts.read((batch, heads), jnp.int32)
         self.prompt.read((batch,), jnp.int32)
+        flat = self.flat.read(self.flat.of(inputs.k[:, 0], inputs.v[:, 0]), shared)
+        tokens = self.tokens.of(inputs.k, inputs.v)
+        return flat, self.tokens.read(tokens, max(self.cache_length.new, 1))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -11,6 +13,7 @@ from effjax.context import CacheLength, State
 
 Lengths = Int[Array, " B"]
 Places = Int[Array, "B S"]  # of tokens in their sequences; -1 is padding
+Held = dict[str, Any]  # arrays [B, S, ...] of what slots hold of tokens, by name
 
 
 def ends(positions: Places) -> Lengths:
@@ -76,6 +79,19 @@ def put(
     slots = jnp.where(slots < 0, buffer.shape[1], slots)
     rows = jnp.arange(buffer.shape[0])[:, None]
     return buffer.at[rows, slots].set(new, mode="drop")
+
+
+def put_all(held: Held, new: Held, slots: Int[Array, "B S"]) -> Held:
+    """`put`, for every array of what is held of tokens."""
+    return {name: put(part, new[name], slots) for name, part in held.items()}
+
+
+def begin(held: Held, new: Held) -> Held:
+    """Write tokens into the first slots, for every array of what is held of tokens."""
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(part, new[name], 0, axis=1)
+        for name, part in held.items()
+    }
 
 
 def ring_slot(

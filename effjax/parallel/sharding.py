@@ -38,11 +38,18 @@ Rule = tuple[str, Axes]
 WIDE: tuple[Role, ...] = ("qkv", "cross_qkv", "up", "head")
 NARROW: tuple[Role, ...] = ("out", "cross_out", "down")
 
-# Of states: keys, values and their scales [B, C, K, D] by rows and heads; features [B, C, R] and
-# slots of a flat cache [B, N, D] by rows.
+# Of states: keys, values and their scales [B, C, K, D] by rows and heads, in slots (`tokens`, by
+# group of heads) and in windows; slots of one axis for all heads [B, N, D] (`flat`) and features
+# [B, C, R] by rows.
 CACHES: tuple[Rule, ...] = (
-    (r".*\.core\.[kv](_open|_scale|_offset)?(\.\d+)?", ("data", None, "model", None)),
-    (r".*\.core\.[kv]_(features(_open)?|((scale|offset)_)?slots)", ("data", None, None)),
+    (
+        r".*\.core\.(tokens\.(\d+\.)?)?[kv](_open|_scale|_offset)?",
+        ("data", None, "model", None),
+    ),
+    (
+        r".*\.core\.(flat\.[kv](_scale|_offset)?|[kv]_features(_open)?)",
+        ("data", None, None),
+    ),
 )
 
 

@@ -90,9 +90,8 @@ def test_new_tokens_see_what_their_head_keeps(sizes):
         seen = [*kept[b][h // 2], *range(14, 14 + s + 1)]
         weights = attention(q[b, 14 + s, h], k[b, seen, h // 2])
         chex.assert_trees_all_close(got[b, s, h], weights @ v[b, seen, h // 2], atol=1e-5)
-    named = {path[-1]: value for path, value in values.items()}
-    assert named["k"].shape == named["v"].shape == (2, 2 * 6, 8)
-    assert named["counts"].tolist() == [[len(own) for own in row] for row in kept]
+    assert values["flat", "k"].shape == values["flat", "v"].shape == (2, 2 * 6, 8)
+    assert values["counts",].tolist() == [[len(own) for own in row] for row in kept]
 
 
 def test_rows_share_slots_as_if_they_were_alone():
@@ -148,11 +147,15 @@ def test_chunks_count_from_the_first_token_of_a_row(plan):
 # While decoding -----------------------------------------------------------------------------------
 
 
-def simulated(prompt, slots, recent, first, change):
-    """Outputs of all tokens after a prompt, by lists of held tokens, for one key head each."""
+def simulated(prompt, slots, recent, first, change, held_as=lambda x: x):
+    """Outputs of all tokens after a prompt, by lists of held tokens, for one key head each.
+
+    The prompt is scored with exact keys; new tokens see keys and values as they are held.
+    """
     q, k, v = heads_of()
     outputs = np.zeros((2, TEXT - prompt, 4, 8), np.float32)
     scores = first(q, k, prompt)  # [B, K, S]
+    k, v = held_as(k), held_as(v)
     held = [[[] for _ in range(2)] for _ in range(2)]
     for b, h in np.ndindex(2, 2):
         own = scores[b, h].copy()

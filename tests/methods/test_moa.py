@@ -177,14 +177,10 @@ def test_slots_of_quantized_values(bits, layout):
     scales = sum(SLOTS) * 2 * 4
     assert sum(value.nbytes for value in values.values()) == 2 * 2 * (qvalues + scales) + 2 * 4
     # What a slot holds is its token's key and value, to half a step.
-    last = {"grouped": "{}", "flat": "{}_slots"}[layout]
-    for path, x in floating.items():
-        if path[-1] == "foreseen":
+    for (*path, name), x in floating.items():
+        if name == "foreseen":
             continue
-        name = path[0].removesuffix("_slots")
-        held, scale, offset = (
-            values[last.format(name + part), *path[1:]] for part in ("", "_scale", "_offset")
-        )
+        held, scale, offset = (values[*path, name + part] for part in ("", "_scale", "_offset"))
         restored = unpack(held, bits).astype(jnp.float32) * scale + offset
         chex.assert_trees_all_close(restored, x, atol=float(jnp.max(scale)) / 2 + 1e-6)
 

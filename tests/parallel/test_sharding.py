@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 import converters
 from effjax import testing
 from effjax.generate import Reading
-from effjax.methods import cskv, kivi, moa, round_to_nearest
+from effjax.methods import ada_kv, cskv, kivi, moa, round_to_nearest
 from effjax.parallel import CACHES, device_mesh, leaf_sharding, shard, shardings, tensor_parallel
 from effjax.quant import Activations, Quantizer, qdot, quantize_matrix
 from effjax.transform import identity
@@ -92,6 +92,7 @@ def spans(layout, bits=16):
 
 KINDS = {
     "dense": identity,
+    "ada_kv, 4 bits": ada_kv.transform(ada_kv.AdaKVPlan(press="knorm", bits=4)),
     "cskv": cskv.transform(cskv.CSKVPlan(0.5, 0.5, window=4)),
     "kivi": kivi.transform(kivi.KIVIPlan(4, 4, group=4)),
     "moa": spans("grouped"),

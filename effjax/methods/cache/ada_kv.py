@@ -48,8 +48,8 @@ class AdaKVPlan(press.WrapperPlan):
     def kind(self, place: Place) -> Kind:
         keep, own = self.budget(place.cache_length.prompt)
         if keep >= place.cache_length.prompt and own is None:
-            return DenseCache, {}
-        options = {"score": self.score, "choose": self.choose}
+            return DenseCache, {"bits": self.bits}
+        options = {"score": self.score, "choose": self.choose, "bits": self.bits}
         return SharedCache, {**options, "keep": keep, "own": own}
 
     def choose(self, scores: Scores, keep: Lengths, slots: int) -> Int[Array, "B N"]:

@@ -44,7 +44,7 @@ class ChunkKVPlan(press.WrapperPlan):
 
     def kind(self, place: Place) -> Kind:
         most = place.cache_length.prompt
-        return press.pressed(self.choose, *by_length(self._slots(most)), place)
+        return self.pressed(self.choose, *by_length(self._slots(most)), place)
 
     def _kept(self, most: int) -> np.ndarray:
         """Chunks that are kept of 0 ... `most` tokens; of fewer than a chunk, tokens."""

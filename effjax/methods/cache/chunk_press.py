@@ -55,7 +55,7 @@ class ChunkPressPlan(press.WrapperPlan):
 
     def kind(self, place: Place) -> Kind:
         table = _table(self.ratio or 0.0, self.chunk, place.cache_length.prompt)
-        return press.pressed(self.choose, *by_length(table), place)
+        return self.pressed(self.choose, *by_length(table), place)
 
     def choose(self, inputs: AttentionInputs, keep: Lengths, slots: int) -> Columns:
         """The best tokens of every chunk, each scored as a prompt of its own."""

@@ -8,8 +8,8 @@
     METHOD = press.method("knorm", "..., arXiv 2406.11430", KnormPlan, systems=("KNorm",))
     transform = METHOD.transform
 
-A plan is a budget (`BudgetPlan`); a press is a budget and a score (`PressPlan`). What changes the
-budget, the choice or the storage of any press takes its score by name (`WrapperPlan`). What evicts
+A plan is a budget and a storage (`BudgetPlan`); a press has a score besides (`PressPlan`). What
+changes the budget or the choice of any press takes its score by name (`WrapperPlan`). What evicts
 while decoding says also what a new token changes of the scores (`EvictingPlan`).
 """
 
@@ -39,6 +39,7 @@ from effjax.caches import (
 from effjax.caches.evicting import EvictingCache, SlotScores, Weights
 from effjax.caches.install import Place
 from effjax.caches.pressed import Choice, Scores, highest
+from effjax.caches.quantization import FLOAT, Bits
 from effjax.fields import Count
 from effjax.forward import Forward, Params
 from effjax.transform import Method, Pair, Plan, Transform
@@ -46,15 +47,18 @@ from effjax.transform import Method, Pair, Plan, Transform
 
 @dataclasses.dataclass(frozen=True)
 class BudgetPlan(Plan):
-    """How many tokens are kept.
+    """How many tokens are kept, and how they are held.
 
     Attributes:
         capacity: tokens; or None, for
         ratio: the share that is dropped; a half if neither is given.
+        bits: of keys and values in their slots: 16 (floats), 8 or 4. New tokens see quantized
+            values, the prompt sees floats, see `effjax.caches.storage`.
     """
 
     capacity: Count | None = None
     ratio: Dropped | None = None
+    bits: Bits = FLOAT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,14 +96,13 @@ class PressPlan(BudgetPlan):
 
     def kind(self, place: Place) -> Kind:
         keep, own = self.budget(place.cache_length.prompt)
-        return pressed(highest(self.score), keep, own, place)
+        return self.pressed(highest(self.score), keep, own, place)
 
-
-def pressed(choose: Choice, keep: int, own: Sizes | None, place: Place) -> Kind:
-    """A cache of what a choice keeps; a dense one where that is everything."""
-    if keep >= place.cache_length.prompt and own is None:
-        return DenseCache, {}
-    return PressedCache, {"choose": choose, "keep": keep, "own": own}
+    def pressed(self, choose: Choice, keep: int, own: Sizes | None, place: Place) -> Kind:
+        """A cache of what a choice keeps; a dense one where that is everything."""
+        if keep >= place.cache_length.prompt and own is None:
+            return DenseCache, {"bits": self.bits}
+        return PressedCache, {"choose": choose, "keep": keep, "own": own, "bits": self.bits}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +129,8 @@ class EvictingPlan(BudgetPlan):
     def kind(self, place: Place) -> Kind:
         slots, own = self.budget(place.cache_length.total)
         if slots >= place.cache_length.total and own is None:
-            return DenseCache, {}
-        options = {"score": self.score, "observe": self.observe, "own": own}
+            return DenseCache, {"bits": self.bits}
+        options = {"score": self.score, "observe": self.observe, "own": own, "bits": self.bits}
         return EvictingCache, {**options, "slots": slots, "recent": partial(self.last, slots)}
 
 
@@ -140,7 +143,8 @@ class WrapperPlan(PressPlan):
 
     Attributes:
         press: name of the method whose score is taken.
-        options: fields of its plan, such as (("window", 16),); defaults for others.
+        options: fields of its plan that its score depends on, such as (("window", 16),); defaults
+            for others. Budget and bits are those of this plan.
     """
 
     press: str = "snap_kv"
@@ -170,6 +174,11 @@ def _press(name: str, options: Options) -> PressPlan:
         )
     if issubclass(plan, WrapperPlan):
         raise ValueError(f"press must have a score of its own, {name!r} takes another one's")
+    if own := [name for name, _ in options if name in BudgetPlan.__dataclass_fields__]:
+        raise ValueError(
+            f"options say what the score of {name!r} depends on; {', '.join(own)} must be said of "
+            f"the plan that takes the score"
+        )
     made = plan.from_dict(dict(options))
     assert isinstance(made, PressPlan)
     return made
@@ -188,7 +197,7 @@ def method(
 
     Args:
         name, paper, plan, systems: of the method.
-        ratios: of its ladder.
+        ratios: of its ladder, whose last plan has 4 bits.
         tiny: fields of the plans for a tiny model, such as a window that fits a prompt of 12.
     """
 
@@ -209,7 +218,10 @@ def method(
         plan=plan,
         transform=transform,
         identity=lambda subject: plan(ratio=0.0, **tiny),
-        ladder=lambda subject: tuple(plan(ratio=ratio, **tiny) for ratio in ratios),
+        ladder=lambda subject: (
+            *(plan(ratio=ratio, **tiny) for ratio in ratios[:-1]),
+            plan(ratio=ratios[-1], bits=4, **tiny),
+        ),
         tiny=testing.tiny_llama,
         systems=systems,
     )

@@ -47,7 +47,7 @@ class PyramidKVPlan(press.WrapperPlan):
 
     def kind(self, place: Place) -> Kind:
         table = _table(self, place.cache_length.prompt, place.layer, place.layers)
-        return press.pressed(highest(self.score), *by_length(table), place)
+        return self.pressed(highest(self.score), *by_length(table), place)
 
 
 @lru_cache(maxsize=256)

@@ -43,7 +43,7 @@ class StreamingLLMPlan(press.BudgetPlan):
     def kind(self, place: Place) -> Kind:
         slots, own = self.budget(place.cache_length.total)
         ring = max(slots - self.sinks, 1)
-        return RingCache, {"sinks": self.sinks, "ring": ring, "own": own}
+        return RingCache, {"sinks": self.sinks, "ring": ring, "own": own, "bits": self.bits}
 
 
 METHOD = press.method(

@@ -10,21 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from effjax.caches import AttentionInputs, Caches, Kind, KVCache, Lengths
+from effjax.caches.attention import decode
 from effjax.caches.install import Place
-from effjax.caches.quantization import FLOAT, pack, to_qvalues
 from effjax.caches.slots import (
     Places,
     foresee,
     left_aligned,
     lengths_after,
-    put,
+    put_all,
     ring_positions,
     ring_slot,
     take,
 )
+from effjax.caches.storage import Storage
 from effjax.context import CacheLength, State
 from effjax.forward import Forward, Params
 from effjax.layers.attention import Heads, KeyHeads, Positions
@@ -32,11 +33,7 @@ from effjax.methods.cache.moa.plan import MoAPlan, Rule, check_fits
 from effjax.transform import Pair, Transform
 from pallas_kernels.block_mask import SinkLocal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.decode_attention import (
-    decode_attention,
-    flat_decode_attention,
-    quantized_decode_attention,
-)
+from pallas_kernels.decode_attention import flat_decode_attention
 
 NAME = "moa"
 
@@ -84,9 +81,6 @@ class SpanCache(KVCache):
         self.slots = plan.slots(layer, cache_length.total)
         self.foreseen = State()
         self.sink = plan.sink
-        self.bits = plan.bits
-        parts = ("",) if self.bits == FLOAT else ("", "_scale", "_offset")
-        self.names = tuple(f"{of}{part}" for of in "kv" for part in parts)
 
     @property
     def multi_token_append(self) -> bool:
@@ -112,22 +106,11 @@ class SpanCache(KVCache):
 
     def store(self, inputs: AttentionInputs) -> None:
         foresee(self.foreseen, inputs.positions, self.cache_length)
-        self.fill(self.quantized(inputs.rotated_k, inputs.v), inputs.positions)
+        self.fill(inputs.rotated_k, inputs.v, inputs.positions)
 
     @abc.abstractmethod
-    def fill(self, new: dict[str, Shaped[Array, "B S K ..."]], positions: Places) -> None:
-        """Store what slots hold of a sequence's first tokens."""
-
-    def quantized(self, k: KeyHeads, v: KeyHeads) -> dict[str, Shaped[Array, "B S K ..."]]:
-        """What slots hold of tokens, keys rotated, by name."""
-        if self.bits == FLOAT:
-            return {"k": k, "v": v}
-        found = {}
-        for name, x in (("k", k), ("v", v)):
-            qvalues, scale, offset = to_qvalues(x, self.bits, axis=3)
-            found[name] = pack(qvalues, self.bits)
-            found |= {f"{name}_scale": scale, f"{name}_offset": offset}
-        return found
+    def fill(self, k: KeyHeads, v: KeyHeads, positions: Places) -> None:
+        """Store what slots hold of a sequence's first tokens, keys rotated."""
 
     def attend_prompt(self, inputs: AttentionInputs, positions: Positions | None) -> Heads:
         """Attend within spans of whole blocks."""
@@ -184,36 +167,30 @@ class GroupedCache(SpanCache):
             (slots, rule, tuple(head for head, each in enumerate(self.rules) if each == rule))
             for slots, rule in kinds
         )
-        for name in self.names:
-            setattr(self, name, nnx.List([State() for _ in kinds]))
+        self.tokens = nnx.List([Storage(self.plan.bits) for _ in kinds])
 
-    def fill(self, new: dict[str, Shaped[Array, "B S K ..."]], positions: Places) -> None:
+    def fill(self, k: KeyHeads, v: KeyHeads, positions: Places) -> None:
         lengths = lengths_after(positions)
         used = self.used(lengths.shape[0])
         for group, (slots, rule, heads) in enumerate(self.groups):
             held = ring_positions(lengths, self.sink, used[rule] - self.sink, slots=slots)
-            for name, part in new.items():
-                own = part[:, :, _of_heads(heads)]
-                getattr(self, name)[group].write(take(own, positions, held))
+            own = (take(x[:, :, _of_heads(heads)], positions, held) for x in (k, v))
+            self.tokens[group].write(self.tokens[group].of(*own))
 
     def append(self, inputs: AttentionInputs) -> Heads:
-        q, v, positions = inputs.rotated_q, inputs.v, inputs.positions
-        new, lengths = self.quantized(inputs.rotated_k, v), lengths_after(positions)
+        q, k, v, positions = inputs.rotated_q, inputs.rotated_k, inputs.v, inputs.positions
+        lengths = lengths_after(positions)
         batch, _, heads, width = q.shape
         q = q.reshape(batch, 1, v.shape[2], -1, width)
         parts, order, used = [], [], self.used(batch)
         for group, (slots, rule, own) in enumerate(self.groups):
-            chosen, held = _of_heads(own), {}
+            chosen, tokens = _of_heads(own), self.tokens[group]
             place = ring_slot(positions, self.sink, (used[rule] - self.sink)[:, None])
-            for name, part in new.items():
-                state, part = getattr(self, name)[group], part[:, :, chosen]
-                old = state.read((batch, slots, *part.shape[2:]), part.dtype)
-                held[name] = put(old, part, place)
-                state.write(held[name])
-            attend = decode_attention if self.bits == FLOAT else quantized_decode_attention
+            new = tokens.of(k[:, :, chosen], v[:, :, chosen])
+            held = put_all(tokens.read(new, slots), new, place)
+            tokens.write(held)
             valid = jnp.minimum(lengths, used[rule])
-            out = attend(q[:, :, chosen].reshape(batch, 1, -1, width), lengths=valid, **held)
-            assert isinstance(out, jax.Array)
+            out = decode(q[:, :, chosen].reshape(batch, 1, -1, width), held, valid)
             parts.append(out.reshape(batch, 1, len(own), -1, v.shape[3]))
             order += own
         out = jnp.concatenate(parts, axis=2)
@@ -235,19 +212,21 @@ class FlatCache(SpanCache):
     def __init__(self, inner: Any, **options: Any):
         super().__init__(inner, **options)
         self.start = tuple(sum(self.slots[:head]) for head in range(len(self.slots)))
-        for name in self.names:
-            setattr(self, f"{name}_slots", State())
+        self.flat = Storage(self.plan.bits)
 
-    def fill(self, new: dict[str, Shaped[Array, "B S K ..."]], positions: Places) -> None:
+    def fill(self, k: KeyHeads, v: KeyHeads, positions: Places) -> None:
         lengths = lengths_after(positions)
         used = self.used(lengths.shape[0])
         held = [
             ring_positions(lengths, self.sink, used[rule] - self.sink, slots=slots)
             for rule, slots in zip(self.rules, self.slots, strict=True)
         ]
-        for name, part in new.items():
-            own = [take(part[:, :, head], positions, each) for head, each in enumerate(held)]
-            getattr(self, f"{name}_slots").write(jnp.concatenate(own, axis=1))
+
+        def own(x: KeyHeads) -> Float[Array, "B N D"]:
+            heads = [take(x[:, :, head], positions, each) for head, each in enumerate(held)]
+            return jnp.concatenate(heads, axis=1)
+
+        self.flat.write(self.flat.of(own(k), own(v)))
 
     def append(self, inputs: AttentionInputs) -> Heads:
         q, k, v, positions = inputs.rotated_q, inputs.rotated_k, inputs.v, inputs.positions
@@ -256,13 +235,11 @@ class FlatCache(SpanCache):
             ring_slot(positions, self.sink, (used[rule] - self.sink)[:, None]) + start
             for rule, start in zip(self.rules, self.start, strict=True)
         ]
-        places, held = jnp.where(positions >= 0, jnp.concatenate(own, axis=1), -1), {}
+        places = jnp.where(positions >= 0, jnp.concatenate(own, axis=1), -1)
         slots = jnp.stack([used[rule] for rule in self.rules], axis=1)
-        for name, new in self.quantized(k, v).items():
-            state = getattr(self, f"{name}_slots")
-            old = state.read((new.shape[0], sum(self.slots), new.shape[3]), new.dtype)
-            held[name] = put(old, new[:, 0], places)
-            state.write(held[name])
+        new = self.flat.of(k[:, 0], v[:, 0])
+        held = put_all(self.flat.read(new, sum(self.slots)), new, places)
+        self.flat.write(held)
         out = flat_decode_attention(
             q,
             lengths=jnp.minimum(lengths_after(positions)[:, None], slots),
