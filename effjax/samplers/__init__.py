@@ -11,7 +11,7 @@ from effjax.samplers.ddpm import DDPM
 from effjax.samplers.dpm_solver import DPMSolver
 from effjax.samplers.flow_match import FlowMatchEuler
 from effjax.samplers.sampler import Sampler, check_keys, sample_keys
-from effjax.samplers.schedule import Schedule, step_noise
+from effjax.samplers.schedule import DiffusionSchedule, Schedule, step_noise
 from effjax.samplers.tables import Betas
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "DDPM",
     "Betas",
     "DPMSolver",
+    "DiffusionSchedule",
     "FlowMatchEuler",
     "Sampler",
     "Schedule",

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
-from effjax.fields import Count, Natural, Positive, Share
+from effjax.fields import Positive, Share
 from effjax.samplers.config import (
     CLIPPING,
     DIFFUSION,
@@ -23,20 +22,15 @@ from effjax.samplers.config import (
     reads,
 )
 from effjax.samplers.schedule import (
-    Prediction,
-    Schedule,
+    DiffusionSchedule,
     data_and_noise,
-    mix_noise,
     split_output,
     step_noise,
 )
 from effjax.samplers.tables import (
-    Betas,
     Column,
-    Spacing,
     at,
     check_signal,
-    check_steps,
     check_timesteps,
     constant,
     spaced_timesteps,
@@ -56,15 +50,12 @@ _FILE = SchedulerClass(
 
 @reads("DDIMScheduler", _FILE)
 @dataclasses.dataclass(frozen=True)
-class DDIM(Schedule):
+class DDIM(DiffusionSchedule):
     """Predict the clean sample and the noise, and mix them again at the next, lower noise level.
 
+    Its fields are those of `DiffusionSchedule` and these.
+
     Attributes:
-        steps: number of steps, one network call each.
-        betas: noise of the training diffusion.
-        prediction: what the network predicts: "epsilon", "sample" or "v_prediction".
-        spacing: "leading", "trailing" or "linspace".
-        steps_offset: added to leading timesteps.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
         set_alpha_to_one: end at the clean sample; otherwise at the noise level of timestep 0.
         clip_sample: clip the predicted clean sample to +- clip_sample_range (pixel models).
@@ -73,24 +64,13 @@ class DDIM(Schedule):
     array([750., 500., 250.,   0.], dtype=float32)
     """
 
-    steps: Count
-    betas: Betas = dataclasses.field(default=Betas())
-    prediction: Prediction = "epsilon"
-    spacing: Spacing = "leading"
-    steps_offset: Natural = 0
     eta: Share = 0.0
     set_alpha_to_one: bool = True
     clip_sample: bool = False
     clip_sample_range: Positive = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_steps(self.steps, self.betas.train_timesteps)
-        _tables(self)
-
-    @property
-    def times(self) -> np.ndarray:
-        return _tables(self).times
+    def tables(self) -> _Tables:
+        return _tables(self)
 
     def update(
         self,
@@ -100,7 +80,7 @@ class DDIM(Schedule):
         memory: PyTree,
         keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
-        now = at(_tables(self), step)
+        now = at(self.tables(), step)
         out, _ = split_output(out, x)
         data, noise = data_and_noise(self.prediction, x, out, now.signal, now.sigma)
         if self.clip_sample:
@@ -109,11 +89,6 @@ class DDIM(Schedule):
         if self.eta > 0:
             following += now.deviation * step_noise(keys, step, x.shape[1:])
         return following, memory
-
-    def add_noise(
-        self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: ArrayLike
-    ) -> Float[Array, "B ..."]:
-        return mix_noise(self.betas.alphas_cumprod, x, noise, time)
 
 
 class _Tables(NamedTuple):

@@ -8,11 +8,10 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
-from effjax.fields import Count, Natural, Positive
+from effjax.fields import Positive
 from effjax.samplers.config import (
     CLIPPING,
     DIFFUSION,
@@ -23,20 +22,15 @@ from effjax.samplers.config import (
     reads,
 )
 from effjax.samplers.schedule import (
-    Prediction,
-    Schedule,
+    DiffusionSchedule,
     data_and_noise,
-    mix_noise,
     split_output,
     step_noise,
 )
 from effjax.samplers.tables import (
-    Betas,
     Column,
-    Spacing,
     at,
     check_signal,
-    check_steps,
     check_timesteps,
     constant,
     spaced_timesteps,
@@ -51,38 +45,24 @@ _FILE = SchedulerClass(
 
 @reads("DDPMScheduler", _FILE)
 @dataclasses.dataclass(frozen=True)
-class DDPM(Schedule):
+class DDPM(DiffusionSchedule):
     """Sample the posterior q(x_{t'} | x_t, data) of the next timestep, with predicted data.
 
+    Its fields are those of `DiffusionSchedule` and these.
+
     Attributes:
-        steps: number of steps, one network call each.
-        betas: noise of the training diffusion.
-        prediction: what the network predicts: "epsilon", "sample" or "v_prediction".
         variance: "fixed_small" (the posterior's), "fixed_large" (that of the forward step), or
             "learned_range": between the two, by the second half of the network's channels (Nichol
             & Dhariwal, arXiv 2102.09672, equation 15), as DiT was trained.
-        spacing: "leading", "trailing" or "linspace".
-        steps_offset: added to leading timesteps.
         clip_sample: clip the predicted clean sample to +- clip_sample_range (pixel models).
     """
 
-    steps: Count
-    betas: Betas = dataclasses.field(default=Betas())
-    prediction: Prediction = "epsilon"
     variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
-    spacing: Spacing = "leading"
-    steps_offset: Natural = 0
     clip_sample: bool = False
     clip_sample_range: Positive = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_steps(self.steps, self.betas.train_timesteps)
-        _tables(self)
-
-    @property
-    def times(self) -> np.ndarray:
-        return _tables(self).times
+    def tables(self) -> _Tables:
+        return _tables(self)
 
     def update(
         self,
@@ -92,7 +72,7 @@ class DDPM(Schedule):
         memory: PyTree,
         keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
-        now = at(_tables(self), step)
+        now = at(self.tables(), step)
         out, learned = split_output(out, x)
         data, _ = data_and_noise(self.prediction, x, out, now.signal, now.sigma)
         if self.clip_sample:
@@ -113,11 +93,6 @@ class DDPM(Schedule):
             log_variance = share * now.log_large + (1 - share) * now.log_small
         noise = step_noise(keys, step, x.shape[1:])
         return mean + now.noisy * jnp.exp(log_variance / 2) * noise, memory
-
-    def add_noise(
-        self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: ArrayLike
-    ) -> Float[Array, "B ..."]:
-        return mix_noise(self.betas.alphas_cumprod, x, noise, time)
 
 
 class _Tables(NamedTuple):

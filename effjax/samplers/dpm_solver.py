@@ -8,19 +8,16 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
-from effjax.fields import Count, Natural, Range
+from effjax.fields import Range
 from effjax.samplers.config import DIFFUSION, PLAIN, THRESHOLDS, SchedulerClass, reads
-from effjax.samplers.schedule import Prediction, Schedule, data_and_noise, mix_noise, split_output
+from effjax.samplers.schedule import DiffusionSchedule, data_and_noise, split_output
 from effjax.samplers.tables import (
-    Betas,
     Column,
     Spacing,
     at,
-    check_steps,
     check_timesteps,
     constant,
     spaced_timesteps,
@@ -59,18 +56,15 @@ _FILE = SchedulerClass(
 
 @reads("DPMSolverMultistepScheduler", _FILE)
 @dataclasses.dataclass(frozen=True)
-class DPMSolver(Schedule):
+class DPMSolver(DiffusionSchedule):
     """Second-order multistep solver of the diffusion ODE in data prediction, midpoint rule.
 
     Its memory is the data prediction of the last call. The first step is of first order, and so is
     the last one if it ends at zero noise or if there are fewer than 15 steps.
 
+    Its fields are those of `DiffusionSchedule`, with "linspace" as the default spacing, and these.
+
     Attributes:
-        steps: number of steps, one network call each.
-        betas: noise of the training diffusion.
-        prediction: what the network predicts: "epsilon", "sample" or "v_prediction".
-        spacing: "linspace", "leading" or "trailing".
-        steps_offset: added to leading timesteps.
         karras_sigmas: noise levels of Karras et al. (arXiv 2206.00364, equation 5) in place of
             those of the timesteps; the network is fed the nearest timesteps (of cosine betas, the
             reference takes the next lower ones, up to rounding errors).
@@ -80,24 +74,14 @@ class DPMSolver(Schedule):
             usual for cosine betas.
     """
 
-    steps: Count
-    betas: Betas = dataclasses.field(default=Betas())
-    prediction: Prediction = "epsilon"
     spacing: Spacing = "linspace"
-    steps_offset: Natural = 0
     karras_sigmas: bool = False
     final_sigmas: Literal["zero", "sigma_min"] = "zero"
     lower_order_final: bool = True
     lambda_min_clipped: Annotated[float, Range(infinite=True)] = -float("inf")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_steps(self.steps, self.betas.train_timesteps)
-        _tables(self)
-
-    @property
-    def times(self) -> np.ndarray:
-        return _tables(self).times
+    def tables(self) -> _Tables:
+        return _tables(self)
 
     @property
     def sigmas(self) -> np.ndarray:
@@ -115,16 +99,19 @@ class DPMSolver(Schedule):
         memory: PyTree,
         keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
-        now = at(_tables(self), step)
+        now = at(self.tables(), step)
         out, _ = split_output(out, x)
         data, _ = data_and_noise(self.prediction, x, out, now.signal, now.sigma)
         slope = data - memory
         return now.sample_weight * x + now.data_weight * data + now.slope_weight * slope, data
 
-    def add_noise(
-        self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: ArrayLike
-    ) -> Float[Array, "B ..."]:
-        return mix_noise(_alphas_cumprod(self.betas), x, noise, time)
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        left = self.betas.alphas_cumprod
+        if self.betas.zero_snr:
+            # The solver needs a finite noise-to-signal ratio; the reference chose this one.
+            left = np.append(left[:-1], 2.0**-24)
+        return left
 
 
 class _Tables(NamedTuple):
@@ -162,7 +149,7 @@ def _tables(schedule: DPMSolver) -> _Tables:
 @functools.lru_cache(maxsize=64)
 def _sigmas(schedule: DPMSolver) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [steps] and noise-to-signal ratios float64[steps + 1]."""
-    left = _alphas_cumprod(schedule.betas)
+    left = schedule.alphas_cumprod
     train, steps = schedule.betas.train_timesteps, schedule.steps
     ratio = np.sqrt((1 - left) / left)  # increasing
     if schedule.karras_sigmas:
@@ -181,11 +168,3 @@ def _sigmas(schedule: DPMSolver) -> tuple[np.ndarray, np.ndarray]:
         chosen = ratio[times]
     end = 0.0 if schedule.final_sigmas == "zero" else ratio[0]
     return constant(times), constant(np.append(chosen, end))
-
-
-def _alphas_cumprod(betas: Betas) -> np.ndarray:
-    left = betas.alphas_cumprod
-    if betas.zero_snr:
-        # The solver needs a finite noise-to-signal ratio; the reference chose this one.
-        left = np.append(left[:-1], 2.0**-24)
-    return left

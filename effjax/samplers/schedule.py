@@ -8,6 +8,7 @@ checkpoints give the images that they give there.
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,8 +19,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
-from effjax.fields import Checked
+from effjax.fields import Checked, Count, Natural
 from effjax.samplers import config as configuration
+from effjax.samplers.tables import Betas, Spacing, check_steps
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 
@@ -124,6 +126,60 @@ class Schedule(Checked, abc.ABC):
         return configuration.to_config(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class DiffusionSchedule(Schedule):
+    """Base of schedules for models that were trained with a diffusion of many small noise steps.
+
+    Its fields are those that every scheduler_config.json of such a class has. A subclass adds its
+    own, says its numbers in `tables`, and how a call moves the sample in `update`.
+
+    Attributes:
+        steps: number of steps, one network call each.
+        betas: noise of the training diffusion.
+        prediction: what the network predicts: "epsilon", "sample" or "v_prediction".
+        spacing: "leading", "trailing" or "linspace": which training timesteps the network is called
+            at, see `spaced_timesteps`.
+        steps_offset: added to leading timesteps.
+    """
+
+    steps: Count
+    betas: Betas = dataclasses.field(default=Betas())
+    prediction: Prediction = "epsilon"
+    spacing: Spacing = "leading"
+    steps_offset: Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_steps(self.steps, self.betas.train_timesteps)
+        self.tables()  # raises for timesteps that do not fit
+
+    @abc.abstractmethod
+    def tables(self) -> Any:
+        """A named tuple of float32[steps], `times` among them, computed once for equal schedules.
+
+        Raises:
+            ValueError: if the fields give no timesteps, or none that the network can be called at.
+        """
+
+    @property
+    def times(self) -> np.ndarray:
+        return self.tables().times
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """float64[train_timesteps]: the share of the signal's variance that is left at each."""
+        return self.betas.alphas_cumprod
+
+    def add_noise(
+        self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: ArrayLike
+    ) -> Float[Array, "B ..."]:
+        time = jnp.asarray(time).astype(jnp.int32)
+        left = self.alphas_cumprod
+        signal = jnp.asarray(np.sqrt(left), jnp.float32)[time]
+        sigma = jnp.asarray(np.sqrt(1 - left), jnp.float32)[time]
+        return per_sample(signal, x) * x + per_sample(sigma, x) * noise
+
+
 def split_output(
     out: Float[Array, "B ..."], x: Float[Array, "B ..."]
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."] | None]:
@@ -156,19 +212,6 @@ def data_and_noise(
     if prediction == "sample":
         return out, (x - signal * out) / sigma
     return signal * x - sigma * out, signal * out + sigma * x  # v = signal * noise - sigma * data
-
-
-def mix_noise(
-    alphas_cumprod: np.ndarray,
-    x: Float[Array, "B ..."],
-    noise: Float[Array, "B ..."],
-    time: ArrayLike,
-) -> Float[Array, "B ..."]:
-    """x_t = sqrt(alphas_cumprod[t]) x + sqrt(1 - alphas_cumprod[t]) noise."""
-    time = jnp.asarray(time).astype(jnp.int32)
-    signal = jnp.asarray(np.sqrt(alphas_cumprod), jnp.float32)[time]
-    sigma = jnp.asarray(np.sqrt(1 - alphas_cumprod), jnp.float32)[time]
-    return per_sample(signal, x) * x + per_sample(sigma, x) * noise
 
 
 def per_sample(value: Float[Array, "..."], x: Float[Array, "B ..."]) -> Float[Array, "..."]:
