@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -114,7 +115,11 @@ def _scheme(leaf: QTensor, alone: bool) -> Scheme:
 def _fault(leaf: QTensor) -> str | None:
     """Why a leaf cannot be written."""
     if leaf.leading:
-        return "is a stack of matrices"
+        count = math.prod(leaf.leading)
+        return (
+            f"is a stack of {count} matrices {list(leaf.shape)}, and the format knows only linear "
+            f"layers of one matrix: each of the {count} would need a layer with a name of its own"
+        )
     if leaf.bits not in (4, 8):
         return f"has {leaf.bits}-bit values, must be 4 or 8"
     if leaf.smoothing_scale is not None or leaf.rotation is not None:

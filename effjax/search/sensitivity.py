@@ -34,7 +34,8 @@ class Preparation:
     """What is done to a layer's inputs before they are rounded, and undone in its weights.
 
     Attributes:
-        smoothing_scale: float32[I] factors of the inputs, None for ones.
+        smoothing_scale: float32[I] factors of the inputs, of a stack of matrices [*E, I]; None for
+            ones.
         rotation: after them, None for none.
     """
 
@@ -53,20 +54,27 @@ class _Rounded(Wrapper):
         self.preparation = preparation
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        preparation = (self.preparation.smoothing_scale, self.preparation.rotation)
+        rotation = self.preparation.rotation
         kernel = self.inner.kernel.get_value().astype(jnp.float32)
-        w = fake_quantize(
-            prepare_weights(kernel, *preparation),
-            Quantizer(symmetric=False),
-            bits=self.weights,
-            axes=0,
-        )
-        rounded = fake_quantize(
-            prepare_inputs(x, *preparation), Quantizer(), bits=self.inputs, axes=-1
-        ).astype(x.dtype)
-        y = dot(rounded, w)
         bias = self.inner.bias
-        return y if bias is None else y + bias.get_value().astype(x.dtype)
+
+        def one(x: Array, kernel: Array, scale: Array | None, bias: Array | None) -> Array:
+            w = fake_quantize(
+                prepare_weights(kernel, scale, rotation),
+                Quantizer(symmetric=False),
+                bits=self.weights,
+                axes=0,
+            )
+            rounded = fake_quantize(
+                prepare_inputs(x, scale, rotation), Quantizer(), bits=self.inputs, axes=-1
+            ).astype(x.dtype)
+            y = dot(rounded, w)
+            return y if bias is None else y + bias.astype(x.dtype)
+
+        for _ in kernel.shape[:-2]:  # every matrix of a stack by itself
+            one = jax.vmap(one)
+        scale = self.preparation.smoothing_scale
+        return one(x, kernel, scale, None if bias is None else bias.get_value())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import chex
 import jax
@@ -11,10 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import converters
+from converters.names import Binding
+from converters.quantized_export import schemes
 from effjax import testing
 from effjax.forward import flatten_params, nest_params
 from effjax.methods.quantization.round_to_nearest import RoundToNearestPlan, transform
-from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix, restore
+from effjax.quant import Activations, QTensor, Quantizer, quantize_matrix, quantize_stack, restore
 from tests.converters.formats import CASES, LAYERS, matrices, write
 
 
@@ -132,6 +135,16 @@ def test_other_formats_are_converted(t5, tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(one, two)
+
+
+def test_stacks_are_no_layers_of_the_format():
+    leaf = quantize_stack(jnp.ones((2, 3, 16, 8)), Quantizer(4))
+    said = (
+        "experts.up.kernel: is a stack of 6 matrices [2, 3, 16, 8], and the format knows only "
+        "linear layers of one matrix: each of the 6 would need a layer with a name of its own"
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        schemes(Binding({}, {}, {}), {"experts.up.kernel": leaf})
 
 
 def test_leaves_that_the_format_cannot_say_are_all_named(quantized, tmp_path):

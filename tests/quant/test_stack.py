@@ -14,9 +14,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import effjax
-from effjax import registry
+from effjax import registry, testing
 from effjax.compat import relaxed_promotion
+from effjax.context import Model
 from effjax.cost import weight_bytes
+from effjax.fields import Checked, FloatName
+from effjax.forward import abstract, flatten_params
 from effjax.layers.linear import Linear, dot
 from effjax.methods import awq, gptq, round_to_nearest, vidit_q
 from effjax.parallel import device_mesh, leaf_sharding, shard, shardings, tensor_parallel
@@ -30,6 +33,9 @@ from effjax.quant import (
     quantize_stack,
 )
 from effjax.quant.disk import QValues
+from effjax.samplers import DDIM, Sampler
+from effjax.search.sensitivity import Preparation, rounded_samples
+from effjax.transform import on_shapes
 from tests.subjects.moe import MoE, tiny_moe
 
 E, INPUTS, OUTPUTS = 3, 64, 24
@@ -293,11 +299,130 @@ def test_gptq_of_a_stack_is_that_of_each_matrix():
         chex.assert_trees_all_equal(part(found, number), one)
 
 
-def test_what_vidit_q_does_not_know(subject):
-    with pytest.raises(
-        ValueError, match=r"moe\.down is a stack of matrices .* round_to_nearest, awq"
-    ):
-        vidit_q.transform(vidit_q.uniform(8, alpha=None))(subject.forward, subject.params)
+BALANCED = vidit_q.uniform(4, 8, alpha=0.5)
+
+
+def magnitudes(plan, subject):
+    """As `calibrate` gives them, of any inputs: float32[1, *E, I] by path."""
+    kernels = flatten_params(subject.params)
+    return {
+        path: jax.random.uniform(jax.random.key(i), (1, *kernels[f"{path}.kernel"].shape[:-1]))
+        + 0.1
+        for i, path in enumerate(plan.decided(subject.forward, subject.params))
+    }
+
+
+def test_experts_are_balanced_one_by_one(subject):
+    """All rotate as their width does; each has the smoothing scale that it would have alone."""
+    absmax = magnitudes(BALANCED, subject)
+    pair = vidit_q.transform(BALANCED, absmax)(subject.forward, subject.params)
+    for layer in ("up", "down"):
+        leaf, dense = (
+            tree["blocks"]["1"]["moe"][layer]["kernel"] for tree in (pair[1], subject.params)
+        )
+        for number in (0, 3):
+            seen = absmax[f"blocks.1.moe.{layer}"][0, number]
+            weights = np.abs(np.asarray(dense[number])).max(1)
+            chex.assert_trees_all_close(
+                leaf.smoothing_scale[number], np.sqrt(weights / seen), rtol=1e-5
+            )
+            one = quantize_matrix(
+                dense[number],
+                UNEVEN,
+                activations=Activations(),
+                smoothing_scale=vidit_q.balance(dense[number], seen, 0.5),
+                rotation=Rotation(len(seen)),
+            )
+            chex.assert_trees_all_close(
+                part(leaf, number).dequantize(), one.dequantize(), rtol=1e-5
+            )
+    template = on_shapes(
+        [vidit_q.transform(BALANCED)], subject.forward, subject.params
+    )  # as `effjax.load` does
+    chex.assert_trees_all_equal_shapes_and_dtypes(template[1], pair[1])
+    one = {path: found[:, 0] if found.ndim > 2 else found for path, found in absmax.items()}
+    with pytest.raises(ValueError, match=r"moe\.up \[1, 32\], must be \[1, 4, 32\]"):
+        vidit_q.transform(BALANCED, one)(subject.forward, subject.params)
+
+
+def test_scales_of_experts_are_folded_into_experts(subject):
+    """What comes out is what comes out without folding, to the rounding of 8 bits."""
+    run = jax.jit(lambda pair: pair[0](pair[1], {}, subject.cond)[0])
+    exact = run((subject.forward, subject.params))
+    for fold in (False, True):
+        plan = vidit_q.uniform(8, alpha=0.5, rotate=False, fold=fold)
+        absmax = magnitudes(plan, subject)
+        pair = vidit_q.transform(plan, absmax)(subject.forward, subject.params)
+        experts = pair[1]["blocks"]["0"]["moe"]
+        assert (experts["down"]["kernel"].smoothing_scale is None) == fold
+        assert experts["up"]["kernel"].smoothing_scale is not None  # the router stays as it is
+        error = jnp.linalg.norm(run(pair) - exact) / jnp.linalg.norm(exact)
+        assert 0 < error < 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserConfig(Checked):
+    dtype: FloatName = "float32"
+    param_dtype: FloatName = "float32"
+
+
+class Denoiser(Model):
+    """Predicts noise by the mean of three experts."""
+
+    Config = DenoiserConfig
+
+    def __init__(self, config, *, rngs):
+        self.config = config
+        self.up = Linear(8, 16, role="up", stack=3, rngs=rngs)
+        self.down = Linear(16, 8, role="down", stack=3, rngs=rngs)
+
+    def inner(self, x):
+        every = jnp.broadcast_to(x, (3, *x.shape))
+        return nnx.silu(self.up(every))
+
+    def __call__(self, x, time, labels):
+        return jnp.mean(self.down(self.inner(x)), axis=0)
+
+
+def test_experts_are_calibrated_along_a_trajectory():
+    """Absolute maxima of what each expert is given; sensitivities round as leaves do."""
+    forward, shapes = abstract(Denoiser, DenoiserConfig())
+    params = testing.random_params(shapes)
+    sampler, cond, key = Sampler(DDIM(steps=3), shape=(5, 8)), jnp.arange(2), jax.random.key(0)
+    plan = vidit_q.uniform(8, alpha=0.5, layers="role:up|down")
+    options = {"key": key, "progress": False}
+    for decay in (None, 0.9):
+        got = vidit_q.calibrate(plan, forward, params, sampler, cond, decay=decay, **options)
+        assert {path: found.shape for path, found in got.items()} == {
+            "up": (1, 3, 8),
+            "down": (1, 3, 16),
+        }
+        carry, want = sampler.init(forward, params, cond, key), {}
+        for step in range(3):
+            x = carry.x
+            inside = forward.module(params).inner(x)
+            for path, each in (("up", jnp.broadcast_to(x, (3, *x.shape))), ("down", inside)):
+                tokens = np.abs(np.asarray(each)).max(2)  # [E, B, I]
+                new = tokens.max(1) if decay is None else tokens.mean(1)
+                old = want.get(path, new)
+                want[path] = np.maximum(old, new) if decay is None else 0.9 * old + 0.1 * new
+            carry = sampler.step(forward, params, carry, cond, None, step)
+        for path, found in got.items():
+            chex.assert_trees_all_close(found[0], want[path], rtol=1e-4)
+    prepared = {
+        path: Preparation(
+            vidit_q.balance(params[path]["kernel"], got[path][0], 0.5),
+            Rotation(params[path]["kernel"].shape[-2]),
+        )
+        for path in ("up", "down")
+    }
+    rounded = rounded_samples(forward, params, sampler, cond, key=key, preparations=prepared)
+    exact = sampler(forward, params, cond, key)
+    chex.assert_trees_all_close(rounded(np.full((2, 2), 16, np.int32)), exact, atol=1e-4)
+    leaves = sampler(*vidit_q.transform(plan, got)(forward, params), cond, key)
+    error = jnp.linalg.norm(leaves - exact)
+    assert error > 0
+    assert jnp.linalg.norm(rounded(np.full((2, 2), 8, np.int32)) - leaves) < 0.2 * error
 
 
 def test_a_stack_of_layers_is_initialized_matrix_by_matrix():

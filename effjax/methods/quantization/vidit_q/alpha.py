@@ -60,7 +60,7 @@ def best_alpha(
         preparations = {
             path: Preparation(
                 smoothing_scales.get(path),
-                Rotation(flat[f"{path}.kernel"].shape[0], plan.seed, plan.strict)
+                Rotation(flat[f"{path}.kernel"].shape[-2], plan.seed, plan.strict)
                 if rule[4]
                 else None,
             )

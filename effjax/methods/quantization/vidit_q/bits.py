@@ -190,7 +190,7 @@ def sensitivities(
             balance(kernel, calibration[path][0], alpha)
             if alpha is not None and calibration is not None
             else None,
-            Rotation(kernel.shape[0], seed) if rotate else None,
+            Rotation(kernel.shape[-2], seed) if rotate else None,
         )
         for path, kernel in kernels.items()
     }

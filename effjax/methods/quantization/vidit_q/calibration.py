@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 
 from effjax.capture import Tap, tapped_call
 from effjax.context import PyTree
-from effjax.forward import Forward, Params
+from effjax.forward import Forward, Params, flatten_params
 from effjax.layers.linear import Linear
 from effjax.loops import Carry
 from effjax.methods.quantization.vidit_q.plan import Rule, ViDiTQPlan
 from effjax.samplers import Sampler
 
-Calibration = Mapping[str, jax.Array]  # float32[segments, I] by path of a layer
+Calibration = Mapping[str, jax.Array]  # float32[segments, *E, I] by path of a layer
 
 
 def calibrate(
@@ -42,23 +42,26 @@ def calibrate(
         cond, uncond, key: a small calibration batch (the paper takes 10 to 32 prompts).
         decay: None takes the maximum over samples and calls (second generation); a number averages
             over calls with it, each call giving the mean over samples of the maximum over tokens
-            (first generation: 0.95).
+            (first generation: 0.95). For a stack of matrices, whose inputs are [*E, B, ..., I], B
+            stands for samples.
         progress: show a bar over the calls.
 
     Returns:
-        float32[segments, I] by path of a layer; `np.savez` keeps it.
+        float32[segments, I] by path of a layer, for a stack [segments, *E, I], of each matrix by
+        the inputs that it is given; `np.savez` keeps it.
 
     Raises:
         ValueError: if a selector of the plan finds no layer, or the plan is made for another number
             of calls.
     """
     plan.check_calls(sampler.calls)
-    paths = plan.decided(forward, params)
+    paths, flat = plan.decided(forward, params), flatten_params(params)
+    stacked = {path: flat[f"{path}.kernel"].ndim - 2 for path in paths}
     patch = Tap(Linear, "|".join(map(re.escape, paths)), "input")
 
-    def channels(x: jax.Array) -> jax.Array:
-        absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim - 1)))
-        return jnp.max(absmax, axis=0) if decay is None else jnp.mean(absmax, axis=0)
+    def channels(x: jax.Array, leading: int) -> jax.Array:
+        absmax = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(leading + 1, x.ndim - 1)))
+        return (jnp.max if decay is None else jnp.mean)(absmax, axis=leading)
 
     def join(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.maximum(old, new) if decay is None else decay * old + (1 - decay) * new
@@ -73,7 +76,7 @@ def calibrate(
         )
         out = sampler.guide(raw, carry.x.shape[-1])
         carry = sampler.update(carry._replace(state=state), out, step)
-        return carry, {path: channels(x) for path, x in seen.items()}
+        return carry, {path: channels(x, stacked[path]) for path, x in seen.items()}
 
     carry = jax.jit(lambda params: sampler.init(forward, params, cond, key, uncond=uncond))(params)
     found: list[dict[str, jax.Array]] = [{} for _ in plan.segments]
@@ -88,13 +91,13 @@ def calibrate(
 def check_calibration(
     calibration: Calibration | None,
     decided: Mapping[str, tuple[Rule | None, ...]],
-    widths: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Check that a calibration has the absolute maxima that a plan needs.
 
     Args:
         decided: rules of the segments, by path.
-        widths: inputs of the layers, by path.
+        shapes: [*E, I] of the inputs of the layers, by path.
 
     Raises:
         ValueError: if it is missing, or belongs to another model or plan.
@@ -114,9 +117,9 @@ def check_calibration(
         )
     wrong = [
         f"{path} {'is missing' if path not in calibration else list(calibration[path].shape)}, "
-        f"must be {[count, widths[path]]}"
+        f"must be {[count, *shapes[path]]}"
         for path in smoothed
-        if path not in calibration or calibration[path].shape != (count, widths[path])
+        if path not in calibration or calibration[path].shape != (count, *shapes[path])
     ]
     if wrong:
         raise ValueError(

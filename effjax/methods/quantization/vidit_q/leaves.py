@@ -17,7 +17,7 @@ from effjax.layers.linear import Linear
 from effjax.methods.quantization.rules import check_floats
 from effjax.methods.quantization.vidit_q.calibration import Calibration, check_calibration
 from effjax.methods.quantization.vidit_q.plan import NAME, Rule, ViDiTQPlan
-from effjax.quant import FLOAT, Activations, QTensor, Quantizer, quantize_matrix
+from effjax.quant import FLOAT, Activations, QTensor, Quantizer, quantize_stack
 from effjax.quant.hadamard import Rotation
 from effjax.targets import TargetModule, target_modules
 from effjax.transform import Pair, Transform
@@ -38,8 +38,9 @@ def transform(plan: ViDiTQPlan, calibration: Calibration | None = None) -> Trans
         return _quantize(plan, calibration, forward, params)
 
     def shapes(forward: Forward, params: Params) -> Pair:
+        flat = flatten_params(params)
         ones = {
-            path: jnp.ones((len(plan.segments), flatten_params(params)[f"{path}.kernel"].shape[0]))
+            path: jnp.ones((len(plan.segments), *flat[f"{path}.kernel"].shape[:-1]))
             for path in plan.decided(forward, params)
         }
         return _quantize(plan, ones, forward, params)
@@ -53,8 +54,8 @@ def _quantize(
     flat = flatten_params({name: value for name, value in params.items() if name != METHODS})
     decided = plan.decided(forward, params)
     check_floats(params, decided)
-    widths = {path: flat[f"{path}.kernel"].shape[0] for path in decided}
-    check_calibration(calibration, decided, widths)
+    inputs_of = {path: flat[f"{path}.kernel"].shape[:-1] for path in decided}
+    check_calibration(calibration, decided, inputs_of)
     learned = params.get(METHODS, {})
     folded: set[str] = set()
     if plan.fold and calibration is not None:
@@ -71,8 +72,8 @@ def _quantize(
                 if alpha is not None and path not in folded:
                     assert calibration is not None
                     smoothing_scale = balance(kernel, calibration[path][segment], alpha)
-                rotation = Rotation(kernel.shape[0], plan.seed, plan.strict) if rotate else None
-                kernel = quantize_matrix(
+                rotation = Rotation(kernel.shape[-2], plan.seed, plan.strict) if rotate else None
+                kernel = quantize_stack(
                     kernel,
                     Quantizer(weights, symmetric=False),
                     activations=None if inputs == FLOAT else Activations(Quantizer(inputs)),
@@ -107,24 +108,33 @@ def _fold(
         source = flat.get(f"{where.source}.kernel")
         if others or alpha is None or isinstance(source, QTensor) or not fits(flat, where):
             continue  # smoothing scales differ, or what makes the inputs holds values already
+        # Of a stack that makes the inputs, each matrix has a scale; those of others share one.
+        made = source.shape[:-2] if where.kind == "linear" and source is not None else ()
         kernels = [flat[f"{reader}.kernel"] for reader in where.readers]
-        absmax = jnp.max(jnp.stack([calibration[reader][0] for reader in where.readers]), axis=0)
-        smoothing_scale = balance(jnp.concatenate(kernels, axis=1), absmax, alpha)
+        seen = [calibration[reader][0] for reader in where.readers]
+        seen = [jnp.max(each, axis=tuple(range(len(made), each.ndim - 1))) for each in seen]
+        beside = [jnp.moveaxis(kernel, -2, len(made)) for kernel in kernels]
+        beside = [kernel.reshape(*made, kernel.shape[len(made)], -1) for kernel in beside]
+        absmax = jnp.max(jnp.stack(seen), axis=0)
+        smoothing_scale = balance(jnp.concatenate(beside, axis=-1), absmax, alpha)
         flat = fold(flat, where, smoothing_scale)
         for reader, kernel in zip(where.readers, kernels, strict=True):
-            flat[f"{reader}.kernel"] = (kernel / smoothing_scale[:, None]).astype(kernel.dtype)
+            flat[f"{reader}.kernel"] = (kernel / smoothing_scale[..., None]).astype(kernel.dtype)
         done |= set(where.readers)
     return flat, done
 
 
 def balance(kernel: jax.Array, absmax: jax.Array, alpha: float) -> jax.Array:
-    """The scale float32[I] = max|W_c|^alpha / max|x_c|^(1 - alpha); 1 where either is zero.
+    """The smoothing scale of a layer, max|W_c|^alpha / max|x_c|^(1 - alpha) for each input c.
 
     Args:
-        kernel: float[I, O].
-        absmax: float[I] magnitudes of the inputs' channels.
+        kernel: float[*E, I, O].
+        absmax: float[*E, I]: magnitudes of the inputs' channels.
+
+    Returns:
+        float32[*E, I]; 1 where a channel's weights or inputs are all zero.
     """
-    weights = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=1)
+    weights = jnp.max(jnp.abs(kernel.astype(jnp.float32)), axis=-1)
     usable = (weights > 0) & (absmax > 0)
     smoothing_scale = jnp.where(usable, weights, 1) ** alpha / jnp.where(usable, absmax, 1) ** (
         1 - alpha

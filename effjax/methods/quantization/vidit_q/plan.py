@@ -81,17 +81,9 @@ class ViDiTQPlan(Plan):
 
         Raises:
             ValueError: for a selector that finds no linear layer, or lacks layers of a role that it
-                names, and for stacks of matrices.
+                names.
         """
         targets = forward.target_modules(params, Linear)
-        for target in targets:
-            assert isinstance(target.module, Linear)
-            shape = target.module.kernel.get_value().shape
-            if len(shape) > 2 and any(self.rule(target, i) for i in range(len(self.segments))):
-                raise ValueError(
-                    f"{target.path} is a stack of matrices {list(shape)}, whose inputs ViDiT-Q "
-                    f"does not smooth or rotate; leave it out, or use round_to_nearest, awq or gptq"
-                )
         parts = [decided(rules, targets) for _, rules in self.segments]
         return {
             target.path: tuple(part.get(target.path) for part in parts)
