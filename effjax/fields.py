@@ -1,13 +1,26 @@
-"""Fields of dataclasses that hold what their annotations say, types and ranges.
+"""Dataclasses whose fields are checked against their annotations: types and ranges.
+
+What a field may hold is written once, as its annotation:
 
     @dataclasses.dataclass(frozen=True)
     class KIVIPlan(Plan):
         key_bits: Literal[4, 8] = 4
         group: Count = 32
 
-Plans, configurations of models and schedules are `Checked`: making one with other values is a
-`ValueError` that names every wrong field. `read` makes one from JSON, and `parse` reads a word of
-the command line, by the same annotations; nothing says twice what a field may be.
+Plans, configurations of models and noise schedules inherit from `Checked`. `KIVIPlan(group=0)` is
+then a ValueError: "KIVIPlan: group must be a whole number of at least 1, got 0". All wrong fields
+are named in one error.
+
+The other functions work from the same annotations:
+
+    read        make a dataclass from a JSON object, such as a plan file
+    parse       the `type=` of an argparse option
+    documented  the help of an option, from the docstring of its dataclass
+    describe    what an annotation allows, as a phrase for error messages
+
+An annotation is int, float, bool, str, None, Any, a `Literal`, a union, a tuple, a mapping, a
+class, or a number that is `Annotated` with a `Range` or with `OneOf`. The names `Count`, `Natural`,
+`Positive`, `NotNegative` and `Share` below are the ranges that most fields need.
 """
 
 from __future__ import annotations
@@ -29,12 +42,15 @@ Made = TypeVar("Made")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What numbers a field takes: low ... high, the ends included unless they are open.
+    """The interval of numbers that a field takes.
+
+    Use it in an annotation: `Annotated[float, Range(0, 1, below=True)]` is 0 <= x < 1.
 
     Attributes:
-        low, high: ends; None for none.
-        above, below: whether the low and the high end themselves are left out.
-        infinite: whether an infinite number is allowed.
+        low, high: the ends of the interval, which belong to it; None where it has no end.
+        above: the low end does not belong to the interval.
+        below: the high end does not belong to the interval.
+        infinite: whether infinite numbers are allowed. NaN never is.
     """
 
     low: int | float | None = None
@@ -44,7 +60,7 @@ class Range:
     infinite: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether the number lies within."""
+        """Whether the number lies in the interval."""
         if self.low is not None and (value <= self.low if self.above else value < self.low):
             return False
         return self.high is None or (value < self.high if self.below else value <= self.high)
@@ -56,7 +72,7 @@ class Range:
 
 
 class OneOf:
-    """What whole numbers a field takes, one by one."""
+    """A list of the whole numbers that a field takes: `Annotated[int, OneOf(4, 8, 16)]`."""
 
     infinite = False
 
@@ -64,7 +80,7 @@ class OneOf:
         self.values = values
 
     def holds(self, value: float) -> bool:
-        """Whether the number is among them."""
+        """Whether the number is in the list."""
         return value in self.values
 
     def __str__(self) -> str:
@@ -85,9 +101,13 @@ _NAMES = {int: "a whole number", float: "a finite number", bool: "true or false"
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """Base of dataclasses whose fields are checked as soon as one is made.
+    """Base class of dataclasses whose fields are checked when an instance is made.
 
-    A class with a `__post_init__` of its own calls this one first: what it compares is typed then.
+    A subclass that compares fields in a `__post_init__` of its own must call
+    `super().__post_init__()` first. After that call all fields have the types of their annotations.
+
+    Raises:
+        ValueError: for fields that do not fit their annotations; all of them are named.
     """
 
     def __post_init__(self) -> None:
@@ -102,20 +122,23 @@ class Checked:
 
 @functools.cache
 def annotated(kind: type) -> Mapping[str, Any]:
-    """What each field of a dataclass is annotated with."""
+    """The annotation of each field of a dataclass that its constructor takes, by name."""
     hints = get_type_hints(kind, include_extras=True)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     return types.MappingProxyType({name: hints[name] for name in names})
 
 
 def problems(kind: Any, value: Any, name: str) -> list[str]:
-    """What is wrong with a value, one sentence for each wrong part; nothing for what fits.
+    """Compare a value with an annotation.
 
     Args:
-        kind: annotation: int, float, bool, str, None, Any, a literal, a union, a tuple, a mapping,
-            a class, or a number `Annotated` with a `Range` or `OneOf`.
-        value: what is to be checked.
-        name: how to call it.
+        kind: the annotation; the docstring of this module lists what it may be.
+        value: the value to check.
+        name: the name of the value in the sentences.
+
+    Returns:
+        One sentence for each part of the value that does not fit, such as "rules[0][1] must be a
+        whole number of at least 2, got 1"; an empty list if all of it fits.
     """
     kind, range_ = _parts(kind)
     origin, inner = get_origin(kind), get_args(kind)
@@ -151,7 +174,7 @@ def _parts(kind: Any) -> tuple[Any, Range | OneOf | None]:
 
 
 def bare(kind: Any) -> Any:
-    """An annotation without its range."""
+    """An annotation without its `Range` or `OneOf`: int for `Count`."""
     return _parts(kind)[0]
 
 
@@ -183,7 +206,13 @@ def _fits(kind: Any, range_: Range | OneOf | None, value: Any) -> bool:
 
 
 def describe(kind: Any, value: Any = None) -> str:
-    """What an annotation allows, for people; int32's end is said of a value beyond it."""
+    """Say what an annotation allows, for messages: "a whole number of at least 1" for `Count`.
+
+    Args:
+        kind: the annotation.
+        value: a value that does not fit. The largest int32 is mentioned only if the value is above
+            it.
+    """
     kind, range_ = _parts(kind)
     origin, inner = get_origin(kind), get_args(kind)
     if isinstance(range_, OneOf):
@@ -212,27 +241,29 @@ def describe(kind: Any, value: Any = None) -> str:
 
 
 def same(one: Any, two: Any) -> bool:
-    """Whether two JSON values are equal; 0 and 1 are no truth values."""
+    """Whether two JSON values are equal. Unlike in Python, 0 is not false and 1 is not true."""
     return one == two and isinstance(one, bool) == isinstance(two, bool)
 
 
 def short(value: Any) -> str:
-    """A value as it was given, cut where it gets long."""
+    """The `repr` of a value for messages, cut after 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read(kind: type[Made], values: Any, what: str) -> Made:
-    """A dataclass from a JSON object.
+    """Make a dataclass from a JSON object.
+
+    Lists become tuples. An object becomes a dataclass where the field is annotated with one.
 
     Args:
-        kind: the dataclass; lists become tuples, and objects the dataclasses that it says.
-        values: the object.
-        what: how to call it: the file and the place in it.
+        kind: the dataclass.
+        values: the parsed object.
+        what: its name in messages, such as the file and the place in it.
 
     Raises:
-        ValueError: for what is no object, for missing and unknown fields, and for values that do
-            not fit; all of a kind are named at once.
+        ValueError: if `values` is not an object, if fields are missing or unknown (all are named),
+            or if values do not fit their annotations (all are named).
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must be an object, got {short(values)}")
@@ -261,10 +292,16 @@ def read(kind: type[Made], values: Any, what: str) -> Made:
 
 
 def from_json(kind: Any, value: Any, what: str = "") -> Any:
-    """A JSON value as an annotation's Python types.
+    """Convert a JSON value to the Python types of an annotation.
 
-    Lists become tuples, objects the dataclasses that it says, whole numbers floats where it says
-    so; what does not fit stays as it is. `what` is how to call it in errors of dataclasses.
+    Lists become tuples, objects become dataclasses, and whole numbers become floats, each where the
+    annotation says so. A value that fits no part of the annotation is returned as it is, with
+    tuples for its lists; `problems` then says what is wrong with it.
+
+    Args:
+        kind: the annotation.
+        value: the parsed value.
+        what: its name in the errors of dataclasses.
     """
     kind = bare(kind)
     if get_origin(kind) in (Union, types.UnionType):
@@ -295,7 +332,14 @@ def _becomes(kind: Any, value: Any) -> bool:
 
 @contextlib.contextmanager
 def naming(what: object) -> Iterator[None]:
-    """Name a file or a place in it in front of what a ValueError says, unless it does that."""
+    """A context in which the message of a ValueError gets a name in front.
+
+    Use it around code that reads a file, so that its errors say which file they are about. A
+    message that has the name already stays as it is.
+
+    Args:
+        what: the name, such as a path.
+    """
     try:
         yield
     except ValueError as error:
@@ -305,18 +349,19 @@ def naming(what: object) -> Iterator[None]:
 
 
 def tuples(value: Any) -> Any:
-    """A JSON value with tuples for its lists, so that it can be hashed."""
+    """A JSON value with tuples in place of lists, at every depth, so that it can be hashed."""
     return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def parse(kind: Any) -> Callable[[str], Any]:
-    """What argparse calls with a word, for an option that is annotated like this.
+    """Make the `type=` of an argparse option for a field with this annotation.
 
-    Numbers and texts are said as they are, "none" is None, a tuple is its parts with commas between
-    them, and everything else is JSON.
+    On the command line numbers and texts are written as they are, None is "none", and a tuple is
+    its parts with commas between them ("64,128,96"). Everything else is JSON.
 
-    Raises:
-        argparse.ArgumentTypeError: for a word that says no such value.
+    Returns:
+        A function of the word that was given. It raises `argparse.ArgumentTypeError` for a word
+        that is no value of the annotation.
     """
 
     def parsed(word: str) -> Any:
@@ -351,7 +396,11 @@ def _spoken(kind: Any, word: str) -> Any:
 
 @functools.cache
 def documented(kind: type) -> Mapping[str, str]:
-    """What the docstrings of a dataclass and its bases say of fields, in `Attributes:`, by name."""
+    """The descriptions of the fields of a dataclass, by name.
+
+    They are read from the section `Attributes:` of its docstring and those of its base classes. The
+    class itself wins where both describe a field.
+    """
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")

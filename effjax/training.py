@@ -1,6 +1,9 @@
-"""Training that can be interrupted: a loss, an optax transform, orbax checkpoints, a bar.
+"""A training loop that can be interrupted and resumed.
 
-For what methods learn and for the bundled tiny models; a training loop of your own does as well.
+`train` takes a loss, an optax transform and an iterator of batches. It writes orbax checkpoints,
+and a second run with the same folder goes on where the first one stopped. Methods that train
+(`cskv.fit`) use it, and so do the tiny models that come with the library. It knows nothing about
+methods: their parameters can be trained by any other loop as well.
 """
 
 from __future__ import annotations
@@ -23,16 +26,18 @@ from effjax.context import PyTree
 from effjax.forward import Params
 
 Loss = Callable[..., jax.Array]
-SAVED = 200  # steps between two checkpoints
+SAVED = 200  # steps from one checkpoint to the next
 
 
 class Trained(NamedTuple):
-    """What training gives.
+    """The result of `train`.
 
     Attributes:
-        params: of the last step.
-        average: exponential moving average over the last thousand steps or so.
-        log: {"runs": first step and length of each run, "loss": by step, "seconds"}.
+        params: the parameters after the last step.
+        average: their exponential moving average, with the decay min(0.999, (1 + n) / (10 + n)) at
+            step n: after some thousand steps it reaches back about a thousand steps.
+        log: "runs", a list with the first step and the number of steps of each run; "loss", the
+            mean loss of every 50 steps, by the last of them; "seconds" of all runs together.
     """
 
     params: Params
@@ -52,21 +57,29 @@ def train(
     checkpoints: Path | None = None,
     progress: bool = True,
 ) -> Trained:
-    """Train from the last checkpoint on.
+    """Train, from the beginning or from the last checkpoint.
+
+    A step is one compiled program: the loss and its gradients, the update, and the moving average.
+    A run that resumes sees the batches and the random numbers that an uninterrupted run would have
+    seen.
 
     Args:
         loss: (params, batch, key, *constants) -> float32[].
         params: initial parameters.
-        batches: of all steps from the one with this number on.
-        steps: how many there are in all.
-        key: PRNG key; every step folds its number in.
-        transform: of the gradients.
-        constants: what the loss needs and nobody trains, such as a model's own parameters.
-        checkpoints: folder of orbax checkpoints; a second run resumes. None keeps none.
-        progress: show a bar.
+        batches: a function of the number of a step. It gives an iterator over the batches from that
+            step on.
+        steps: number of steps in all, those of earlier runs included.
+        key: PRNG key. The key of a step is `jax.random.fold_in(key, step)`.
+        transform: the optax transform, such as `optax.adamw(1e-3)`.
+        constants: further arguments of the loss that are not trained, such as the parameters of the
+            model itself.
+        checkpoints: folder of the checkpoints, made if it does not exist. A checkpoint is written
+            every 200 steps and after the last one, and the last two are kept. With None nothing is
+            written.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: if there are no steps, or the folder of checkpoints is something else.
+        ValueError: if `steps` is below 1, or `checkpoints` is a file.
     """
     if steps < 1:
         raise ValueError(f"training takes 1 or more steps, got {steps}")

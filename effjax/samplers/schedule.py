@@ -1,8 +1,15 @@
-"""What all noise schedules share: their interface, and the small steps their updates are made of.
+"""The interface of noise schedules, and functions that their updates have in common.
 
-A schedule is a frozen value. It says at which times the network is called and how its outputs move
-the sample; the sampler does the calling. Numerics follow the schedulers of diffusers, so that
-checkpoints give the images that they give there.
+A schedule says at which times the network is called, and how each output of the network moves the
+sample. It is a frozen dataclass, hashable and equal by value, so that it can be a static argument
+of a jitted function. It does not call the network: `Sampler` does.
+
+    Schedule             what all schedules have
+    DiffusionSchedule    what schedules for models of a training diffusion (DDPM) have besides
+
+All schedules follow the numerics of the schedulers in diffusers, so that a checkpoint gives the
+images that it gives there. To write a new one, inherit from one of these classes, implement the
+abstract methods, and declare by `config.reads` which scheduler class of diffusers it stands for.
 """
 
 from __future__ import annotations
@@ -27,7 +34,11 @@ Prediction = Literal["epsilon", "sample", "v_prediction"]
 
 
 class Schedule(Checked, abc.ABC):
-    """Interface of a noise schedule: a frozen dataclass of scalars, hashable and equal by value.
+    """The interface of a noise schedule.
+
+    A subclass is a frozen dataclass of scalars and tuples. `Sampler` makes a sample as follows:
+    noise with the standard deviation `initial_scale`, `init` for the memory, and then, for each of
+    the `calls`, one network call at `times[step]` and one `update`.
 
     Attributes:
         steps: number of denoising steps.
@@ -37,7 +48,7 @@ class Schedule(Checked, abc.ABC):
 
     @property
     def calls(self) -> int:
-        """Number of network calls of a whole trajectory."""
+        """Number of network calls for a sample; `steps`, unless a step takes several calls."""
         return self.steps
 
     @property
@@ -52,15 +63,21 @@ class Schedule(Checked, abc.ABC):
 
     @property
     def dynamic(self) -> bool:
-        """True if the noise levels depend on the size of what is denoised."""
+        """Whether the noise levels depend on the number of tokens of a sample, see `for_tokens`."""
         return False
 
     def for_tokens(self, tokens: int) -> Schedule:
-        """The schedule for samples of this many tokens, where their number matters."""
+        """The schedule for samples of so many tokens; the same one if the number has no effect."""
         return self
 
     def init(self, x: Float[Array, "B ..."]) -> PyTree:
-        """The memory before the first update, for samples of this shape."""
+        """What the first `update` gets as its memory.
+
+        Multistep schedules remember earlier outputs in it. Others have none: ().
+
+        Args:
+            x: the initial noise, for its shape and dtype.
+        """
         return ()
 
     @abc.abstractmethod
@@ -72,25 +89,32 @@ class Schedule(Checked, abc.ABC):
         memory: PyTree,
         keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B ..."], PyTree]:
-        """Take the sample from one call to the next.
+        """Move the sample from the noise level of one call to that of the next call.
 
         Args:
-            x: sample, float32[B, ..., C].
-            out: (guided) network output at `(x, times[step])`, C or 2C channels; the second half is
-                the learned variance, which only `DDPM` with variance "learned_range" reads.
-            step: index of the call, static or traced.
-            memory: from `init` or the last update.
-            keys: one key per sample; only stochastic schedules read them.
+            x: the sample, float32[B, ..., C].
+            out: the output of the network for `(x, times[step])`, after guidance, [B, ..., C] or
+                [B, ..., 2 C]. The second C channels are a learned variance, which only `DDPM` with
+                `variance="learned_range"` reads.
+            step: index of the call: an int, or int32[] that is traced.
+            memory: what `init` or the last update returned.
+            keys: one PRNG key for each sample. Only schedules that add noise read them.
 
         Returns:
-            The next sample and the next memory.
+            The sample float32[B, ..., C] at the next noise level, and the next memory.
         """
 
     @abc.abstractmethod
     def add_noise(
         self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: ArrayLike
     ) -> Float[Array, "B ..."]:
-        """Noise clean samples to a time in training timesteps: one for all, or [B]."""
+        """Add noise to clean samples, as in training.
+
+        Args:
+            x: clean samples.
+            noise: unit noise of the same shape.
+            time: in training timesteps, one for all samples or [B].
+        """
 
     @classmethod
     def from_config(
@@ -183,9 +207,17 @@ class DiffusionSchedule(Schedule):
 def split_output(
     out: Float[Array, "B ..."], x: Float[Array, "B ..."]
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."] | None]:
-    """Split a network output into its prediction and its learned variance, both float32.
+    """Split the output of a network into its prediction and its learned variance.
 
-    The variance is None if the output has just the channels of the sample.
+    Args:
+        out: [B, ..., C], or [B, ..., 2 C] from a network that learned variances too.
+        x: the sample [B, ..., C].
+
+    Returns:
+        The prediction float32[B, ..., C], and the variance float32[B, ..., C] or None.
+
+    Raises:
+        ValueError: for an output of another shape.
     """
     channels = x.shape[-1]
     if out.shape[:-1] != x.shape[:-1] or out.shape[-1] not in (channels, 2 * channels):
@@ -206,7 +238,21 @@ def data_and_noise(
     signal: Float[Array, ""] | np.float32,
     sigma: Float[Array, ""] | np.float32,
 ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
-    """The data and the noise of x = signal * data + sigma * noise, by prediction type."""
+    """Find the clean sample and the noise in a noisy sample, from what the network predicts.
+
+    The sample is x = signal * data + sigma * noise. The network predicts the noise ("epsilon"), the
+    data ("sample"), or v = signal * noise - sigma * data ("v_prediction", arXiv 2202.00512; with
+    signal^2 + sigma^2 = 1).
+
+    Args:
+        prediction: which of these.
+        x: the sample, float32[B, ..., C].
+        out: the prediction, float32[B, ..., C].
+        signal, sigma: factors at the time of the call.
+
+    Returns:
+        The data and the noise, float32[B, ..., C] each.
+    """
     if prediction == "epsilon":
         return (x - sigma * out) / signal, out
     if prediction == "sample":
@@ -215,14 +261,25 @@ def data_and_noise(
 
 
 def per_sample(value: Float[Array, "..."], x: Float[Array, "B ..."]) -> Float[Array, "..."]:
-    """Reshape a value [] or [B] so that it broadcasts over samples [B, ...]."""
+    """Reshape one value, or one for each sample [B], so that it broadcasts over x [B, ...]."""
     return value.reshape(value.shape + (1,) * (x.ndim - 1))
 
 
 def step_noise(
     keys: Key[Array, " B"] | None, step: Step, shape: Sequence[int]
 ) -> Float[Array, "B ..."]:
-    """Unit noise [B, *shape] of a step; that of a sample depends on its key and the step only.
+    """Draw the noise of a step.
+
+    The noise of a sample depends only on its own key and on the step. So a sample is the same in a
+    batch as alone.
+
+    Args:
+        keys: one PRNG key for each sample.
+        step: index of the call.
+        shape: of one sample.
+
+    Returns:
+        Unit noise, float32[B, *shape].
 
     Raises:
         ValueError: if there are no keys.

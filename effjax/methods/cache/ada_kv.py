@@ -1,18 +1,21 @@
 """AdaKV: the heads of a layer share its budget, token by token.
 
-Buys: the same bytes as one budget for all heads, spent where attention is spread: a head that looks
-at few tokens keeps few, and others get its slots.
+Use it with the score of another press where heads differ: a head that attends to few tokens keeps
+few, and other heads get its slots. The bytes are those of one budget for all heads.
 
-    n = tokens that each head would keep, K heads
-    kept: the K n highest scores of all heads together, after the max(1, int(floor n)) best ones of
-    each head
+    n = tokens that a head would keep by itself, K key heads
+    kept: first the max(1, int(floor n)) best tokens of each head, then the best of all others, K n
+          tokens together
 
-The score is that of another press, SnapKV's by default, on one scale for all heads. The slots of a
-layer lie on one axis, so that its memory is K n tokens whatever heads take of it. Static: K n.
-Dynamic: how many tokens each head keeps, and which. The prompt itself attends to all of itself;
-tokens that follow are all kept. Cost: (kept + new) / (prompt + new) of the dense cache.
+The score is that of another press (`press`, SnapKV by default), and it must have one scale for all
+heads. The slots of all heads lie on one axis, so that a layer takes the memory of K n tokens,
+whatever a single head takes of it. K n is static; how many tokens each head keeps, and which, is
+decided at run time. The prompt attends to all of itself, and all tokens that follow are kept.
 
-Source: Ada-KV, arXiv 2407.11550; kvpress' `AdaKVPress` (which keeps all keys and masks them).
+Cost: (kept + new) / (prompt + new) of the dense cache. For each slot the queries of its head are
+gathered, which takes more time than equal budgets for all heads do.
+
+Source: Ada-KV, arXiv 2407.11550; kvpress' `AdaKVPress`, which keeps all keys and masks them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """ChunkKV: keep whole chunks of a prompt, the same for all heads.
 
-Buys: a share of the prompt's keys and values, and neighbors stay together: words and sentences are
-kept or dropped as a whole.
+Use it where single tokens mean little without their neighbors: words and sentences are kept or
+dropped as a whole.
 
     score(chunk) = mean over its tokens of the sum over key heads of another press' scores
 
-Of all chunks, a shorter one at the end included, max(1, int(chunks (1 - ratio))) are kept, with
-their tokens in order; prompts shorter than a chunk are pressed token by token. Static: how many
-tokens are kept. Dynamic: which. The prompt itself attends to all of itself; tokens that follow are
-all kept. Cost: (kept + new) / (prompt + new) of the dense cache.
+Of all chunks, the shorter one at the end included, the best max(1, int(chunks (1 - ratio))) are
+kept, with their tokens in order. A prompt that is shorter than one chunk is pressed token by token.
+The score is that of another press (`press`, SnapKV by default). The number of kept tokens is
+static, and which chunks they are in is decided at run time. The prompt attends to all of itself,
+and all tokens that follow are kept.
+
+Cost: (kept + new) / (prompt + new) of the dense cache.
 
 Source: ChunkKV, arXiv 2502.00299; kvpress' `ChunkKVPress`.
 """

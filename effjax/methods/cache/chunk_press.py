@@ -1,13 +1,16 @@
 """Chunked pressing: each chunk of a prompt keeps its share, as if it were a prompt of its own.
 
-Buys: a share of the prompt's keys and values, evenly over it. A score of the whole prompt may spend
-its budget in one place; chunks are scored alone, and nothing later is needed to choose.
+Use it where a score of the whole prompt would spend the budget in one place: with chunks the kept
+tokens are spread evenly over the prompt. Each chunk is scored alone, and nothing that follows a
+chunk is needed to choose its tokens.
 
-    chunk i of L tokens keeps its max(1, int(L (1 - ratio))) tokens of highest score, head by head
+    a chunk of L tokens keeps its max(1, int(L (1 - ratio))) tokens of highest score, head by head
 
-The score is that of another press, key norm by default. Static: how many tokens are kept. Dynamic:
-which. The prompt itself attends to all of itself; tokens that follow are all kept. Cost: (kept +
-new) / (prompt + new) of the dense cache.
+The score is that of another press (`press`, KNorm by default). The number of kept tokens is static,
+and which tokens they are is decided at run time. The prompt attends to all of itself, and all
+tokens that follow are kept.
+
+Cost: (kept + new) / (prompt + new) of the dense cache.
 
 Source: kvpress' `ChunkPress`, after FINCH, doi 10.1162/tacl_a_00716, and chunked prefill under a
 press as in QuickVideo, arXiv 2505.16175.

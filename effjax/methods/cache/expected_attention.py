@@ -1,14 +1,19 @@
 """Expected attention: keep the tokens of a prompt that coming queries are expected to attend to.
 
-Buys: a share of the prompt's keys and values, without looking at the prompt's end. Queries are
-taken to be normal, with the mean m and covariance C that the prompt's queries have before their
-rotation; R is the mean rotation over the next `future` positions.
+Use it where the question is not a part of the prompt, so that the prompt's end does not show what
+will be needed. Queries to come are modeled as normal, with the mean m and the covariance C that the
+queries of the prompt have before their rotation. R is the mean rotation over the next `future`
+positions.
 
     z_t = (R m) k_t / sqrt(D) + k_t^T (R C R^T) k_t / (2 D)      log of the mean exp(q k / sqrt(D))
-    score(t) = mean over query heads of softmax(z)_t, times |v_t|
+    score(t) = |v_t| times the mean over the query heads of a key head of softmax(z)_t
 
-Static: how many tokens are kept. Dynamic: which. The prompt itself attends to all of itself; tokens
-that follow are all kept. Cost: (kept + new) / (prompt + new) of the dense cache.
+The number of kept tokens is static, and which tokens they are is decided at run time. The first
+`sinks` tokens are always kept. The prompt attends to all of itself, and all tokens that follow are
+kept.
+
+Cost: (kept + new) / (prompt + new) of the dense cache; for the scores, about 2 D^2 multiply-adds
+for each token and query head.
 
 Source: Expected Attention, arXiv 2510.00636; kvpress' `ExpectedAttentionPress`.
 """

@@ -1,18 +1,21 @@
 """H2O: a fixed number of slots for the last tokens and for those that were attended to most.
 
-Buys: keys and values of a constant number of tokens, however long the sequence is. Most attention
-goes to few tokens, the "heavy hitters", which show early.
+Use it for long answers and long prompts with a cache of constant size. Most attention goes to few
+tokens, the "heavy hitters", and these show early.
 
-    score(t) = sum over all queries since t of the attention to t, mean over a key head's queries
+    score(t) = sum over all queries since t of their attention to t, averaged over the query heads
+               of a key head
 
-A share of the slots (half of them) is for the last tokens; the others hold the tokens of highest
-score among those before. A new token without an empty slot overwrites the token of least score, the
-latest of equal ones, among those that are not of the last. The prompt itself attends to all of
-itself.
+A share of the slots (`recent`, half of them) is for the last tokens. The other slots hold the
+tokens with the highest scores among those before. A new token takes an empty slot. If there is
+none, it overwrites the token with the lowest score, the latest of equal ones, among those that are
+not of the last. The prompt attends to all of itself.
 
-Static: the number of slots and the share. Dynamic: which tokens. Cost: slots / tokens of the dense
-cache, and for each slot and head a position and a score; the prompt's attention is made once more
-for its sums, in blocks of queries.
+The number of slots and the share are static, and which tokens stay is decided at run time. Several
+tokens in one call are appended one by one.
+
+Cost: slots / tokens of the dense cache, and a position and a score for each slot and key head. The
+attention within the prompt is computed a second time for its sums, in blocks of queries.
 
 Source: H2O, arXiv 2306.14048. With grouped heads, attention is averaged over the query heads of a
 key head.

@@ -1,20 +1,24 @@
 """KIVI: keys and values as 8 or 4-bit values, keys by channel and values by token.
 
-Buys: a quarter to a seventh of the bytes of a float32 cache (half to two sevenths of bfloat16), and
-as much of the traffic when a token attends to it. Keys have channels that are large for all tokens,
-so that a scale for each channel loses little; values do not.
+Use it where all tokens must stay and bytes matter: a quarter to a seventh of a float32 cache, half
+to two sevenths of a bfloat16 cache, and as much less traffic when a token attends to it. Some
+channels of the keys are large for all tokens; with a scale for each channel they lose little.
+Values have no such channels, and have a scale for each token.
 
-    a window of G tokens of a sequence is sealed when it is full:
-        k = (q + 2^(b-1)) s_c + min_c    for each channel c, over the window's tokens
-        v = (q + 2^(b-1)) s_t + min_t    for each token t, over a head's channels
-    the tokens of the window that is not full yet stay as they are
+A sequence is cut into windows of G tokens (`group`). A window is quantized as a whole when it is
+full; the tokens of the window that is not full yet stay floats:
 
-Static: bits and G. Dynamic: scales. The prompt itself attends to all of itself, exactly; later
-tokens see quantized values. Cost: (b_k + b_v) / 2 / 16 of a bfloat16 cache, and for G tokens of
-    each head two
-float32 a channel (keys) and two a token (values), and one window of floats.
+    k = (q + 2^(b-1)) s_c + min_c    for each channel c, over the window's tokens
+    v = (q + 2^(b-1)) s_t + min_t    for each token t, over a head's channels
 
-Source: KIVI, arXiv 2402.02750, with a residual that is sealed as a whole (its Algorithm 1, R = G).
+Bits and G are static; scales are found at run time. The prompt attends to all of itself, exactly.
+Later tokens see quantized values.
+
+Cost: (b_k + b_v) / 2 / 16 of a bfloat16 cache. Besides, each head has two float32 for a channel of
+the keys in each window, two float32 for a token of the values, and one window of floats.
+
+Source: KIVI, arXiv 2402.02750, with a residual that is quantized as a whole (Algorithm 1 with
+R = G).
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""Knorm: keep the tokens of a prompt whose keys are short.
+"""KNorm: keep the tokens of a prompt whose keys are short.
 
-Buys: a share of the prompt's keys and values, for a sort of one number a token. Keys of small norm
-are those that queries attend to most, which was found by looking, layer after layer.
+Use it to shrink the cache of a prompt at almost no cost: the score is one norm for each token and
+key head. In trained models queries attend most to keys of small norm; this was found by experiment,
+layer by layer.
 
-    score(t) = -|k_t|        for each key head alone
+    score(t) = -|k_t|        for each key head by itself, before the rotation
 
-Static: how many tokens are kept. Dynamic: which. The prompt itself attends to all of itself; tokens
-that follow are all kept. Cost: (kept + new) / (prompt + new) of the dense cache.
+The number of kept tokens is static, and which tokens they are is decided at run time. The prompt
+attends to all of itself, and all tokens that follow are kept.
+
+Cost: (kept + new) / (prompt + new) of the dense cache, and a sort of one number for each token and
+key head.
 
 Source: arXiv 2406.11430; kvpress' `KnormPress`.
 """

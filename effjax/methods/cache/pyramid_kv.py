@@ -1,18 +1,21 @@
 """PyramidKV: budgets that fall linearly over the layers.
 
-Buys: the same bytes as one budget for all layers, spent where attention is spread: the first layers
-look at everything, the last ones at few tokens.
+Use it with the score of another press, at the bytes of one budget for all layers. The first layers
+of a model attend to everything and keep more; the last ones attend to few tokens and keep fewer.
 
-    n = tokens of a prompt, b = what each layer would keep, w = what is kept in any case
+    n = tokens of a prompt, b = what each layer would keep, w = what is always kept
     least = b / beta,  most = 2 b - least
-    layer l of L keeps round(most - l (most - least) / (L - 1)), n at most and w at least
+    layer l of L keeps round(most - l (most - least) / (L - 1)), at most n and at least w
 
-With a ratio, b = n (1 - ratio): where most > n - w, most = n - w and least = 2 b - most; if then
-not n >= most >= least >= w (prompts too short for a pyramid), all layers keep b.
+If b comes from a ratio, b = n (1 - ratio), and if most > n - w, then most = n - w and least =
+2 b - most. If after that n >= most >= least >= w does not hold, the prompt is too short for a
+pyramid, and all layers keep b.
 
-Which tokens is the matter of another press' score, SnapKV's by default. Static: budgets. Dynamic:
-which tokens. Cost: (mean budget + new) / (prompt + new) of the dense cache. With a ratio a layer
-has slots for the largest budget that a shorter prompt may have.
+Which tokens are kept is decided at run time by the score of another press (`press`, SnapKV by
+default). Budgets are static.
+
+Cost: (mean budget + new) / (prompt + new) of the dense cache. With a ratio, a layer has as many
+slots as the largest budget that a shorter prompt may have.
 
 Source: PyramidKV, arXiv 2406.02069; kvpress' `PyramidKVPress`.
 """

@@ -1,18 +1,23 @@
 """SnapKV: keep the tokens of a prompt that its last tokens attend to.
 
-Buys: a share of the prompt's keys and values. What the end of a prompt (the question, if it stands
-there) looks at is what the answer will need.
+Use it where a prompt is long and ends with the question: what the end of the prompt attends to is
+what the answer will need. A question that is asked later, with a prefix cache, is not seen when
+tokens are chosen.
 
     A = softmax(Q_w K^T / sqrt(D))            the last w queries of the prompt, causal
-    s_t = mean over queries and query heads of A, smoothed over neighboring tokens
-    kept: the last w tokens, and those of highest s
+    s_t = mean over these queries and the query heads of a key head of A_t, then a moving average
+          over neighboring tokens
+    kept: the last w tokens, and the tokens of highest s
 
-Static: how many tokens are kept, w, the smoothing. Dynamic: which. The prompt itself attends to all
-of itself; tokens that follow are all kept. Cost: (kept + new) / (prompt + new) of the dense cache;
-w queries are scored a second time.
+The number of kept tokens, w (`window`) and the width of the average (`kernel`) are static; which
+tokens are kept is decided at run time. The prompt attends to all of itself, and all tokens that
+follow are kept.
+
+Cost: (kept + new) / (prompt + new) of the dense cache. The attention of w queries to the prompt is
+computed a second time.
 
 Source: SnapKV, arXiv 2404.14469. With grouped heads, scores are averaged over the query heads of a
-key head (the reference expands the keys instead, and loses what grouping saves).
+key head; the reference copies keys for every query head instead, and so loses what grouping saves.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
 """StreamingLLM: keep the first tokens and the last ones.
 
-Buys: keys and values of a constant number of tokens, however long the sequence is, and attention to
-as many for every new token. What stood between is forgotten; the first tokens are kept because
-trained models put their surplus attention there ("sinks").
+Use it for very long sequences of which only the recent part matters, and as the baseline that every
+choice of tokens has to beat. The cache and the attention of a new token have a constant size,
+however long the sequence becomes. What stood between the first tokens and the last ones is lost.
+The first tokens ("sinks") are kept because trained models put the attention there that they have no
+use for.
 
-    slot(p) = p for the first sinks, then sinks + (p - sinks) mod ring
+    slot(p) = p for the first tokens, then sinks + (p - sinks) mod ring
 
-Tokens keep their own positions (the paper moves them together). The prompt itself attends to all of
-itself. Static: the number of slots. Dynamic: nothing. Cost: slots / tokens of the dense cache.
+Tokens keep their own positions; the paper moves them together. The prompt attends to all of itself.
+The number of slots is static, and nothing is decided at run time.
 
-Source: StreamingLLM, arXiv 2309.17453. The baseline that every choice of tokens has to beat.
+Cost: slots / tokens of the dense cache.
+
+Source: StreamingLLM, arXiv 2309.17453.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
 """TOVA: a fixed number of slots; what the newest token attends to least is overwritten.
 
-Buys: keys and values of a constant number of tokens, however long the sequence is, chosen anew at
-every token and not by place.
+Use it for long answers and long prompts with a cache of constant size. Unlike in StreamingLLM, the
+tokens that stay are chosen by attention, anew at every token, and not by their place.
 
     score(t) = mean over all heads of the newest token's attention to t, the same for every head
 
-The last token of a prompt scores its tokens, and every new token those that are held. A new token
-without an empty slot overwrites the one of least score, the latest of equal ones; the token before
-it never goes. The prompt itself attends to all of itself.
+The last token of a prompt gives the scores of its tokens, and every new token those of the tokens
+in the slots. A new token takes an empty slot. If there is none, it overwrites the token with the
+lowest score, the latest of equal ones, but never the token just before it. The prompt attends to
+all of itself.
 
-Static: the number of slots. Dynamic: which tokens. Cost: slots / tokens of the dense cache, and for
-each slot and head a position and a score.
+The number of slots is static, and which tokens they hold is decided at run time. Several tokens in
+one call are appended one by one.
+
+Cost: slots / tokens of the dense cache, and a position and a score for each slot and key head.
 
 Source: TOVA, arXiv 2401.06104; kvpress' `TOVAPress` for the prompt.
 """

@@ -1,22 +1,24 @@
 """AWQ: channels that carry large inputs are scaled up before weights are rounded.
 
-Buys: what rounding to nearest gives, with a smaller error where inputs are large, for nothing when
-the model runs: factors stand in the norm or layer that makes the inputs.
+Use it for weights of 3 and 4 bits. The error is smaller where inputs are large, and it costs
+nothing when the model runs: the factors stand in the norm or the layer that makes the inputs. It
+needs a few sequences of tokens to calibrate on.
 
     s = max(mean|x|^a, 1e-4) / sqrt(max s min s)          for a = 0, 1/n, ... (n - 1)/n
     loss(a) = |f(x; W) - f(x; Q(s W) / s)|^2              Q rounds to nearest
     W -> Q(s W),   what makes x -> divided by s           for the a of the least loss
 
-f is all of what reads the same inputs, with all other inputs that it has: the attention for its
-queries, keys and values, the feed-forward for its first layers, else one layer. Losses are those
-of the float model: scaling changes nothing of what it computes, so the choices do not depend on
-each other.
+f is the module that holds all layers that read the same inputs, with all other inputs that it has:
+the attention for queries, keys and values, the feed-forward for its first layers, otherwise one
+layer. Losses are those of the float model. Scaling does not change what that model computes, so the
+choices do not depend on each other.
 
-Static: bits and groups. Dynamic: quantized values, scales. Cost: as round_to_nearest; to make, n
-    runs of f.
+Bits and groups are static; quantized values and scales are learned.
 
-Source: AWQ, arXiv 2306.00978, without clipping. Output projections behind grouped keys have nowhere
-to put factors, and are rounded as they are.
+Cost: as `round_to_nearest`. To make, n runs of f.
+
+Source: AWQ, arXiv 2306.00978, without clipping. Output projections behind grouped keys have no
+place for factors, and are rounded as they are.
 """
 
 from __future__ import annotations

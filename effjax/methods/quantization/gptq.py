@@ -1,20 +1,22 @@
 """GPTQ: weights rounded one input after the other, each error spread over the inputs to come.
 
-Buys: what rounding to nearest gives, with a smaller error of what a layer computes: at 3 and 4 bits
-much of the lost quality.
+Use it for weights of 3 and 4 bits: the model is as fast and as small as with rounding to nearest,
+and the outputs of its layers are nearer to what they were, which restores much of the lost quality.
+It needs a few sequences of tokens to calibrate on.
 
-    H = mean x x^T + damp mean(diag) I          over all tokens' inputs of the layer
+    H = mean x x^T + damp mean(diag) I          over all tokens' inputs x of the layer
     U = upper Cholesky factor of H^-1
     for each input i:   q_i = round(w_i),   w_j -= U_ij (w_i - q_i) / U_ii   for all j > i
 
-Scales of a group are taken when its first input is reached; with `act_order`, where inputs are
-rounded from the largest diag(H) to the smallest, before anything is rounded. Layers are taken block
-by block, with the inputs that the blocks quantized so far give them.
+With `act_order` inputs are rounded from the largest diag(H) to the smallest. The scales of a group
+are found when its first input is reached, with `act_order` before anything is rounded. Layers are
+taken block by block; their inputs are those that the blocks quantized so far give them.
 
-Static: bits and groups. Dynamic: quantized values and scales. Cost: as round_to_nearest; to make, a
-factor of an I x I matrix for each layer.
+Bits and groups are static; quantized values and scales are learned.
 
-Source: GPTQ, arXiv 2210.17323. Its code's `act_order` with `static_groups` is `act_order` here: a
+Cost: as `round_to_nearest`. To make, the Cholesky factor of an I x I matrix for each layer.
+
+Source: GPTQ, arXiv 2210.17323. `act_order` here is `act_order` with `static_groups` of its code: a
 group is of consecutive inputs, so that nothing is reordered when the model runs.
 """
 

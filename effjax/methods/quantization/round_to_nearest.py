@@ -1,14 +1,17 @@
-"""Round to nearest: weights and inputs to the nearest quantized value.
+"""Round to nearest: weights and inputs become the nearest quantized value.
 
-Buys: weights of 2 to 8 bits, and products of int8 values where inputs are quantized too. It is the
-baseline that every method of post-training quantization has to beat.
+Use it for 8 bits, where it needs no data and loses little, and as the baseline that every method of
+post-training quantization has to beat. Weights have 2 to 8 bits; where inputs are quantized too,
+products are of int8 values.
 
-    W = (q - z) s, one scale for each output channel, or for each group of inputs
-    x = q s, one scale for each token (image, for convolutions), from its largest magnitude
-    x = (q - z) s, one scale for all, from a calibrated range (the "static" baseline)
+    W = (q - z) s      one scale and zero point for each output channel, or for each group of inputs
+    x = q s            one scale for each token (convolutions: image), from its largest magnitude
+    x = (q - z) s      or one scale for all tokens, from a calibrated range ("static")
 
-Static: the plan, hence the bits of every layer. Dynamic: the scales of tokens. Cost: as many
-products; weights take bits / 32 of float32's bytes, and scales and zero points.
+The plan is static, and with it the bits of every layer. Scales of tokens are found at run time.
+
+Cost: as many products as before. Weights take bits / 32 of float32's bytes, and scales and zero
+points.
 
 Source: the dynamic W8A8 and W4A8 baselines of ViDiT-Q, arXiv 2406.02540.
 """

@@ -1,7 +1,8 @@
 """DiTFastAttn: window attention, and attention shared over steps and guidance halves.
 
-Buys: most self-attention FLOPs of a trained diffusion transformer, without training. For every
-layer and network call a plan names one of five strategies, found by a greedy search:
+Use it to save most self-attention FLOPs of a trained diffusion transformer without training; long
+sequences gain most. For every layer and network call a plan names one of five strategies, which a
+greedy search finds:
 
 =========  ==========================================================================
 FULL       dense attention
@@ -11,18 +12,22 @@ WARS       window attention plus the residual (dense - window) of the last FULL 
 FULL_ASC   FULL on the conditional half only, the result used for both halves
 =========  ==========================================================================
 
-Static: the plan, hence which caches exist. Dynamic: the step, hence the strategy (a branch per
-layer; with a static step there is none). Caches per layer: the module's output [B, N, C] if the
-layer uses AST, the residual [B, N, H, D] if it uses a window.
+The plan is static, and with it which caches exist. The step chooses the strategy: a traced step is
+a branch for each layer, a static step is none. A layer that uses AST keeps the output of its module
+[B, N, C]; a layer that uses a window keeps the residual [B, N, H, D].
 
 Cost of one layer and call, in multiply-adds of QK^T and PV, with A = 2 B N^2 C and
-b = ((2W + 1) N - W (W + 1)) / N^2: FULL A, FULL that refreshes the residual A (1 + b), WARS A b,
-half of that with ASC, AST 0. See `attention_macs`. On TPU and GPU a FULL that refreshes costs about
-A: one kernel makes both (`pallas_kernels.residual_attention`). XLA makes the logits of short
-sequences once, for A (1 + b / 2).
+b = ((2W + 1) N - W (W + 1)) / N^2:
 
-Paper: DiTFastAttn, arXiv 2406.08552. As in the released code the window reaches W = N / 8 tokens to
-*each* side. Unlike it, WARS_ASC reads the conditional half of the residual in either batch order.
+    FULL A,   FULL that refreshes the residual A (1 + b),   WARS A b,   AST 0,   half of it with ASC
+
+See `attention_macs`. On TPUs and GPUs a FULL that refreshes costs about A, since one kernel makes
+both results (`pallas_kernels.residual_attention`). XLA makes the logits of short sequences once,
+for A (1 + b / 2).
+
+Source: DiTFastAttn, arXiv 2406.08552. As in the released code the window reaches W = N / 8 tokens
+to *each* side. Unlike there, WARS_ASC reads the conditional half of the residual in either order of
+the batch.
 """
 
 from __future__ import annotations

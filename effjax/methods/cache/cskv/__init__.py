@@ -1,26 +1,30 @@
 """CSKV: low-rank features of keys and values in place of keys and values.
 
-Buys: at a mean density of 0.2 a fifth of the cache, with 4-bit values a twentieth; attention
-itself gets no cheaper, and keys are rebuilt tile by tile at every step.
+Use it where memory matters more than time: at a mean density of 0.2 the cache takes a fifth, and
+with 4-bit values a twentieth. Attention gets no cheaper, and keys are rebuilt from their features
+at every token, tile by tile.
 
     c_k = x A_k,  k = rotary(c_k B_k)      R_k = int(k_density D) K features for all heads together
-    c_v = x A_v,  v = c_v B_v              R_v likewise
+    c_v = x A_v,  v = c_v B_v              R_v = int(v_density D) K likewise
 
-Tokens of the window that is being filled (see `residual_buffer`) stay exact, and so does all of a
-prompt while it reads itself. B_v is applied to what attention gives, not to every token:
-softmax(s) (C B) = (softmax(s) C) B. Between keys and B_k stands the rotation, so they are rebuilt.
+The tokens of the window that is being filled (see `effjax.caches.residual_buffer`) stay exact, and
+a prompt attends to itself exactly. B_v is applied to the result of attention and not to every
+token, since softmax(s) (C B) = (softmax(s) C) B. Keys must be rebuilt, since the rotation stands
+between them and B_k.
 
-A and B begin as a singular value decomposition of the projection, weighted by the mean magnitudes
-of its inputs (ASVD): diag(s) W = U S V^T, s = mean|x|^alpha; A = diag(1/s) U sqrt(S),
-B = sqrt(S) V^T. `fit` then trains them, and nothing else, to rebuild what the layers' projections
-make of their inputs; with `bits` it rounds in the middle, with gradients straight through.
+A and B start as a singular value decomposition of the projection W, weighted by the mean magnitudes
+of its inputs (ASVD): diag(s) W = U S V^T with s = mean|x|^alpha; then A = diag(1/s) U sqrt(S) and
+B = sqrt(S) V^T. `fit` trains A and B, and nothing else, to reproduce what the projections give.
+With `bits` it rounds the features in training too, with straight-through gradients.
 
-Static: ranks, window, bits. Dynamic: scales. Cost: for each token and layer (R_k + R_v) bits / 8
-bytes, with quantized values two floats a channel and window (keys) and a token and head (values);
-one window of floats. Projections with biases have one feature that is always 1.
+Ranks, window and bits are static; scales are found at run time.
+
+Cost: (R_k + R_v) bits / 8 bytes for each token and layer. Quantized values have besides two floats
+for a channel and window (keys) and two for a token and head (values). Each sequence has one window
+of floats. Projections with biases have one feature that is always 1.
 
 Source: CSKV, arXiv 2409.10593, with the offsets of quantized values as floats (the released code
-clips a group whose values share a sign). ASVD: arXiv 2312.05821.
+clips a group whose values have one sign). ASVD: arXiv 2312.05821.
 """
 
 from __future__ import annotations

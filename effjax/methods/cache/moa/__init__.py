@@ -1,37 +1,42 @@
 """MoA: each head keeps the first tokens and a span of the last ones, which grows with the sequence.
 
-Buys: at a mean span of half the sequence, half of the cache, of the traffic of decoding, and of the
-prompt's attention. Heads differ: some look a constant number of tokens back and some at everything,
-so that spans chosen head by head lose far less than one window for all.
+Use it where heads differ in how far they look back: some need a constant number of tokens and some
+need all. With spans chosen head by head, a mean span of half the sequence halves the cache, the
+traffic of decoding and the attention of the prompt, and loses far less than one window for all.
 
     N = prompt + new tokens                         of each sequence, known when it begins
     c = min(int(alpha + beta N), N), at least `floor`, rounded up to blocks: C slots
     sinks S = min(C, sink), ring R = C - S
     slot(p) = p for p < S, then S + (p - S) mod R
 
-A new token attends to all C slots. In the prompt spans are of whole blocks: a query block sees the
-sinks and the last R / block key blocks, its own included, so up to block - 1 tokens less far back
-than a new token does at the same place.
+A new token attends to all C slots. In the prompt spans are of whole blocks: a block of queries sees
+the sinks and the last R / block blocks of keys, its own included. That is up to block - 1 tokens
+less than a new token sees at the same place.
 
-Static: the plan and the largest N, hence all sizes. Dynamic: lengths, and with them how many of its
-slots a shorter sequence uses. Cost: mean C / N of the dense cache.
-Layouts: "flat", one pair of arrays for all heads, with a stretch of slots for each; "grouped", one
-pair for the heads of a layer that have one rule, which can be sharded by heads (on a TPU groups of
-other than 8, 16 ... heads are copied for every token). With 8 or 4 bits slots hold quantized
-values, each token's and head's with a scale and an offset, which new tokens see and the prompt does
-not.
+The plan and the largest N are static, and with them all sizes. Lengths are data, and with them how
+many of its slots a shorter sequence uses.
 
-The search asks, for every head, what the loss of answers would be if an element of the attention
-map were masked and its row normalized again. To first order, with A = softmax, dA = dLoss / dA:
+There are two layouts. "flat" has one pair of arrays for all heads of a layer, with a stretch of
+slots for each. "grouped" has one pair for the heads of a layer with the same rule; these arrays can
+be sharded by heads. On a TPU, groups whose number of heads is not a multiple of 8 are copied for
+every token. With 8 or 4 bits the slots hold quantized values, with a scale and an offset for each
+token and head; new tokens see them, and the prompt sees floats.
+
+Cost: mean C / N of the dense cache.
+
+`search` chooses the rules. For every head it estimates what the loss of answers would be if an
+element of the attention map were masked and its row normalized again. To first order, with A the
+softmax and dA = dLoss / dA:
 
     E_ij = A_ij (sum_n A_in dA_in - dA_ij) / (1 - A_ij + eps)   and E_00 = -A_00 dA_00
 
-|E| is summed over blocks; a rule's loss is what lies outside of its span. An integer program
-chooses a rule for each head, at most two a layer, within a density at every length; of its Pareto
-front over the lengths, the plan with the least loss at another length is taken.
+|E| is summed over blocks, and the loss of a rule is what lies outside its span. An integer program
+chooses a rule for each head, at most two different ones in a layer, within a density at every
+length. Of the Pareto front over the lengths, the plan with the least loss at another length is
+taken.
 
-Source: Mixture of Attention Spans, arXiv 2406.14909. One rule for each *key* head, whose influence
-is the largest of its query heads': the reference copies keys for every query head instead.
+Source: Mixture of Attention Spans, arXiv 2406.14909. Here a *key* head has one rule, and its
+influence is the largest of its query heads'; the reference copies keys for every query head.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """ViDiT-Q: quantized diffusion transformers, with channels balanced before they are quantized.
 
-Buys: weights of 4 or 8 bits and integer products where rounding to nearest fails, because some
-channels of the inputs are much larger than others and a token's one scale must fit them all.
+Use it for diffusion transformers with 4 or 8-bit weights and 8-bit inputs where rounding to nearest
+fails: some channels of the inputs are much larger than others, and one scale for a token must fit
+all of them. Smoothing scales need a calibration along the sampler's trajectory.
 
     x -> x m -> x m R -> quantized values of each token
     W -> W / m -> R^T W / m -> quantized values, once
@@ -9,20 +10,24 @@ channels of the inputs are much larger than others and a token's one scale must 
     m_c = max|W_c|^alpha / max|x_c|^(1 - alpha)
     R = random signs, then a Hadamard matrix
 
-The smoothing scale m takes away what is the same at every step; the rotation R spreads what is
-left, which changes from step to step. Weights are asymmetric, one scale for a channel; inputs
-symmetric, one scale for a token, taken at run time. Nothing is shared over the batch. A plan may
-change at network calls ("timestep-aware"): each segment has its own smoothing scales, bits and
-weights.
+The smoothing scale m removes the differences between channels that are the same at every step. The
+rotation R spreads those that change from step to step over all channels. Weights are asymmetric,
+with one scale for each output channel. Inputs are symmetric, with one scale for each token, found
+at run time. Nothing is shared over the batch. A plan may change at network calls
+("timestep-aware"): each segment of the calls has its own smoothing scales, bits and weights. Of a
+stack of matrices (experts), every matrix has its own smoothing scale.
 
-Static: the plan, hence bits, which layers are smoothed and rotated. Dynamic: scales of tokens.
-Cost: as many products; weights take bits / 32 of float32's bytes for each segment, scales and zero
-points; a rotation C = a b adds 2 C (a + b) FLOPs a token.
+The plan is static: bits, and which layers are smoothed and rotated. Scales of tokens are found at
+run time.
 
-alpha here is that of the second code generation (0.99 for PixArt, 0.5665 for Open-Sora 1.2); the
-first one's, and SmoothQuant's, is 1 - alpha. alpha = 0.5 without rotation is SmoothQuant.
+Cost: as many products as before. Weights take bits / 32 of float32's bytes for each segment, and
+scales and zero points. A rotation of width C = a b adds 2 C (a + b) FLOPs for a token.
 
-Source: arXiv 2406.02540, sections 3.2 to 3.4.
+alpha is that of the second generation of the code (0.99 for PixArt, 0.5665 for Open-Sora 1.2). That
+of the first generation, and that of SmoothQuant, is 1 - alpha here; alpha = 0.5 without rotation is
+SmoothQuant.
+
+Source: ViDiT-Q, arXiv 2406.02540, sections 3.2 to 3.4.
 """
 
 from __future__ import annotations
