@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(read_texts(given.child, own, given.longest, given.new)))
         return
     if given.quick:
-        sizes, given.images, given.steps, given.repeats = (4, 60, 4), 3, 2, 1
+        sizes, given.images, given.steps, given.repeats = (3, 60, 4), 3, 2, 1
     changed = [
         f"--{name} {value}"
         for name, value in vars(given).items()
