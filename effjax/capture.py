@@ -336,6 +336,7 @@ class _Probe(Wrapper):
     """
 
     once: ClassVar[bool] = True
+    apart = True
 
     def __init__(self, inner: nnx.Module, path: str, what: str):
         super().__init__(inner)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from effjax.stacking import current_stacks
 from effjax.targets import original
 
 PyTree = Any
@@ -307,7 +308,7 @@ class State(nnx.Variable):
     """
 
     def __init__(self, *, fill: float = 0.0):
-        super().__init__(None, fill=fill, creating=False, path="")
+        super().__init__(None, fill=fill, creating=False, path="", run=None)
 
     @property
     def empty(self) -> bool:
@@ -429,18 +430,30 @@ def switch(
         return branches[keys[0]](module, *operands)
 
     graphdef, variables = nnx.split(module)
+    stacks = current_stacks()
+    whole = stacks.groups({path: state.get_value() for path, state in held.items()})
 
-    def on_copy(function: Callable[..., PyTree]) -> Callable[..., tuple[PyTree, dict]]:
-        def branch(*operands: PyTree) -> tuple[PyTree, dict]:
-            copy = nnx.merge(graphdef, variables, copy=True)
-            out = function(copy, *operands)
-            return out, {path: state.get_value() for path, state in states(copy).items()}
+    def on_copy(function: Callable[..., PyTree]) -> Callable[..., tuple[PyTree, dict, dict]]:
+        def branch(*operands: PyTree) -> tuple[PyTree, dict, dict]:
+            with stacks.inside():
+                copy = nnx.merge(graphdef, variables, copy=True)
+                out = function(copy, *operands)
+                values = {path: state.get_value() for path, state in states(copy).items()}
+                together = {
+                    name: stacks.collect(name, {i: values.pop(path) for i, path in layers.items()})
+                    for name, layers in whole.items()
+                }
+            return out, values, together
 
         return branch
 
     index = jnp.asarray(index)
     position = jnp.sum(jnp.stack([index > key for key in keys[:-1]]), dtype=jnp.int32)
-    out, values = jax.lax.switch(position, [on_copy(branches[key]) for key in keys], *operands)
+    functions = [on_copy(branches[key]) for key in keys]
+    out, values, together = jax.lax.switch(position, functions, *operands)
+    for name, layers in whole.items():
+        pieces = stacks.replace(name, together[name], layers)
+        values |= {path: pieces[index] for index, path in layers.items()}
     for path, state in held.items():
         state.set_value(values[path])
     return out

@@ -31,6 +31,7 @@ from effjax.context import (
     tokens_as,
 )
 from effjax.quant import QTensor
+from effjax.stacking import by_layer, stacked_as, stacks_of_call
 from effjax.targets import TargetModule, canonical, target_modules
 
 Patch = Callable[[nnx.Module, Context], None]
@@ -105,7 +106,8 @@ class Forward:
 
         Args:
             params: parameters, a nested dict in the layout of the model without patches. What
-                methods learned is in `params["methods"]`.
+                methods learned is in `params["methods"]`. Names may say ranges of blocks, see
+                `effjax.scanning.stack_params`.
             state: what patches remember between calls. `{}` for a model whose patches keep nothing;
                 else the result of `init`, or of the last call.
             inputs: the model's inputs.
@@ -118,11 +120,12 @@ class Forward:
         Raises:
             ValueError: for parameters or state that do not fit; the message lists all of them.
         """
-        module, held = self._loaded(params, state, inputs, self._step(step), guidance)
-        with tokens_as(module.layout(*inputs)):
-            outputs = module(*inputs)
-        kept = {path: variable for path, variable in held.items() if not variable.empty}
-        return outputs, {path: variable.get_value() for path, variable in kept.items()}
+        with stacks_of_call():
+            module, held = self._loaded(params, state, inputs, self._step(step), guidance)
+            with tokens_as(module.layout(*inputs)):
+                outputs = module(*inputs)
+            values = {path: held_.get_value() for path, held_ in held.items() if not held_.empty}
+            return outputs, stacked_as(state, values)
 
     def init(self, params: Params, *inputs: PyTree, guidance: Guidance | None = None) -> StateDict:
         """Make the state for the first call, for inputs of these shapes.
@@ -145,7 +148,8 @@ class Forward:
             for path, variable in held.items():
                 if not variable.empty:
                     value, fill = variable.get_value(), variable.get_metadata("fill")
-                    found[path] = (value.shape, value.dtype, fill)
+                    name, layers = _name_in_run(path, variable)
+                    found[name] = ((*layers, *value.shape), value.dtype, fill)
 
         jax.eval_shape(shape_states, params, inputs, jax.ShapeDtypeStruct((), jnp.int32))
         return {path: jnp.full(shape, fill, dtype) for path, (shape, dtype, fill) in found.items()}
@@ -233,7 +237,7 @@ class Forward:
     def module(self, params: Params) -> Model:
         """A fresh, unpatched module that holds these parameters (arrays or their shapes)."""
         weights = {name: value for name, value in params.items() if name != METHODS}
-        given = flatten_params(weights)
+        given = by_layer(flatten_params(weights))
         problems = []
         for path, shape in self.leaves:
             name = canonical(path)
@@ -364,7 +368,18 @@ def _named_states(module: nnx.Module) -> dict[str, State]:
     return dict(sorted(named.items()))
 
 
+def _name_in_run(path: str, variable: State) -> tuple[str, tuple[int, ...]]:
+    """The name of a state, and leading axes: those of all layers, if they are kept together."""
+    run = variable.get_metadata("run")
+    if run is None:
+        return path, ()
+    stack, start, stop = run
+    _, _, after = path.removeprefix(f"{stack}.").partition(".")
+    return f"{stack}.{start}:{stop}.{after}", (stop - start,)
+
+
 def _load_state(held: Mapping[str, State], state: StateDict) -> None:
+    state = by_layer(state)
     unknown = sorted(set(state) - set(held))
     if unknown:
         raise ValueError(

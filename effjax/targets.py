@@ -22,9 +22,19 @@ class Wrapper(nnx.Module):
     Attributes:
         replaces_internals: True if the wrapper uses the parts of the original module instead of
             only calling it. Such a wrapper goes innermost, and a target module can have only one.
+        united: attributes, tuples of what a layer may do, of which scanned layers take the union.
+        apart: True if states keep a name for each layer though the layers are scanned, because
+            others ask for them by name.
     """
 
     replaces_internals: ClassVar[bool] = False
+    united: ClassVar[tuple[str, ...]] = ()
+    apart: ClassVar[bool] = False
+
+    @property
+    def scans(self) -> bool:
+        """Whether this call may be one of scanned layers."""
+        return True
 
     def __init__(self, inner: nnx.Module):
         self.inner = inner

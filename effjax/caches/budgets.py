@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Annotated, Any
@@ -62,6 +63,16 @@ def budgets(
     return by_length(shares(ratio, most, always))
 
 
+@dataclasses.dataclass(frozen=True)
+class ByLength:
+    """Slots of rows by their tokens, from a table by length 0, 1, 2, ..."""
+
+    table: tuple[int, ...]
+
+    def __call__(self, tokens: Lengths) -> Lengths:
+        return jnp.asarray(self.table, jnp.int32)[tokens]
+
+
 def by_length(table: np.ndarray) -> tuple[int, Sizes | None]:
     """Slots for rows of any length, and those of each, from a table by length 0, 1, 2, ...
 
@@ -70,7 +81,7 @@ def by_length(table: np.ndarray) -> tuple[int, Sizes | None]:
     slots = int(table.max())
     if (table == np.arange(len(table))).all():
         return slots, None
-    return slots, lambda tokens: jnp.asarray(table)[tokens]
+    return slots, ByLength(tuple(table.tolist()))
 
 
 @lru_cache(maxsize=64)

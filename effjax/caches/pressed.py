@@ -6,6 +6,7 @@ keeps) and a *choice* of the tokens that are kept for it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -29,17 +30,18 @@ Score = Callable[[AttentionInputs], Scores]
 Choice = Callable[[AttentionInputs, Lengths, int], Columns]
 
 
-def highest(score: Score) -> Choice:
+@dataclasses.dataclass(frozen=True)
+class Highest:
     """Keep the tokens that score highest, head by head; of equal scores the earlier ones.
 
-    Args:
+    Attributes:
         score: what padding gets does not matter.
     """
 
-    def choose(inputs: AttentionInputs, keep: Lengths, slots: int) -> Columns:
-        return best(score(inputs), inputs.positions >= 0, keep, slots)
+    score: Score
 
-    return choose
+    def __call__(self, inputs: AttentionInputs, keep: Lengths, slots: int) -> Columns:
+        return best(self.score(inputs), inputs.positions >= 0, keep, slots)
 
 
 def best(scores: Scores, valid: Array, keep: Lengths, slots: int) -> Columns:

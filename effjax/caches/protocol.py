@@ -30,6 +30,7 @@ class KVCache(Wrapper, abc.ABC):
     """
 
     replaces_internals = True
+    apart = True
 
     def __init__(self, inner: nnx.Module, *, first: bool, cache_length: CacheLength):
         super().__init__(inner)
@@ -50,6 +51,11 @@ class KVCache(Wrapper, abc.ABC):
     def exact_chunked_prefill(self) -> bool:
         """Whether a prompt that is read in chunks gives what it gives when read at once."""
         return True
+
+    @property
+    def scans(self) -> bool:
+        """The prefill only: for one more token a scan would move all weights and all that is held."""
+        return self.first
 
     @property
     def core(self) -> CausalCore:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from flax import nnx
 
 from effjax.context import PyTree
+from effjax.layers.scan import Scan, run_blocks
 
 
 class Stack(nnx.List):
@@ -14,13 +15,22 @@ class Stack(nnx.List):
 
     Attributes:
         streams: names of the streams that flow through, if `x` is a dictionary of tokens.
+        scan: how runs of equal blocks are scanned; None to trace every block.
     """
 
     def __init__(self, blocks: Iterable[nnx.Module], *, streams: tuple[str, ...] = ()):
         super().__init__(blocks)
         self.streams = streams
+        self.scan: Scan | None = None
 
     def __call__(self, x: PyTree, *conditioning: PyTree) -> PyTree:
-        for block in self:
+        return self.between(0, len(self), x, *conditioning)
+
+    def between(self, start: int, stop: int, x: PyTree, *conditioning: PyTree) -> PyTree:
+        """Apply the blocks start ... stop - 1, for wrappers that leave out or repeat some."""
+        blocks = list(self)[start:stop]
+        if self.scan is not None:
+            return run_blocks(self.scan, blocks, start, x, conditioning)
+        for block in blocks:
             x = block(x, *conditioning)
         return x

@@ -10,7 +10,7 @@ import pytest
 
 from effjax import testing
 from effjax.caches import PressedCache, budgets
-from effjax.caches.pressed import highest
+from effjax.caches.pressed import Highest
 from effjax.context import CacheLength, states
 from effjax.generate import Reading, caches, generate, prefill, score
 from effjax.layers.attention import CausalCore
@@ -29,7 +29,7 @@ def rotated(x):
 def held(plan, keep, prompt=16):
     """Positions that a press keeps of a prompt, by sequence and head."""
     core = CausalCore(ROTARY)
-    options = {"choose": highest(plan.score), "keep": keep}
+    options = {"choose": Highest(plan.score), "keep": keep}
     cache = PressedCache(core, first=True, cache_length=CacheLength(16, 16), **options)
     for path, state in states(cache).items():
         state.set_metadata(path=str(path), creating=True)
@@ -159,7 +159,7 @@ def test_padded_rows_keep_what_they_keep_alone(plan, own):
     p = np.arange(TEXT)
     left = np.stack([p[:16], np.where(p[:16] < 7, -1, p[:16] - 7)])
     calls = [(slice(0, 16), left), (slice(16, 18), np.array([[16, 17], [9, 10]]))]
-    options = {"choose": highest(plan.score), "keep": 6, "own": own}
+    options = {"choose": Highest(plan.score), "keep": 6, "own": own}
     outputs, values = run(PressedCache, calls, **options)
     alone = [(slice(7, 16), np.stack([p[:9]] * 2)), (slice(16, 18), np.array([[9, 10]] * 2))]
     single, own = run(PressedCache, alone, **options)
@@ -170,7 +170,7 @@ def test_padded_rows_keep_what_they_keep_alone(plan, own):
 
 def test_evicted_tokens_are_not_seen():
     """Later tokens attend to what is kept and to themselves, by an explicit mask."""
-    options = {"choose": highest(knorm.KnormPlan().score), "keep": 6}
+    options = {"choose": Highest(knorm.KnormPlan().score), "keep": 6}
     outputs, values = run(PressedCache, [(slice(0, 16), None)], **options)
     (places,) = (value for path, value in values.items() if path[-1] == "held")
     positions = np.broadcast_to(np.arange(16, 23), (2, 7))

@@ -65,7 +65,7 @@ def test_slots_are_clipped_floored_and_rounded():
 @pytest.mark.parametrize("layout", CACHES)
 def test_new_tokens_see_sinks_and_their_heads_ring(layout):
     calls = pieces(10, *[1] * 13)
-    outputs, values = run(CACHES[layout], calls, plan=PLAN, layer=0)
+    outputs, values = run(CACHES[layout], calls, plan=PLAN, rules=PLAN.rules(0))
     got = np.concatenate(outputs[1:], 1)
     for head, slots in enumerate(SLOTS):
         want = expected(causal(sinks=4, local=slots - 4))[:, 10:]
@@ -78,7 +78,7 @@ def test_new_tokens_see_sinks_and_their_heads_ring(layout):
 @pytest.mark.parametrize("layout", CACHES)
 def test_prompts_see_whole_blocks(layout):
     """The block rule of the paper: the sink's block and the last R / 4 blocks, and causal."""
-    outputs, _ = run(CACHES[layout], pieces(16), plan=PLAN, layer=0)
+    outputs, _ = run(CACHES[layout], pieces(16), plan=PLAN, rules=PLAN.rules(0))
     i, j = np.arange(TEXT)[:, None], np.arange(TEXT)[None]
     for head, slots in enumerate(SLOTS):
         local = (slots - 4) // 4
@@ -93,9 +93,9 @@ def test_padded_rows_are_what_they_are_alone(layout):
     p = np.arange(TEXT)
     left = np.stack([p[:16], np.where(p[:16] < 3, -1, p[:16] - 3)])
     calls = [(slice(0, 16), left), (slice(16, 17), np.array([[16], [13]]))]
-    outputs, values = run(CACHES[layout], calls, plan=PLAN, layer=0)
+    outputs, values = run(CACHES[layout], calls, plan=PLAN, rules=PLAN.rules(0))
     alone = [(slice(3, 16), np.stack([p[:13]] * 2)), (slice(16, 17), np.array([[13]] * 2))]
-    single, own = run(CACHES[layout], alone, plan=PLAN, layer=0)
+    single, own = run(CACHES[layout], alone, plan=PLAN, rules=PLAN.rules(0))
     chex.assert_trees_all_close(outputs[0][1, 3:], single[0][1], atol=1e-5)
     chex.assert_trees_all_close(outputs[1][1], single[1][1], atol=1e-5)
     for path, value in own.items():
@@ -111,7 +111,7 @@ def test_rows_use_the_spans_of_their_own_length(layout):
     left = np.stack([p[:16], np.where(p[:16] < 10, -1, p[:16] - 10)])
     calls = [(slice(0, 16), left)]
     calls += [(slice(i, i + 1), np.array([[i], [i - 10]])) for i in range(16, TEXT)]
-    outputs, _ = run(CACHES[layout], calls, plan=plan, layer=0)
+    outputs, _ = run(CACHES[layout], calls, plan=plan, rules=plan.rules(0))
     later = np.concatenate(outputs[1:], 1)
     for head, (long, short) in enumerate(zip((20, 12), (12, 8))):
         own = slice(2 * head, 2 * head + 2)
@@ -137,7 +137,7 @@ def test_sizes_of_rows_are_those_of_texts_alone():
     betas, alphas = ((0.31, 0.0, 1.0, 1.0),) * 2, ((0.0, 12.0, -16.0, 3.7),) * 2
     plan = moa.MoAPlan(alphas, betas, block=4, sink=4, floor=8)
     core = subject.forward.target_modules(subject.params, CausalCore)[0].module
-    cache = moa.FlatCache(core, plan=plan, layer=0, first=True, cache_length=CacheLength(60, 40))
+    cache = moa.FlatCache(core, plan=plan, rules=plan.rules(0), first=True, cache_length=CacheLength(60, 40))
     totals = np.arange(17, 101)
     cache.foreseen.set_value(jnp.asarray(totals))
     used = cache.used(len(totals))
@@ -167,8 +167,8 @@ def test_slots_of_quantized_values(bits, layout):
     """New tokens see keys and values rounded token by token; bytes are what values take."""
     plan = dataclasses.replace(PLAN, bits=bits)
     calls, kind = pieces(10, *[1] * 13), CACHES[layout]
-    outputs, values = run(kind, calls, plan=plan, layer=0)
-    exact, floating = run(kind, calls, plan=PLAN, layer=0)
+    outputs, values = run(kind, calls, plan=plan, rules=plan.rules(0))
+    exact, floating = run(kind, calls, plan=PLAN, rules=PLAN.rules(0))
     chex.assert_trees_all_equal(outputs[0], exact[0])  # the prompt sees floats
     later, floats = (np.concatenate(each[1:], axis=1) for each in (outputs, exact))
     error = np.abs(later - floats).max() / np.abs(floats).max()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from effjax.caches import (
 )
 from effjax.caches.evicting import EvictingCache, SlotScores, Weights
 from effjax.caches.install import Place
-from effjax.caches.pressed import Choice, Scores, highest
+from effjax.caches.pressed import Choice, Highest, Scores
 from effjax.caches.quantization import FLOAT, Bits
 from effjax.fields import Count
 from effjax.forward import Forward, Params
@@ -96,7 +96,7 @@ class PressPlan(BudgetPlan):
 
     def kind(self, place: Place) -> Kind:
         keep, own = self.budget(place.cache_length.prompt)
-        return self.pressed(highest(self.score), keep, own, place)
+        return self.pressed(Highest(self.score), keep, own, place)
 
     def pressed(self, choose: Choice, keep: int, own: Sizes | None, place: Place) -> Kind:
         """A cache of what a choice keeps; a dense one where that is everything."""
@@ -131,7 +131,18 @@ class EvictingPlan(BudgetPlan):
         if slots >= place.cache_length.total and own is None:
             return DenseCache, {"bits": self.bits}
         options = {"score": self.score, "observe": self.observe, "own": own, "bits": self.bits}
-        return EvictingCache, {**options, "slots": slots, "recent": partial(self.last, slots)}
+        return EvictingCache, {**options, "slots": slots, "recent": Recent(self, slots)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recent:
+    """How many of the last tokens never go, by a row's slots."""
+
+    plan: EvictingPlan
+    slots: int
+
+    def __call__(self, room: Lengths) -> Lengths:
+        return self.plan.last(self.slots, room)
 
 
 Options = tuple[tuple[str, int | float], ...]

@@ -30,7 +30,7 @@ import numpy as np
 from effjax.caches import Kind
 from effjax.caches.budgets import by_length
 from effjax.caches.install import Place
-from effjax.caches.pressed import highest
+from effjax.caches.pressed import Highest
 from effjax.fields import Count
 from effjax.methods.cache import press
 
@@ -50,7 +50,7 @@ class PyramidKVPlan(press.WrapperPlan):
 
     def kind(self, place: Place) -> Kind:
         table = _table(self, place.cache_length.prompt, place.layer, place.layers)
-        return self.pressed(highest(self.score), *by_length(table), place)
+        return self.pressed(Highest(self.score), *by_length(table), place)
 
 
 @lru_cache(maxsize=256)

@@ -96,6 +96,7 @@ class FastAttention(Wrapper):
     """
 
     replaces_internals = True
+    united = ("actions",)
     inner: Attention
 
     def __init__(
@@ -124,9 +125,12 @@ class FastAttention(Wrapper):
         self.actions = tuple(sorted(actions))
         self.window = window
         self.guidance = guidance or Guidance()  # never asked if the batch is not guided
-        self.shares_output = Strategy.AST in used
         self.output = StateTree.of(inner)
         self.residual = State()  # a state that no action touches is not kept
+
+    @property
+    def shares_output(self) -> bool:
+        return any(Strategy(action // 2) is Strategy.AST for action in self.actions)
 
     def __call__(self, x: PyTree) -> PyTree:
         branches = {action: partial(_attend, action=action) for action in self.actions}

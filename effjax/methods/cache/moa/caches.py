@@ -51,7 +51,8 @@ def transform(plan: MoAPlan) -> Transform:
 
 def _choose(plan: MoAPlan, place: Place) -> Kind:
     kind = {"grouped": GroupedCache, "flat": FlatCache}[plan.layout]
-    return kind, {"layer": place.layer, "plan": plan}
+    plan.slots(place.layer, place.cache_length.total)  # names a head that has no span
+    return kind, {"rules": plan.rules(place.layer), "plan": plan}
 
 
 @lru_cache(maxsize=1024)
@@ -68,17 +69,23 @@ class SpanCache(KVCache):
     A row uses as many of its slots as a sequence of its length has.
 
     Args:
-        plan, layer: whose rules they are.
+        plan: how spans are cut into blocks and stored.
+        rules: of the layer's heads.
     """
 
     def __init__(
-        self, inner: Any, *, plan: MoAPlan, layer: int, first: bool, cache_length: CacheLength
+        self,
+        inner: Any,
+        *,
+        plan: MoAPlan,
+        rules: tuple[Rule, ...],
+        first: bool,
+        cache_length: CacheLength,
     ):
         super().__init__(inner, first=first, cache_length=cache_length)
         self.plan = plan
-        self.layer = layer
-        self.rules = plan.rules(layer)
-        self.slots = plan.slots(layer, cache_length.total)
+        self.rules = rules
+        self.slots = plan.slots_of(rules, cache_length.total)
         self.foreseen = State()
         self.sink = plan.sink
 
@@ -126,7 +133,7 @@ class SpanCache(KVCache):
         q, k, v = inputs.rotated_q, inputs.rotated_k, inputs.v
         with jax.named_scope("attention"):
             if positions is None:
-                slots = self.plan.slots(self.layer, columns + self.cache_length.new)
+                slots = self.plan.slots_of(self.rules, columns + self.cache_length.new)
                 return block_sparse_attention(q, k, v, rule(slots))
             used = self.used(batch)
             local = jnp.stack([used[each] - self.sink for each in self.rules], axis=1)

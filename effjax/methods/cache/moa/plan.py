@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -81,6 +81,10 @@ class MoAPlan(Plan):
                     f"layer {layer}, head {head}: {alpha} + {beta} x {tokens} tokens is no span; "
                     f"this plan is for longer sequences"
                 )
+        return self.slots_of(rules, tokens)
+
+    def slots_of(self, rules: Sequence[Rule], tokens: int) -> tuple[int, ...]:
+        """Slots C of heads with these rules."""
         return tuple(int(self.span(rule, np.asarray(tokens))) for rule in rules)
 
     def rules(self, layer: int) -> tuple[Rule, ...]:

@@ -1,0 +1,182 @@
+"""Small programs of deep models: runs of equal blocks become one block, which is scanned.
+
+    forward, params = effjax.scan_blocks()(forward, params)
+    pipe = pipe.transform(effjax.scan_blocks())
+
+A model's program holds every block anew, and a patched block every branch of its patch. What takes
+most of a minute to compile is mostly the same block, 28 or 64 times. `scan_blocks` finds runs of
+consecutive blocks that are equal but for their numbers, and traces each run once, in a `lax.scan`
+over layers. Results are the same.
+
+Blocks are equal if they have the same modules, the same patches with the same settings, and arrays
+of the same kinds and shapes. What patches hold as data (actions by step, scales, spans) and weights
+may differ. Branches of a scanned block are those that some layer of the run uses. A step that is
+static still chooses while tracing: layers that then do different things are different blocks.
+
+Weights are used where they are: each turn of the scan picks those of its layer, which moves them
+once. With `stack=True` the parameters are stacked too, and no weight is moved. This is for TPUs and
+for gradients, see `stack_params`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effjax.context import Context, PyTree
+from effjax.forward import Forward, Params, flatten_params, nest_params
+from effjax.layers.scan import Run, Scan, kind, runs_of
+from effjax.layers.stack import Stack
+from effjax.stacking import Range, by_layer
+from effjax.targets import target_modules
+from effjax.transform import Pair
+
+
+def scan_blocks(*stacks: str, stack: bool = False) -> Callable[[Forward, Params], Pair]:
+    """Make a transform after which runs of equal blocks are scanned.
+
+    It belongs to a program and not to a model: recipes do not have it, and what is saved has its
+    usual layout. Apply it last.
+
+    Args:
+        stacks: paths of the `Stack`s that must be one run each, such as "blocks"; none for all
+            runs that there are.
+        stack: whether parameters are stacked too, see `stack_params`.
+
+    Returns:
+        A function (forward, params) -> (forward, params). Calls of its forward raise ValueError if
+        a named stack is not one run; the message says which block differs, and in what.
+    """
+
+    def transform(forward: Forward, params: Params) -> Pair:
+        patches = tuple(each for each in forward.patches if not isinstance(each, ScanBlocks))
+        scanned = dataclasses.replace(forward, patches=(*patches, ScanBlocks(stacks)))
+        return scanned, stack_params(forward, params) if stack else params
+
+    return transform
+
+
+def find_runs(forward: Forward, params: Params, *inputs: PyTree, **options: Any) -> list[Run]:
+    """List the programs that a model's blocks would need if runs of equal ones were scanned.
+
+    Args:
+        params, inputs: arrays or shapes.
+        options: `step` and `guidance`, as in `Forward.__call__`. A step that is not given is one
+            that is known when the program runs only.
+    """
+    found: list[Run] = []
+
+    def trace(params: Params, inputs: tuple[PyTree, ...], step: jax.Array) -> None:
+        first = forward.segments(0, 1)[0][0]
+        arguments = {"step": step, **options}
+        module = first.patched(params, inputs, **arguments)
+        for target in target_modules(module, Stack):
+            assert isinstance(target.module, Stack)
+            found.extend(runs_of(target.path, list(target.module)))
+
+    jax.eval_shape(trace, params, inputs, jax.ShapeDtypeStruct((), jnp.int32))
+    return found
+
+
+def describe_runs(runs: Sequence[Run]) -> str:
+    """How many programs a model's blocks need, and why, in a few lines."""
+    lines = []
+    for stack, group in itertools.groupby(runs, key=lambda run: run.stack):
+        parts = list(group)
+        blocks, programs = parts[-1].stop, len(parts)
+        lines.append(f"{stack}: {blocks} blocks, {programs} program{'s' * (programs > 1)}")
+        lines += [f"  from {run.start}: {run.differs}" for run in parts[1:]]
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanBlocks:
+    """The patch: stacks of blocks scan their runs.
+
+    Attributes:
+        stacks: paths of stacks that must be one run; () for all runs that there are.
+    """
+
+    stacks: tuple[str, ...] = ()
+
+    def __call__(self, module: nnx.Module, context: Context) -> None:
+        found = {target.path: target.module for target in target_modules(module, Stack)}
+        if unknown := sorted(set(self.stacks) - set(found)):
+            raise ValueError(f"there are no stacks {unknown} to scan; this model has {[*found]}")
+        for path in self.stacks or found:
+            setattr(found[path], "scan", Scan(path, bool(self.stacks)))
+
+
+def stack_params(forward: Forward, params: Params, *, donate: bool = False) -> Params:
+    """Stack the weights of equal blocks: one array [layers, ...] in the place of many.
+
+    Names then say a range of blocks, such as `blocks.0:28.attn.to_q.kernel`. A forward takes
+    parameters in either form. Scanned blocks use stacked weights without moving them, and the
+    gradient of a stacked weight is one array too. Shardings and optimizers see the names with
+    ranges. Methods that change weights, and `effjax.save`, take weights by layer: see
+    `unstack_params`.
+
+    Args:
+        forward: a forward of the model.
+        params: arrays or shapes.
+        donate: give up the arrays of `params` one by one, so that both forms are never held
+            together. What is left of `params` cannot be used.
+
+    Returns:
+        Parameters whose equal consecutive blocks are stacked.
+    """
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    flat = by_layer(flatten_params(params)) if _stacked(params) else flatten_params(params)
+    for target in target_modules(forward.module(jax.eval_shape(unstack_params, shapes)), Stack):
+        stack = target.module
+        assert isinstance(stack, Stack)
+        blocks = [_leaves_of(flat, f"{target.path}.{i}.") for i in range(len(stack))]
+        kinds = [
+            {name: (jax.tree.structure(v), tuple(map(kind, jax.tree.leaves(v))))
+             for name, v in block.items()}
+            for block in blocks
+        ]  # fmt: skip
+        starts = [i for i, each in enumerate(kinds) if i == 0 or each != kinds[i - 1]]
+        for start, stop in itertools.pairwise([*starts, len(blocks)]):
+            if stop - start == 1:
+                continue
+            for name in blocks[start]:
+                names = [f"{target.path}.{i}.{name}" for i in range(start, stop)]
+                parts = [flat.pop(each) for each in names]
+                flat[f"{target.path}.{start}:{stop}.{name}"] = _stack(parts, donate)
+    return nest_params(flat)
+
+
+def unstack_params(params: Params) -> Params:
+    """The inverse of `stack_params`: weights by layer."""
+    return nest_params(by_layer(flatten_params(params)))
+
+
+def _stacked(params: Params) -> bool:
+    return any(Range.of(name) for name in flatten_params(params))
+
+
+def _leaves_of(flat: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): v for name, v in flat.items() if name.startswith(prefix)}
+
+
+def _stack(parts: list[Any], donate: bool) -> Any:
+    def one(*arrays: Any) -> Any:
+        if isinstance(arrays[0], jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
+        stacked = jnp.stack(arrays)
+        if donate:
+            stacked.block_until_ready()
+            for array in arrays:
+                array.delete()
+        return stacked
+
+    return jax.tree.map(one, *parts)
+
+
