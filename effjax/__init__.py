@@ -32,6 +32,7 @@ _PUBLIC = {
     "load": "recipe",
     "pipeline": "pipelines",
     "save": "recipe",
+    "scan_blocks": "scanning",
 }
 _MODULES = ("capture", "cost", "generate", "metrics", "samplers", "testing")
 

@@ -29,6 +29,7 @@ from effjax.fields import Checked, naming
 from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
 from effjax.quant import QTensor
 from effjax.quant.disk import QValues
+from effjax.scanning import unscanned, unstack_params
 from effjax.storage import (
     Inspection,
     Spec,
@@ -75,6 +76,7 @@ def save(
     """
     if forward.fixed_step is not None:
         raise ValueError("save the forward itself, not forward.at(step)")
+    forward, params = unscanned(forward), unstack_params(params)
     base, _ = abstract(forward.model, forward.config)
     replayed, template = _replay(base, forward.recipe, {})
     if imported := _imported(template, params):

@@ -21,6 +21,7 @@ for gradients, see `stack_params`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,9 +29,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from effjax.context import Context, PyTree
-from effjax.forward import Forward, Params, flatten_params, nest_params
+from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.scan import Run, Scan, kind, runs_of
 from effjax.layers.stack import Stack
 from effjax.stacking import Range, by_layer
@@ -55,11 +57,16 @@ def scan_blocks(*stacks: str, stack: bool = False) -> Callable[[Forward, Params]
     """
 
     def transform(forward: Forward, params: Params) -> Pair:
-        patches = tuple(each for each in forward.patches if not isinstance(each, ScanBlocks))
-        scanned = dataclasses.replace(forward, patches=(*patches, ScanBlocks(stacks)))
+        scanned = unscanned(forward).patch(ScanBlocks(stacks))
         return scanned, stack_params(forward, params) if stack else params
 
     return transform
+
+
+def unscanned(forward: Forward) -> Forward:
+    """The forward whose blocks are traced one by one."""
+    patches = tuple(each for each in forward.patches if not isinstance(each, ScanBlocks))
+    return dataclasses.replace(forward, patches=patches)
 
 
 def find_runs(forward: Forward, params: Params, *inputs: PyTree, **options: Any) -> list[Run]:
@@ -110,7 +117,9 @@ class ScanBlocks:
         if unknown := sorted(set(self.stacks) - set(found)):
             raise ValueError(f"there are no stacks {unknown} to scan; this model has {[*found]}")
         for path in self.stacks or found:
-            setattr(found[path], "scan", Scan(path, bool(self.stacks)))
+            stack = found[path]
+            assert isinstance(stack, Stack)
+            stack.scan = Scan(path, bool(self.stacks))
 
 
 def stack_params(forward: Forward, params: Params, *, donate: bool = False) -> Params:
@@ -125,58 +134,66 @@ def stack_params(forward: Forward, params: Params, *, donate: bool = False) -> P
     Args:
         forward: a forward of the model.
         params: arrays or shapes.
-        donate: give up the arrays of `params` one by one, so that both forms are never held
-            together. What is left of `params` cannot be used.
+        donate: give up the arrays of `params` one kind after the other, so that both forms are
+            never held together. What is left of `params` cannot be used.
 
     Returns:
         Parameters whose equal consecutive blocks are stacked.
     """
-    shapes = jax.eval_shape(lambda tree: tree, params)
-    flat = by_layer(flatten_params(params)) if _stacked(params) else flatten_params(params)
-    for target in target_modules(forward.module(jax.eval_shape(unstack_params, shapes)), Stack):
-        stack = target.module
-        assert isinstance(stack, Stack)
-        blocks = [_leaves_of(flat, f"{target.path}.{i}.") for i in range(len(stack))]
-        kinds = [
-            {name: (jax.tree.structure(v), tuple(map(kind, jax.tree.leaves(v))))
-             for name, v in block.items()}
-            for block in blocks
-        ]  # fmt: skip
+    if any(map(Range.of, flatten_params(_weights(params)))):
+        params = unstack_params(params)
+    flat = flatten_params(_weights(params))
+    shapes = nest_params({name: _shapes(leaf) for name, leaf in flat.items()})
+    for target in target_modules(forward.module(shapes), Stack):
+        assert isinstance(target.module, Stack)
+        blocks = [_below(flat, f"{target.path}.{i}.") for i in range(len(target.module))]
+        kinds = [{name: _kinds(leaf) for name, leaf in block.items()} for block in blocks]
         starts = [i for i, each in enumerate(kinds) if i == 0 or each != kinds[i - 1]]
         for start, stop in itertools.pairwise([*starts, len(blocks)]):
-            if stop - start == 1:
-                continue
-            for name in blocks[start]:
-                names = [f"{target.path}.{i}.{name}" for i in range(start, stop)]
-                parts = [flat.pop(each) for each in names]
-                flat[f"{target.path}.{start}:{stop}.{name}"] = _stack(parts, donate)
-    return nest_params(flat)
+            for name in blocks[start] if stop - start > 1 else ():
+                parts = [flat.pop(f"{target.path}.{i}.{name}") for i in range(start, stop)]
+                stacked = jax.tree.map(functools.partial(_stack, donate=donate), *parts)
+                flat[f"{target.path}.{start}:{stop}.{name}"] = stacked
+    return {**nest_params(flat), **_learned(params)}
 
 
 def unstack_params(params: Params) -> Params:
     """The inverse of `stack_params`: weights by layer."""
-    return nest_params(by_layer(flatten_params(params)))
+    return {**nest_params(by_layer(flatten_params(_weights(params)))), **_learned(params)}
 
 
-def _stacked(params: Params) -> bool:
-    return any(Range.of(name) for name in flatten_params(params))
+def _weights(params: Params) -> Params:
+    return {name: value for name, value in params.items() if name != METHODS}
 
 
-def _leaves_of(flat: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _learned(params: Params) -> Params:
+    return {name: value for name, value in params.items() if name == METHODS}
+
+
+def _below(flat: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): v for name, v in flat.items() if name.startswith(prefix)}
 
 
-def _stack(parts: list[Any], donate: bool) -> Any:
-    def one(*arrays: Any) -> Any:
-        if isinstance(arrays[0], jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
-        stacked = jnp.stack(arrays)
-        if donate:
-            stacked.block_until_ready()
-            for array in arrays:
-                array.delete()
-        return stacked
-
-    return jax.tree.map(one, *parts)
+def _shapes(leaf: Any) -> Any:
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), leaf)
 
 
+def _kinds(leaf: Any) -> tuple:
+    return jax.tree.structure(leaf), tuple(map(kind, jax.tree.leaves(leaf)))
+
+
+def _stack(*arrays: Any, donate: bool) -> Any:
+    first = arrays[0]
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(arrays), *first.shape), first.dtype)
+    stacked = jnp.stack(arrays)
+    place = getattr(first, "sharding", None)
+    if isinstance(place, NamedSharding):
+        stacked = jax.device_put(
+            stacked, NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+        )
+    if donate:
+        stacked.block_until_ready()
+        for array in arrays:
+            array.delete()
+    return stacked

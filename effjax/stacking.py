@@ -2,9 +2,9 @@
 
 A name of a parameter or a state may say a range of blocks in the place of one: `blocks.0:28.attn.k`
 are 28 arrays `blocks.0.attn.k` ... `blocks.27.attn.k`, stacked along a new leading axis. While a
-forward is traced, its modules hold arrays by layer. `Stacks` remembers which stacked array a layer's
-array was cut from, so that a program that scans over layers takes the whole array and no copy is
-made of its parts.
+forward is traced, its modules hold arrays by layer. `Stacks` remembers which stacked array the
+array of a layer was cut from, so that a program that scans over layers takes the whole array and no
+copy is made of its parts.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ LAYERS = [
         "effjax.warm",
         "effjax.chips",
     ],
-    ["effjax.context", "effjax.quant", "effjax.targets"],
+    ["effjax.context", "effjax.quant", "effjax.stacking", "effjax.targets"],
     ["effjax.layers"],
     ["effjax.caches"],
     ["effjax.models"],
@@ -34,6 +34,7 @@ LAYERS = [
         "effjax.descriptions",
         "effjax.executables",
         "effjax.metrics",
+        "effjax.scanning",
         "effjax.storage",
     ],
     [

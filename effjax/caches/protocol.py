@@ -54,7 +54,7 @@ class KVCache(Wrapper, abc.ABC):
 
     @property
     def scans(self) -> bool:
-        """The prefill only: for one more token a scan would move all weights and all that is held."""
+        """The prefill only: for one token more a scan would move all weights and caches."""
         return self.first
 
     @property

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from effjax.context import PyTree, states
+from effjax.context import PyTree, State, states
 from effjax.stacking import Stacks, current_stacks
 from effjax.targets import Wrapper
 
@@ -47,65 +48,161 @@ class Run(NamedTuple):
     differs: str = ""
 
 
+class _Block:
+    """A block with what is asked of it more than once.
+
+    Attributes:
+        module: the block.
+        wrappers, states: those in it, by their path.
+        values: its arrays and quantized leaves by path, those of states too.
+        signature: what blocks of one run have in common.
+        alone: whether a wrapper says that this call is not scanned.
+    """
+
+    def __init__(self, module: nnx.Module):
+        self.module = module
+        found = list(nnx.iter_graph(module))
+        self.wrappers = {path: node for path, node in found if isinstance(node, Wrapper)}
+        self.states = {path: node for path, node in found if isinstance(node, State)}
+        for state in self.states.values():
+            state.set_metadata(path="")
+            state.set_metadata(run=None)
+        united = [
+            (wrapper, name, getattr(wrapper, name))
+            for wrapper in self.wrappers.values()
+            for name in wrapper.united
+        ]
+        for wrapper, name, _ in united:
+            setattr(wrapper, name, ())
+        graphdef, variables = nnx.split(module)
+        for wrapper, name, value in united:
+            setattr(wrapper, name, value)
+        self.values = {
+            tuple(path): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+            for path, leaf in nnx.to_flat_state(variables)
+        }
+        kinds = {
+            path: (jax.tree.structure(value), tuple(map(kind, jax.tree.leaves(value))))
+            for path, value in self.values.items()
+        }
+        self.signature = graphdef, kinds
+        self.alone = not all(wrapper.scans for wrapper in self.wrappers.values())
+
+    def name_states(self, scan: Scan, run: Run) -> None:
+        """Say of every state which layers it is of, and whether those are kept together."""
+        for path, state in self.states.items():
+            name = ".".join(str(part) for part in path if part != "inner")
+            state.set_metadata(path=f"{scan.path}.{run.start}:{run.stop}.{name}")
+            if run.stop - run.start > 1 and not self._apart(path):
+                state.set_metadata(run=(scan.path, run.start, run.stop))
+
+    def _apart(self, path: tuple) -> bool:
+        """Whether a state keeps a name for each layer, as its wrapper says."""
+        above = [at for at in self.wrappers if at == path[: len(at)] and path[len(at)] != "inner"]
+        return any(self.wrappers[at].apart for at in above)
+
+
+def kind(array: Any) -> tuple:
+    """What two arrays must have in common to be layers of one run."""
+    return array.shape, array.dtype, getattr(array, "weak_type", False)
+
+
+def runs_of(stack: str, blocks: Sequence[nnx.Module], first: int = 0) -> list[Run]:
+    """Cut blocks into runs of equal ones; `first` is the number of the first one."""
+    return _runs(stack, list(map(_Block, blocks)), first)
+
+
+def _runs(stack: str, blocks: Sequence[_Block], first: int) -> list[Run]:
+    starts = [
+        i
+        for i, block in enumerate(blocks)
+        if i == 0 or block.alone or block.signature != blocks[i - 1].signature
+    ]
+    runs = []
+    for start, stop in itertools.pairwise([*starts, len(blocks)]):
+        number, differs = start + first, ""
+        if blocks[start].alone:
+            differs = f"block {number} is called by itself, as a patch of it says"
+        elif start:
+            modules = blocks[start - 1].module, blocks[start].module
+            what = next(_differences(*modules), "their structure")
+            differs = f"block {number} differs from block {number - 1} in {what}"
+        runs.append(Run(stack, number, stop + first, differs))
+    return runs
+
+
 def run_blocks(
-    scan: Scan, blocks: Sequence[nnx.Module], first: int, x: PyTree, conditioning: tuple
+    scan: Scan, modules: Sequence[nnx.Module], first: int, x: PyTree, conditioning: tuple
 ) -> PyTree:
     """Call blocks in order, runs of equal ones in a scan.
 
     Args:
         scan: whose blocks they are.
-        blocks: consecutive blocks of the stack.
+        modules: consecutive blocks of the stack.
         first: number of the first one in the stack.
         x, conditioning: what the first one is called with.
 
     Raises:
         ValueError: if they must be one run and are not, with the difference.
     """
-    runs = runs_of(scan.path, blocks, first)
+    blocks = list(map(_Block, modules))
+    runs = _runs(scan.path, blocks, first)
     if scan.whole and len(runs) > 1:
         raise ValueError(
             f"{scan.path} cannot be scanned as one: {runs[1].differs}. Leave out the name to scan "
             f"the runs of equal blocks, of which there are {len(runs)}."
         )
     for run in runs:
-        own = blocks[run.start - first : run.stop - first]
-        x = _run(scan, run, own, x, conditioning)
+        x = _run(scan, run, blocks[run.start - first : run.stop - first], x, conditioning)
     return x
 
 
-def _run(
-    scan: Scan, run: Run, blocks: Sequence[nnx.Module], x: PyTree, conditioning: tuple
-) -> PyTree:
+def _run(scan: Scan, run: Run, blocks: Sequence[_Block], x: PyTree, conditioning: tuple) -> PyTree:
     _unite(blocks)
-    held = [states(block) for block in blocks]
-    for block, own in zip(blocks, held):
-        apart = _apart(block)
-        for path, state in own.items():
-            name = ".".join(str(part) for part in path if part != "inner")
-            state.set_metadata(path=f"{scan.path}.{run.start}:{run.stop}.{name}")
-            if path not in apart and len(blocks) > 1:
-                state.set_metadata(run=(scan.path, run.start, run.stop))
-    creating = any(state.get_metadata("creating") for own in held for state in own.values())
-    if len(blocks) > 1 and not creating:
+    for block in blocks:
+        block.name_states(scan, run)
+    creating = any(state.get_metadata("creating") for state in blocks[0].states.values())
+    if len(blocks) > 1:
         try:
-            return _scan(blocks, x, conditioning)
+            return (_shape if creating else _scan)(blocks, x, conditioning)
         except _Reshaped as change:
             if scan.whole:
                 raise ValueError(f"{scan.path} cannot be scanned: {change}") from None
     for block in blocks:
-        x = block(x, *conditioning)
+        x = block.module(x, *conditioning)
     return x
+
+
+def _unite(blocks: Sequence[_Block]) -> None:
+    """Give every wrapper of a run what the same wrapper of some layer needs."""
+    for path, wrapper in blocks[0].wrappers.items():
+        for name in wrapper.united:
+            same = [block.wrappers[path] for block in blocks]
+            union = tuple(sorted({value for each in same for value in getattr(each, name)}))
+            for each in same:
+                setattr(each, name, union)
+
+
+def _shape(blocks: Sequence[_Block], x: PyTree, conditioning: tuple[PyTree, ...]) -> PyTree:
+    """Give equal blocks the states that the first one makes; nothing is computed."""
+    y = blocks[0].module(x, *conditioning)
+    _check_kept(x, y)
+    for block in blocks[1:]:
+        for path, state in block.states.items():
+            if not blocks[0].states[path].empty:
+                state.write(blocks[0].states[path].get_value())
+    return y
 
 
 class _Reshaped(Exception):
     """A block gives tokens of another kind than it takes."""
 
 
-def _scan(blocks: Sequence[nnx.Module], x: PyTree, conditioning: tuple[PyTree, ...]) -> PyTree:
+def _scan(blocks: Sequence[_Block], x: PyTree, conditioning: tuple[PyTree, ...]) -> PyTree:
     """Run equal blocks as one that is scanned, and leave their new states in them."""
     stacks, count = current_stacks(), len(blocks)
-    graphdef, _ = nnx.split(blocks[0])
-    held = [states(block) for block in blocks]
+    graphdef, _ = nnx.split(blocks[0].module)
+    held = [block.states for block in blocks]
     carried = {
         path: piece
         for path, state in held[0].items()
@@ -113,7 +210,7 @@ def _scan(blocks: Sequence[nnx.Module], x: PyTree, conditioning: tuple[PyTree, .
     }
     loose = [path for path, state in held[0].items() if not state.empty and path not in carried]
     given = [
-        {path: value for path, value in _values(block).items() if path not in carried}
+        {path: value for path, value in block.values.items() if path not in carried}
         for block in blocks
     ]
     columns = _Columns(stacks, given)
@@ -202,15 +299,6 @@ class _Columns:
         }
 
 
-def _values(block: nnx.Module) -> dict[tuple, Any]:
-    """Arrays and quantized leaves of a block by path, those of its states too."""
-    flat = nnx.to_flat_state(nnx.split(block)[1])
-    return {
-        tuple(path): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-        for path, leaf in flat
-    }
-
-
 def _check_kept(x: PyTree, y: PyTree) -> None:
     """Check that a block gives what the next one takes."""
 
@@ -219,46 +307,6 @@ def _check_kept(x: PyTree, y: PyTree) -> None:
 
     if kinds(x) != kinds(y):
         raise _Reshaped(f"its blocks take {kinds(x)} and give {kinds(y)}")
-
-
-def runs_of(stack: str, blocks: Sequence[nnx.Module], first: int = 0) -> list[Run]:
-    """Cut blocks into runs of equal ones; `first` is the number of the first one."""
-    signatures = [_signature(block) for block in blocks]
-    alone = [not all(each.scans for each in _wrappers(block).values()) for block in blocks]
-    starts = [
-        i
-        for i, each in enumerate(signatures)
-        if i == 0 or alone[i] or each != signatures[i - 1]
-    ]
-    runs = []
-    for start, stop in itertools.pairwise([*starts, len(blocks)]):
-        differs = ""
-        if alone[start]:
-            differs = f"block {start + first} is called by itself, as a patch of it says"
-        elif start:
-            what = next(_differences(blocks[start - 1], blocks[start]), "their structure")
-            differs = f"block {start + first} differs from block {start + first - 1} in {what}"
-        runs.append(Run(stack, start + first, stop + first, differs))
-    return runs
-
-
-def _signature(block: nnx.Module) -> tuple:
-    """What blocks of one run have in common."""
-    with _without_united(block):
-        for state in states(block).values():
-            state.set_metadata(path="")
-            state.set_metadata(run=None)
-        graphdef, _ = nnx.split(block)
-        kinds = {
-            path: (jax.tree.structure(value), tuple(map(kind, jax.tree.leaves(value))))
-            for path, value in _values(block).items()
-        }
-    return graphdef, kinds
-
-
-def kind(array: Any) -> tuple:
-    """What two arrays must have in common to be layers of one run."""
-    return array.shape, array.dtype, getattr(array, "weak_type", False)
 
 
 def _differences(one: nnx.Module, other: nnx.Module, path: str = "") -> Iterator[str]:
@@ -289,48 +337,7 @@ def _unlike(a: Any, b: Any, where: str) -> Iterator[str]:
 
 
 def _short(value: Any, most: int = 60) -> str:
-    if hasattr(value, "dtype") and hasattr(value, "shape") and not isinstance(value, type):
+    if isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _wrappers(block: nnx.Module) -> dict[tuple, Wrapper]:
-    return {path: node for path, node in nnx.iter_graph(block) if isinstance(node, Wrapper)}
-
-
-class _without_united:  # noqa: N801
-    """Blank the settings of a block that a run unites."""
-
-    def __init__(self, block: nnx.Module):
-        wrappers = _wrappers(block).values()
-        self.held = [(each, name, getattr(each, name)) for each in wrappers for name in each.united]
-
-    def __enter__(self) -> None:
-        for wrapper, name, _ in self.held:
-            setattr(wrapper, name, ())
-
-    def __exit__(self, *_: object) -> None:
-        for wrapper, name, value in self.held:
-            setattr(wrapper, name, value)
-
-
-def _unite(blocks: Sequence[nnx.Module]) -> None:
-    """Give every wrapper of a run what the same wrapper of some layer needs."""
-    for same in zip(*(_wrappers(block).values() for block in blocks), strict=True):
-        for name in same[0].united:
-            union = tuple(sorted({value for each in same for value in getattr(each, name)}))
-            for each in same:
-                setattr(each, name, union)
-
-
-def _apart(block: nnx.Module) -> set[tuple]:
-    """Paths of the states that keep a name for each layer."""
-    found: set[tuple] = set()
-    for path, wrapper in _wrappers(block).items():
-        if wrapper.apart:
-            below = states(wrapper.inner)
-            found |= {(*path, *own) for own in states(wrapper) if own[0] != "inner" or not below}
-    return found
-
-

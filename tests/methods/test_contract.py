@@ -129,6 +129,14 @@ def test_it_changes_the_samples_and_keeps_them_finite(subject, strongest):
     assert float(jnp.abs(compressed - dense).max()) > 0
 
 
+def test_scanned_blocks_give_the_same_samples(subject, strongest):
+    """Runs of equal blocks in one program: see `effjax.scanning`."""
+    forward, params = strongest
+    small, _ = effjax.scan_blocks()(forward, params)
+    got, wanted = sample(subject, small, params), sample(subject, forward, params)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_dtype_is_kept(method, dtype):
     subject = method.tiny(dtype=dtype)

@@ -137,7 +137,9 @@ def test_sizes_of_rows_are_those_of_texts_alone():
     betas, alphas = ((0.31, 0.0, 1.0, 1.0),) * 2, ((0.0, 12.0, -16.0, 3.7),) * 2
     plan = moa.MoAPlan(alphas, betas, block=4, sink=4, floor=8)
     core = subject.forward.target_modules(subject.params, CausalCore)[0].module
-    cache = moa.FlatCache(core, plan=plan, rules=plan.rules(0), first=True, cache_length=CacheLength(60, 40))
+    cache = moa.FlatCache(
+        core, plan=plan, rules=plan.rules(0), first=True, cache_length=CacheLength(60, 40)
+    )
     totals = np.arange(17, 101)
     cache.foreseen.set_value(jnp.asarray(totals))
     used = cache.used(len(totals))
