@@ -24,6 +24,7 @@ from converters.weights import Leaf, open_weights
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.parallel import leaf_sharding
 from effjax.quant import QTensor
+from effjax.scanning import describe_runs, example_runs
 from effjax.storage import (
     FLOATS,
     Spec,
@@ -129,8 +130,9 @@ def describe(
 
     Returns:
         A dictionary with model, layout, config, parameters (how many the model has, without
-        copies), dtype (of most of them), compute_dtype (in which they would be computed) and
-        weight_bytes (of the tensors as stored).
+        copies), dtype (of most of them), compute_dtype (in which they would be computed),
+        weight_bytes (of the tensors as stored) and programs (how many its blocks are if equal ones
+        are scanned, see `effjax.scanning`).
     """
     weights = open_weights(resolve(repo_or_dir, subfolder=subfolder, variant=variant, **remote))
     stored = [Spec(tensor.shape, tensor.dtype).bytes_ for tensor in weights.tensors.values()]
@@ -142,6 +144,7 @@ def describe(
         "dtype": weights.forward.config.param_dtype,
         "compute_dtype": weights.forward.config.dtype,
         "weight_bytes": sum(stored),
+        "programs": describe_runs(example_runs(weights.forward, nest_params(weights.leaves))),
     }
 
 

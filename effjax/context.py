@@ -267,6 +267,13 @@ class Model(nnx.Module):
         """Static token layout for inputs of these shapes; None for a model without tokens."""
         return None
 
+    def example_inputs(self) -> tuple[PyTree, ...] | None:
+        """Shapes of inputs for two samples, of the usual size or of a few tokens; None if unsaid.
+
+        What describes a model without data is traced for them.
+        """
+        return None
+
     def valid_tokens(self, *inputs: Any) -> jax.Array | None:
         """Say which tokens of the blocks' inputs count, bool[B, S]; None if all do.
 

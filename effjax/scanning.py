@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from effjax.context import Context, PyTree
+from effjax.context import Context, Guidance, PyTree
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.scan import Run, Scan, kind, runs_of
 from effjax.layers.stack import Stack
@@ -89,6 +89,22 @@ def find_runs(forward: Forward, params: Params, *inputs: PyTree, **options: Any)
 
     jax.eval_shape(trace, params, inputs, jax.ShapeDtypeStruct((), jnp.int32))
     return found
+
+
+def example_runs(forward: Forward, params: Params) -> list[Run]:
+    """`find_runs` for inputs of the model's own (`Model.example_inputs`), guided or as a prefill.
+
+    Returns:
+        The runs; none for a model without example inputs.
+    """
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), params)
+    inputs = forward.module(shapes).example_inputs()
+    if inputs is None:
+        return []
+    options: dict[str, Any] = {"guidance": Guidance()}
+    if any(getattr(patch, "caches", False) for patch in forward.patches):
+        forward, options = forward.with_cache_length(64, 64), {"step": 0}
+    return find_runs(forward, shapes, *inputs, **options)
 
 
 def describe_runs(runs: Sequence[Run]) -> str:

@@ -21,6 +21,7 @@ from effjax.generate import Reading, generate, perplexity, prefill, score
 from effjax.metrics import psnr
 from effjax.pipelines import ClassConditionalPipeline, PromptPipeline, TextPipeline
 from effjax.pipelines.reference import Reference, reference
+from effjax.scanning import describe_runs, example_runs
 from effjax.transform import Pair
 
 Figures = tuple[dict[str, Any], str]
@@ -75,6 +76,7 @@ def images(
         cost = sampler_cost(sampler, *pair, cond, uncond=uncond)
         figures[name] = {
             "compile_seconds": compiled,
+            "block_programs": len(example_runs(*pair)),
             "weight_bytes": weight_bytes(pair[1]),
             "peak_bytes": memory_of(programs[name])["peak_bytes"],
             "flops": cost.flops,
@@ -96,6 +98,7 @@ def images(
     figures["disk_bytes"] = sum(file.stat().st_size for file in files)
     lines = side_by_side(figures, reference)
     lines.append(f"{'disk_bytes':26}{'':14}{figures['disk_bytes']:>14.4g}")
+    lines += programs(pipe)
     lines.append(f"PSNR of its images to those of {reference.sentence()}: {distance:.1f} dB")
     return figures, "\n".join(lines)
 
@@ -113,6 +116,7 @@ def texts(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespac
     figures: dict[str, Any] = {
         name: {
             "weight_bytes": weight_bytes(pair[1]),
+            "block_programs": len(example_runs(*pair)),
             "kv_bytes": _kv_bytes(pair, length, new),
             "perplexity": _perplexity(pair, prompts),
             "answers_right": float(right(pair, asked).mean()),
@@ -136,7 +140,13 @@ def texts(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespac
                 }
                 own = figures[name]
                 own.update({key: max(own[key], value) for key, value in speeds.items()})
-    return figures, "\n".join(side_by_side(figures, reference))
+    return figures, "\n".join([*side_by_side(figures, reference), *programs(pipe)])
+
+
+def programs(pipe: ClassConditionalPipeline | PromptPipeline | TextPipeline) -> list[str]:
+    """How many programs the compressed blocks need if equal ones are scanned, and why."""
+    said = describe_runs(example_runs(pipe.forward, pipe.params))
+    return [f"if blocks are scanned: {said}"] if said else []
 
 
 def _kv_bytes(pair: Pair, length: int, new: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -134,6 +135,9 @@ class CLIPText(Model):
                 rngs=rngs,
             )
         )
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
 
     def layout(self, ids: Array, *_: Any) -> Layout:
         return Layout(grid=(0, 0, 0), text=ids.shape[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -188,6 +189,11 @@ class DiT(Model):
         self.label = ClassEmbedding(config.num_classes, config.hidden_size, **numerics, rngs=rngs)
         self.blocks = Stack([DiTBlock(config, rngs=rngs) for _ in range(config.num_layers)])
         self.final = FinalLayer(config, rngs=rngs)
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        x = jax.ShapeDtypeStruct((2, *self.config.sample_shape), jnp.float32)
+        t, labels = (jax.ShapeDtypeStruct((2,), dtype) for dtype in (jnp.float32, jnp.int32))
+        return x, t, labels
 
     def layout(self, x: Array, *_: Array) -> Layout:
         rows, columns = (size // self.config.patch_size for size in x.shape[1:3])

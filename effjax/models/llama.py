@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -192,6 +193,9 @@ class Llama(Model):
                 rngs=rngs,
             )
         )
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (jax.ShapeDtypeStruct((2, 8), jnp.int32),)
 
     def layout(self, tokens: Array | None, *others: Any) -> Layout:
         given = others[3] if tokens is None else tokens

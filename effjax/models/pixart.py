@@ -204,6 +204,13 @@ class PixArt(Model):
         self.blocks = Stack([PixArtBlock(config, rngs=rngs) for _ in range(config.num_layers)])
         self.final = FinalLayer(config, rngs=rngs)
 
+    def example_inputs(self) -> tuple[Any, ...]:
+        config, tokens = self.config, 120
+        x = jax.ShapeDtypeStruct((2, *config.sample_shape), jnp.float32)
+        embeds = jax.ShapeDtypeStruct((2, tokens, config.caption_channels), jnp.float32)
+        mask = jax.ShapeDtypeStruct((2, tokens), bool)
+        return x, jax.ShapeDtypeStruct((2,), jnp.float32), PromptEmbeddings(embeds, mask)
+
     def layout(self, x: Array, *_: Any) -> Layout:
         rows, columns = (size // self.config.patch_size for size in x.shape[1:3])
         return Layout(grid=(1, rows, columns))

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -126,6 +127,9 @@ class T5Encoder(Model):
         self.positions = nnx.Param(init(rngs.params(), (config.buckets, config.num_heads), dtype))
         self.blocks = Stack([T5Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, param_dtype=config.param_dtype)
+
+    def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
 
     def layout(self, ids: Array, *_: Any) -> Layout:
         return Layout(grid=(0, 0, 0), text=ids.shape[1])

@@ -15,6 +15,7 @@ from effjax.forward import parameter_count
 from effjax.pipelines import families
 from effjax.pipelines.base import INDEX, SCHEDULER
 from effjax.pipelines.loading import Components
+from effjax.scanning import describe_runs, example_runs
 
 
 def describe(
@@ -34,7 +35,8 @@ def describe(
 
     Returns:
         Of a model: model, layout (of a checkpoint) or methods (of a saved one), config, parameters,
-        dtype, compute_dtype, weight_bytes. Of a pipeline: pipeline (its class in the table),
+        dtype, compute_dtype, weight_bytes, programs (of its blocks, see `effjax.scanning`). Of a
+        pipeline: pipeline (its class in the table),
         becomes (its class here), components by name (None for one that is missing), beside (whether
         tokenizers and processors are there, by name), scheduler, methods, parameters, weight_bytes,
         and origin if it is known.
@@ -99,6 +101,7 @@ def _model(folder: Folder, subfolder: str | None, variant: str | None) -> dict[s
         "dtype": forward.config.param_dtype,
         "compute_dtype": forward.config.dtype,
         "weight_bytes": weight_bytes(params),
+        "programs": describe_runs(example_runs(forward, params)),
     }
 
 
@@ -109,10 +112,12 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
         for key in ("layout", "config"):
             if key in figures:
                 yield f"{key:>14}: {figures[key]}"
+        yield from _programs(figures)
         return
     yield f"{'pipeline':>14}: {figures['pipeline']}, becomes {figures['becomes']}"
     for name, model in figures["components"].items():
         yield f"{name:>14}: {'none' if model is None else _sentence(model)}"
+        yield from _programs(model or {})
     for name, there in figures["beside"].items():
         yield f"{name:>14}: {'there' if there else 'none'}"
     if "scheduler" in figures:
@@ -123,6 +128,11 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
         known = figures["origin"]
         at = f" at {known['revision']}" if "revision" in known else ""
         yield f"{'made of':>14}: {known['model']}{at}"
+
+
+def _programs(figures: Mapping[str, Any]) -> Iterator[str]:
+    for number, line in enumerate(figures.get("programs", "").splitlines()):
+        yield f"{'' if number else 'if scanned':>14}: {line}"
 
 
 def _sentence(figures: Mapping[str, Any]) -> str:
