@@ -11,7 +11,8 @@ import jax
 
 from effjax import fields
 from effjax.fields import Checked
-from effjax.forward import Forward, Params
+from effjax.forward import Forward, Params, flatten_params
+from effjax.stacking import Range
 
 Pair = tuple[Forward, Params]
 
@@ -66,7 +67,8 @@ class Transform:
     Methods make transforms with `method.transform(plan)`. A call returns a changed forward and
     changed parameters, and adds the method and its plan to `forward.recipe`, from which
     `effjax.save` writes `recipe.json`. The parameters may be abstract: `effjax.load` runs
-    transforms on shapes to find out what a checkpoint must hold.
+    transforms on shapes to find out what a checkpoint must hold. Stacked parameters
+    (`effjax.scanning.stack_params`) are a ValueError.
 
     Attributes:
         method: name of the method in the registry.
@@ -85,6 +87,12 @@ class Transform:
         return dataclasses.replace(self, apply=self.shapes or self.apply)
 
     def __call__(self, forward: Forward, params: Params) -> Pair:
+        if stacked := [name for name in flatten_params(params) if Range.of(name)]:
+            raise ValueError(
+                f"{self.method} takes weights by layer, and these are stacked ({stacked[0]}, ...): "
+                f"apply methods before scan_blocks(stack=True), or use "
+                f"effjax.scanning.unstack_params"
+            )
         forward, params = self.apply(forward, params)
         recipe = (*forward.recipe, (self.method, self.plan))
         return dataclasses.replace(forward, recipe=recipe), params

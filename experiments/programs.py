@@ -110,10 +110,12 @@ def dit(form: str, *, small: bool, compressed: bool = False) -> Case:
 
 def pixart(form: str, *, small: bool) -> Case:
     """A call of PixArt-alpha 512 on two branches of one image, 120 tokens of text."""
-    config = PixArtConfig(**({"num_heads": 4} if small else {"sample_size": 64, **BFLOAT16}))
+    options: dict[str, Any] = {"num_heads": 4} if small else {"sample_size": 64, **BFLOAT16}
+    config = PixArtConfig(**options)
     forward, params = scanned(form, *abstract(PixArt, config))
     size, channels = config.sample_size, config.in_channels
-    text = PromptEmbeddings(shape(2, 120, config.caption_channels), shape(2, 120, dtype=bool))
+    inputs: tuple[Any, Any] = shape(2, 120, config.caption_channels), shape(2, 120, dtype=bool)
+    text = PromptEmbeddings(*inputs)
 
     def call(params, x, t, text):
         return forward(params, {}, x, t, text)[0]
@@ -123,7 +125,7 @@ def pixart(form: str, *, small: bool) -> Case:
 
 def t5(form: str, *, small: bool) -> Case:
     """T5 v1.1 XXL's encoder on 120 tokens."""
-    narrow = {"hidden_size": 256, "intermediate_size": 640, "num_heads": 4}
+    narrow: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 640, "num_heads": 4}
     config = T5Config(**(narrow if small else BFLOAT16))
     forward, params = scanned(form, *abstract(T5Encoder, config))
 
@@ -218,7 +220,7 @@ def timed(name: str, repeats: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chip", help="compile for a TPU; for the CPU if none")
     parser.add_argument("--cases", default=",".join(map(str, range(len(CASES)))))
     parser.add_argument("--repeats", type=int, default=15)

@@ -18,6 +18,7 @@ from effjax.forward import abstract, flatten_params
 from effjax.methods import dit_fast_attn, kivi, round_to_nearest, snap_kv
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.parallel.sharding import device_mesh, shard, tensor_parallel
+from effjax.samplers import Sampler
 from effjax.scanning import (
     describe_runs,
     find_runs,
@@ -124,7 +125,7 @@ def test_optimizers_step_stacked_parameters_as_others():
 
     def step(params, gradient):
         updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-        return optax.apply_updates(params, updates)
+        return jax.tree.map(jnp.add, params, updates)
 
     stacked = step(stack_params(forward, params), stack_params(forward, gradient))
     chex.assert_trees_all_equal(unstack_params(stacked), step(params, gradient))
@@ -174,6 +175,7 @@ class TestMethods:
         forward, params = dit_fast_attn.transform(plan)(subject.forward, subject.params)
         small, _ = scan_blocks()(forward, params)
         sampler = subject.sampler
+        assert isinstance(sampler, Sampler)
         uncond = sampler.unconditional(forward, subject.cond)
         inputs = sampler.inputs(jnp.ones((2, 16, 16, 4)), subject.cond, uncond, 1)
         runs = find_runs(small, params, *inputs, step=1, guidance=sampler.joined)
@@ -277,6 +279,12 @@ class TestParameters:
         with pytest.raises(ValueError, match="given twice, by itself and in a stack of layers"):
             call(forward, twice, inputs)
 
+    def test_methods_take_weights_by_layer(self):
+        forward, params, _ = _dit()
+        transform = round_to_nearest.transform(round_to_nearest.uniform(4))
+        with pytest.raises(ValueError, match=r"apply methods before scan_blocks\(stack=True\)"):
+            transform(forward, stack_params(forward, params))
+
     def test_saving_takes_no_notice(self, tmp_path):
         forward, params, _ = _dit()
         recipe.save(tmp_path / "model", *scan_blocks(stack=True)(forward, params))
@@ -292,14 +300,17 @@ class TestParameters:
 
     def test_they_are_cut_over_devices(self):
         forward, params, inputs = _llama()
-        mesh = device_mesh(jax.devices()[:2], model=2)
-        placed = stack_params(forward, shard(params, mesh, tensor_parallel(forward)))
+        mesh, rules = device_mesh(data=2, model=2), tensor_parallel(forward)
+        placed = stack_params(forward, shard(params, mesh, rules))
+        again = shard(stack_params(forward, params), mesh, rules)
+        same = jax.tree.map(lambda a, b: a.sharding == b.sharding, placed, again)
+        assert all(jax.tree.leaves(same))
         kernel = placed["blocks"]["0:3"]["attn"]["to_q"]["kernel"]
         assert isinstance(kernel.sharding, NamedSharding)
         assert tuple(kernel.sharding.spec) == (None, None, "model")
         small, _ = scan_blocks("blocks")(forward, params)
         wanted = call(forward, params, inputs)
-        for given in (placed, shard(params, mesh, tensor_parallel(forward))):
+        for given in (placed, shard(params, mesh, rules)):
             chex.assert_trees_all_close(call(small, given, inputs), wanted, atol=1e-5)
 
 
@@ -317,13 +328,15 @@ class TestNames:
         assert Range.of("blocks.0:28.attn.k") == ("blocks.", 0, 28, ".attn.k")
         assert Range.of("blocks.2.attn.k") is None
         assert Range.of("blocks.3:3.k") is None
-        assert Range.of("blocks.0:2.k").names == ("blocks.0.k", "blocks.1.k")
+        assert Range("blocks.", 0, 2, ".k").names == ("blocks.0.k", "blocks.1.k")
 
     def test_pieces_are_known_and_collected(self):
         stacks, whole = Stacks(), jnp.arange(6.0).reshape(3, 2)
         pieces = stacks.cut("a", whole)
-        assert stacks.run(pieces).index == 0
-        assert stacks.run(pieces[1:]).index == 1
+        assert [stacks.run(some) for some in (pieces, pieces[1:])] == [
+            ("a", 0, pieces[0]),
+            ("a", 1, pieces[1]),
+        ]
         assert stacks.run(pieces[::-1]) is None
         assert stacks.collect("a", dict(enumerate(pieces))) is whole
         new = stacks.collect("a", {0: pieces[0], 1: jnp.zeros(2), 2: pieces[2]})

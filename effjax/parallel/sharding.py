@@ -28,6 +28,7 @@ from effjax.context import PyTree
 from effjax.forward import Forward, flatten_params, nest_params
 from effjax.layers.linear import Linear
 from effjax.quant import QTensor
+from effjax.stacking import Range
 from effjax.targets import Role
 
 Axes = tuple[str | None, ...]
@@ -110,7 +111,8 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule]) -> dic
         tree: arrays, shapes and quantized leaves, by (nested) name.
         mesh: the devices. Axes that rules name and the mesh lacks are ignored.
         rules: pairs of a pattern and mesh axes. The first rule whose pattern matches the whole path
-            of an array applies to it. An array without a rule is whole on every device.
+            of an array applies to it. An array without a rule is whole on every device. Stacked
+            layers go by the rule of the first one.
 
     Returns:
         The tree with shardings in place of arrays.
@@ -120,7 +122,11 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, rules: Sequence[Rule]) -> dic
     """
     found = {}
     for path, leaf in flatten_params(tree).items():
-        axes = next((axes for pattern, axes in rules if re.fullmatch(pattern, path)), None)
+        layers = Range.of(path)
+        name = path if layers is None else layers.names[0]
+        axes = next((axes for pattern, axes in rules if re.fullmatch(pattern, name)), None)
+        if axes is not None and layers is not None:
+            axes = (None, *axes)
         if axes is not None and len(axes) != len(leaf.shape):
             raise ValueError(
                 f"a rule cuts {len(axes)} dimensions as {axes}, but {path} is {list(leaf.shape)}"
