@@ -9,7 +9,7 @@ import pytest
 from effjax import testing
 from effjax.caches import DenseCache, PressedCache, RingCache
 from effjax.caches.evicting import EvictingCache
-from effjax.caches.pressed import highest
+from effjax.caches.pressed import Highest
 from effjax.caches.shared import SharedCache
 from effjax.cost import state_bytes
 from effjax.generate import prefill, sequence_bytes
@@ -28,7 +28,7 @@ from tests.methods.test_budgets import (
 from tests.methods.test_caches import METHODS_OF_CACHES, best
 
 PROMPT = 14
-KNORM = {"choose": highest(knorm.KnormPlan().score), "keep": 6}
+KNORM = {"choose": Highest(knorm.KnormPlan().score), "keep": 6}
 
 
 def rounded(x, bits):
