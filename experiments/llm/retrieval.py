@@ -274,6 +274,8 @@ def kinds(subject: Subject, documents: Documents, found: dict[int, cskv.Factors]
     for ratio in (0.5, 0.8):
         name = f"{1 - ratio:.0%} of the tokens"
         transforms[f"snap_kv, {name}"] = snap_kv.transform(snap_kv.SnapKVPlan(ratio=ratio))
+        quantized = snap_kv.SnapKVPlan(ratio=ratio, bits=4)
+        transforms[f"snap_kv, {name}, 4 bits"] = snap_kv.transform(quantized)
         streaming = streaming_llm.StreamingLLMPlan(ratio=ratio)
         transforms[f"streaming_llm, {name}"] = streaming_llm.transform(streaming)
     rows = []
