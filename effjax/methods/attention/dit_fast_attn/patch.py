@@ -1,4 +1,4 @@
-"""Attention that follows a plan, and keeps what later calls share."""
+"""The patch of DiTFastAttn: attention that follows a plan, and keeps what later calls use again."""
 
 from __future__ import annotations
 

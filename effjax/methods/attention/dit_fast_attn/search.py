@@ -1,4 +1,9 @@
-"""The greedy search of plans."""
+"""The greedy search for plans of DiTFastAttn.
+
+Network call by network call, and layer by layer, it tries the strategies from the strongest on, and
+takes the first one with which the output of the network stays near enough to that with dense
+attention.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Factors of the projections: how they begin, and the features that they make."""
+"""The factors of the projections of keys and values, before they are trained.
+
+`magnitudes` measures the inputs of the projections, and `factors` decomposes the projections by
+these. `features` are what the first factor makes of tokens: what a cache holds.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,14 @@ from effjax.quant import QTensor
 def magnitudes(
     forward: Forward, params: Params, batches: Iterable[np.ndarray | Array]
 ) -> dict[str, Array]:
-    """Mean magnitudes of the channels that keys and values are made of, by path of a core.
+    """Measure the mean magnitudes of the inputs of the projections of keys and values.
 
     Args:
         forward, params: the model, without a cache.
         batches: token ids int32[B, S].
+
+    Returns:
+        float32[C] by the path of an attention core.
     """
     inputs = ((jnp.asarray(tokens),) for tokens in batches)
     found = capture.statistics(forward, params, inputs, kind=CausalCore, what="input3")
@@ -41,11 +48,14 @@ def factors(
     *,
     alpha: float = 0.5,
 ) -> Factors:
-    """The start of `fit`: decompositions of the projections.
+    """Decompose the projections: what `fit` starts from, and a baseline without training.
 
     Args:
-        magnitudes: see the function of that name; None weighs all inputs alike (SVD).
-        alpha: their exponent.
+        plan: how many features there are.
+        forward, params: the model.
+        magnitudes: mean magnitudes of the inputs, see the function of that name. With None all
+            inputs have the same weight (a plain singular value decomposition).
+        alpha: exponent of the magnitudes.
 
     Raises:
         ValueError: for ranks above those of the projections, statistics of another model, or a

@@ -1,4 +1,4 @@
-"""How many features stand for keys and values."""
+"""The plan of CSKV: how many features stand for keys and for values."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Factors = dict[str, dict[str, Array]]
 
 @dataclasses.dataclass(frozen=True)
 class CSKVPlan(Plan):
-    """Ranks, window and bits.
+    """Numbers of features, the window and bits.
 
     Attributes:
-        k_density, v_density: kept share of the channels of a head, rounded down to whole ones; keys
-            need fewer than values.
-        window: W tokens.
+        k_density, v_density: number of features for keys and for values, as a share of the channels
+            of a head, rounded down to a whole number. Keys need fewer than values.
+        window: number of tokens of the window whose keys and values stay exact until it is full.
         bits: of the features: 16 (floats), 8 or 4.
     """
 
@@ -38,7 +38,7 @@ class CSKVPlan(Plan):
     bits: Bits = FLOAT
 
     def ranks(self, head_dim: int, kv_heads: int) -> tuple[int, int]:
-        """R_k and R_v, for all heads together.
+        """The numbers of features R_k and R_v, for all heads of a layer together.
 
         Raises:
             ValueError: if a density leaves no channel, or an odd number for 4-bit values.

@@ -1,4 +1,4 @@
-"""The same model with its heads in another order."""
+"""Reorder the heads of a model for the layout "grouped": no gathers, and even shares of devices."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from effjax.quant import QTensor
 def order_heads(
     plan: MoAPlan, forward: Forward, params: Params, *, tokens: int, devices: int = 1
 ) -> tuple[MoAPlan, Params]:
-    """The same model and plan with each layer's key heads in another order, query heads with them.
+    """Give each layer's key heads another order, and its query heads with them.
 
-    For the layout "grouped". On one device heads that have equally many slots stand side by side,
-    so that no cache gathers them. For several devices, each of which holds as many heads one after
-    the other, the devices' sums of slots are balanced: the largest heads go first, each to the
-    device that has the least.
+    The model computes the same. Use it for plans with the layout "grouped". On one device the heads
+    with equally many slots then stand side by side, so that caches need not gather them. With
+    several devices, each of which holds equally many heads, all devices have about equally many
+    slots: the largest heads are placed first, each on the device with the fewest slots so far.
 
     Args:
         forward, params: a model whose projections are floats.
-        tokens: the length that slots are counted for.
-        devices: that share the heads.
+        tokens: length of the sequences for which slots are counted.
+        devices: number of devices that share the heads.
+
+    Returns:
+        The plan and the parameters in the new order.
 
     Raises:
         ValueError: if devices do not divide the key heads, or projections are quantized already.

@@ -1,4 +1,8 @@
-"""Which spans heads have."""
+"""The plan of MoA: a rule (alpha, beta) for the span of each key head.
+
+A head keeps alpha + beta N tokens of a sequence of N. Plans come from `search`, from a published
+file (`read_released`), or have one rule for all heads (`uniform`).
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,16 @@ LAYOUTS = get_args(SlotLayout)
 
 @dataclasses.dataclass(frozen=True)
 class MoAPlan(Plan):
-    """Spans of all key heads.
+    """The spans of all key heads of a model.
 
     Attributes:
-        alphas: tokens, by layer and key head.
-        betas: shares of a sequence, by layer and key head.
-        block: tokens of a block: what spans are rounded up to.
-        sink: first tokens that every head keeps.
-        floor: the least number of slots.
-        layout: "flat" or "grouped".
+        alphas: constant part of a span, in tokens, by layer and key head.
+        betas: part of a span that grows, as a share of the sequence, by layer and key head.
+        block: spans are rounded up to a multiple of so many tokens.
+        sink: number of first tokens that every head keeps; a multiple of `block`.
+        floor: the least number of slots of a head; a multiple of `block`, more than `sink`.
+        layout: "flat" has one pair of arrays for all heads of a layer, "grouped" one for the heads
+            with the same rule; only the latter can be sharded by heads.
         bits: of keys and values in their slots: 16 (floats), 8 or 4.
     """
 
@@ -69,7 +74,7 @@ class MoAPlan(Plan):
             )
 
     def slots(self, layer: int, tokens: int) -> tuple[int, ...]:
-        """Slots C of every key head of a layer, for sequences of so many tokens.
+        """The number of slots of every key head of a layer, for sequences of so many tokens.
 
         Raises:
             ValueError: if a rule gives no span at this length.
@@ -88,11 +93,11 @@ class MoAPlan(Plan):
         return tuple(int(self.span(rule, np.asarray(tokens))) for rule in rules)
 
     def rules(self, layer: int) -> tuple[Rule, ...]:
-        """alpha and beta of every key head of a layer."""
+        """The rule (alpha, beta) of every key head of a layer."""
         return tuple(zip(self.alphas[layer], self.betas[layer], strict=True))
 
     def span(self, rule: Rule, tokens: np.ndarray) -> np.ndarray:
-        """Slots C of a head, by the tokens of sequences; `floor` where its rule gives no span."""
+        """The number of slots of a head for sequences of so many tokens, at least `floor`."""
         alpha, beta = rule
         kept = np.minimum((alpha + beta * tokens).astype(int), tokens)
         return np.asarray(-(-np.maximum(kept, self.floor) // self.block) * self.block)
@@ -103,7 +108,7 @@ class MoAPlan(Plan):
             self.slots(layer, tokens)
 
     def describe(self) -> str:
-        """How many heads follow which rule, and bits if slots hold quantized values."""
+        """A line that says how many heads follow which rule, and the bits of quantized values."""
         counts: dict[tuple[float, float], int] = {}
         for layer in range(len(self.alphas)):
             for rule in self.rules(layer):
@@ -114,7 +119,9 @@ class MoAPlan(Plan):
 
 
 def uniform(layers: int, heads: int, *, alpha: float = 0.0, beta: float = 0.5) -> MoAPlan:
-    """One rule for all heads: the baseline, StreamingLLM at the same density.
+    """The plan with one rule for all heads.
+
+    It is StreamingLLM at the same density, the baseline that a search has to beat.
 
     Args:
         layers, heads: attention layers of the model, and key heads of each.
@@ -125,14 +132,16 @@ def uniform(layers: int, heads: int, *, alpha: float = 0.0, beta: float = 0.5) -
 
 
 def read_released(source: str | os.PathLike | Mapping[str, Any], **options: Any) -> MoAPlan:
-    """A plan from a published `moa_alpha_beta.json`: lists `alphas`, `betas` by layer and head.
+    """Read a published plan, `moa_alpha_beta.json`.
+
+    Such a file has two lists, `alphas` and `betas`, by layer and head.
 
     Args:
-        source: the file, or what it holds.
+        source: path of the file, or its parsed contents.
         options: other fields of the plan.
 
     Raises:
-        ValueError: if it holds something else.
+        ValueError: if the contents are something else.
     """
     held = source if isinstance(source, Mapping) else read_json(Path(source))
     if not {"alphas", "betas"} <= set(held):

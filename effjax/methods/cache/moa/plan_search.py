@@ -1,4 +1,8 @@
-"""The search for a plan: candidates by integer programs, the best at another length."""
+"""The search for plans of MoA.
+
+Integer programs give candidates, plans of which none is better than another at all lengths; of
+these the search takes the one with the least loss at a length that it has not seen.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +36,13 @@ def search(
     time_limit: float = 60.0,
     progress: bool = True,
 ) -> MoAPlan:
-    """The plan of a density with the least loss at a length that it was not made for.
+    """Find the plan of a density that loses least.
 
     Args:
         forward, params: a model without a cache.
-        samples: by length; weights are 1 for tokens of answers (by the dense model itself, far from
-            what they depend on) and 0 for others.
-        validation: samples of another length.
+        samples: samples by length, such as `answered` makes: answers of the dense model itself that
+            depend on something far back.
+        validation: samples of another length, on which the best candidate is chosen.
         density: the most that heads keep of a sequence, on average, at every length.
         extend: lengths at which the density holds too, without samples.
         rules: candidates (alpha, beta); `rule_grid` of the lengths if None.
@@ -71,12 +75,18 @@ def search(
 def rule_grid(
     profile: Sequence[int], extend: Sequence[int] = (), *, step: int = 1024, shares: int = 9
 ) -> tuple[Rule, ...]:
-    """Candidates (alpha, beta) that give a span, and none beyond the sequence, at all lengths.
+    """Make candidates for the rules (alpha, beta) of heads, on a grid.
+
+    Rules without a span at some length, or with a span longer than the sequence, are left out.
 
     Args:
-        profile, extend: lengths with and without samples.
-        step: between alphas, in tokens.
-        shares: number of betas, 0 ... 1.
+        profile: lengths with samples.
+        extend: lengths without samples.
+        step: distance between alphas, in tokens.
+        shares: number of betas between 0 and 1, both included.
+
+    Returns:
+        Rules in the order of their spans at the longest length.
     """
     lengths = (*profile, *extend)
     least, most, longest = min(lengths), max(profile), max(lengths)

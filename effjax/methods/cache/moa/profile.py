@@ -1,4 +1,8 @@
-"""What masking elements of attention maps would cost, and the loss of answers."""
+"""How much each head needs each part of its attention map, measured on answers.
+
+`influence` estimates what the loss of answers would be if a block of the map were masked, from one
+gradient; `response_loss` is the loss of answers under a plan. A search needs both.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +26,19 @@ Samples = tuple[np.ndarray, np.ndarray]
 
 
 def answered(forward: Forward, params: Params, prompts: Sequence[Any], *, new: int) -> Samples:
-    """Samples of prompts: each with what the model itself answers, which alone counts.
+    """Make samples for a search: prompts with the model's own answers.
+
+    The loss of a sample counts the tokens of its answer alone.
 
     Args:
         forward, params: the dense model.
-        prompts: token ids of one length, long ones with a question about what stands far back.
-        new: tokens of an answer; with those of a prompt a multiple of the block.
+        prompts: token ids, all of one length. Take long prompts that end with a question about
+            something far back.
+        new: number of tokens of an answer. Together with the prompt's it must be a multiple of the
+            plan's block.
+
+    Returns:
+        Tokens int32[n, N] and weights float32[n, N], 1 for tokens of answers.
 
     Raises:
         ValueError: for prompts of several lengths.
@@ -44,10 +55,16 @@ def answered(forward: Forward, params: Params, prompts: Sequence[Any], *, new: i
 def influence(
     forward: Forward, params: Params, samples: Samples, *, block: int, progress: bool = True
 ) -> np.ndarray:
-    """What masking would cost, summed over blocks and averaged over samples.
+    """Estimate what masking each block of the attention maps would cost.
+
+    The estimate is |E| of the formula in `effjax.methods.moa`, summed within each block and
+    averaged over samples. A sample takes one forward and one backward pass.
 
     Args:
+        forward, params: the dense model.
         samples: of one length, a multiple of the block.
+        block: tokens of a block.
+        progress: show a bar over samples.
 
     Returns:
         float64[layers, key heads, M, M] for blocks of queries and keys.

@@ -33,7 +33,9 @@ def best_alpha(
     metric: Metric = sqnr,
     uncond: PyTree = None,
 ) -> ViDiTQPlan:
-    """The plan with the alpha, of several, whose samples are best; one program is compiled.
+    """Find the alpha of the smoothing scales whose samples are nearest to the float model's.
+
+    One program is compiled, and run once for each alpha of the grid.
 
     Args:
         plan: of one segment; the alpha of all its smoothed layers is replaced.

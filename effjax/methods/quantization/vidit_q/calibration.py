@@ -33,7 +33,9 @@ def calibrate(
     decay: float | None = None,
     progress: bool = True,
 ) -> dict[str, jax.Array]:
-    """Absolute maxima of the inputs' channels along the model's own trajectory.
+    """Measure the absolute maxima of the inputs of layers, while the model makes samples.
+
+    Smoothing scales are made of these. Plans without smoothing scales need no calibration.
 
     Args:
         plan: whose layers and segments.

@@ -73,7 +73,7 @@ class ViDiTQPlan(Plan):
         return tuple(start for start, _ in self.segments[1:])
 
     def rule(self, target: TargetModule, segment: int = 0) -> Rule | None:
-        """What decides about a layer; None if it stays as it is."""
+        """The rule that decides about a layer in a segment; None if the layer stays as it is."""
         return deciding(self.segments[segment][1], target)
 
     def decided(self, forward: Forward, params: Params) -> dict[str, tuple[Rule | None, ...]]:
@@ -133,7 +133,12 @@ def uniform(
 
 
 def smooth_quant(weights: int = 8, inputs: int = 8, *, strength: float = 0.5) -> ViDiTQPlan:
-    """SmoothQuant (arXiv 2211.10438): scales alone; strength is its alpha, the inputs' exponent."""
+    """The plan of SmoothQuant (arXiv 2211.10438): smoothing scales without rotations.
+
+    Args:
+        weights, inputs: bits.
+        strength: SmoothQuant's alpha, the exponent of the inputs' maxima.
+    """
     return uniform(weights, inputs, alpha=1 - strength, rotate=False)
 
 
