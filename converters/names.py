@@ -5,6 +5,7 @@ is an integer. Three kinds of correspondence come from the same form:
 
     one to one     Rule("proj.weight", "final.proj.kernel", "linear")
     part of one    Rule("attn.qkv.weight", "attn.to_q.kernel", "linear 0/3")  first third of rows
+                   Rule("out.weight", "down.kernel", "linear columns 1:5/5")  last four fifths
     one of copies  Rule("blocks.{i}.time.weight", "time.kernel", "linear")    `{i}` in source only
 
 Copies must be equal when they are read, and each is written. Their `{i}` takes every value that
@@ -36,6 +37,8 @@ LAYOUTS: dict[str, Layout] = {
     "same": Layout(lambda x: x, lambda x: x, lambda shape: shape),
     # [out, in] <-> [in, out]
     "linear": Layout(np.transpose, np.transpose, lambda shape: shape[::-1]),
+    # [1, ...] <-> [...]
+    "first": Layout(lambda x: x[0], lambda x: x[None], lambda shape: (1, *shape)),
     # [out, in, height, width] <-> [height, width, in, out]
     "conv": Layout(
         lambda x: x.transpose(2, 3, 1, 0),
@@ -46,7 +49,11 @@ LAYOUTS: dict[str, Layout] = {
 
 
 class Rule(NamedTuple):
-    """Source tensor, parameter, and layout: a name in `LAYOUTS`, then " k/n" for part k of n."""
+    """Source tensor, parameter, and layout.
+
+    The layout is a name in `LAYOUTS`; then, for a part of the tensor, " k/n" for part k of n along
+    its rows, " a:b/n" for the parts a ... b - 1, and "columns" before that for its second axis.
+    """
 
     source: str
     target: str
@@ -74,25 +81,32 @@ class Buffer(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A parameter as a source tensor, or as one of its equal parts along the first axis."""
+    """A parameter as a source tensor, or as the parts start ... stop - 1 of it along an axis."""
 
     source: str
     target: str
     layout: Layout
-    part: int = 0
+    start: int = 0
+    stop: int = 1
     parts: int = 1
+    axis: int = 0
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
         """The parameter, as a view of the source tensor."""
         if self.parts > 1:
-            rows = tensor.shape[0] // self.parts
-            tensor = tensor[self.part * rows : (self.part + 1) * rows]
+            size = tensor.shape[self.axis] // self.parts
+            own = slice(self.start * size, self.stop * size)
+            tensor = tensor[own] if self.axis == 0 else tensor[:, own]
         return self.layout.forward(tensor)
 
     def source_shape(self, shape: Shape) -> Shape:
         """Shape of the whole source tensor, from the parameter's."""
-        shape = tuple(self.layout.shape(shape))
-        return (self.parts * shape[0], *shape[1:]) if self.parts > 1 else shape
+        sizes = list(self.layout.shape(shape))
+        sizes[self.axis : self.axis + 1] = [
+            size * self.parts // (self.stop - self.start)
+            for size in sizes[self.axis : self.axis + 1]
+        ]
+        return tuple(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +132,9 @@ class Binding:
 
     def assemble(self, source: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """A source tensor from the parameters that `read` gives by path."""
-        parts = [piece.layout.inverse(read(piece.target)) for piece in self.sources[source]]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        pieces = self.sources[source]
+        parts = [piece.layout.inverse(read(piece.target)) for piece in pieces]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=pieces[0].axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +205,9 @@ class Table:
                 by_source.setdefault(piece.source, []).append(piece)
         problems = [f"{target}: no rule" for target in targets if not by_target.get(target)]
         for source, pieces in by_source.items():
-            pieces.sort(key=lambda piece: piece.part)
-            if [piece.part for piece in pieces] != list(range(pieces[0].parts)):
+            pieces.sort(key=lambda piece: piece.start)
+            ends = [0, *(piece.stop for piece in pieces)]
+            if [*(piece.start for piece in pieces), pieces[0].parts] != ends:
                 problems.append(f"{source}: parts {pieces}")
         if problems:
             raise ValueError("the name table does not cover the model:\n  " + "\n  ".join(problems))
@@ -221,12 +237,21 @@ def _pieces(
     name, _, part = rule.layout.partition(" ")
     if name not in LAYOUTS:
         raise ValueError(f"{rule} has an unknown layout; there are {sorted(LAYOUTS)}")
-    k, n = (int(number) for number in part.split("/")) if part else (0, 1)
+    axis = int(part.startswith("columns "))
+    start, stop, parts = _part(part.removeprefix("columns ")) if part else (0, 1, 1)
     sources = [rule.source]
     for index in dict.fromkeys(_INDEX.findall(rule.source)):
         choices = [indices[index]] if index in indices else list(values.get(index, ()))
         sources = [held.replace(f"{{{index}}}", value) for held in sources for value in choices]
-    return tuple(Piece(source, target, LAYOUTS[name], k, n) for source in sources)
+    layout = LAYOUTS[name]
+    return tuple(Piece(source, target, layout, start, stop, parts, axis) for source in sources)
+
+
+def _part(said: str) -> tuple[int, int, int]:
+    """k/n or a:b/n."""
+    which, _, parts = said.partition("/")
+    start, _, stop = which.partition(":")
+    return int(start), int(stop or int(start) + 1), int(parts)
 
 
 _INDEX = re.compile(r"\{(\w+)\}")

@@ -54,7 +54,12 @@ class Weights:
         piece, leaf = self.binding.targets[path][0], self.leaves[path]
         if isinstance(leaf, QTensor):
             layer = self.layers[piece.source]
-            value = layer.read(leaf.shape, piece.part, piece.parts)
+            if piece.axis or piece.stop - piece.start > 1:
+                raise ValueError(
+                    f"{layer.name} is quantized as one matrix, of which {path} is a part that "
+                    f"cannot be cut from its packed values; load the model in floats"
+                )
+            value = layer.read(leaf.shape, piece.start, piece.parts)
             self.inspection.look(f"{layer.name}.{layer.scheme.layout.scale}", value.scale)
             if value.block is not None:
                 self.inspection.look(f"{layer.name}.{layer.scheme.layout.qvalues}", value.qvalue)

@@ -372,8 +372,9 @@ class StateTree(nnx.Module):
 
     @classmethod
     def of(cls, module: nnx.Module) -> StateTree:
-        """For the tokens that flow through a target module, wrapped or not."""
-        return cls(getattr(original(module), "streams", ()))
+        """For the tokens that come out of a target module, wrapped or not."""
+        inside = original(module)
+        return cls(getattr(inside, "outputs", getattr(inside, "streams", ())))
 
     def read(self, like: PyTree) -> PyTree:
         """What was written last, with the shapes and dtypes of these tokens; zeros before that."""

@@ -21,10 +21,13 @@ from effjax.forward import (
     parameter_count,
 )
 from effjax.generate import Reading
+from effjax.layers.joint import PooledEmbeddings
 from effjax.models.dit import DiT, DiTConfig
+from effjax.models.flux import Flux, FluxConfig
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
-from effjax.samplers import DDIM, DPMSolver, Sampler
+from effjax.models.sd3 import SD3, SD3Config
+from effjax.samplers import DDIM, DPMSolver, FlowMatchEuler, Sampler
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -131,6 +134,76 @@ def tiny_pixart(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
         for each, keep in zip(states, (mask, np.ones_like(mask)))
     )
     return Subject(forward, random_params(shapes), sampler, cond, uncond)
+
+
+def _pooled(batch: int, tokens: int, channels: int, pooled: int) -> list[PooledEmbeddings]:
+    """Random embeddings of prompts and of the empty one."""
+    rng = np.random.default_rng(2)
+    return [
+        PooledEmbeddings(
+            *(
+                jnp.asarray(rng.standard_normal(shape), jnp.float32)
+                for shape in ((batch, tokens, channels), (batch, pooled))
+            )
+        )
+        for _ in range(2)
+    ]
+
+
+def tiny_sd3(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
+    """An SD3.5 of three layers, one of them dual, on 16 x 16 images (64 tokens) and five tokens.
+
+    Args:
+        steps: steps of the sampler, a guided Euler method of flows.
+        batch: images to sample.
+        options: fields of `SD3Config` to change.
+    """
+    shape = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "num_heads": 2,
+        "head_dim": 8,
+        "caption_channels": 12,
+        "pooled_channels": 10,
+        "max_grid": 12,
+        "qk_norm": True,
+        "dual_layers": (0,),
+    }
+    config = SD3Config(**{**shape, **options})
+    forward, shapes = abstract(SD3, config)
+    order = Guidance(("uncond", "cond"))
+    sampler = Sampler(FlowMatchEuler(steps=steps, shift=3.0), guidance=2.0, arrangement=order)
+    cond, uncond = _pooled(batch, 5, config.caption_channels, config.pooled_channels)
+    return Subject(forward, random_params(shapes), sampler, cond, uncond)
+
+
+def tiny_flux(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
+    """A FLUX of two dual and two single layers on 16 x 16 images (64 tokens) and five tokens.
+
+    Args:
+        steps: steps of the sampler, an Euler method of flows; guidance is told to the model.
+        batch: images to sample.
+        options: fields of `FluxConfig` to change.
+    """
+    shape = {
+        "sample_size": 16,
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_heads": 2,
+        "head_dim": 16,
+        "caption_channels": 12,
+        "pooled_channels": 10,
+        "axes": (4, 6, 6),
+    }
+    config = FluxConfig(**{**shape, **options})
+    forward, shapes = abstract(Flux, config)
+    sampler = Sampler(FlowMatchEuler(steps=steps))
+    cond, _ = _pooled(batch, 5, config.caption_channels, config.pooled_channels)
+    scales = jnp.full(batch, 3.5) if config.guidance_embeds else None
+    return Subject(forward, random_params(shapes), sampler, cond._replace(guidance=scales))
 
 
 def tiny_llama(*, batch: int = 2, **options: Any) -> Subject:

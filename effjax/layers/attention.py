@@ -82,6 +82,7 @@ class Projections(nnx.Module):
         bias, out_bias: of the first three projections, and of the last; None is as `bias`.
         cross: whether keys and values come from another sequence, which the layers' roles say.
         norm_eps: of the RMS norms of queries' and keys' heads; None for no norms.
+        output: False for tokens that are attended to and get no output.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Projections(nnx.Module):
         out_bias: bool | None = None,
         cross: bool = False,
         norm_eps: float | None = None,
+        output: bool = True,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -110,12 +112,9 @@ class Projections(nnx.Module):
         self.to_q = linear(hidden_size, heads * head_dim, qkv)
         self.to_k = linear(hidden_size, self.kv_heads * head_dim, qkv)
         self.to_v = linear(hidden_size, self.kv_heads * head_dim, qkv)
-        self.to_out = linear(
-            heads * head_dim,
-            hidden_size,
-            "cross_out" if cross else "out",
-            bias if out_bias is None else out_bias,
-        )
+        out: Role = "cross_out" if cross else "out"
+        bias = bias if out_bias is None else out_bias
+        self.to_out = linear(heads * head_dim, hidden_size, out, bias) if output else None
         self.q_norm, self.k_norm = (
             None if norm_eps is None else RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype)
             for _ in range(2)
@@ -137,6 +136,7 @@ class Projections(nnx.Module):
 
     def join(self, o: Heads) -> Float[Array, "B S C"]:
         """Join the heads and project out."""
+        assert self.to_out is not None
         return self.to_out(o.reshape(*o.shape[:2], -1))
 
 
@@ -198,8 +198,9 @@ class SelfAttention(OneStream):
         super().__init__(hidden_size, **options)
         self.core = AttentionCore()
 
-    def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
-        return self.merge(self.core(*self.project(x)))
+    def __call__(self, x: Float[Array, "B S C"], *positions: Array) -> Float[Array, "B S C"]:
+        q, k, v = self.project(x)
+        return self.merge(self.core(*self.rotate(q, k, *positions), v))
 
 
 class BiasedAttention(OneStream):
@@ -261,17 +262,24 @@ class JointAttention(nnx.Module, Attention):
 
     Args:
         streams: names; `x` is a dictionary of tokens [B, S_name, C].
+        silent: those that are attended to and get no output.
         options: of `Projections`.
     """
 
     kind = "joint"
 
     def __init__(
-        self, hidden_size: int, *, streams: tuple[str, ...] = ("image", "text"), **options: Any
+        self,
+        hidden_size: int,
+        *,
+        streams: tuple[str, ...] = ("image", "text"),
+        silent: tuple[str, ...] = (),
+        **options: Any,
     ):
         self.streams = streams
+        self.outputs = tuple(name for name in streams if name not in silent)
         for name in streams:
-            setattr(self, name, Projections(hidden_size, **options))
+            setattr(self, name, Projections(hidden_size, output=name not in silent, **options))
         self.core = AttentionCore()
 
     def project(
@@ -289,11 +297,15 @@ class JointAttention(nnx.Module, Attention):
         return {
             name: getattr(self, name).join(part)
             for name, part in zip(self.streams, parts, strict=True)
+            if name in self.outputs
         }
 
-    def __call__(self, x: Mapping[str, Float[Array, "B _ C"]]) -> dict[str, Array]:
+    def __call__(
+        self, x: Mapping[str, Float[Array, "B _ C"]], *positions: Array
+    ) -> dict[str, Array]:
+        """Attend; `positions` are what `rotate` takes, nothing where tokens carry them."""
         q, k, v = self.project(x)
-        return self.merge(self.core(*self.rotate(q, k), v), x)
+        return self.merge(self.core(*self.rotate(q, k, *positions), v), x)
 
 
 class CausalCore(nnx.Module):

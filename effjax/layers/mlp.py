@@ -56,7 +56,7 @@ class MLP(nnx.Module):
         self.fc1 = Linear(hidden_size, intermediate_size, role=roles[0], **options)
         self.fc2 = Linear(intermediate_size, outputs or hidden_size, role=roles[1], **options)
 
-    def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S O"]:
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
         inside = ACTIVATIONS[self.activation](self.fc1(x).astype(jnp.float32))
         return self.fc2(inside.astype(x.dtype))
 

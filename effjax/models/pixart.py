@@ -207,9 +207,11 @@ class PixArt(Model):
     def example_inputs(self) -> tuple[Any, ...]:
         config, tokens = self.config, 120
         x = jax.ShapeDtypeStruct((2, *config.sample_shape), jnp.float32)
-        embeds = jax.ShapeDtypeStruct((2, tokens, config.caption_channels), jnp.float32)
-        mask = jax.ShapeDtypeStruct((2, tokens), bool)
-        return x, jax.ShapeDtypeStruct((2,), jnp.float32), PromptEmbeddings(embeds, mask)
+        prompt: tuple[Any, Any] = (
+            jax.ShapeDtypeStruct((2, tokens, config.caption_channels), jnp.float32),
+            jax.ShapeDtypeStruct((2, tokens), bool),
+        )
+        return x, jax.ShapeDtypeStruct((2,), jnp.float32), PromptEmbeddings(*prompt)
 
     def layout(self, x: Array, *_: Any) -> Layout:
         rows, columns = (size // self.config.patch_size for size in x.shape[1:3])

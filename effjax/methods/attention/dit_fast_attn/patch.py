@@ -132,12 +132,12 @@ class FastAttention(Wrapper):
     def shares_output(self) -> bool:
         return any(Strategy(action // 2) is Strategy.AST for action in self.actions)
 
-    def __call__(self, x: PyTree) -> PyTree:
+    def __call__(self, x: PyTree, *positions: jax.Array) -> PyTree:
         branches = {action: partial(_attend, action=action) for action in self.actions}
-        return switch(self.action, branches, self, x)
+        return switch(self.action, branches, self, x, *positions)
 
 
-def _attend(module: FastAttention, x: PyTree, *, action: int) -> PyTree:
+def _attend(module: FastAttention, x: PyTree, *positions: jax.Array, action: int) -> PyTree:
     """One action on tokens [B, N, C], or on streams of them, after norm and modulation."""
     strategy, fresh = Strategy(action // 2), bool(action % 2)
     if strategy is Strategy.AST:
@@ -146,7 +146,7 @@ def _attend(module: FastAttention, x: PyTree, *, action: int) -> PyTree:
     attention = module.inner
     own = guidance.branch("cond", x) if strategy.halved else x
     q, k, v = attention.project(own)
-    q, k = attention.rotate(q, k)
+    q, k = attention.rotate(q, k, *positions)
     if strategy.windowed:
         batch = jax.tree.leaves(x)[0].shape[0]
         residual = module.residual.read((batch, *q.shape[1:]), q.dtype)
