@@ -98,7 +98,7 @@ def images(
     figures["disk_bytes"] = sum(file.stat().st_size for file in files)
     lines = side_by_side(figures, reference)
     lines.append(f"{'disk_bytes':26}{'':14}{figures['disk_bytes']:>14.4g}")
-    lines += programs(pipe)
+    lines += block_programs(pipe)
     lines.append(f"PSNR of its images to those of {reference.sentence()}: {distance:.1f} dB")
     return figures, "\n".join(lines)
 
@@ -140,10 +140,10 @@ def texts(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespac
                 }
                 own = figures[name]
                 own.update({key: max(own[key], value) for key, value in speeds.items()})
-    return figures, "\n".join([*side_by_side(figures, reference), *programs(pipe)])
+    return figures, "\n".join([*side_by_side(figures, reference), *block_programs(pipe)])
 
 
-def programs(pipe: ClassConditionalPipeline | PromptPipeline | TextPipeline) -> list[str]:
+def block_programs(pipe: ClassConditionalPipeline | PromptPipeline | TextPipeline) -> list[str]:
     """How many programs the compressed blocks need if equal ones are scanned, and why."""
     said = describe_runs(example_runs(pipe.forward, pipe.params))
     return [f"if blocks are scanned: {said}"] if said else []

@@ -139,9 +139,8 @@ class Flux(Model):
             jax.ShapeDtypeStruct(shape, jnp.float32)
             for shape in ((2, *config.sample_shape), (2,), *shapes)
         ]
-        x, t, *prompt = given
-        guidance = t if config.guidance_embeds else None
-        return x, t, PooledEmbeddings(*prompt, guidance)
+        x, t, embeds, pooled = given
+        return x, t, PooledEmbeddings(embeds, pooled, t if config.guidance_embeds else None)
 
     def layout(self, x: Array, t: Array, prompt: PooledEmbeddings, *_: Any) -> Layout:
         rows, columns = (side // PATCH for side in x.shape[1:3])

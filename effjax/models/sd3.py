@@ -129,8 +129,8 @@ class SD3(Model):
             jax.ShapeDtypeStruct(shape, jnp.float32)
             for shape in ((2, *config.sample_shape), (2,), *shapes)
         ]
-        x, t, *prompt = given
-        return x, t, PooledEmbeddings(*prompt)
+        x, t, embeds, pooled = given
+        return x, t, PooledEmbeddings(embeds, pooled)
 
     def layout(self, x: Array, t: Array, prompt: PooledEmbeddings, *_: Any) -> Layout:
         rows, columns = (side // self.config.patch_size for side in x.shape[1:3])
