@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from converters.family import Family, Json, Keys, read_keys, require, write_keys
 from converters.names import Rule, Table, affine
-from converters.sd3 import conditions, dual_block
+from converters.sd3 import PREFIXES, conditions, count, dual_block, fused
 from effjax.models.flux import Flux, FluxConfig
+from effjax.storage import Shape
 
 _FIXED = {"patch_size": 1}  # images are packed before the model there
 
@@ -61,10 +63,70 @@ DIFFUSERS = Table(
         Rule(f"{_SINGLE}.proj_out.weight", f"{_OWN}.attn.to_out.kernel", "linear columns 0/5"),
         Rule(f"{_SINGLE}.proj_out.weight", f"{_OWN}.down.kernel", "linear columns 1:5/5"),
         Rule(f"{_SINGLE}.proj_out.bias", f"{_OWN}.down.bias"),
-        *affine("norm_out.linear", "final.modulation"),
+        *affine("norm_out.linear", "final.modulation", "swapped-linear"),
         *affine("proj_out", "final.proj"),
     ),
 )
+
+
+def _original(prefix: str) -> Table:
+    dual, single = f"{prefix}double_blocks.{{i}}", f"{prefix}single_blocks.{{i}}"
+    rules = [
+        *affine(f"{prefix}img_in", "embed"),
+        *affine(f"{prefix}txt_in", "caption"),
+        *affine(f"{prefix}final_layer.adaLN_modulation.1", "final.modulation"),
+        *affine(f"{prefix}final_layer.linear", "final.proj"),
+        *affine(f"{single}.modulation.lin", f"{_OWN}.modulation"),
+        # Queries, keys, values and the four times wider feed-forward layer, in and out.
+        *fused(f"{single}.linear1", f"{_OWN}.attn", parts=7),
+        *affine(f"{single}.linear1", f"{_OWN}.up", part="3:7/7"),
+        Rule(f"{single}.linear2.weight", f"{_OWN}.attn.to_out.kernel", "linear columns 0/5"),
+        Rule(f"{single}.linear2.weight", f"{_OWN}.down.kernel", "linear columns 1:5/5"),
+        Rule(f"{single}.linear2.bias", f"{_OWN}.down.bias"),
+        Rule(f"{single}.norm.query_norm.scale", f"{_OWN}.attn.q_norm.scale"),
+        Rule(f"{single}.norm.key_norm.scale", f"{_OWN}.attn.k_norm.scale"),
+    ]
+    for source, target in (
+        ("time_in", "time"),
+        ("guidance_in", "guidance"),
+        ("vector_in", "pooled"),
+    ):
+        rules += affine(f"{prefix}{source}.in_layer", f"{target}.fc1")
+        rules += affine(f"{prefix}{source}.out_layer", f"{target}.fc2")
+    for source, stream in (("img", "image"), ("txt", "text")):
+        theirs, own = f"{dual}.{source}", f"blocks.{{i}}.{stream}"
+        attention = f"blocks.{{i}}.attn.{stream}"
+        rules += affine(f"{theirs}_mod.lin", f"{own}.modulation")
+        rules += fused(f"{theirs}_attn.qkv", attention)
+        rules += affine(f"{theirs}_attn.proj", f"{attention}.to_out")
+        rules += affine(f"{theirs}_mlp.0", f"{own}.mlp.fc1")
+        rules += affine(f"{theirs}_mlp.2", f"{own}.mlp.fc2")
+        rules.append(Rule(f"{theirs}_attn.norm.query_norm.scale", f"{attention}.q_norm.scale"))
+        rules.append(Rule(f"{theirs}_attn.norm.key_norm.scale", f"{attention}.k_norm.scale"))
+
+    def infer(shapes: Mapping[str, Shape]) -> FluxConfig:
+        width, channels = shapes[f"{prefix}img_in.weight"]
+        (head_dim,) = shapes[f"{prefix}single_blocks.0.norm.query_norm.scale"]
+        if head_dim != 128 or width % head_dim:
+            raise ValueError(
+                f"cannot tell which channels of a head of {head_dim} are rotated by rows and which "
+                f"by columns (known: those of 128); put a config.json beside the file"
+            )
+        return FluxConfig(
+            in_channels=channels,
+            num_layers=count(shapes, f"{prefix}double_blocks."),
+            num_single_layers=count(shapes, f"{prefix}single_blocks."),
+            num_heads=width // head_dim,
+            head_dim=head_dim,
+            caption_channels=shapes[f"{prefix}txt_in.weight"][1],
+            pooled_channels=shapes[f"{prefix}vector_in.in_layer.weight"][1],
+            guidance_embeds=f"{prefix}guidance_in.in_layer.weight" in shapes,
+        )
+
+    return Table(tuple(rules), infer=infer, stem="model")
+
+
+ORIGINAL = {"original" if not prefix else "all-in-one": _original(prefix) for prefix in PREFIXES}
 
 FAMILY = Family(
     class_name="FluxTransformer2DModel",
@@ -72,5 +134,5 @@ FAMILY = Family(
     config=FluxConfig,
     read_config=read_config,
     write_config=write_config,
-    tables={"diffusers": DIFFUSERS},
+    tables={"diffusers": DIFFUSERS, **ORIGINAL},
 )

@@ -25,11 +25,17 @@ from effjax.storage import Shape
 
 
 class Layout(NamedTuple):
-    """How a source tensor becomes a parameter and back; views, so that nothing is copied."""
+    """How a source tensor becomes a parameter and back: views, but for those that are swapped."""
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
     shape: Callable[[Shape], Shape]  # of the source tensor, from the parameter's
+
+
+def _swap(x: np.ndarray) -> np.ndarray:
+    """The second half of the rows first: scales and shifts stand in either order."""
+    half = x.shape[0] // 2
+    return np.concatenate([x[half:], x[:half]])
 
 
 # A family may add one, under a name of its own.
@@ -37,6 +43,8 @@ LAYOUTS: dict[str, Layout] = {
     "same": Layout(lambda x: x, lambda x: x, lambda shape: shape),
     # [out, in] <-> [in, out]
     "linear": Layout(np.transpose, np.transpose, lambda shape: shape[::-1]),
+    "swapped": Layout(_swap, _swap, lambda shape: shape),
+    "swapped-linear": Layout(lambda x: _swap(x).T, lambda x: _swap(x.T), lambda shape: shape[::-1]),
     # [1, ...] <-> [...]
     "first": Layout(lambda x: x[0], lambda x: x[None], lambda shape: (1, *shape)),
     # [out, in, height, width] <-> [height, width, in, out]
@@ -62,9 +70,10 @@ class Rule(NamedTuple):
 
 def affine(source: str, target: str, layout: str = "linear", part: str = "") -> tuple[Rule, Rule]:
     """The two rules of a layer: `weight` is `kernel` in this layout, `bias` is `bias`."""
+    bias = "swapped" if layout.startswith("swapped") else "same"
     return (
         Rule(f"{source}.weight", f"{target}.kernel", f"{layout} {part}".strip()),
-        Rule(f"{source}.bias", f"{target}.bias", f"same {part}".strip()),
+        Rule(f"{source}.bias", f"{target}.bias", f"{bias} {part}".strip()),
     )
 
 

@@ -93,7 +93,8 @@ class StreamLayers(nnx.Module):
 
     Args:
         parts: shifts, scales and gates that the modulation makes; 2 for a stream that ends in the
-            attention and has no more layers.
+            attention and has no more layers. Its modulation has another name, as checkpoints have
+            its scale first.
     """
 
     def __init__(
@@ -101,24 +102,26 @@ class StreamLayers(nnx.Module):
     ):
         options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.parts = parts
-        self.modulation = Linear(size, parts * size, role="modulation", **options)
+        modulation = Linear(size, parts * size, role="modulation", **options)
+        setattr(self, "last_modulation" if parts == 2 else "modulation", modulation)
         self.norm = LayerNorm(eps=1e-6)
         self.mlp = None if parts == 2 else MLP(size, 4 * size, **options)
 
     def modulated(self, c: Float[Array, "B C"]) -> list[Float[Array, "B C"]]:
         """Shifts, scales and gates of a condition."""
-        return jnp.split(self.modulation(nnx.silu(c)), self.parts, axis=-1)
+        modulation = getattr(self, "last_modulation" if self.parts == 2 else "modulation")
+        return jnp.split(modulation(nnx.silu(c)), self.parts, axis=-1)
 
 
 def _folds(stream: str, parts: int) -> tuple[Fold, ...]:
-    """Where factors fold in a stream; nowhere before a last attention, whose scale comes first."""
-    if parts == 2:
-        return ()
+    """Where factors fold in a stream."""
 
     def qkv(attention: str) -> tuple[str, ...]:
         return tuple(f"{attention}.to_{part}" for part in "qkv")
 
     source, own = f"{stream}.modulation", f"attn.{stream}"
+    if parts == 2:
+        return (Fold(qkv(own), f"{stream}.last_modulation", "adaln", 0, parts),)
     second = (
         Fold(qkv("attn2"), source, "adaln", 6, parts),
         Fold(("attn2.to_out",), "attn2.to_v", "linear"),
@@ -169,11 +172,7 @@ class DualBlock(nnx.Module):
     def __call__(self, x: Streams, c: Float[Array, "B C"], *angles: Angles) -> dict[str, Array]:
         image, text = self.image.modulated(c), self.text.modulated(c)
         normed = self.image.norm(x["image"])
-        if self.text.mlp is None:
-            scale, shift = text
-            context = modulate(self.text.norm(x["text"]), shift, scale)
-        else:
-            context = modulate(self.text.norm(x["text"]), *text[:2])
+        context = modulate(self.text.norm(x["text"]), *text[:2])
         attended = self.attn({"image": modulate(normed, *image[:2]), "text": context}, *angles)
         out = x["image"] + image[2][:, None] * attended["image"]
         if self.attn2 is not None:
@@ -235,7 +234,7 @@ class SingleBlock(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """Adaptive norm (scale first, then shift) and projection to patches."""
+    """Adaptive norm and projection to patches."""
 
     def __init__(
         self, size: int, outputs: int, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
@@ -246,7 +245,7 @@ class FinalLayer(nnx.Module):
         self.proj = Linear(size, outputs, role="head", **options)
 
     def __call__(self, x: Float[Array, "B S C"], c: Float[Array, "B C"]) -> Float[Array, "B S P"]:
-        scale, shift = jnp.split(self.modulation(nnx.silu(c)), 2, axis=-1)
+        shift, scale = jnp.split(self.modulation(nnx.silu(c)), 2, axis=-1)
         return self.proj(modulate(self.norm(x), shift, scale))
 
 

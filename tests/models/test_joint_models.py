@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import converters
+from converters.family import family_of_config
 from effjax import testing
-from effjax.forward import abstract, parameter_count
+from effjax.forward import abstract, flatten_params, parameter_count
 from effjax.layers.joint import PooledEmbeddings, axial_angles, rotate_pairs
 from effjax.methods import dit_fast_attn, round_to_nearest
 from effjax.models.flux import Flux, FluxConfig
@@ -149,6 +150,70 @@ def test_files_come_back_as_they_were(released, tmp_path):
     assert all(torch.equal(fresh[name], value) for name, value in again.state_dict().items())
     for key, value in KINDS[kind][1].items():
         assert again.config[key] == (list(value) if isinstance(value, tuple) else value)
+
+
+# As the original code names them; heads have the released models' size.
+ORIGINALS = {
+    "sd3": (
+        SD3Config(
+            sample_size=8, num_layers=2, num_heads=1, in_channels=4, out_channels=4,
+            caption_channels=12, pooled_channels=10, max_grid=10,
+        ),
+        "convert_sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "sd3.5": (
+        SD3Config(
+            num_layers=2, num_heads=1, in_channels=4, out_channels=4, qk_norm=True,
+            dual_layers=(0,), caption_channels=12, pooled_channels=10, max_grid=10,
+        ),
+        "convert_sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "flux": (
+        FluxConfig(
+            num_layers=1, num_single_layers=1, num_heads=24, in_channels=16, caption_channels=12,
+            pooled_channels=10,
+        ),
+        "convert_flux_transformer_checkpoint_to_diffusers",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("sd3", "original"), ("sd3", "all-in-one"), ("sd3.5", "original"), ("flux", "all-in-one")],
+)
+def test_original_names_are_those_that_diffusers_reads(kind, layout):
+    """What this library writes under them, diffusers converts to what it writes for diffusers.
+
+    Its converter takes FLUX's width as given, so that one is 3072 here, of bytes.
+    """
+    torch = pytest.importorskip("torch")
+    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
+    config, name = ORIGINALS[kind]
+    family = family_of_config(config)
+    _, shapes = abstract(family.model, config)
+    rng = np.random.default_rng(0)
+    flat = {
+        path: rng.integers(-128, 128, leaf.shape, np.int8)
+        for path, leaf in flatten_params(shapes).items()
+    }
+
+    def written(layout):
+        binding = family.tables[layout].bind(flat)
+        return {source: binding.assemble(source, flat.__getitem__) for source in binding.sources}
+
+    theirs = written(layout)
+    infer = family.tables[layout].infer
+    assert infer is not None
+    inferred = infer({name: value.shape for name, value in theirs.items()})
+    assert dataclasses.replace(inferred, sample_size=config.sample_size) == config
+    assert family.layout(theirs) == layout
+    given = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in theirs.items()}
+    converted = getattr(utils, name)(given)
+    wanted = written("diffusers")
+    assert converted.keys() == wanted.keys()
+    for name, value in converted.items():
+        assert np.array_equal(value.numpy(), wanted[name]), name
 
 
 @pytest.mark.parametrize(
