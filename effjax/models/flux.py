@@ -79,6 +79,10 @@ class FluxConfig(Checked):
             )
 
     @property
+    def patch_size(self) -> int:
+        return PATCH
+
+    @property
     def hidden_size(self) -> int:
         return self.num_heads * self.head_dim
 

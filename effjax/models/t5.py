@@ -134,12 +134,15 @@ class T5Encoder(Model):
     def layout(self, ids: Array, *_: Any) -> Layout:
         return Layout(grid=(0, 0, 0), text=ids.shape[1])
 
-    def __call__(self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T C"]:
+    def __call__(
+        self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T C"]:
         """Encode texts.
 
         Args:
             ids: tokens, 0 ... vocab_size - 1.
-            mask: False for padding, which no token attends to.
+            mask: False for padding, which no token attends to. None if all tokens count, padding
+                too, as SD3 and FLUX were made.
 
         Returns:
             [B, T, width] in `config.dtype`; rows of padding hold values too.
@@ -150,8 +153,11 @@ class T5Encoder(Model):
             ids.shape[1], buckets=config.buckets, max_distance=config.max_distance
         )
         relative = self.positions.get_value()[buckets].astype(jnp.float32).transpose(2, 0, 1)
-        padding = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)[:, None, None]
-        x = self.blocks(x, jnp.maximum(relative + padding, jnp.finfo(jnp.float32).min))
+        lowest = jnp.finfo(jnp.float32).min
+        bias = jnp.broadcast_to(relative, (ids.shape[0], *relative.shape))
+        if mask is not None:
+            bias = jnp.maximum(relative + jnp.where(mask, 0.0, lowest)[:, None, None], lowest)
+        x = self.blocks(x, bias)
         return self.norm(x).astype(config.dtype)
 
 

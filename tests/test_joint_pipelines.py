@@ -1,0 +1,218 @@
+"""SD3 and FLUX pipelines: images of diffusers from the same noise, components, errors."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Config
+
+import effjax
+from effjax.pipelines import TextToImagePipeline
+from tests.test_pipeline_families import QUIET
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+WORDS = ["a", "red", "glyph", "b", "on", "blue"]
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+    "scaling_factor": 1.5,
+    "shift_factor": 0.06,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
+def clip_tokenizer(folder):
+    """Letters and a few words, as CLIP's files have them."""
+    folder.mkdir(parents=True)
+    letters = sorted({letter for word in WORDS for letter in word})
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    tokens = {token: number for number, token in enumerate(vocabulary)}
+    (folder / "vocab.json").write_text(json.dumps(tokens))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    made = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    made.model_max_length = 77
+    return made
+
+
+def t5_tokenizer():
+    from experiments import train_pixart
+
+    return train_pixart.tokenizer()
+
+
+def clip(tokenizer, projection):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=6,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return kind(config).eval()
+
+
+def t5(tokenizer):
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=24,
+        d_ff=32,
+        d_kv=8,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def randomized(model):
+    with torch.no_grad():
+        for path, value in model.named_parameters():
+            if value.ndim > 1 and "embed" not in path:
+                value.copy_(torch.randn_like(value) * value[0].numel() ** -0.5)
+            elif "norm" not in path or path.endswith("bias"):
+                value.copy_(0.1 * torch.randn_like(value))
+    return model.eval()
+
+
+def sd3(folder, with_t5):
+    torch.manual_seed(0)
+    one = clip_tokenizer(folder / "one")
+    other = t5_tokenizer()
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=10,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=randomized(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=randomized(diffusers.AutoencoderKL(**VAE)),
+        text_encoder=clip(one, True),
+        tokenizer=one,
+        text_encoder_2=clip(one, True),
+        tokenizer_2=one,
+        text_encoder_3=t5(other) if with_t5 else None,
+        tokenizer_3=other if with_t5 else None,
+    )
+
+
+def flux(folder, guidance_embeds):
+    torch.manual_seed(0)
+    one, other = clip_tokenizer(folder / "one"), t5_tokenizer()
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=24,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance_embeds,
+    )
+    dynamic = {"use_dynamic_shifting": True} if guidance_embeds else {}
+    return diffusers.FluxPipeline(
+        transformer=randomized(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**dynamic),
+        vae=randomized(diffusers.AutoencoderKL(**VAE)),
+        text_encoder=clip(one, False),
+        tokenizer=one,
+        text_encoder_2=t5(other),
+        tokenizer_2=other,
+    )
+
+
+KINDS = {
+    "sd3": lambda folder: sd3(folder, with_t5=True),
+    "sd3 without T5": lambda folder: sd3(folder, with_t5=False),
+    "flux-dev": lambda folder: flux(folder, guidance_embeds=True),
+    "flux-schnell": lambda folder: flux(folder, guidance_embeds=False),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def released(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("joint")
+    made = KINDS[request.param](folder)
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder / "pipeline")
+    return made, folder / "pipeline"
+
+
+def test_images_equal_those_of_diffusers(released):
+    """Not square, with a negative prompt, from the same noise: at most one of 255 apart."""
+    theirs, folder = released
+    pipe = effjax.pipeline(folder, **QUIET)
+    assert isinstance(pipe, TextToImagePipeline)
+    is_flux = pipe.forward.model.__name__ == "Flux"
+    noise = np.random.default_rng(0).standard_normal((1, 8, 12, 4)).astype(np.float32)
+    options = {"height": 16, "width": 24, "num_inference_steps": 3}
+    given = torch.tensor(noise.transpose(0, 3, 1, 2))
+    if is_flux:
+        given = diffusers.FluxPipeline._pack_latents(given, 1, 4, 8, 12)
+        extra = {"max_sequence_length": theirs.tokenizer_2.model_max_length}
+    else:
+        extra = {"negative_prompt": "blue", "guidance_scale": 5.0}
+        options |= {"guidance_scale": 5.0}
+        if pipe.text_encoder_3 is not None:
+            extra["max_sequence_length"] = theirs.tokenizer_3.model_max_length
+    wanted = theirs(prompt="a red glyph", latents=given, output_type="np", **(options | extra))
+    ours = dict(options) if is_flux else {**options, "negative_prompt": "blue"}
+    got = pipe(
+        "a red glyph",
+        key=jax.random.key(0),
+        latents=noise,
+        output_type="np",
+        progress=False,
+        **ours,
+    )
+    images = [np.round(255 * np.asarray(each)).astype(int) for each in (got, wanted.images)]
+    assert images[0].std() > 5
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_pipelines_come_back_from_disk(released, tmp_path):
+    _, folder = released
+    pipe = effjax.pipeline(folder, **QUIET)
+    pipe.save(tmp_path / "again")
+    again = effjax.pipeline(tmp_path / "again", **QUIET)
+    assert again.family == pipe.family
+    options = {"height": 16, "width": 16, "num_inference_steps": 1, "progress": False}
+    one, other = (
+        each("a glyph", key=jax.random.key(0), output_type="np", **options)
+        for each in (pipe, again)
+    )
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_a_distilled_model_takes_no_scale(tmp_path):
+    flux(tmp_path, guidance_embeds=False).save_pretrained(tmp_path / "pipeline")
+    pipe = effjax.pipeline(tmp_path / "pipeline", **QUIET)
+    with pytest.raises(ValueError, match=r"takes no guidance scale, got 2\.0; leave out"):
+        pipe("a", key=jax.random.key(0), guidance_scale=2.0, height=16, width=16)
