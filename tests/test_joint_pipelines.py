@@ -1,6 +1,7 @@
 """SD3 and FLUX pipelines: images of diffusers from the same noise, components, errors."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -172,7 +173,7 @@ def test_images_equal_those_of_diffusers(released):
     assert isinstance(pipe, TextToImagePipeline)
     is_flux = pipe.forward.model.__name__ == "Flux"
     noise = np.random.default_rng(0).standard_normal((1, 8, 12, 4)).astype(np.float32)
-    options = {"height": 16, "width": 24, "num_inference_steps": 3}
+    options: dict[str, Any] = {"height": 16, "width": 24, "num_inference_steps": 3}
     given = torch.tensor(noise.transpose(0, 3, 1, 2))
     if is_flux:
         given = diffusers.FluxPipeline._pack_latents(given, 1, 4, 8, 12)
@@ -203,7 +204,8 @@ def test_pipelines_come_back_from_disk(released, tmp_path):
     pipe.save(tmp_path / "again")
     again = effjax.pipeline(tmp_path / "again", **QUIET)
     assert again.family == pipe.family
-    options = {"height": 16, "width": 16, "num_inference_steps": 1, "progress": False}
+    options: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 1}
+    options["progress"] = False
     one, other = (
         each("a glyph", key=jax.random.key(0), output_type="np", **options)
         for each in (pipe, again)
