@@ -77,7 +77,8 @@ class ClassConditionalPipeline(Pipeline):
             output_type: "pil" for PIL images, "np" for float32[images, H, W, 1 or 3] in 0 ... 1,
                 "latent" for the samples float32[images, H, W, C] before they are decoded.
             progress: show a bar over the steps.
-            callback_on_step_end: called as `callback_on_step_end(step, latents)`.
+            callback_on_step_end: called as `callback_on_step_end(step, latents)`; if it returns
+                latents, sampling goes on from those.
 
         Returns:
             PIL images, "L" or "RGB", or what `output_type` says.

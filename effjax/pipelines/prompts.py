@@ -241,7 +241,8 @@ class TextToImagePipeline(PromptPipeline):
                 sizes are sampled as they are asked for (diffusers' `use_resolution_binning=False`).
             latents, output_type: as for `ClassConditionalPipeline`.
             progress: show a bar over the steps.
-            callback_on_step_end: called as `callback_on_step_end(step, latents)`.
+            callback_on_step_end: called as `callback_on_step_end(step, latents)`; if it returns
+                latents, sampling goes on from those.
 
         Returns:
             PIL images, "L" or "RGB", or what `output_type` says.

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -184,7 +184,8 @@ class Sampler(Loop):
         Args:
             forward, params, cond, key, uncond, noise: as for `__call__`.
             progress: show a progress bar.
-            callback: called as `callback(step, x)` after every step.
+            callback: called as `callback(step, x)` after every step. If it returns an array like
+                x, sampling goes on from that.
             buckets: sizes of batches that are compiled, see `effjax.buckets`. Other batches are cut
                 into parts of these sizes, which take turns in every step. A batch that is spread
                 over devices is not cut.
@@ -204,7 +205,11 @@ class Sampler(Loop):
             if progress:
                 jax.block_until_ready([carry.x for carry in carries])
             if callback is not None:
-                callback(step, joined([carry.x for carry in carries], batch))
+                changed = callback(step, joined([carry.x for carry in carries], batch))
+                if changed is not None:
+                    carries = _moved_to(
+                        carries, self._given(forward, batch, changed, "latents of a callback")
+                    )
         return joined([carry.x for carry in carries], batch)
 
     def parts(self, forward: Forward, whole: Part, buckets: Buckets) -> list[Part]:
@@ -324,13 +329,16 @@ class Sampler(Loop):
         Raises:
             ValueError: if it is not an array of floats with the shape of the samples.
         """
+        return self._given(forward, batch, noise, "initial noise (latents)")
+
+    def _given(self, forward: Forward, batch: int, noise: Any, who: str) -> Float[Array, "B ..."]:
         shape = (batch, *self.sample_shape(forward))
         array = isinstance(noise, jax.Array | np.ndarray)
         if not array or not jnp.issubdtype(noise.dtype, jnp.floating) or noise.shape != shape:
             what = f"{noise.dtype}{list(noise.shape)}" if array else type(noise).__name__
             raise ValueError(
-                f"initial noise (latents) must be float{list(shape)}: batch, height, width, "
-                f"channels for images; got {what}"
+                f"{who} must be float{list(shape)}: batch, height, width, channels for images; "
+                f"got {what}"
             )
         return jnp.asarray(noise, jnp.float32)
 
@@ -408,6 +416,17 @@ def _check_key(key: Any) -> None:
     else:
         got = type(key).__name__
     raise TypeError(f"key must come from jax.random.key(seed), got {got}")
+
+
+def _moved_to(carries: Sequence[Carry], x: Float[Array, "B ..."]) -> list[Carry]:
+    """The parts of a batch with other samples."""
+    if len(carries) == 1 and len(carries[0].x) == len(x):
+        return [carries[0]._replace(x=jax.device_put(x, carries[0].x.sharding))]
+    sizes = [len(carry.x) for carry in carries]
+    starts = itertools.accumulate(sizes, initial=0)
+    return [
+        carry._replace(x=rows(x, start, size)) for carry, start, size in zip(carries, starts, sizes)
+    ]
 
 
 def _batch(cond: PyTree) -> int:

@@ -93,6 +93,25 @@ def test_both_forms_give_the_same_samples(model, key, sampler):
     assert _compiled_step._cache_size() == before + 1
 
 
+@pytest.mark.parametrize("buckets", [None, (2,)], ids=["whole", "in parts"])
+def test_a_callback_may_change_the_samples(model, key, buckets):
+    """What it returns is where the next step starts; other rows go on as they would."""
+    options = {"progress": False, "buckets": buckets}
+    plain, seen = SAMPLER.stepwise(*model, labels(), key, **options), []
+
+    def first_again(step, x):
+        seen.append(np.asarray(x))
+        return x.at[1].set(x[0]) if step == 1 else None
+
+    changed = SAMPLER.stepwise(*model, labels(), key, callback=first_again, **options)
+    assert_close(changed[::2], plain[::2], 1e-6)
+    assert not np.allclose(changed[1], plain[1])
+    same = SAMPLER.stepwise(*model, labels(), key, callback=lambda _, x: np.asarray(x), **options)
+    assert_close(same, plain, 1e-6)
+    with pytest.raises(ValueError, match=r"latents of a callback must be float\[3, 8, 8, 4\]: b"):
+        SAMPLER.stepwise(*model, labels(), key, callback=lambda _, x: x[:2], **options)
+
+
 def test_jit_of_a_sampler_is_one_program(model, key):
     fused(SAMPLER, *model, labels(), key)
     before = program(SAMPLER)._cache_size()
