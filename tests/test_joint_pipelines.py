@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, T5Config
 
 import effjax
 from effjax.pipelines import TextToImagePipeline
+from effjax.pipelines.description import describe
 from tests.test_pipeline_families import QUIET
 
 torch = pytest.importorskip("torch")
@@ -201,7 +202,10 @@ def test_images_equal_those_of_diffusers(released):
 def test_pipelines_come_back_from_disk(released, tmp_path):
     _, folder = released
     pipe = effjax.pipeline(folder, **QUIET)
+    said = describe(folder)["components"]["transformer"]["programs"]
+    assert said.startswith("blocks: ")
     pipe.save(tmp_path / "again")
+    assert describe(tmp_path / "again")["components"]["transformer"]["programs"] == said
     again = effjax.pipeline(tmp_path / "again", **QUIET)
     assert again.family == pipe.family
     options: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 1}

@@ -184,6 +184,10 @@ class DualBlock(nnx.Module):
             found["text"] = _feed_forward(self.text, context, text)
         return found
 
+    def signal(self, x: Streams, c: Float[Array, "B C"], *angles: Angles) -> Float[Array, "B N C"]:
+        """What the attention is called with for the image: its change tells that of outputs."""
+        return modulate(self.image.norm(x["image"]), *self.image.modulated(c)[:2])
+
 
 def _feed_forward(
     layers: StreamLayers, x: Float[Array, "B S C"], parts: Sequence[Float[Array, "B C"]]

@@ -142,6 +142,11 @@ class DiTBlock(nnx.Module):
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
+    def signal(self, x: Float[Array, "B S C"], c: Float[Array, "B C"]) -> Float[Array, "B S C"]:
+        """What the attention is called with: how much it changes tells how much outputs do."""
+        shift, scale, *_ = jnp.split(self.modulation(nnx.silu(c)), 6, axis=-1)
+        return modulate(self.norm1(x), shift, scale)
+
 
 class FinalLayer(nnx.Module):
     """Adaptive norm and projection to patches."""

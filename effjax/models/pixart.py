@@ -133,6 +133,14 @@ class PixArtBlock(nnx.Module):
         x = x + self.cross(x, *prompt)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
+    def signal(
+        self, x: Float[Array, "B S C"], time: Float[Array, "B 6 C"], *_: Any
+    ) -> Float[Array, "B S C"]:
+        """What the attention is called with: how much it changes tells how much outputs do."""
+        table = self.scale_shift_table.get_value().astype(x.dtype)
+        shift, scale, *_ = jnp.moveaxis(table + time, 1, 0)
+        return modulate(self.norm1(x), shift, scale)
+
 
 class SharedTime(nnx.Module):
     """Time to the vector that the last norm reads [B, C], and to the blocks' six [B, 6, C]."""

@@ -1,0 +1,1 @@
+"""Methods that leave out most blocks in some steps of a sampler and predict what these add."""

@@ -1,0 +1,107 @@
+"""TeaCache: blocks run when what enters the first one has changed enough (arXiv 2411.19108).
+
+    s: input of the first block after norm and modulation
+    sum += poly(rel(s, s of the call before));   compute if sum >= threshold, then sum = 0
+
+The first and the last call compute. The polynomial turns a change of inputs into one of outputs; it
+is fitted for a model, `FLUX` holds the released one.
+
+Static: nothing. Dynamic: which calls compute. Cost: (computed share) x dense + the modulation of
+one block; state: s, and what the blocks add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from effjax import testing
+from effjax.context import PyTree, State, Step
+from effjax.fields import Count, NotNegative
+from effjax.methods.steps.cached import (
+    CachedStack,
+    Decision,
+    StepCachePlan,
+    relative,
+    step_cache,
+)
+from effjax.targets import original
+from effjax.transform import Method, Transform
+
+NAME = "tea_cache"
+
+# Highest power first.
+FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeaCachePlan(StepCachePlan):
+    """How much inputs may change.
+
+    Attributes:
+        threshold: summed change at which the blocks run.
+        steps: network calls of the sampler.
+        coefficients: of the polynomial, highest power first; (1, 0) takes changes as they are.
+        order: of the Taylor series in steps that predicts; 0 holds what was computed last.
+    """
+
+    threshold: NotNegative = 0.1
+    steps: Count = 50
+    coefficients: tuple[float, ...] = (1.0, 0.0)
+
+    @property
+    def calls(self) -> int:
+        return self.steps
+
+
+class TeaCached(CachedStack):
+    """A stack whose modulated input decides."""
+
+    def __init__(self, inner: nnx.Module, plan: Any, step: Step, lead: State | None):
+        super().__init__(inner, plan, step, lead)
+        if lead is None:
+            self.before, self.summed = State(), State()
+
+    def decide(self, x: PyTree, head: PyTree, conditioning: Sequence[PyTree]) -> Decision:
+        block = original(self.inner[0])
+        if not hasattr(block, "signal"):
+            raise ValueError(
+                f"TeaCache looks at what {type(block).__name__} makes of its input by norm and "
+                f"modulation, which the block must say as `signal(x, *conditioning)`"
+            )
+        signal = block.signal(x, *conditioning)
+        change = relative(signal, self.before.read(signal.shape, signal.dtype))
+        change = jnp.polyval(jnp.asarray(self.plan.coefficients, jnp.float32), change)
+        summed = self.summed.read((), jnp.float32) + change
+        ends = (self.step == 0) | (self.step == self.plan.steps - 1)
+        computes = jnp.asarray(ends) | (summed >= self.plan.threshold)
+        self.before.write(signal)
+        self.summed.write(jnp.where(computes, 0.0, summed))
+        return computes
+
+
+def transform(plan: TeaCachePlan) -> Transform:
+    """Run the blocks when their modulated input has changed enough."""
+    return step_cache(NAME, plan, TeaCached)
+
+
+METHOD = Method(
+    name=NAME,
+    paper="TeaCache: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv "
+    "2411.19108",
+    seams=("patches",),
+    domain="images",
+    plan=TeaCachePlan,
+    transform=transform,
+    identity=lambda subject: TeaCachePlan(threshold=0.0, steps=subject.sampler.calls),
+    ladder=lambda subject: tuple(
+        TeaCachePlan(threshold=each, steps=subject.sampler.calls) for each in (0.05, 0.4, 100.0)
+    ),
+    tiny=testing.tiny_dit,
+    systems=("TeaCache",),
+    decides="batch",
+)
