@@ -9,6 +9,7 @@ import pytest
 from transformers import CLIPTextConfig, CLIPTokenizer, T5Config
 
 import effjax
+from effjax.methods import fb_cache
 from effjax.pipelines import TextToImagePipeline
 from effjax.pipelines.description import describe
 from tests.test_pipeline_families import QUIET
@@ -222,3 +223,34 @@ def test_a_distilled_model_takes_no_scale(tmp_path):
     pipe = effjax.pipeline(tmp_path / "pipeline", **QUIET)
     with pytest.raises(ValueError, match=r"takes no guidance scale, got 2\.0; leave out"):
         pipe("a", key=jax.random.key(0), guidance_scale=2.0, height=16, width=16)
+
+
+def test_the_first_block_cache_is_that_of_diffusers(tmp_path):
+    """The same latents as with diffusers' hook, which skips some of the calls here."""
+    theirs = flux(tmp_path, guidance_embeds=True)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path / "pipeline")
+    pipe = effjax.pipeline(tmp_path / "pipeline", **QUIET)
+    fast = pipe.transform(fb_cache.transform(fb_cache.FBCachePlan(threshold=0.6)))
+    config = diffusers.hooks.FirstBlockCacheConfig(threshold=0.6)
+    theirs.transformer.enable_cache(config)
+    computed = []
+    last = theirs.transformer.single_transformer_blocks[-1].attn
+    last.register_forward_hook(lambda *_: computed.append(None))
+    noise = np.random.default_rng(0).standard_normal((1, 8, 12, 4)).astype(np.float32)
+    options: dict[str, Any] = {"height": 16, "width": 24, "num_inference_steps": 28}
+    options["output_type"] = "latent"
+    length = theirs.tokenizer_2.model_max_length
+    given = torch.tensor(noise.transpose(0, 3, 1, 2))
+    given = diffusers.FluxPipeline._pack_latents(given, 1, 4, 8, 12)
+    wanted = theirs("a red glyph", latents=given, max_sequence_length=length, **options).images
+    wanted = diffusers.FluxPipeline._unpack_latents(wanted, 16, 24, 2).numpy().transpose(0, 2, 3, 1)
+    got, dense = (
+        np.asarray(
+            each("a red glyph", key=jax.random.key(0), latents=noise, progress=False, **options)
+        )
+        for each in (fast, pipe)
+    )
+    assert 1 < len(computed) < 28
+    np.testing.assert_allclose(got, wanted, atol=2e-4)
+    assert np.abs(dense - wanted).max() > 0.1
