@@ -138,7 +138,7 @@ class PixArtBlock(nnx.Module):
     ) -> Float[Array, "B S C"]:
         """What the attention is called with: how much it changes tells how much outputs do."""
         table = self.scale_shift_table.get_value().astype(x.dtype)
-        shift, scale, *_ = jnp.moveaxis(table + time, 1, 0)
+        shift, scale = jnp.moveaxis(table + time, 1, 0)[:2]
         return modulate(self.norm1(x), shift, scale)
 
 

@@ -67,7 +67,7 @@ class TeaCached(CachedStack):
             self.before, self.summed = State(), State()
 
     def decide(self, x: PyTree, head: PyTree, conditioning: Sequence[PyTree]) -> Decision:
-        block = original(self.inner[0])
+        block: Any = original(self.inner[0])
         if not hasattr(block, "signal"):
             raise ValueError(
                 f"TeaCache looks at what {type(block).__name__} makes of its input by norm and "
