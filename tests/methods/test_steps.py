@@ -1,5 +1,7 @@
 """Step caches: which calls compute, what is predicted, several stacks, costs, errors."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,13 @@ import pytest
 from flax import nnx
 
 from effjax import testing
+from effjax.calibration import Trajectory
 from effjax.context import states
 from effjax.cost import sampler_cost
 from effjax.layers.stack import Stack
-from effjax.methods import even_steps, fb_cache, tea_cache
-from effjax.methods.steps.cached import CachedStack, StepCaching, relative
+from effjax.methods import even_steps, fb_cache, mag_cache, tea_cache
+from effjax.methods.steps.cached import CachedStack, StepCaching, image_of, relative
+from effjax.targets import Wrapper, wrap
 from tests.subjects.joint import tiny_joint
 
 MODELS = {
@@ -158,3 +162,55 @@ def test_what_cannot_be_cached_is_refused():
     pair = tea_cache.transform(plan)(joint.forward, joint.params)
     with pytest.raises(ValueError, match="JointBlock makes of its input by norm and modulation"):
         sample(joint, pair)
+
+
+class TestMagCache:
+    @pytest.mark.parametrize(
+        ("steps", "mask"),
+        [(28, "1111110101000100010001001011"), (20, "11110101000100010011")],
+    )
+    def test_masks_of_the_released_ratios(self, steps, mask):
+        """Those of diffusers' hook with its defaults."""
+        plan = mag_cache.MagCachePlan(steps=steps)
+        assert "".join(str(int(each)) for each in plan.mask) == mask
+
+    @pytest.mark.parametrize("model", MODELS)
+    def test_ratios_are_those_of_what_blocks_add(self, model):
+        """Once more from the outputs of the blocks themselves."""
+        subject = MODELS[model](steps=3)
+        data = subject.data(Trajectory)
+        plan = mag_cache.search(mag_cache.Goals(), subject.forward, subject.params, data)
+        assert plan.steps == 3
+        assert plan.ratios[0] == 1.0
+        sampler, norms = subject.sampler, []
+        options = {} if subject.uncond is None else {"uncond": subject.uncond}
+        uncond = sampler.unconditional(subject.forward, subject.cond, subject.uncond)
+        pair = subject.forward, subject.params
+        carry = sampler.init(*pair, subject.cond, jax.random.key(0), **options)
+        for step in range(3):
+            inputs = sampler.inputs(carry.x, subject.cond, uncond, step)
+            norms.append(np.linalg.norm(_added(*pair, inputs), axis=-1))
+            carry = sampler.step(*pair, carry, subject.cond, uncond, step)
+        wanted = [float(np.mean(b / a)) for a, b in itertools.pairwise(norms)]
+        np.testing.assert_allclose(plan.ratios[1:], wanted, rtol=1e-4)
+
+
+def _added(forward, params, inputs):
+    """What all stacks add to the image's tokens, from their inputs and outputs."""
+    total = 0.0
+    for target in forward.target_modules(params, Stack):
+        seen = []
+
+        class Look(Wrapper):
+            def __call__(self, x, *conditioning, seen=seen):
+                out = self.inner(x, *conditioning)
+                seen.append((image_of(out) - image_of(x)).astype(jnp.float32))
+                return out
+
+        def look(module, context, path=target.path, kind=Look):
+            wrap(module, path, kind)
+
+        forward.patch(look)(params, {}, *inputs)
+        (added,) = seen
+        total = total + np.asarray(added[:, -64:])
+    return total
