@@ -87,15 +87,24 @@ class Transform:
         return dataclasses.replace(self, apply=self.shapes or self.apply)
 
     def __call__(self, forward: Forward, params: Params) -> Pair:
-        if stacked := [name for name in flatten_params(params) if Range.of(name)]:
-            raise ValueError(
-                f"{self.method} takes weights by layer, and these are stacked ({stacked[0]}, ...): "
-                f"apply methods before scan_blocks(stack=True), or use "
-                f"effjax.scanning.unstack_params"
-            )
+        check_by_layer(self.method, params)
         forward, params = self.apply(forward, params)
         recipe = (*forward.recipe, (self.method, self.plan))
         return dataclasses.replace(forward, recipe=recipe), params
+
+
+def check_by_layer(method: str, params: Params) -> None:
+    """Check that parameters are not stacked, for what goes by the names of single layers.
+
+    Raises:
+        ValueError: for stacked parameters, with the method's name.
+    """
+    if stacked := [name for name in flatten_params(params) if Range.of(name)]:
+        raise ValueError(
+            f"{method} takes weights by layer, and these are stacked ({stacked[0]}, ...): "
+            f"apply methods before scan_blocks(stack=True), or use "
+            f"effjax.scanning.unstack_params"
+        )
 
 
 def chain(*transforms: Callable[[Forward, Params], Pair]) -> Callable[[Forward, Params], Pair]:

@@ -18,6 +18,7 @@ from effjax.layers.linear import Linear
 from effjax.quant import FLOAT, QTensor
 from effjax.quant.quantizer import BITS
 from effjax.targets import TargetModule, check_selected, check_selector, selects
+from effjax.transform import check_by_layer
 
 Bits = Annotated[int, OneOf(*BITS, FLOAT)]
 
@@ -62,11 +63,12 @@ def decided(rules: Sequence[R], targets: Sequence[TargetModule]) -> dict[str, R]
 
 
 def check_floats(params: Params, paths: Iterable[str]) -> None:
-    """Check that the kernels of these layers are arrays.
+    """Check that the kernels of these layers are arrays, and not stacked.
 
     Raises:
-        ValueError: for a layer that is quantized.
+        ValueError: for a layer that is quantized, and for stacked parameters.
     """
+    check_by_layer("quantization", params)
     flat = flatten_params({name: leaf for name, leaf in params.items() if name != METHODS})
     for path in paths:
         if isinstance(flat[f"{path}.kernel"], QTensor):

@@ -13,6 +13,7 @@ from effjax.forward import Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention
 from effjax.methods.cache.moa.plan import MoAPlan, Rule, check_fits
 from effjax.quant import QTensor
+from effjax.transform import check_by_layer
 
 
 def order_heads(
@@ -34,8 +35,10 @@ def order_heads(
         The plan and the parameters in the new order.
 
     Raises:
-        ValueError: if devices do not divide the key heads, or projections are quantized already.
+        ValueError: if devices do not divide the key heads, projections are quantized already, or
+            parameters are stacked.
     """
+    check_by_layer("order_heads", params)
     config = forward.config
     kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
     check_fits(plan, config.num_layers, config.num_heads, kv_heads)

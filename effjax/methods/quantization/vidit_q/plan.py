@@ -14,7 +14,7 @@ from effjax.layers.linear import Linear
 from effjax.methods.quantization.rules import Bits, check_rule, decided, deciding, described
 from effjax.samplers import Sampler
 from effjax.targets import BLOCK_LAYERS, TargetModule
-from effjax.transform import Plan
+from effjax.transform import Plan, check_by_layer
 
 NAME = "vidit_q"
 
@@ -81,8 +81,9 @@ class ViDiTQPlan(Plan):
 
         Raises:
             ValueError: for a selector that finds no linear layer, or lacks layers of a role that it
-                names.
+                names, and for stacked parameters.
         """
+        check_by_layer(NAME, params)
         targets = forward.target_modules(params, Linear)
         parts = [decided(rules, targets) for _, rules in self.segments]
         return {
