@@ -22,6 +22,7 @@ from flax import nnx
 
 from effjax.context import Context, Guidance, PyTree, State, Step
 from effjax.forward import Forward, Params, StateDict
+from effjax.stacking import updated
 from effjax.targets import TargetModule, Wrapper, target_modules, wrap
 
 Kind = type | tuple[type, ...]
@@ -142,7 +143,8 @@ def tapped_call(
     tapped, name = forward.patch(patch), f"tap_{patch.what}"
     initial, recorded = _initial_record(tapped, patch, params, inputs, guidance)
     before = initial | {f"{path}.{name}": value for path, value in recorded.items()}
-    outputs, after = tapped(params, before | (state or {}), *inputs, step=step, guidance=guidance)
+    before = updated(before, state or {})
+    outputs, after = tapped(params, before, *inputs, step=step, guidance=guidance)
     values = {path: after.pop(f"{path}.{name}") for path in recorded}
     return outputs, after, values
 
@@ -231,7 +233,8 @@ def gradients(
     if fixed := [p for p, v in recorded.items() if not jnp.issubdtype(v.dtype, jnp.inexact)]:
         raise TypeError(f"no gradient at {fixed}: their {what} is not of a floating dtype")
     taps = {f"{path}.tap_{what}" for path in recorded}
-    before = {key: value for key, value in initial.items() if key not in taps} | (state or {})
+    before = {key: value for key, value in initial.items() if key not in taps}
+    before = updated(before, state or {})
 
     def perturbed_loss(perturbations: dict[str, jax.Array]) -> jax.Array:
         perturbed = forward.patch(partial(_perturb, perturbations, what))

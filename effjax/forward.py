@@ -135,7 +135,7 @@ class Forward:
         """
         if not self.patches:  # what has no patches keeps nothing: no need to trace it
             return {}
-        found: dict[str, tuple] = {}
+        found: dict[str, tuple] = {}  # shape, dtype, fill
         first = self.segments(0, 1)[0][0]  # in all segments the same
 
         def shape_states(params: Params, inputs: tuple, step: jax.Array) -> None:
@@ -145,11 +145,7 @@ class Forward:
                 variable.set_metadata(path=path, creating=True)
             with tokens_as(module.layout(*inputs)):
                 module(*inputs)
-            for path, variable in held.items():
-                if not variable.empty:
-                    value, fill = variable.get_value(), variable.get_metadata("fill")
-                    name, layers = _name_in_run(path, variable)
-                    found[name] = ((*layers, *value.shape), value.dtype, fill)
+            found.update(_kept_together({p: v for p, v in held.items() if not v.empty}))
 
         jax.eval_shape(shape_states, params, inputs, jax.ShapeDtypeStruct((), jnp.int32))
         return {path: jnp.full(shape, fill, dtype) for path, (shape, dtype, fill) in found.items()}
@@ -237,7 +233,7 @@ class Forward:
     def module(self, params: Params) -> Model:
         """A fresh, unpatched module that holds these parameters (arrays or their shapes)."""
         weights = {name: value for name, value in params.items() if name != METHODS}
-        given = by_layer(flatten_params(weights))
+        given = by_layer(flatten_params(weights), of="params")
         problems = []
         for path, shape in self.leaves:
             name = canonical(path)
@@ -368,14 +364,31 @@ def _named_states(module: nnx.Module) -> dict[str, State]:
     return dict(sorted(named.items()))
 
 
-def _name_in_run(path: str, variable: State) -> tuple[str, tuple[int, ...]]:
-    """The name of a state, and leading axes: those of all layers, if they are kept together."""
-    run = variable.get_metadata("run")
-    if run is None:
-        return path, ()
-    stack, start, stop = run
-    _, _, after = path.removeprefix(f"{stack}.").partition(".")
-    return f"{stack}.{start}:{stop}.{after}", (stop - start,)
+def _kept_together(held: Mapping[str, State]) -> dict[str, tuple]:
+    """Shape, dtype and fill of states by name; layers of one run are one array.
+
+    Layers that a wrapper calls again, in other runs, belong to the run of their last call.
+    """
+    found: dict[str, tuple] = {}
+    runs: dict[tuple, dict[int, str]] = {}
+    for path, variable in held.items():
+        value, run = variable.get_value(), variable.get_metadata("run")
+        kind = value.shape, value.dtype, variable.get_metadata("fill")
+        if run is None:
+            found[path] = kind
+        else:
+            layer, _, after = path.removeprefix(f"{run[0]}.").partition(".")
+            runs.setdefault((run, after, kind), {})[int(layer)] = path
+    for ((stack, *_), after, (shape, *rest)), paths in runs.items():
+        layers = sorted(paths)
+        starts = [i for i, each in enumerate(layers) if i == 0 or each != layers[i - 1] + 1]
+        for start, stop in itertools.pairwise([*starts, len(layers)]):
+            first, count = layers[start], stop - start
+            if count == 1:
+                found[paths[first]] = (shape, *rest)
+            else:
+                found[f"{stack}.{first}:{first + count}.{after}"] = ((count, *shape), *rest)
+    return found
 
 
 def _load_state(held: Mapping[str, State], state: StateDict) -> None:

@@ -74,14 +74,15 @@ def find_runs(forward: Forward, params: Params, *inputs: PyTree, **options: Any)
 
     Args:
         params, inputs: arrays or shapes.
-        options: `step` and `guidance`, as in `Forward.__call__`. A step that is not given is one
-            that is known when the program runs only.
+        options: `step` and `guidance`, as in `Forward.__call__`. A step that is neither given nor
+            fixed by `Forward.at` is one that is known when the program runs only.
     """
     found: list[Run] = []
 
     def trace(params: Params, inputs: tuple[PyTree, ...], step: jax.Array) -> None:
-        first = forward.segments(0, 1)[0][0]
-        arguments = {"step": step, **options}
+        first = forward if forward.span is not None else forward.segments(0, 1)[0][0]
+        fixed = forward.fixed_step
+        arguments = {"step": step if fixed is None else fixed, **options}
         module = first.patched(params, inputs, **arguments)
         for target in target_modules(module, Stack):
             assert isinstance(target.module, Stack)
@@ -113,7 +114,9 @@ def describe_runs(runs: Sequence[Run]) -> str:
     for stack, group in itertools.groupby(runs, key=lambda run: run.stack):
         parts = list(group)
         blocks, programs = parts[-1].stop, len(parts)
-        lines.append(f"{stack}: {blocks} blocks, {programs} program{'s' * (programs > 1)}")
+        lines.append(
+            f"{stack}: {blocks} block{'s' * (blocks > 1)}, {programs} program{'s' * (programs > 1)}"
+        )
         lines += [f"  from {run.start}: {run.differs}" for run in parts[1:]]
     return "\n".join(lines)
 
@@ -211,5 +214,6 @@ def _stack(*arrays: Any, donate: bool) -> Any:
     if donate:
         stacked.block_until_ready()
         for array in arrays:
-            array.delete()
+            if isinstance(array, jax.Array):  # what numpy holds is not given up
+                array.delete()
     return stacked

@@ -148,11 +148,12 @@ def stacks_of_call() -> Iterator[Stacks]:
         _STACKS.reset(before)
 
 
-def by_layer(flat: Mapping[str, Any]) -> dict[str, Any]:
+def by_layer(flat: Mapping[str, Any], *, of: str = "state") -> dict[str, Any]:
     """Parameters or states by layer: stacked arrays are cut.
 
     Args:
         flat: arrays, shapes or quantized leaves by name.
+        of: what they are; a parameter and a state may have the same name.
 
     Raises:
         ValueError: if two names stand for the same layer, or an array has not as many layers as its
@@ -161,14 +162,14 @@ def by_layer(flat: Mapping[str, Any]) -> dict[str, Any]:
     stacks, found = current_stacks(), {}
     for name, leaf in flat.items():
         layers = Range.of(name)
-        pieces = {name: leaf} if layers is None else _cut(stacks, name, layers, leaf)
+        pieces = {name: leaf} if layers is None else _cut(stacks, name, layers, leaf, of)
         if twice := sorted(set(pieces) & set(found)):
             raise ValueError(f"given twice, by itself and in a stack of layers: {', '.join(twice)}")
         found |= pieces
     return found
 
 
-def _cut(stacks: Stacks, name: str, layers: Range, leaf: Any) -> dict[str, Any]:
+def _cut(stacks: Stacks, name: str, layers: Range, leaf: Any, of: str) -> dict[str, Any]:
     parts, tree = jax.tree.flatten(leaf)
     count = layers.stop - layers.start
     if any(part.shape[:1] != (count,) for part in parts):
@@ -181,7 +182,7 @@ def _cut(stacks: Stacks, name: str, layers: Range, leaf: Any) -> dict[str, Any]:
         if isinstance(part, jax.ShapeDtypeStruct):
             cut.append([jax.ShapeDtypeStruct(part.shape[1:], part.dtype)] * count)
         else:
-            cut.append(stacks.cut(f"{name}/{number}", jnp.asarray(part)))
+            cut.append(stacks.cut(f"{of}/{name}/{number}", jnp.asarray(part)))
     return {
         layer: jax.tree.unflatten(tree, [part[i] for part in cut])
         for i, layer in enumerate(layers.names)
@@ -189,7 +190,7 @@ def _cut(stacks: Stacks, name: str, layers: Range, leaf: Any) -> dict[str, Any]:
 
 
 def stacked_as(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `by_layer` for arrays: values by these names, ranges among them."""
+    """The inverse of `by_layer` for states: values by these names, ranges among them."""
     stacks, found = current_stacks(), {}
     for name in names:
         layers = Range.of(name)
@@ -197,5 +198,23 @@ def stacked_as(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any
             found[name] = values[name]
             continue
         parts = {index: values[each] for index, each in enumerate(layers.names)}
-        found[name] = stacks.collect(f"{name}/0", parts)
+        found[name] = stacks.collect(f"state/{name}/0", parts)
     return found
+
+
+def updated(values: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with new ones in the place of those of the same layers, whatever their names' form."""
+
+    def layers_of(name: str) -> tuple[str, ...]:
+        layers = Range.of(name)
+        return (name,) if layers is None else layers.names
+
+    replaced = {layer for name in new for layer in layers_of(name)}
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if replaced.isdisjoint(layers_of(name)):
+            kept[name] = value
+        else:
+            parts = by_layer({name: value})
+            kept |= {layer: part for layer, part in parts.items() if layer not in replaced}
+    return {**kept, **new}

@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from jax import export
 from jax.sharding import NamedSharding
 
 import effjax
-from effjax import recipe, testing
+from effjax import capture, recipe, testing
+from effjax.context import State, Step, switch
 from effjax.cost import sampler_cost
 from effjax.forward import abstract, flatten_params
-from effjax.methods import dit_fast_attn, kivi, round_to_nearest, snap_kv
+from effjax.layers.stack import Stack
+from effjax.methods import dit_fast_attn, gptq, kivi, moa, round_to_nearest, snap_kv
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.parallel.sharding import device_mesh, shard, tensor_parallel
 from effjax.samplers import Sampler
@@ -27,7 +30,8 @@ from effjax.scanning import (
     unscanned,
     unstack_params,
 )
-from effjax.stacking import Range, Stacks
+from effjax.stacking import Range, Stacks, updated
+from effjax.targets import Wrapper, wrap
 from tests.subjects.joint import tiny_joint
 
 FORMS = pytest.mark.parametrize("stack", [False, True], ids=["picked", "stacked"])
@@ -208,7 +212,150 @@ class TestMethods:
         check_close(run(small, given, subject.cond, key), run(forward, params, subject.cond, key))
 
 
+class Partly(Wrapper):
+    """Calls other blocks at other steps: all of three, the first, or some twice."""
+
+    replaces_internals = True
+    inner: Stack
+
+    def __init__(self, inner: Stack, step: Step):
+        super().__init__(inner)
+        self.step = step if isinstance(step, int) else nnx.data(step)
+
+    def __call__(self, x, *conditioning):
+        def run(*parts):
+            def branch(module, x):
+                for start, stop in parts:
+                    x = module.inner.between(start, stop, x, *conditioning)
+                return x
+
+            return branch
+
+        branches = {0: run((0, 3)), 1: run((0, 1)), 2: run((0, 2), (1, 3))}
+        return switch(self.step % 3, branches, self, x)
+
+
+class Halved(Wrapper):
+    """Takes tokens of any dtype and gives bfloat16."""
+
+    def __call__(self, x, *conditioning):
+        return self.inner(x.astype(jnp.float32), *conditioning).astype(jnp.bfloat16)
+
+
+class Whole(Wrapper):
+    """Gives float32."""
+
+    def __call__(self, *inputs):
+        return self.inner(*inputs).astype(jnp.float32)
+
+
+class Counting(Wrapper):
+    """Keeps a state that has the name of a parameter."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.scale = State()
+
+    def __call__(self, x):
+        self.scale.write(self.scale.read(x.shape[-1:], x.dtype) + 1)
+        return self.inner(x)
+
+
+def _halved(module, context):
+    for layer in range(3):
+        wrap(module, f"blocks.{layer}", Halved)
+    wrap(module, "blocks", Whole)
+
+
+class TestStates:
+    def pair(self, *patches):
+        """A forward that keeps what attention of the call before gave, its parameters, inputs."""
+        subject = testing.tiny_dit(num_layers=3)
+        plan = TestMethods().plan(subject, ["FULL", "AST"], ["FULL", "AST"], ["FULL", "AST"])
+        forward, params = dit_fast_attn.transform(plan)(subject.forward, subject.params)
+        return forward.patch(*patches), params, _dit()[2]
+
+    def check_steps(self, forward, small, params, inputs, steps=3):
+        @jax.jit
+        def run(forward, params):
+            state = forward.init(params, *inputs)
+            outputs = []
+            for step in range(steps):
+                out, state = forward(params, state, *inputs, step=jnp.int32(step))
+                outputs.append(out)
+            return outputs
+
+        check_close(run(small, params), run(forward, params))
+
+    def test_wrappers_may_call_other_parts_at_other_steps(self):
+        def partly(module, context):
+            wrap(module, "blocks", Partly, context.step)
+
+        forward, params, inputs = self.pair(partly)
+        small, _ = scan_blocks()(forward, params)
+        state = small.init(params, *inputs)
+        assert set(state) == {"blocks.0.attn.output.tokens", "blocks.1:3.attn.output.tokens"}
+        self.check_steps(forward, small, params, inputs)
+
+    def test_blocks_may_give_another_dtype_than_the_first_one_takes(self):
+        forward, params, inputs = self.pair(_halved)
+        small, _ = scan_blocks()(forward, params)
+        state = small.init(params, *inputs)
+        assert set(state) == {"blocks.0.attn.output.tokens", "blocks.1:3.attn.output.tokens"}
+        text = str(jax.make_jaxpr(lambda state: small(params, state, *inputs)[0])(state))
+        plain = forward.init(params, *inputs)
+        plain = str(jax.make_jaxpr(lambda state: forward(params, state, *inputs)[0])(plain))
+        assert text.count("scan[") == plain.count("scan[") + 1
+        insisting, _ = scan_blocks("blocks")(forward, params)
+        with pytest.raises(
+            ValueError, match=r"blocks cannot be scanned: its blocks take .*float32"
+        ):
+            insisting.init(params, *inputs)
+
+    def test_calibrations_take_the_state_of_the_scanned_forward(self):
+        forward, params, inputs = self.pair()
+        small, _ = scan_blocks()(forward, params)
+
+        @jax.jit
+        def look(forward, params):
+            _, state = forward(params, forward.init(params, *inputs), *inputs, step=jnp.int32(0))
+            options = {"pattern": r"blocks\.1", "step": jnp.int32(1)}
+            return capture.tap(forward, params, inputs, state=state, **options)
+
+        check_close(look(small, params), look(forward, params))
+
+    def test_a_state_may_have_the_name_of_a_parameter(self):
+        def counting(module, context):
+            for layer in range(3):
+                wrap(module, f"blocks.{layer}.norm1", Counting)
+
+        forward, params, inputs = _llama()
+        small, stacked = scan_blocks(stack=True)(forward.patch(counting), params)
+        state = small.init(stacked, *inputs)
+        out, state = jax.jit(lambda params, state: small(params, state, *inputs))(stacked, state)
+        check_close(out, call(forward, params, inputs))
+        chex.assert_trees_all_equal(*state.values(), jnp.ones((3, 16)))
+
+
 class TestRuns:
+    def test_a_fixed_step_is_the_one_that_is_looked_at(self):
+        subject = testing.tiny_dit(num_layers=3)
+        plan = TestMethods().plan(subject, ["FULL", "AST"], ["FULL", "AST"], ["FULL", "FULL"])
+        forward, params = dit_fast_attn.transform(plan)(subject.forward, subject.params)
+        inputs = _dit()[2]
+        assert len(find_runs(forward, params, *inputs)) == 1
+        runs = find_runs(forward.at(1), params, *inputs)
+        assert [(run.start, run.stop) for run in runs] == [(0, 2), (2, 3)]
+
+    def test_a_stack_that_must_be_one_run_may_decode(self):
+        subject = testing.tiny_llama(num_layers=2)
+        transform = kivi.transform(kivi.METHOD.ladder(subject)[-1])
+        forward, params = transform(subject.forward, subject.params)
+        small, _ = scan_blocks("blocks")(forward, params)
+        run = jax.jit(subject.sampler)
+        key = jax.random.key(0)
+        check_close(run(small, params, subject.cond, key), run(forward, params, subject.cond, key))
+
     def test_a_window_cuts_a_run(self):
         subject = testing.tiny_llama(
             num_layers=4, window=6, window_layers=(False, False, True, True)
@@ -269,6 +416,14 @@ class TestParameters:
         assert given["blocks"]["1"]["attn"]["to_q"]["kernel"].is_deleted()
         chex.assert_trees_all_equal(unstack_params(stacked), params)
 
+    def test_arrays_of_numpy_are_stacked_and_not_given_up(self):
+        forward, params, _ = _dit()
+        given = jax.device_get(params)
+        chex.assert_trees_all_equal(
+            unstack_params(stack_params(forward, given, donate=True)), params
+        )
+        chex.assert_trees_all_equal(given, params)
+
     def test_wrong_stacks_are_refused(self):
         forward, params, inputs = _dit()
         stacked = stack_params(forward, params)
@@ -284,6 +439,15 @@ class TestParameters:
         transform = round_to_nearest.transform(round_to_nearest.uniform(4))
         with pytest.raises(ValueError, match=r"apply methods before scan_blocks\(stack=True\)"):
             transform(forward, stack_params(forward, params))
+
+    def test_fitting_and_reordering_take_weights_by_layer(self):
+        forward, params, inputs = _llama()
+        stacked = stack_params(forward, params)
+        with pytest.raises(ValueError, match=r"apply methods before scan_blocks\(stack=True\)"):
+            gptq.fit(gptq.uniform(4), forward, stacked, [inputs], progress=False)
+        plan = moa.METHOD.ladder(testing.tiny_llama(num_layers=3))[-1]
+        with pytest.raises(ValueError, match=r"order_heads takes weights by layer"):
+            moa.order_heads(plan, forward, stacked, tokens=20)
 
     def test_saving_takes_no_notice(self, tmp_path):
         forward, params, _ = _dit()
@@ -329,6 +493,12 @@ class TestNames:
         assert Range.of("blocks.2.attn.k") is None
         assert Range.of("blocks.3:3.k") is None
         assert Range("blocks.", 0, 2, ".k").names == ("blocks.0.k", "blocks.1.k")
+
+    def test_new_values_take_the_place_of_the_same_layers(self):
+        old, two = jnp.zeros((3, 2)), jnp.ones((2, 2))
+        assert list(updated({"b.0:3.k": old, "x": old}, {"b.0:3.k": old})) == ["x", "b.0:3.k"]
+        assert set(updated({"b.0:3.k": old}, {"b.1:3.k": two})) == {"b.0.k", "b.1:3.k"}
+        assert set(updated({"b.0.k": old, "b.1.k": old}, {"b.1:3.k": two})) == {"b.0.k", "b.1:3.k"}
 
     def test_pieces_are_known_and_collected(self):
         stacks, whole = Stacks(), jnp.arange(6.0).reshape(3, 2)

@@ -26,7 +26,8 @@ class Scan(NamedTuple):
 
     Attributes:
         path: of the stack in its model.
-        whole: whether it is an error if all its blocks are not one run.
+        whole: whether it is an error if all its blocks are not one run, in a call that no patch
+            keeps out of runs.
     """
 
     path: str
@@ -93,8 +94,8 @@ class _Block:
         for path, state in self.states.items():
             name = ".".join(str(part) for part in path if part != "inner")
             state.set_metadata(path=f"{scan.path}.{run.start}:{run.stop}.{name}")
-            if run.stop - run.start > 1 and not self._apart(path):
-                state.set_metadata(run=(scan.path, run.start, run.stop))
+            together = run.stop - run.start > 1 and not self._apart(path)
+            state.set_metadata(run=(scan.path, run.start, run.stop) if together else None)
 
     def _apart(self, path: tuple) -> bool:
         """Whether a state keeps a name for each layer, as its wrapper says."""
@@ -147,7 +148,7 @@ def run_blocks(
     """
     blocks = list(map(_Block, modules))
     runs = _runs(scan.path, blocks, first)
-    if scan.whole and len(runs) > 1:
+    if scan.whole and len(runs) > 1 and not any(block.alone for block in blocks):
         raise ValueError(
             f"{scan.path} cannot be scanned as one: {runs[1].differs}. Leave out the name to scan "
             f"the runs of equal blocks, of which there are {len(runs)}."
@@ -159,18 +160,25 @@ def run_blocks(
 
 def _run(scan: Scan, run: Run, blocks: Sequence[_Block], x: PyTree, conditioning: tuple) -> PyTree:
     _unite(blocks)
-    for block in blocks:
-        block.name_states(scan, run)
     creating = any(state.get_metadata("creating") for state in blocks[0].states.values())
-    if len(blocks) > 1:
+    while len(blocks) > 1:
+        for block in blocks:
+            block.name_states(scan, run)
         try:
             return (_shape if creating else _scan)(blocks, x, conditioning)
         except _Reshaped as change:
             if scan.whole:
                 raise ValueError(f"{scan.path} cannot be scanned: {change}") from None
-    for block in blocks:
-        x = block.module(x, *conditioning)
-    return x
+        # What the first one gives may be what all others take and give.
+        x = _alone(scan, run, blocks[0], x, conditioning)
+        run, blocks = run._replace(start=run.start + 1), blocks[1:]
+    return _alone(scan, run, blocks[0], x, conditioning)
+
+
+def _alone(scan: Scan, run: Run, block: _Block, x: PyTree, conditioning: tuple) -> PyTree:
+    """Call the first block of a run by itself."""
+    block.name_states(scan, run._replace(stop=run.start + 1))
+    return block.module(x, *conditioning)
 
 
 def _unite(blocks: Sequence[_Block]) -> None:
