@@ -53,7 +53,8 @@ def scan_blocks(*stacks: str, stack: bool = False) -> Callable[[Forward, Params]
 
     Returns:
         A function (forward, params) -> (forward, params). Calls of its forward raise ValueError if
-        a named stack is not one run; the message says which block differs, and in what.
+        a named stack is not one run; the message says which block differs, and in what. Calls that
+        append to a KV cache are never scanned, and no error.
     """
 
     def transform(forward: Forward, params: Params) -> Pair:
