@@ -24,7 +24,7 @@ from converters.weights import Leaf, open_weights
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.parallel import leaf_sharding
 from effjax.quant import QTensor
-from effjax.scanning import describe_runs, example_runs, unstack_params
+from effjax.scanning import describe_runs, example_runs, unscanned, unstack_params
 from effjax.storage import (
     FLOATS,
     Spec,
@@ -179,6 +179,7 @@ def save_pretrained(
     Raises:
         ValueError: for a compressed model, parameters that do not fit, or an occupied `dst`.
     """
+    forward = unscanned(forward)
     if forward.patches or METHODS in params:
         raise ValueError("checkpoints of this layout hold no patches or methods; use effjax.save")
     forward.module(params)  # names every parameter that does not fit

@@ -13,6 +13,7 @@ from jax import export
 from jax.sharding import NamedSharding
 
 import effjax
+from converters import from_pretrained, save_pretrained
 from effjax import capture, recipe, testing
 from effjax.context import State, Step, switch
 from effjax.cost import sampler_cost
@@ -454,6 +455,14 @@ class TestParameters:
         recipe.save(tmp_path / "model", *scan_blocks(stack=True)(forward, params))
         loaded, weights = effjax.load(tmp_path / "model")
         assert loaded == forward
+        chex.assert_trees_all_equal(weights, params)
+
+    def test_checkpoints_take_no_notice(self, tmp_path):
+        forward, params, _ = _llama()
+        scanned = scan_blocks(stack=True)(forward, params)
+        save_pretrained(*scanned, tmp_path / "model", progress=False)
+        again, weights = from_pretrained(tmp_path / "model")
+        assert again.config.num_layers == 3
         chex.assert_trees_all_equal(weights, params)
 
     def test_transforms_can_be_repeated(self):
