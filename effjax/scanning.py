@@ -87,7 +87,12 @@ def find_runs(forward: Forward, params: Params, *inputs: PyTree, **options: Any)
         module = first.patched(params, inputs, **arguments)
         for target in target_modules(module, Stack):
             assert isinstance(target.module, Stack)
-            found.extend(runs_of(target.path, list(target.module)))
+            blocks = list(target.module)
+            if target.module.scans:
+                found.extend(runs_of(target.path, blocks))
+            else:
+                why = "the model reads what every block gives"
+                found.extend(Run(target.path, i, i + 1, why) for i in range(len(blocks)))
 
     jax.eval_shape(trace, params, inputs, jax.ShapeDtypeStruct((), jnp.int32))
     return found
@@ -139,6 +144,11 @@ class ScanBlocks:
         for path in self.stacks or found:
             stack = found[path]
             assert isinstance(stack, Stack)
+            if not stack.scans and self.stacks:
+                raise ValueError(
+                    f"{path} cannot be scanned: {type(module).__name__} reads what each of its "
+                    f"blocks gives. Leave out the name."
+                )
             stack.scan = Scan(path, bool(self.stacks))
 
 

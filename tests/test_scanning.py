@@ -20,11 +20,13 @@ from effjax.cost import sampler_cost
 from effjax.forward import abstract, flatten_params
 from effjax.layers.stack import Stack
 from effjax.methods import dit_fast_attn, gptq, kivi, moa, round_to_nearest, snap_kv
+from effjax.models.clip import CLIPText, CLIPTextConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.parallel.sharding import device_mesh, shard, tensor_parallel
 from effjax.samplers import Sampler
 from effjax.scanning import (
     describe_runs,
+    example_runs,
     find_runs,
     scan_blocks,
     stack_params,
@@ -395,6 +397,20 @@ class TestRuns:
         small, _ = scan_blocks("layers")(forward, params)
         with pytest.raises(ValueError, match=r"no stacks \['layers'\].* has \['blocks'\]"):
             call(small, params, inputs)
+
+
+def test_models_that_read_every_block_are_not_scanned():
+    """CLIP returns all hidden states."""
+    sizes = {"vocab_size": 30, "hidden_size": 8, "intermediate_size": 16}
+    config = CLIPTextConfig(**sizes, num_layers=2, num_heads=2)
+    forward, shapes = abstract(CLIPText, config)
+    runs = example_runs(forward, shapes)
+    assert describe_runs(runs) == (
+        "blocks: 2 blocks, 2 programs\n  from 1: the model reads what every block gives"
+    )
+    small, params = scan_blocks("blocks")(forward, testing.random_params(shapes))
+    with pytest.raises(ValueError, match=r"CLIPText reads what each of its blocks gives\. Leave"):
+        call(small, params, (jnp.ones((1, 4), jnp.int32),))
 
 
 class TestParameters:

@@ -15,12 +15,16 @@ class Stack(nnx.List):
 
     Attributes:
         streams: names of the streams that flow through, if `x` is a dictionary of tokens.
+        scans: False if the model calls the blocks itself, because it reads what each of them gives:
+            such a stack is never scanned.
         scan: how runs of equal blocks are scanned; None to trace every block.
     """
 
-    def __init__(self, blocks: Iterable[nnx.Module], *, streams: tuple[str, ...] = ()):
+    def __init__(
+        self, blocks: Iterable[nnx.Module], *, streams: tuple[str, ...] = (), scans: bool = True
+    ):
         super().__init__(blocks)
-        self.streams = streams
+        self.streams, self.scans = streams, scans
         self.scan: Scan | None = None
 
     def __call__(self, x: PyTree, *conditioning: PyTree) -> PyTree:

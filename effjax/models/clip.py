@@ -121,7 +121,8 @@ class CLIPText(Model):
         init = nnx.initializers.normal(0.02)
         self.embed_tokens = nnx.Param(init(rngs.params(), (config.vocab_size, hidden_size), dtype))
         self.positions = nnx.Param(init(rngs.params(), (config.max_positions, hidden_size), dtype))
-        self.blocks = Stack([CLIPBlock(config, rngs=rngs) for _ in range(config.num_layers)])
+        blocks = [CLIPBlock(config, rngs=rngs) for _ in range(config.num_layers)]
+        self.blocks = Stack(blocks, scans=False)  # all their outputs are returned
         self.norm = AffineLayerNorm(hidden_size, eps=config.norm_eps, param_dtype=dtype)
         self.proj = (
             None
