@@ -240,9 +240,11 @@ def test_compiles_for_tpus(compile_for_tpu, case):
 
 @pytest.mark.parametrize("values", [None, "int8", "float8"])
 def test_lowers_for_gpus(lower_for_gpu, values):
+    """Casts to float8 are for Hopper: JAX 0.12 refuses them for an A100."""
     x = jax.ShapeDtypeStruct((1, 17776, 8, 64), jnp.bfloat16)
-    program = lower_for_gpu(jax.jit(partial(quantized_attention, values=values)), x, x, x)
-    assert "triton" in program
+    kind = {"kind": "NVIDIA H100 80GB HBM3"} if values == "float8" else {}
+    attend = jax.jit(partial(quantized_attention, values=values))
+    assert "triton" in lower_for_gpu(attend, x, x, x, **kind)
 
 
 @pytest.mark.parametrize(
