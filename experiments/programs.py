@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.one:
         print(json.dumps(compiled(arguments.one[0], arguments.one[1], arguments.chip)))
         return
+    options = sys.argv[1:] if argv is None else argv
     rows: list[dict[str, Any]] = []
     running: list[dict[str, Any]] = []
     where = ["--chip", arguments.chip] if arguments.chip else []
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         report.write(
             f"programs_{arguments.chip or 'cpu'}",
             title=f"Equal blocks in one program, {arguments.chip or 'CPU'}",
-            command="python -m experiments.programs" + "".join(f" {part}" for part in where),
+            command=" ".join(["python -m experiments.programs", *options]),
             compiling=rows,
             **({"running_narrower_models": running} if running else {}),
         )
