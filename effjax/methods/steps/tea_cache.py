@@ -3,8 +3,8 @@
     s: input of the first block after norm and modulation
     sum += poly(rel(s, s of the call before));   compute if sum >= threshold, then sum = 0
 
-The first and the last call compute. The polynomial turns a change of inputs into one of outputs; it
-is fitted for a model, `FLUX` holds the released one.
+The first and the last call compute. The polynomial turns a change of inputs into one of outputs and
+belongs to a model: `FLUX` holds the released one, fitting another is not here yet.
 
 Static: nothing. Dynamic: which calls compute. Cost: (computed share) x dense + the modulation of
 one block; state: s, and what the blocks add.
