@@ -7,7 +7,7 @@ from typing import Any
 
 from converters.family import Family, Json, Keys, read_keys, require, write_keys
 from converters.names import Rule, Table, affine
-from converters.sd3 import PREFIXES, conditions, count, dual_block, fused
+from converters.sd3 import conditions, count, dual_block, fused, originals
 from effjax.models.flux import Flux, FluxConfig
 from effjax.storage import Shape
 
@@ -126,13 +126,11 @@ def _original(prefix: str) -> Table:
     return Table(tuple(rules), infer=infer, stem="model")
 
 
-ORIGINAL = {"original" if not prefix else "all-in-one": _original(prefix) for prefix in PREFIXES}
-
 FAMILY = Family(
     class_name="FluxTransformer2DModel",
     model=Flux,
     config=FluxConfig,
     read_config=read_config,
     write_config=write_config,
-    tables={"diffusers": DIFFUSERS, **ORIGINAL},
+    tables={"diffusers": DIFFUSERS, **originals(_original)},
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from converters.family import Family, Json, Keys, read_keys, require, write_keys
@@ -99,8 +99,6 @@ DIFFUSERS = Table(
     ),
 )
 
-PREFIXES = ("", "model.diffusion_model.")  # of the original code's files, and of all-in-one files
-
 
 def fused(source: str, target: str, parts: int = 3) -> tuple[Rule, ...]:
     """The rules of queries, keys and values in one matrix."""
@@ -171,7 +169,10 @@ def count(names: Mapping[str, Any], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)})
 
 
-ORIGINAL = {"original" if not prefix else "all-in-one": _original(prefix) for prefix in PREFIXES}
+def originals(table: Callable[[str], Table]) -> dict[str, Table]:
+    """The original code's layout alone, and in one file with other models, by its name."""
+    return {"original": table(""), "all-in-one": table("model.diffusion_model.")}
+
 
 FAMILY = Family(
     class_name="SD3Transformer2DModel",
@@ -179,5 +180,5 @@ FAMILY = Family(
     config=SD3Config,
     read_config=read_config,
     write_config=write_config,
-    tables={"diffusers": DIFFUSERS, **ORIGINAL},
+    tables={"diffusers": DIFFUSERS, **originals(_original)},
 )

@@ -12,7 +12,6 @@ from flax import nnx
 from effjax import testing
 from effjax.calibration import Trajectory
 from effjax.context import states
-from effjax.cost import sampler_cost
 from effjax.layers.stack import Stack
 from effjax.methods import even_steps, fb_cache, mag_cache, tea_cache
 from effjax.methods.steps.cached import CachedStack, StepCaching, image_of, relative
@@ -131,7 +130,6 @@ def test_a_signal_that_stays_computes_the_first_and_last_call():
     subject = testing.tiny_dit(steps=5)
     plan = tea_cache.TeaCachePlan(threshold=1e-9, steps=5, coefficients=(0.0,))
     forward, params = tea_cache.transform(plan)(subject.forward, subject.params)
-    costs = sampler_cost(subject.sampler, forward, params, subject.cond, branch="max")
     sampler = subject.sampler
     uncond = sampler.unconditional(forward, subject.cond)
     carry, kept = sampler.init(forward, params, subject.cond, jax.random.key(0)), []
@@ -140,7 +138,6 @@ def test_a_signal_that_stays_computes_the_first_and_last_call():
         carry = sampler.step(forward, params, carry, subject.cond, uncond, step)
         kept.append(np.array_equal(before, carry.state["blocks.series.0.tokens"]))
     assert kept == [False, True, True, True, False]
-    assert costs.flops > 0
 
 
 def test_streams_are_kept_apart():
