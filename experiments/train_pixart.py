@@ -63,27 +63,48 @@ TINY_T5 = T5Config(
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, in lower case as PixArt reads captions."""
+def tokenizer(begin: str | None = None, end: str = "</s>") -> PreTrainedTokenizerFast:
+    """One token per word, in lower case as PixArt reads captions.
+
+    Args:
+        begin: token in front of every text; None for none.
+        end: token behind it. In a vocabulary with a beginning it is the last, as CLIP has it.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     words = " ".join((*glyphs.COLORS, *glyphs.PLACES, *glyphs.CLASSES, "a at the")).lower().split()
-    vocabulary = ["<pad>", "</s>", "<unk>", *dict.fromkeys(words)]
-    inner = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    first, last = (
+        (["<pad>", end, "<unk>"], []) if begin is None else (["<pad>", "<unk>"], [begin, end])
     )
+    vocabulary = [*first, *dict.fromkeys(words), *last]
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    inner = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [each for each in (begin, end) if each is not None]
     inner.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
+        single=f"{begin or ''} $A {end}".strip(),
+        special_tokens=[(each, numbers[each]) for each in ends],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
         pad_token="<pad>",
-        eos_token="</s>",
+        bos_token=begin,
+        eos_token=end,
         unk_token="<unk>",
         model_max_length=LENGTH,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Write a tokenizer with its class by the name that every version of transformers knows."""
+    tokenizer.save_pretrained(path)
+    described = path / "tokenizer_config.json"
+    written = {
+        **json.loads(described.read_text()),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_json(described, written)
 
 
 def from_class_conditional(forward: Forward, params: Params) -> Params:
@@ -200,14 +221,7 @@ def export(
             small = training.bfloat16(params)
             layout = {"transformer": "diffusers", "text_encoder": "transformers"}[name]
             converters.save_pretrained(forward, small, new / name, layout=layout, progress=False)
-        tokenizer().save_pretrained(new / "tokenizer")
-        described = new / "tokenizer/tokenizer_config.json"
-        # The class by the name that every version of transformers knows.
-        written = {
-            **json.loads(described.read_text()),
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
-        write_json(described, written)
+        save_tokenizer(tokenizer(), new / "tokenizer")
         write_json(new / "model_index.json", index)
         (new / "scheduler").mkdir()
         schedule = FlowMatchEuler(steps=20)
