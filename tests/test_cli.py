@@ -76,6 +76,12 @@ def test_search_sample_bench(capsys, folder, tmp_path):
         "003_1.png",
     ]
 
+    asked = ("--labels", "1", "--steps", 4, "--strength", 0.5, "-o", tmp_path / "changed")
+    _, changed, _ = run(capsys, "sample", folder, *asked, "--image", figures["files"][0])
+    status, other, _ = run(capsys, "sample", folder, *asked, "--image", figures["files"][2])
+    assert status == 0
+    assert len(changed["files"]) == len(other["files"]) == 1
+
     status, figures, _ = run(capsys, "info", fast)
     assert figures["methods"] == ["dit_fast_attn"]
 

@@ -84,6 +84,14 @@ def t5(tokenizer):
     return transformers.T5EncoderModel(config).eval()
 
 
+def certain(vae):
+    """A VAE whose latents have next to no variance, so that a sample of them is their mean."""
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[4:] = 0
+        vae.encoder.conv_out.bias[4:] = -30
+    return vae
+
+
 def randomized(model):
     with torch.no_grad():
         for path, value in model.named_parameters():
@@ -114,7 +122,7 @@ def sd3(folder, with_t5):
     return diffusers.StableDiffusion3Pipeline(
         transformer=randomized(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=randomized(diffusers.AutoencoderKL(**VAE)),
+        vae=certain(randomized(diffusers.AutoencoderKL(**VAE))),
         text_encoder=clip(one, True),
         tokenizer=one,
         text_encoder_2=clip(one, True),
@@ -143,7 +151,7 @@ def flux(folder, guidance_embeds):
     return diffusers.FluxPipeline(
         transformer=randomized(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**dynamic),
-        vae=randomized(diffusers.AutoencoderKL(**VAE)),
+        vae=certain(randomized(diffusers.AutoencoderKL(**VAE))),
         text_encoder=clip(one, False),
         tokenizer=one,
         text_encoder_2=t5(other),
@@ -195,9 +203,86 @@ def test_images_equal_those_of_diffusers(released):
         progress=False,
         **ours,
     )
-    images = [np.round(255 * np.asarray(each)).astype(int) for each in (got, wanted.images)]
+    same_images(got, wanted.images)
+
+
+def same_images(got, wanted):
+    images = [np.round(255 * np.asarray(each)).astype(int) for each in (got, wanted)]
     assert images[0].std() > 5
     assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_images_of_images_equal_those_of_diffusers(released):
+    """Two of four steps change an image; the noise is drawn behind that of the VAE."""
+    theirs, folder = released
+    pipe = effjax.pipeline(folder, **QUIET)
+    is_flux = pipe.forward.model.__name__ == "Flux"
+    name = "FluxImg2ImgPipeline" if is_flux else "StableDiffusion3Img2ImgPipeline"
+    changing = getattr(diffusers, name)(**theirs.components)
+    changing.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    _, noise = (torch.randn((1, 4, 8, 12), generator=generator) for _ in range(2))
+    image = np.random.default_rng(1).random((16, 24, 3)).astype(np.float32)
+    options: dict[str, Any] = {"height": 16, "width": 24, "num_inference_steps": 4}
+    options |= {"strength": 0.5, "output_type": "np", "guidance_scale": 3.5}
+    reader = theirs.tokenizer_2 if is_flux else theirs.tokenizer_3
+    length = {} if reader is None else {"max_sequence_length": reader.model_max_length}
+    if is_flux and not pipe.forward.config.guidance_embeds:
+        del options["guidance_scale"]
+    wanted = changing(
+        prompt="a red glyph",
+        image=torch.tensor(image.transpose(2, 0, 1))[None],
+        generator=torch.Generator().manual_seed(0),
+        **options,
+        **length,
+    ).images
+    asked: dict[str, Any] = {"key": jax.random.key(0), "progress": False, **options, "image": image}
+    got = pipe("a red glyph", latents=noise.numpy().transpose(0, 2, 3, 1), **asked)
+    same_images(got, wanted)
+    with pytest.raises(ValueError, match=r"above 0 and at most 1, got 0\.0"):
+        pipe("a", **{**asked, "strength": 0.0})
+    with pytest.raises(ValueError, match="how much of an image to change: give image="):
+        pipe("a", **{**asked, "image": None})
+    with pytest.raises(ValueError, match=r"PIL image or an array \[16, 24, 3\]"):
+        pipe("a", **{**asked, "image": image[:8]})
+    with pytest.raises(ValueError, match=r"values in 0 ... 1, got -0.99"):
+        pipe("a", **{**asked, "image": 2 * image - 1})
+
+
+def test_every_encoder_may_read_a_prompt_of_its_own(released):
+    """prompt_2, prompt_3, their negative ones and the number of tokens, as in diffusers."""
+    theirs, folder = released
+    pipe = effjax.pipeline(folder, **QUIET)
+    is_flux = pipe.forward.model.__name__ == "Flux"
+    noise = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    options: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2}
+    options |= {"prompt_2": "a blue b", "negative_prompt": "b", "negative_prompt_2": "red"}
+    options |= {"max_sequence_length": 6, "output_type": "np"}
+    given = torch.tensor(noise.transpose(0, 3, 1, 2))
+    if is_flux:
+        given = diffusers.FluxPipeline._pack_latents(given, 1, 4, 8, 8)
+        options["true_cfg_scale"] = 2.0
+    else:
+        options |= {"prompt_3": "on a", "negative_prompt_3": "glyph", "guidance_scale": 3.0}
+    wanted = theirs(prompt="a red glyph", latents=given, **options).images
+    asked: dict[str, Any] = {"key": jax.random.key(0), "progress": False, "latents": noise}
+    same_images(pipe("a red glyph", **asked, **options), wanted)
+    with pytest.raises(ValueError, match="at most 512 tokens for a"):
+        pipe("a", **asked, **{**options, "max_sequence_length": 513})
+    with pytest.raises(ValueError, match="prompt_2 must be one for all prompts"):
+        pipe("a", **asked, **{**options, "prompt_2": ["a", "b"]})
+    if is_flux:
+        options |= {"negative_prompt": None, "negative_prompt_2": None}
+        with pytest.raises(ValueError, match="from a negative prompt: give negative_prompt"):
+            pipe("a", **asked, **options)
+        with pytest.raises(ValueError, match="has no text_encoder_3: leave out prompt_3"):
+            pipe("a", **asked, prompt_3="a", height=16, width=16)
+    else:
+        with pytest.raises(ValueError, match="one scale of guidance: give guidance_scale"):
+            pipe("a", **asked, **options, true_cfg_scale=2.0)
+        if pipe.text_encoder_3 is None:
+            with pytest.warns(UserWarning, match="no text encoder reads the end of a prompt"):
+                pipe("glyph " * 40, **asked, **{**options, "num_inference_steps": 1})
 
 
 def test_pipelines_come_back_from_disk(released, tmp_path):

@@ -279,11 +279,14 @@ def test_shifts_by_size_follow_the_size(text_pipe):
 def test_captions_are_remembered(text_pipe, monkeypatch):
     fresh = dataclasses.replace(text_pipe)
     read = []
-    encode = pipelines.TextToImagePipeline._encode
+    encode = pipelines.TextToImagePipeline._each
     monkeypatch.setattr(
         pipelines.TextToImagePipeline,
-        "_encode",
-        lambda self, prompts: (read.append(list(prompts)), encode(self, prompts))[1],
+        "_each",
+        lambda self, keys, lengths: (
+            read.append([key[0] for key in keys]),
+            encode(self, keys, lengths),
+        )[1],
     )
     first = fresh.encode(["a red a", "", "a red a"])
     second = fresh.encode(["", "a red a", "a 7"])

@@ -155,6 +155,8 @@ def _running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     _pipeline_arguments(sample)
     condition_arguments(sample, "to generate")
     sample.add_argument("--negative-prompt", help="what to lead away from, of text to image")
+    sample.add_argument("--image", type=Path, help="file of an image to change")
+    sample.add_argument("--strength", type=float, help="share of the steps that change it")
     sample.add_argument("--images-per-prompt", type=COUNT, default=1, help="or per label")
     sample.add_argument("-o", "--output", type=Path, default=Path("images"))
 

@@ -6,9 +6,11 @@ import argparse
 import csv
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+from PIL import Image
 
 import effjax
 from effjax.pipelines import PromptPipeline, TextPipeline
@@ -42,6 +44,10 @@ def sample(arguments: argparse.Namespace) -> Figures:
         if not isinstance(pipe, PromptPipeline):
             raise ValueError("this pipeline is conditioned on classes: leave out --negative-prompt")
         options["negative_prompt"] = arguments.negative_prompt
+    if arguments.image is not None:
+        options["image"] = _image(arguments.image)
+    if arguments.strength is not None:
+        options["strength"] = arguments.strength
     each = arguments.images_per_prompt
     key = jax.random.key(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -55,6 +61,15 @@ def sample(arguments: argparse.Namespace) -> Figures:
         more = {"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}
         frames[0].save(files[-1], **more)
     return {"files": files}, "\n".join(files)
+
+
+def _image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--image {path} is no image that can be read: {error}") from None
 
 
 def generate(arguments: argparse.Namespace) -> Figures:

@@ -14,7 +14,7 @@ import numpy as np
 from effjax.fields import naming
 from effjax.pipelines import arguments
 from effjax.pipelines.base import INDEX, runs_executables
-from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline
+from effjax.pipelines.diffusion import STRENGTH, Images, OnStepEnd, OutputType, Pipeline
 from effjax.pipelines.labels import check_names, index_of, read_names
 from effjax.pipelines.loading import Components
 
@@ -57,6 +57,8 @@ class ClassConditionalPipeline(Pipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         latents: jax.Array | np.ndarray | None = None,
+        image: Any = None,
+        strength: float | None = None,
         output_type: OutputType = "pil",
         progress: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
@@ -74,6 +76,10 @@ class ClassConditionalPipeline(Pipeline):
                 else of the family (4.0).
             latents: unit noise [images, H, W, C] to start from, in place of the key's. The schedule
                 scales it as it would its own.
+            image: image to change, in place of starting from noise alone: a PIL image, which is
+                resized, or an array [H, W, C] of uint8 or floats in 0 ... 1; one for all, or one
+                for each image that is made.
+            strength: share of the steps that change it, above 0 and at most 1; None is 0.6.
             output_type: "pil" for PIL images, "np" for float32[images, H, W, 1 or 3] in 0 ... 1,
                 "latent" for the samples float32[images, H, W, C] before they are decoded.
             progress: show a bar over the steps.
@@ -91,13 +97,19 @@ class ClassConditionalPipeline(Pipeline):
             TypeError: if `key` is not a key.
         """
         asked = arguments.listed("labels", labels)
+        sampler = self.sampler(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            strength=STRENGTH if strength is None and image is not None else strength,
+        )
         return self._generate(
-            self.sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
+            sampler,
             len(asked),
             lambda: self.conditions(asked),
             key=key,
             repeats=num_images_per_prompt,
             latents=latents,
+            image=image,
             output_type=output_type,
             progress=progress,
             callback_on_step_end=callback_on_step_end,

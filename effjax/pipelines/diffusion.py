@@ -21,7 +21,7 @@ from effjax.forward import Forward, Params
 from effjax.pipelines import arguments
 from effjax.pipelines.base import SCHEDULER, BasePipeline
 from effjax.pipelines.family import DiffusionFamily, Size, image_tokens
-from effjax.pipelines.images import finished
+from effjax.pipelines.images import finished, prepared
 from effjax.pipelines.loading import Components
 from effjax.recipe import RECIPE
 from effjax.samplers import Sampler, Schedule, check_keys
@@ -32,6 +32,8 @@ OutputType = Literal["pil", "np", "latent"]
 Images = list[Image.Image] | np.ndarray | jax.Array
 Conditions = Callable[[], tuple[PyTree, PyTree]]
 
+STRENGTH = 0.6
+"""Share of the steps that change a given image, unless a call says another (diffusers' too)."""
 _PIXELS = (1, 3)  # channels of a model that needs no VAE
 
 
@@ -103,6 +105,8 @@ class Pipeline(BasePipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
+        true_cfg_scale: float | None = None,
+        strength: float | None = None,
     ) -> Sampler:
         """Make the sampler that a call uses.
 
@@ -114,11 +118,14 @@ class Pipeline(BasePipeline):
             height, width: size of the images in pixels, for models that take several sizes. None
                 takes the size that the model was made for.
             num_frames: number of frames of a video, likewise.
+            true_cfg_scale: of classifier-free guidance, for a model that is told its guidance scale
+                and has this one besides (FLUX); None for none.
+            strength: share of the steps that change a given image; None to begin with noise.
 
         Raises:
             ValueError: for a height or width that is not a whole number of patches, for steps that
-                are not a whole number of at least 1, and for a scale that is not finite or is below
-                0.
+                are not a whole number of at least 1, for a scale that is not finite or is below 0,
+                and for a `true_cfg_scale` that the family does not take.
         """
         steps = (
             self._planned("calls", self.family.steps)
@@ -135,8 +142,18 @@ class Pipeline(BasePipeline):
             tokens=image_tokens(config, shape),
             **self.family.schedule,
         )
-        guided = 1.0 if self.family.embed_guidance is not None else scale
-        return Sampler(schedule, guided, self.family.arrangement, shape)
+        if strength is not None:
+            schedule = schedule.from_strength(arguments.scale("strength", strength))
+        if self.family.embed_guidance is not None:
+            scale = arguments.scale(
+                "true_cfg_scale", 1 if true_cfg_scale is None else true_cfg_scale
+            )
+        elif true_cfg_scale is not None:
+            raise ValueError(
+                f"a {self.family.name} has one scale of guidance: give guidance_scale, leave out "
+                f"true_cfg_scale"
+            )
+        return Sampler(schedule, scale, self.family.arrangement, shape)
 
     def guidance_scale(self, given: float | None = None) -> float:
         """The guidance scale of a call: the given one, else the plan's, else the family's.
@@ -150,6 +167,17 @@ class Pipeline(BasePipeline):
     def decode(self, x: jax.Array) -> jax.Array:
         """Decode samples [B, ...] into images or videos, float32 in about -1 ... 1."""
         return x if self.vae is None else _decode(self.family.decode, *self.vae, x)
+
+    def encode_images(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """Encode images [B, H, W, C] or videos in -1 ... 1 into samples [B, ...], to change them.
+
+        Raises:
+            ValueError: for a VAE that was loaded without an encoder.
+        """
+        if self.vae is None:
+            return jnp.asarray(images)
+        run = functools.partial(_encode, self.family.encode, *self.vae)
+        return by_parts(run, self.buckets, images)
 
     def component(self, name: str) -> Any:
         if name == self.family.vae:
@@ -167,6 +195,7 @@ class Pipeline(BasePipeline):
         key: jax.Array,
         repeats: Any,
         latents: jax.Array | np.ndarray | None,
+        image: Any,
         output_type: str,
         progress: bool,
         callback_on_step_end: OnStepEnd | None,
@@ -185,6 +214,10 @@ class Pipeline(BasePipeline):
         check_keys(key, count)
         if latents is not None:
             latents = sampler.given_noise(self.forward, count, latents)
+        if image is not None:
+            image = prepared("image", image, count, self._size(sampler))
+        elif sampler.schedule.begin:
+            raise ValueError("strength says how much of an image to change: give image=")
         cond, uncond = conditions()
         if repeats > 1:
             cond, uncond = jax.tree.map(
@@ -198,6 +231,7 @@ class Pipeline(BasePipeline):
             key,
             uncond=uncond,
             noise=latents,
+            image=None if image is None else self.encode_images(image),
             progress=progress,
             callback=callback_on_step_end,
             buckets=self.buckets,
@@ -205,6 +239,16 @@ class Pipeline(BasePipeline):
         outputs = x if output_type == "latent" else by_parts(self.decode, self.buckets, x)
         self._warn_unless_finite((cond, uncond), x, outputs)
         return finished(outputs, output_type)
+
+    def _size(self, sampler: Sampler) -> tuple[int, int, int]:
+        """(H, W, C) of an output."""
+        *sides, channels = sampler.sample_shape(self.forward)
+        if len(sides) > 2:
+            raise ValueError(f"image= is of pipelines of images, a {self.family.name} makes videos")
+        if self.vae is None:
+            return sides[0], sides[1], channels
+        config = self.vae[0].config
+        return sides[0] * config.downscale, sides[1] * config.downscale, config.in_channels
 
     def _warn_unless_finite(
         self, conditions: tuple[PyTree, PyTree], x: jax.Array, outputs: jax.Array
@@ -240,3 +284,10 @@ def _decode(
     decode: Callable[..., jax.Array], forward: Forward, params: Params, latents: jax.Array
 ) -> jax.Array:
     return decode(forward, params, latents)
+
+
+@functools.partial(Program, static_argnums=(0,))
+def _encode(
+    encode: Callable[..., jax.Array], forward: Forward, params: Params, images: jax.Array
+) -> jax.Array:
+    return encode(forward, params, images)

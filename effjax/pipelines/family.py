@@ -91,6 +91,8 @@ class TextEncoder:
         channels: field of the denoiser's configuration that must equal the encoder's `hidden_size`;
             None where the two differ.
         optional: the pipeline works without; `condition` is given None then.
+        longest: tokens that `max_sequence_length` of a call may ask for; None where it says
+            nothing about this encoder.
     """
 
     name: str = "text_encoder"
@@ -101,6 +103,7 @@ class TextEncoder:
     masked: bool = True
     channels: str | None = None
     optional: bool = False
+    longest: int | None = None
 
     @property
     def tokenizer(self) -> str:
@@ -118,7 +121,9 @@ def lower_case(prompt: str) -> str:
     return prompt.lower().strip()
 
 
-def only_condition(encoded: Mapping[str, PyTree], config: Any) -> PyTree:
+def only_condition(
+    encoded: Mapping[str, PyTree], config: Any, lengths: Mapping[str, int]
+) -> PyTree:
     """The condition of a family with one text encoder: what is read from it."""
     (condition,) = encoded.values()
     return condition
@@ -217,6 +222,14 @@ def decode_latents(
     return forward(params, {}, latents)[0]
 
 
+def encode_images(
+    forward: Decoder, params: PyTree, images: Float[Array, "B H W I"]
+) -> Float[Array, "B Y X Z"]:
+    """Latents of images, as diffusion models take them: the mean of what a VAE makes of them."""
+    (mean, _), _ = forward(params, {}, None, images)
+    return mean
+
+
 def decode_frames(
     forward: Decoder, params: PyTree, latents: Float[Array, "B F Y X Z"]
 ) -> Float[Array, "B F H W O"]:
@@ -239,15 +252,17 @@ class DiffusionFamily(PipelineFamily):
         arrangement: of the branches of guidance in a batch, as the checkpoints were made for.
         schedule: fields of the schedule that diffusers' pipeline sets, not scheduler_config.json.
         clean: a prompt before it is tokenized.
-        condition: `condition(encoded, config)`: the condition [B, ...] that the denoiser reads,
-            from what was read of each text encoder by name, and the denoiser's configuration.
+        condition: `condition(encoded, config, lengths)`: the condition [B, ...] that the denoiser
+            reads, from what was read of each text encoder by name, the denoiser's configuration,
+            and the tokens of a prompt for each text encoder, those that are missing included.
         negative: what stands for a negative prompt that nobody gave: a prompt, or a function that
             makes its condition of the prompts' (`zeros_like`).
         embed_guidance: `embed_guidance(condition, scale, config)`: the condition of a model that is
-            given the guidance scale as an input, and is sampled without guidance; None for
-            classifier-free guidance.
+            given the guidance scale as an input, and is sampled without guidance unless a call has
+            a `true_cfg_scale`; None for classifier-free guidance.
         shape: `shape(size, config, vae)`: shape of a sample, see `image_shape`.
         decode: `decode(forward, params, latents)`: outputs in -1 ... 1 from latents [B, ...].
+        encode: `encode(forward, params, outputs)`: its inverse, of the VAE, for image to image.
     """
 
     text_encoders: tuple[TextEncoder, ...] = ()
@@ -257,11 +272,12 @@ class DiffusionFamily(PipelineFamily):
     arrangement: Guidance = dataclasses.field(default=Guidance())
     schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     clean: Callable[[str], str] = stripped
-    condition: Callable[[Mapping[str, PyTree], Any], PyTree] = only_condition
+    condition: Callable[[Mapping[str, PyTree], Any, Mapping[str, int]], PyTree] = only_condition
     negative: str | Callable[[PyTree], PyTree] = ""
     embed_guidance: Callable[[PyTree, float, Any], PyTree] | None = None
     shape: Callable[[Size, Any, Any], tuple[int, ...]] = image_shape
     decode: Callable[[Decoder, PyTree, Array], Array] = decode_latents
+    encode: Callable[[Decoder, PyTree, Array], Array] = encode_images
 
     @property
     def kinds(self) -> dict[str, Kind]:

@@ -1,4 +1,4 @@
-"""Outputs of models of images and videos, as arrays and as PIL images."""
+"""Images and videos as models take and make them, as arrays and as PIL images."""
 
 from __future__ import annotations
 
@@ -46,6 +46,53 @@ def to_pil(images: jax.Array | np.ndarray) -> list[Image.Image]:
     unit = to_unit(images)
     warn_unless_finite("images", jnp.asarray(images), "NaN is drawn black.")
     return draw(unit)
+
+
+def prepared(name: str, given: Any, count: int, size: tuple[int, ...]) -> np.ndarray:
+    """Turn images to change into float32[count, H, W, C] in -1 ... 1.
+
+    Args:
+        name: of the argument, for messages.
+        given: PIL images, which are resized; or arrays [H, W, C] or [N, H, W, C] of that size,
+            uint8, or floats in 0 ... 1 as `output_type="np"` gives them. One for all, or one each.
+        count: how many there must be.
+        size: (H, W, C), with C 1 or 3.
+
+    Raises:
+        ValueError: for another number, shape or kind of values.
+    """
+    height, width, channels = size
+    if isinstance(given, Image.Image):
+        given = [given]
+    if isinstance(given, list | tuple) and all(isinstance(each, Image.Image) for each in given):
+        mode = "L" if channels == 1 else "RGB"
+        drawn = [each.convert(mode) for each in given]
+        resized = [
+            each
+            if each.size == (width, height)
+            else each.resize((width, height), Image.Resampling.LANCZOS)
+            for each in drawn
+        ]
+        pixels = np.stack([np.asarray(each) for each in resized] or [np.empty((0, 0))])
+        pixels = pixels[..., None] if channels == 1 else pixels
+    else:
+        pixels = np.asarray(given)
+    if pixels.dtype == np.uint8:
+        pixels = pixels.astype(np.float32) / 255
+    pixels = pixels[None] if pixels.ndim == 3 else pixels
+    fits = pixels.ndim == 4 and pixels.shape[1:] == size and len(pixels) in (1, count)
+    if not fits or not np.issubdtype(pixels.dtype, np.floating):
+        raise ValueError(
+            f"{name} must be a PIL image or an array {list(size)} of uint8 or floats in 0 ... 1, "
+            f"one for all or {count}; got {pixels.dtype}{list(pixels.shape)}"
+        )
+    if not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise ValueError(
+            f"{name} must have values in 0 ... 1, got {pixels.min():.3g} ... {pixels.max():.3g}; "
+            f"images in -1 ... 1 are (x + 1) / 2 there"
+        )
+    pixels = 2 * pixels.astype(np.float32) - 1
+    return np.broadcast_to(pixels, (count, *size))
 
 
 def finished(outputs: jax.Array, output_type: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from effjax.executables import Program
 from effjax.forward import Forward, Params
 from effjax.pipelines import arguments
 from effjax.pipelines.base import runs_executables
-from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline
+from effjax.pipelines.diffusion import STRENGTH, Images, OnStepEnd, OutputType, Pipeline
 from effjax.pipelines.family import DiffusionFamily, TextEncoder
 from effjax.pipelines.loading import Components
 from effjax.pipelines.recent import Recent
@@ -28,6 +29,8 @@ from effjax.transform import Pair
 _REMEMBERED = 64  # conditions of prompts: 300 x 4096 values each
 _TOKENIZING = threading.Lock()  # tokenizers, which pipelines may share, are not for two threads
 
+Texts = str | Sequence[str]
+Negative = str | Sequence[str | None]
 Videos = list[list[Image.Image]] | np.ndarray | jax.Array
 
 
@@ -52,7 +55,7 @@ class PromptPipeline(Pipeline):
     tokenizer_2: Any = dataclasses.field(default=None, kw_only=True)
     text_encoder_3: Pair | None = dataclasses.field(default=None, kw_only=True)
     tokenizer_3: Any = dataclasses.field(default=None, kw_only=True)
-    _captions: Recent[PyTree] = dataclasses.field(
+    _captions: Recent[tuple[str, ...], PyTree] = dataclasses.field(
         default_factory=lambda: Recent(_REMEMBERED), init=False, repr=False, compare=False
     )
 
@@ -97,40 +100,57 @@ class PromptPipeline(Pipeline):
 
     def conditions(
         self,
-        prompts: str | Sequence[str],
+        prompts: Texts,
         *,
-        negative_prompt: str | Sequence[str | None] | None = None,
+        prompt_2: Texts | None = None,
+        prompt_3: Texts | None = None,
+        negative_prompt: Negative | None = None,
+        negative_prompt_2: Negative | None = None,
+        negative_prompt_3: Negative | None = None,
         guidance_scale: float | None = None,
+        max_sequence_length: int | None = None,
     ) -> tuple[PyTree, PyTree]:
         """Make the conditions `cond` and `uncond` that a sampler takes for these prompts.
 
         Args:
             prompts: one or more prompts.
+            prompt_2, prompt_3: other texts for the second and the third text encoder, one for each
+                prompt; None gives them the prompts.
             negative_prompt: one for all prompts, or one for each of them.
+            negative_prompt_2, negative_prompt_3: likewise; None gives them `negative_prompt`.
             guidance_scale: as for `sampler`. Models that take the scale as an input find it in
                 these conditions.
+            max_sequence_length: tokens of a prompt for the encoder that reads most; None for the
+                family's number.
 
         Raises:
-            ValueError: for prompts that are too long, or another number of negative prompts.
+            ValueError: for prompts that are too long, another number of prompts, and prompts of an
+                encoder that the family does not have.
         """
         prompts = arguments.texts("prompt", prompts)
-        default = self.family.negative
-        negative = arguments.listed("negative_prompt", negative_prompt)
-        unsaid = [each is None for each in negative]
+        count, default = len(prompts), self.family.negative
         stands_for = default if isinstance(default, str) else ""
-        negative = arguments.texts(
-            "negative_prompt", [stands_for if each is None else each for each in negative]
-        )
-        if isinstance(negative_prompt, str | None):
-            negative, unsaid = negative * len(prompts), unsaid * len(prompts)
-        if len(negative) != len(prompts):
-            raise ValueError(
-                f"negative_prompt must be one for all prompts, or one for each of the "
-                f"{len(prompts)}; got {len(negative)}"
-            )
-        cond, uncond = self.encode(prompts), self.encode(negative)
-        if callable(default) and any(unsaid):
-            uncond = _rows_of(np.array(unsaid), default(cond), uncond)
+        negative = _for_each("negative_prompt", negative_prompt, count, [None] * count)
+        unsaid = np.array([each is None for each in negative])
+        negative = [stands_for if each is None else each for each in negative]
+        said, unsaid_texts = [prompts], [negative]
+        for number, (own, other) in enumerate(
+            ((prompt_2, negative_prompt_2), (prompt_3, negative_prompt_3)), 2
+        ):
+            name = f"text_encoder_{number}"
+            if (own is not None or other is not None) and name not in self._encoder_names:
+                raise ValueError(
+                    f"a {self.family.name} has no {name}: leave out prompt_{number} and "
+                    f"negative_prompt_{number}"
+                )
+            said.append(_for_each(f"prompt_{number}", own, count, prompts))
+            other = _for_each(f"negative_prompt_{number}", other, count, negative)
+            unsaid_texts.append(["" if each is None else each for each in other])
+        lengths = self._lengths(max_sequence_length)
+        cond = self._encoded(list(zip(*said)), lengths)
+        uncond = self._encoded(list(zip(*unsaid_texts)), lengths)
+        if callable(default) and unsaid.any():
+            uncond = _rows_of(unsaid, default(cond), uncond)
         embed = self.family.embed_guidance
         if embed is None:
             return cond, uncond
@@ -140,15 +160,41 @@ class PromptPipeline(Pipeline):
     @property
     def max_tokens(self) -> int:
         """Tokens of a prompt, padding included, for the text encoder that reads most."""
-        return max(self._length(each) for each in self._encoders)
+        lengths = self._lengths(None)
+        return max(lengths[each.name] for each in self._encoders)
 
     @property
     def _encoders(self) -> list[TextEncoder]:
         """The family's, without those that are missing."""
         return [each for each in self.family.text_encoders if getattr(self, each.name) is not None]
 
-    def _length(self, encoder: TextEncoder) -> int:
-        return min(getattr(self, encoder.tokenizer).model_max_length, encoder.max_length)
+    @property
+    def _encoder_names(self) -> list[str]:
+        return [each.name for each in self.family.text_encoders]
+
+    def _lengths(self, asked: int | None) -> dict[str, int]:
+        """Tokens of a prompt for each text encoder of the family.
+
+        Raises:
+            ValueError: for a number that no encoder takes.
+        """
+        encoders = self.family.text_encoders
+        if asked is not None:
+            most = max((each.longest or 0 for each in encoders), default=0)
+            if arguments.count("max_sequence_length", asked) > most:
+                raise ValueError(
+                    f"max_sequence_length must be at most {most} tokens for a {self.family.name}, "
+                    f"got {asked}"
+                    if most
+                    else f"a {self.family.name} takes no max_sequence_length; leave it out"
+                )
+        found = {}
+        for each in encoders:
+            tokenizer = getattr(self, each.tokenizer)
+            own = each.max_length if tokenizer is None else tokenizer.model_max_length
+            adjusts = asked is not None and each.longest is not None
+            found[each.name] = asked if adjusts else min(own, each.max_length)
+        return found
 
     def encode(self, prompts: Sequence[str]) -> PyTree:
         """Encode prompts into conditions [B, ...]. Those of the last few prompts are remembered.
@@ -156,54 +202,84 @@ class PromptPipeline(Pipeline):
         Raises:
             ValueError: for prompts that are too long.
         """
-        found = self._captions.get([self.family.clean(each) for each in prompts], self._each)
+        return self._encoded([(each,) * 3 for each in prompts], self._lengths(None))
+
+    def _encoded(self, rows: Sequence[tuple[str, ...]], lengths: Mapping[str, int]) -> PyTree:
+        """Conditions of prompts: a text for each encoder of each row."""
+        said = ",".join(map(str, lengths.values()))
+        keys = [(*map(self.family.clean, row), said) for row in rows]
+        found = self._captions.get(keys, lambda new: self._each(new, lengths))
         return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
 
-    def _each(self, prompts: Sequence[str]) -> list[PyTree]:
-        leaves, structure = jax.tree.flatten(self._encode(prompts))
+    def _each(self, keys: Sequence[tuple[str, ...]], lengths: Mapping[str, int]) -> list[PyTree]:
+        encoded = dict.fromkeys(self._encoder_names)
+        cut, whole = set(), set()  # texts of which an encoder reads a part, and all
+        for place, each in enumerate(self.family.text_encoders):
+            if getattr(self, each.name) is not None:
+                texts = [key[place] for key in keys]
+                encoded[each.name], parts = self._read(each, texts, lengths[each.name])
+                cut |= parts
+                whole |= set(texts) - parts
+        for text in cut - whole:
+            warnings.warn(
+                f"no text encoder reads the end of a prompt, which is cut: {text[:60]!r}...",
+                stacklevel=2,
+            )
+        condition = self.family.condition(encoded, self.forward.config, lengths)
+        leaves, structure = jax.tree.flatten(condition)
         return [structure.unflatten(each) for each in zip(*leaves, strict=True)]
 
-    def _encode(self, prompts: Sequence[str]) -> PyTree:
-        encoded = dict.fromkeys(each.name for each in self.family.text_encoders)
-        encoded |= {each.name: self._read(each, prompts) for each in self._encoders}
-        return self.family.condition(encoded, self.forward.config)
-
-    def _read(self, encoder: TextEncoder, prompts: Sequence[str]) -> PyTree:
-        """What the condition takes from one text encoder."""
-        length = self._length(encoder)
+    def _read(
+        self, encoder: TextEncoder, prompts: Sequence[str], length: int
+    ) -> tuple[PyTree, set[str]]:
+        """What the condition takes from one text encoder, and which prompts were cut."""
         texts = [encoder.template.replace("{}", prompt) for prompt in prompts]
-        options = {"padding": "max_length", "max_length": length, "truncation": encoder.truncates}
+        tokenizer = getattr(self, encoder.tokenizer)
+        options = {"padding": "max_length", "max_length": length}
         with _TOKENIZING:
-            read = getattr(self, encoder.tokenizer)(texts, **options)
+            read = tokenizer(texts, truncation=encoder.truncates, **options)
+            full = [row for row, mask in enumerate(read["attention_mask"]) if all(mask)]
+            whole = tokenizer([texts[row] for row in full], verbose=False) if full else None
         longest = max(range(len(texts)), key=lambda row: len(read["input_ids"][row]))
         if (tokens := len(read["input_ids"][longest])) > length:
             raise ValueError(
                 f"a prompt has {tokens} tokens, this model reads {length}; shorten "
                 f"{prompts[longest][:60]!r}..."
             )
+        read_in_full = [] if whole is None else whole["input_ids"]
+        cut = {prompts[row] for row, ids in zip(full, read_in_full) if len(ids) > length}
         ids = np.asarray(read["input_ids"], np.int32)
         mask = np.asarray(read["attention_mask"], bool)
         run = functools.partial(_read, encoder.read, encoder.masked, *getattr(self, encoder.name))
-        return by_parts(run, self.buckets, ids, mask)
+        return by_parts(run, self.buckets, ids, mask), cut
 
     def _prompted(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str | None] | None,
+        prompt: Texts,
+        asked: Mapping[str, Any],
         settings: Mapping[str, Any],
         **options: Any,
     ) -> Any:
         """Outputs of prompts.
 
         Args:
-            prompt, negative_prompt: as in `conditions`.
+            prompt: one or more.
+            asked: further arguments of `conditions`.
             settings: of the sampler.
             options: of `_generate`.
         """
         prompts = arguments.texts("prompt", prompt)
-        asked = {"negative_prompt": negative_prompt, "guidance_scale": settings["guidance_scale"]}
-        conditions = functools.partial(self.conditions, prompts, **asked)
-        return self._generate(self.sampler(**settings), len(prompts), conditions, **options)
+        sampler = self.sampler(**settings)
+        if self.family.embed_guidance is not None and sampler.guided:
+            negatives = [each for name, each in asked.items() if name.startswith("negative")]
+            if all(each is None for each in negatives):
+                raise ValueError(
+                    f"true_cfg_scale={settings.get('true_cfg_scale')} leads away from a negative "
+                    f"prompt: give negative_prompt, '' for the empty one"
+                )
+        scale = settings["guidance_scale"]
+        conditions = functools.partial(self.conditions, prompts, guidance_scale=scale, **asked)
+        return self._generate(sampler, len(prompts), conditions, **options)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -213,15 +289,23 @@ class TextToImagePipeline(PromptPipeline):
     @runs_executables
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Texts,
         *,
         key: jax.Array,
+        prompt_2: Texts | None = None,
+        prompt_3: Texts | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | Sequence[str | None] | None = None,
+        true_cfg_scale: float | None = None,
+        negative_prompt: Negative | None = None,
+        negative_prompt_2: Negative | None = None,
+        negative_prompt_3: Negative | None = None,
+        max_sequence_length: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Any = None,
+        strength: float | None = None,
         latents: jax.Array | np.ndarray | None = None,
         output_type: OutputType = "pil",
         progress: bool = True,
@@ -232,14 +316,22 @@ class TextToImagePipeline(PromptPipeline):
         Args:
             prompt: one or more.
             key: PRNG key, `jax.random.key(seed)`; the same key gives the same image at its place.
+            prompt_2, prompt_3: other texts for the second and the third text encoder.
             num_images_per_prompt: all of the first prompt, then of the second, ...
             num_inference_steps: denoising steps; those of the plan, else the family's (PixArt: 20).
             guidance_scale: 1 is no guidance; that of the plan, else the family's (PixArt: 4.5).
+            true_cfg_scale: of classifier-free guidance for a model that is told its guidance scale
+                (FLUX): it is led away from a negative prompt, which must be given, and called twice
+                a step. None, or 1, for none.
             negative_prompt: what the images are led away from, if they are guided: one for all, or
                 one for each prompt. None is as "", unless the family says otherwise.
+            negative_prompt_2, negative_prompt_3: other ones for the second and the third text
+                encoder.
+            max_sequence_length: tokens of a prompt for the encoder that reads most (SD3: 256, FLUX:
+                512, PixArt-Sigma: 300).
             height, width: in pixels; the size that the model was made for. There are no bins: other
                 sizes are sampled as they are asked for (diffusers' `use_resolution_binning=False`).
-            latents, output_type: as for `ClassConditionalPipeline`.
+            image, strength, latents, output_type: as for `ClassConditionalPipeline`.
             progress: show a bar over the steps.
             callback_on_step_end: called as `callback_on_step_end(step, latents)`; if it returns
                 latents, sampling goes on from those.
@@ -258,16 +350,27 @@ class TextToImagePipeline(PromptPipeline):
         settings = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "true_cfg_scale": true_cfg_scale,
             "height": height,
             "width": width,
+            "strength": STRENGTH if strength is None and image is not None else strength,
+        }
+        asked = {
+            "prompt_2": prompt_2,
+            "prompt_3": prompt_3,
+            "negative_prompt": negative_prompt,
+            "negative_prompt_2": negative_prompt_2,
+            "negative_prompt_3": negative_prompt_3,
+            "max_sequence_length": max_sequence_length,
         }
         return self._prompted(
             prompt,
-            negative_prompt,
+            asked,
             settings,
             key=key,
             repeats=num_images_per_prompt,
             latents=latents,
+            image=image,
             output_type=output_type,
             progress=progress,
             callback_on_step_end=callback_on_step_end,
@@ -284,13 +387,13 @@ class TextToVideoPipeline(PromptPipeline):
     @runs_executables
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Texts,
         *,
         key: jax.Array,
         num_videos_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | Sequence[str | None] | None = None,
+        negative_prompt: Negative | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -331,15 +434,34 @@ class TextToVideoPipeline(PromptPipeline):
         }
         return self._prompted(
             prompt,
-            negative_prompt,
+            {"negative_prompt": negative_prompt},
             settings,
             key=key,
             repeats=num_videos_per_prompt,
             latents=latents,
+            image=None,
             output_type=output_type,
             progress=progress,
             callback_on_step_end=callback_on_step_end,
         )
+
+
+def _for_each(name: str, given: Any, count: int, default: list[Any]) -> list[Any]:
+    """One text for each of so many prompts; None within it stays.
+
+    Raises:
+        ValueError: for another number of texts, or what is no text.
+    """
+    if given is None:
+        return default
+    texts = arguments.listed(name, given)
+    arguments.texts(name, ["" if each is None else each for each in texts])
+    texts = texts * count if isinstance(given, str) else texts
+    if len(texts) != count:
+        raise ValueError(
+            f"{name} must be one for all prompts, or one for each of the {count}; got {len(texts)}"
+        )
+    return texts
 
 
 def _rows_of(chosen: np.ndarray, yes: PyTree, no: PyTree) -> PyTree:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
+Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Value]):
+class Recent(Generic[Key, Value]):
     """Values of the keys that were asked for last; threads may share it.
 
     Args:
@@ -19,7 +20,7 @@ class Recent(Generic[Value]):
 
     def __init__(self, size: int):
         self.size = size
-        self._values: OrderedDict[str, Value] = OrderedDict()
+        self._values: OrderedDict[Key, Value] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -28,7 +29,7 @@ class Recent(Generic[Value]):
     def __reduce__(self) -> tuple[Any, ...]:
         return Recent, (self.size,)  # a copy starts empty
 
-    def get(self, keys: Sequence[str], make: Callable[[list[str]], Iterable[Value]]) -> list[Value]:
+    def get(self, keys: Sequence[Key], make: Callable[[list[Key]], Iterable[Value]]) -> list[Value]:
         """The values of these keys.
 
         Args:

@@ -92,7 +92,7 @@ class DDIM(DiffusionSchedule):
 
 
 class _Tables(NamedTuple):
-    """float32[steps] each: x = signal data + sigma noise, and the same at the next step."""
+    """float32[calls] each: x = signal data + sigma noise, and the same at the next step."""
 
     times: Column
     signal: Column
@@ -123,4 +123,4 @@ def _tables(schedule: DDIM) -> _Tables:
         np.sqrt(np.maximum(1 - following - variance, 0)),
         np.sqrt(variance),
     )
-    return _Tables(*(constant(row, np.float32) for row in rows))
+    return _Tables(*(constant(row[schedule.begin :], np.float32) for row in rows))

@@ -96,7 +96,7 @@ class DDPM(DiffusionSchedule):
 
 
 class _Tables(NamedTuple):
-    """float32[steps] each: x = signal data + sigma noise; weights of the posterior's mean."""
+    """float32[calls] each: x = signal data + sigma noise; weights of the posterior's mean."""
 
     times: Column
     signal: Column
@@ -129,4 +129,4 @@ def _tables(schedule: DDPM) -> _Tables:
         np.log(1 - kept),
         times > 0,  # a last step from a time above 0 keeps its noise, as in the reference
     )
-    return _Tables(*(constant(row, np.float32) for row in rows))
+    return _Tables(*(constant(row[schedule.begin :], np.float32) for row in rows))

@@ -115,7 +115,7 @@ class DPMSolver(DiffusionSchedule):
 
 
 class _Tables(NamedTuple):
-    """float32[steps] each: x = signal data + sigma noise; weights of the next sample."""
+    """float32[calls] each: x = signal data + sigma noise; weights of the next sample."""
 
     times: Column
     signal: Column
@@ -135,7 +135,7 @@ def _tables(schedule: DPMSolver) -> _Tables:
     step_size = np.diff(lambdas)
     data_weight = signal[1:] * -np.expm1(-step_size)
     # Midpoint rule: half the step times the slope between the last two data predictions.
-    second_order = np.arange(schedule.steps) > 0
+    second_order = np.arange(schedule.steps) > schedule.begin
     few = schedule.lower_order_final and schedule.steps < 15
     if few or schedule.final_sigmas == "zero":
         second_order[-1] = False
@@ -143,7 +143,7 @@ def _tables(schedule: DPMSolver) -> _Tables:
     (chosen,) = np.nonzero(second_order)
     slope_weight[chosen] = data_weight[chosen] / 2 * step_size[chosen] / step_size[chosen - 1]
     rows = (times, signal[:-1], sigma[:-1], sigma[1:] / sigma[:-1], data_weight, slope_weight)
-    return _Tables(*(constant(row, np.float32) for row in rows))
+    return _Tables(*(constant(row[schedule.begin :], np.float32) for row in rows))
 
 
 @functools.lru_cache(maxsize=64)

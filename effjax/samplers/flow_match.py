@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 from effjax.context import PyTree, Step
-from effjax.fields import Count, Positive
+from effjax.fields import Count, Natural, Positive
 from effjax.samplers.config import SchedulerClass, reads
 from effjax.samplers.schedule import Schedule, per_sample, split_output
 from effjax.samplers.tables import Column, at, check_steps, constant
@@ -57,6 +57,7 @@ class FlowMatchEuler(Schedule):
         train_timesteps: time fed to the network at sigma = 1.
         base_shift, max_shift, base_tokens, max_tokens: the line through (base_tokens, base_shift)
             and (max_tokens, max_shift) that gives `mu` for a number of image tokens.
+        begin: steps at the start that are left out.
 
     >>> FlowMatchEuler(steps=4, spacing="trailing").sigmas
     array([1.  , 0.75, 0.5 , 0.25, 0.  ], dtype=float32)
@@ -71,10 +72,11 @@ class FlowMatchEuler(Schedule):
     max_shift: float = 1.15
     base_tokens: Count = 256
     max_tokens: Count = 4096
+    begin: Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self.steps, self.train_timesteps)
+        check_steps(self.steps, self.train_timesteps, self.begin)
         if self.base_tokens >= self.max_tokens:
             raise ValueError(
                 f"base_tokens must be smaller than max_tokens; got {self.base_tokens} and "
@@ -99,7 +101,7 @@ class FlowMatchEuler(Schedule):
 
     @property
     def sigmas(self) -> np.ndarray:
-        """float32[steps + 1]: noise level before each step, and 0 after the last one."""
+        """float32[calls + 1]: noise level before each call, and 0 after the last one."""
         return np.append(_tables(self).sigmas, np.float32(0))
 
     def update(
@@ -121,7 +123,7 @@ class FlowMatchEuler(Schedule):
 
 
 class _Tables(NamedTuple):
-    """float32[steps] each; step sizes are negative."""
+    """float32[calls] each; step sizes are negative."""
 
     times: Column
     sigmas: Column
@@ -144,4 +146,4 @@ def _tables(schedule: FlowMatchEuler) -> _Tables:
         sigmas = np.linspace(first, last, schedule.steps)
     sigmas = shifted(sigmas)
     rows = (schedule.train_timesteps * sigmas, sigmas, np.diff(sigmas, append=0))
-    return _Tables(*(constant(row, np.float32) for row in rows))
+    return _Tables(*(constant(row[schedule.begin :], np.float32) for row in rows))

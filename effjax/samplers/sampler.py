@@ -35,6 +35,7 @@ class Part(NamedTuple):
     key: Array
     uncond: PyTree
     noise: Array | np.ndarray | None
+    image: Array | np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,7 @@ class Sampler(Loop):
         *,
         uncond: PyTree = None,
         noise: Array | np.ndarray | None = None,
+        image: Array | np.ndarray | None = None,
     ) -> Float[Array, "B ..."]:
         """Make samples in one `lax.scan`.
 
@@ -158,12 +160,14 @@ class Sampler(Loop):
             uncond: unconditional counterpart of `cond`; the model's null condition if None.
             noise: unit noise [B, ...] to start from, which the schedule scales. None draws noise
                 from the key.
+            image: samples [B, ...] to change, for a schedule that begins late: they get the noise
+                of the first call's time.
 
         Returns:
             float32[B, *shape].
         """
         uncond = self.unconditional(forward, cond, uncond)
-        carry = self.init(forward, params, cond, key, uncond=uncond, noise=noise)
+        carry = self.init(forward, params, cond, key, uncond=uncond, noise=noise, image=image)
         return self.run(forward, params, carry, cond, uncond).x
 
     def stepwise(
@@ -175,6 +179,7 @@ class Sampler(Loop):
         *,
         uncond: PyTree = None,
         noise: Array | np.ndarray | None = None,
+        image: Array | np.ndarray | None = None,
         progress: bool = True,
         callback: Callable[[int, Array], Any] | None = None,
         buckets: Buckets = None,
@@ -182,7 +187,7 @@ class Sampler(Loop):
         """Make samples in a loop on the host, which runs one compiled step after the other.
 
         Args:
-            forward, params, cond, key, uncond, noise: as for `__call__`.
+            forward, params, cond, key, uncond, noise, image: as for `__call__`.
             progress: show a progress bar.
             callback: called as `callback(step, x)` after every step. If it returns an array like
                 x, sampling goes on from that.
@@ -192,7 +197,7 @@ class Sampler(Loop):
         """
         from tqdm.auto import tqdm
 
-        parts = self.parts(forward, Part(cond, key, uncond, noise), buckets)
+        parts = self.parts(forward, Part(cond, key, uncond, noise, image), buckets)
         carries = [_compiled_init(self, forward, params, *part) for part in parts]
         batch = _batch(cond)
         segments = forward.segments(0, self.calls)
@@ -218,17 +223,17 @@ class Sampler(Loop):
         Returns:
             For each part, what it is sampled from.
         """
-        cond, key, uncond, noise = whole
+        cond, key, uncond, noise, image = whole
         _check_key(key)
         batch = _batch(cond)
         sizes = cut(batch, buckets, *whole)
         if sizes == [batch]:
-            return [Part(cond, key, self.unconditional(forward, cond, uncond), noise)]
+            return [whole._replace(uncond=self.unconditional(forward, cond, uncond))]
         found = []
         for start, size in zip(itertools.accumulate(sizes, initial=0), sizes):
-            own, other, given = rows((cond, uncond, noise), start, size)
+            own, other, *given = rows((cond, uncond, noise, image), start, size)
             keys = _keys_of(key, batch, start, size)
-            found.append(Part(own, keys, self.unconditional(forward, own, other), given))
+            found.append(Part(own, keys, self.unconditional(forward, own, other), *given))
         return found
 
     def init(
@@ -240,12 +245,13 @@ class Sampler(Loop):
         *,
         uncond: PyTree = None,
         noise: Array | np.ndarray | None = None,
+        image: Array | np.ndarray | None = None,
     ) -> Carry:
         """Make the initial noise, memory, state and keys for these conditions.
 
         Raises:
-            ValueError: if the forward is planned for another number of network calls, or noise is
-                given that does not fit.
+            ValueError: if the forward is planned for another number of network calls, or noise or
+                an image is given that does not fit, or none for a schedule that begins late.
         """
         forward.check_calls(self.calls)
         batch = _batch(cond)
@@ -255,7 +261,16 @@ class Sampler(Loop):
             noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(pairs[:, 0])
         else:
             noise = self.given_noise(forward, batch, noise)
-        x = self.schedule.initial_scale * noise
+        if image is not None:
+            image = self._given(forward, batch, image, "an image to change")
+            x = self.schedule.add_noise(image, noise, self.schedule.times[0])
+        elif self.schedule.begin:
+            raise ValueError(
+                f"the schedule leaves out {self.schedule.begin} steps at the start, so sampling "
+                f"begins with an image: give image="
+            )
+        else:
+            x = self.schedule.initial_scale * noise
         uncond = self.unconditional(forward, cond, uncond)
         state = forward.init(params, *self.inputs(x, cond, uncond, 0), guidance=self.joined)
         return Carry(x, self.schedule.init(x), state, pairs[:, 1])
@@ -448,8 +463,9 @@ def _compiled_init(
     key: Array,
     uncond: PyTree,
     noise: Array | np.ndarray | None,
+    image: Array | np.ndarray | None = None,
 ) -> Carry:
-    return sampler.init(forward, params, cond, key, uncond=uncond, noise=noise)
+    return sampler.init(forward, params, cond, key, uncond=uncond, noise=noise, image=image)
 
 
 @functools.partial(Program, static_argnums=(0,), donate_argnames=("state",))

@@ -41,15 +41,18 @@ class Schedule(Checked, abc.ABC):
     the `calls`, one network call at `times[step]` and one `update`.
 
     Attributes:
-        steps: number of denoising steps.
+        steps: number of denoising steps from noise to data.
+        begin: steps at the start that are left out: sampling begins with a noisy image (image to
+            image, SDEdit, arXiv 2108.01073).
     """
 
     steps: int
+    begin: int = 0
 
     @property
     def calls(self) -> int:
-        """Number of network calls for a sample; `steps`, unless a step takes several calls."""
-        return self.steps
+        """Number of network calls for a sample; one a step, unless a step takes several calls."""
+        return self.steps - self.begin
 
     @property
     @abc.abstractmethod
@@ -69,6 +72,22 @@ class Schedule(Checked, abc.ABC):
     def for_tokens(self, tokens: int) -> Schedule:
         """The schedule for samples of so many tokens; the same one if the number has no effect."""
         return self
+
+    def from_strength(self, strength: float) -> Schedule:
+        """The schedule that changes an image: the last `strength` of the steps, as in diffusers.
+
+        Args:
+            strength: above 0 and at most 1; 1 begins with noise and takes all steps.
+
+        Raises:
+            ValueError: for another strength, and for schedules of your own without a field `begin`.
+        """
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
+        begin = min(int(self.steps - self.steps * strength), self.steps - 1)
+        if "begin" not in {field.name for field in dataclasses.fields(self)}:  # pyright: ignore
+            raise ValueError(f"a {type(self).__name__} cannot leave out steps at the start")
+        return dataclasses.replace(self, begin=begin)  # pyright: ignore[reportArgumentType]
 
     def init(self, x: Float[Array, "B ..."]) -> PyTree:
         """What the first `update` gets as its memory.
@@ -164,6 +183,7 @@ class DiffusionSchedule(Schedule):
         spacing: "leading", "trailing" or "linspace": which training timesteps the network is called
             at, see `spaced_timesteps`.
         steps_offset: added to leading timesteps.
+        begin: steps at the start that are left out.
     """
 
     steps: Count
@@ -171,15 +191,16 @@ class DiffusionSchedule(Schedule):
     prediction: Prediction = "epsilon"
     spacing: Spacing = "leading"
     steps_offset: Natural = 0
+    begin: Natural = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self.steps, self.betas.train_timesteps)
+        check_steps(self.steps, self.betas.train_timesteps, self.begin)
         self.tables()  # raises for timesteps that do not fit
 
     @abc.abstractmethod
     def tables(self) -> Any:
-        """A named tuple of float32[steps], `times` among them, computed once for equal schedules.
+        """A named tuple of float32[calls], `times` among them, computed once for equal schedules.
 
         Raises:
             ValueError: if the fields give no timesteps, or none that the network can be called at.

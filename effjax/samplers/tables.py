@@ -114,12 +114,14 @@ def check_timesteps(times: np.ndarray, steps: int, train_timesteps: int, spacing
         )
 
 
-def check_steps(steps: int, train_timesteps: int) -> None:
-    """Raise ValueError unless 1 <= steps <= train_timesteps."""
+def check_steps(steps: int, train_timesteps: int, begin: int = 0) -> None:
+    """Raise ValueError unless 1 <= steps <= train_timesteps and begin < steps."""
     if not 1 <= steps <= train_timesteps:
         raise ValueError(
             f"steps must be between 1 and the {train_timesteps} timesteps of training, got {steps}"
         )
+    if begin >= steps:
+        raise ValueError(f"begin must be below steps={steps}, got {begin}")
 
 
 def check_signal(signal: np.ndarray, prediction: str) -> None:

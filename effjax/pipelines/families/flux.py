@@ -20,7 +20,9 @@ def pooled(text: EncodedText, mask: Bool[Array, "B T"]) -> Float[Array, "B P"]:
     return text.pooled
 
 
-def condition(encoded: Mapping[str, PyTree], config: Any) -> PooledEmbeddings:
+def condition(
+    encoded: Mapping[str, PyTree], config: Any, lengths: Mapping[str, int]
+) -> PooledEmbeddings:
     """T5's tokens and CLIP's vector."""
     return PooledEmbeddings(encoded["text_encoder_2"], encoded["text_encoder"])
 
@@ -51,6 +53,7 @@ FAMILIES = (
             TextEncoder(
                 name="text_encoder_2",
                 max_length=512,
+                longest=512,
                 read=tokens,
                 masked=False,
                 channels="caption_channels",

@@ -6,7 +6,7 @@ from effjax.context import Guidance
 from effjax.models.pixart import PromptEmbeddings
 from effjax.pipelines.family import DiffusionFamily, TextEncoder, lower_case
 
-_T5 = TextEncoder(max_length=300, read=PromptEmbeddings, channels="caption_channels")
+_T5 = TextEncoder(max_length=300, longest=300, read=PromptEmbeddings, channels="caption_channels")
 
 _SIGMA = DiffusionFamily(
     name="PixArtSigmaPipeline",
@@ -22,7 +22,7 @@ _SIGMA = DiffusionFamily(
 _ALPHA = dataclasses.replace(
     _SIGMA,
     name="PixArtAlphaPipeline",
-    text_encoders=(dataclasses.replace(_T5, max_length=120),),
+    text_encoders=(dataclasses.replace(_T5, max_length=120, longest=120),),
 )
 
 FAMILIES = (_SIGMA, _ALPHA)

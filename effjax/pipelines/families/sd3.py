@@ -11,8 +11,6 @@ from effjax.layers.joint import PooledEmbeddings
 from effjax.models.clip import EncodedText
 from effjax.pipelines.family import DiffusionFamily, TextEncoder
 
-T5_TOKENS = 256
-
 
 def last_but_one(
     text: EncodedText, mask: Bool[Array, "B T"]
@@ -26,7 +24,9 @@ def tokens(states: Float[Array, "B T C"], mask: Bool[Array, "B T"]) -> Float[Arr
     return states
 
 
-def condition(encoded: Mapping[str, PyTree], config: Any) -> PooledEmbeddings:
+def condition(
+    encoded: Mapping[str, PyTree], config: Any, lengths: Mapping[str, int]
+) -> PooledEmbeddings:
     """CLIP's channels side by side and widened with zeros, then T5's tokens; zeros without T5."""
     clip, pooled = (
         jnp.concatenate(parts, axis=-1)
@@ -36,7 +36,8 @@ def condition(encoded: Mapping[str, PyTree], config: Any) -> PooledEmbeddings:
     clip = jnp.pad(clip, ((0, 0), (0, 0), (0, missing)))
     t5 = encoded["text_encoder_3"]
     if t5 is None:
-        t5 = jnp.zeros((clip.shape[0], T5_TOKENS, config.caption_channels), clip.dtype)
+        tokens = lengths["text_encoder_3"]
+        t5 = jnp.zeros((clip.shape[0], tokens, config.caption_channels), clip.dtype)
     return PooledEmbeddings(jnp.concatenate([clip, t5.astype(clip.dtype)], axis=1), pooled)
 
 
@@ -58,7 +59,8 @@ FAMILIES = (
             ),
             TextEncoder(
                 name="text_encoder_3",
-                max_length=T5_TOKENS,
+                max_length=256,
+                longest=512,
                 read=tokens,
                 masked=False,
                 channels="caption_channels",
