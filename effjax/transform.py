@@ -187,6 +187,9 @@ class Method:
         fitting: options of training.
         fit: (plan, fitting, forward, params, data, *, checkpoints) -> learned. `checkpoints` is a
             folder from which a second run resumes, or None.
+        saves: whether a stronger plan costs less than the dense model; False for what adds to it.
+        given: (plan, forward, params) -> learned, something that stands for what a file gives, for
+            methods that neither calibrate nor train.
 
     Raises:
         ValueError: for a search without goals, training without options, or the other way round.
@@ -210,6 +213,8 @@ class Method:
     search: Callable[..., Plan] | None = None
     fitting: type[Checked] | None = None
     fit: Callable[..., Any] | None = None
+    saves: bool = True
+    given: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         for what, how in (("goals", "search"), ("fitting", "fit")):

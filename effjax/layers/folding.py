@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -94,6 +94,27 @@ def fits(leaves: Mapping[str, Array], where: Fold) -> bool:
     return all(
         leaves[f"{reader}.kernel"].shape[:-1] == (*leading, made) for reader in where.readers
     )
+
+
+def check_untouched(learned: Iterable[str], where: Fold) -> None:
+    """Check that no method has learned something about the layers between which factors move.
+
+    Args:
+        learned: names below `params["methods"]`, such as "lora.blocks.0.attn.to_q.style.down".
+        where: with whole paths.
+
+    Raises:
+        ValueError: if one has; it would see other inputs than it was made for.
+    """
+    layers = (where.source, *where.readers)
+    for name in learned:
+        method, _, rest = name.partition(".")
+        if touched := [layer for layer in layers if rest.startswith(f"{layer}.")]:
+            raise ValueError(
+                f"{method} has parameters of its own at {touched[0]}, which factors on its inputs "
+                f"or outputs would make wrong: quantize without folding (ViDiT-Q: fold=False; "
+                f"GPTQ and round to nearest fold nothing), or merge them into the weights first"
+            )
 
 
 def fold(leaves: Mapping[str, Array], where: Fold, smoothing_scale: Array) -> dict[str, Array]:

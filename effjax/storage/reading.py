@@ -70,6 +70,14 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     }
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file that was opened says beside its tensors."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    held = parse_json(header).get("__metadata__") or {}
+    return {str(name): str(value) for name, value in held.items()}
+
+
 _Entry = tuple[np.dtype, Shape, int]
 
 

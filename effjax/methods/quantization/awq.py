@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ from effjax.capture import Call, calls
 from effjax.context import Layout, PyTree, tokens_as
 from effjax.fields import Count
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
-from effjax.layers.folding import Fold, fits, fold, folds
+from effjax.layers.folding import Fold, check_untouched, fits, fold, folds
 from effjax.layers.linear import Linear
 from effjax.methods.quantization.blocks import (
     Batches,
@@ -61,6 +61,8 @@ Scales = Mapping[str, Array]  # s [I] by the path of what makes the inputs
 @dataclasses.dataclass(frozen=True)
 class AWQPlan(RoundToNearestPlan):
     """Bits of linear layers."""
+
+    fold: ClassVar[bool] = True  # scales stand in what makes the inputs
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -331,6 +333,7 @@ def _scaled(plan: AWQPlan, learned: Scales, forward: Forward, params: Params) ->
             f"the scales are those of another model or plan: they are {given}, must be {wanted}"
         )
     for where in places:
+        check_untouched(flatten_params(params.get(METHODS, {})), where)
         scale = learned[where.source]
         flat = fold(flat, where, 1 / scale)
         for reader in where.readers:

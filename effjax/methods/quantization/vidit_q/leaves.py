@@ -12,7 +12,7 @@ from flax import nnx
 
 from effjax.context import Context
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
-from effjax.layers.folding import fits, fold, folds
+from effjax.layers.folding import check_untouched, fits, fold, folds
 from effjax.layers.linear import Linear
 from effjax.methods.quantization.rules import check_floats
 from effjax.methods.quantization.vidit_q.calibration import Calibration, check_calibration
@@ -59,6 +59,8 @@ def _quantize(
     learned = params.get(METHODS, {})
     folded: set[str] = set()
     if plan.fold and calibration is not None:
+        for where in folds(forward.target_modules(params)):
+            check_untouched(flatten_params(learned), where)
         first = {path: rules[0] for path, rules in decided.items()}
         flat, folded = _fold(first, calibration, forward.target_modules(params), flat)
     parts = []

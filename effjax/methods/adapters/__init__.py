@@ -1,0 +1,1 @@
+"""Methods that add trained changes to a model's layers: LoRA files."""
