@@ -17,7 +17,7 @@ from effjax.forward import abstract
 from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan
 from effjax.models.dit import DiT
-from experiments import train_dit, train_pixart
+from experiments import train_dit, train_pixart, train_sd3
 
 FIGURES = {
     "attention_flops",
@@ -113,17 +113,22 @@ def test_the_bundled_model_passed_its_gate():
     assert weights.stat().st_size < 6e6
 
 
-def test_the_bundled_text_model_passed_its_gate():
-    log = json.loads((train_pixart.WEIGHTS / "log.json").read_text())
-    assert train_pixart.passes(log["judged"])
+TEXT_MODELS = {"pixart": train_pixart, "sd3": train_sd3}
+
+
+@pytest.mark.parametrize("script", TEXT_MODELS.values(), ids=TEXT_MODELS)
+def test_the_text_models_passed_their_gates(script):
+    log = json.loads((script.WEIGHTS / "log.json").read_text())
+    assert script.passes(log["judged"])
     assert log["judged"]["images"] >= 1024
-    files = train_pixart.WEIGHTS.rglob("*.safetensors")
+    files = script.WEIGHTS.rglob("*.safetensors")
     assert sum(file.stat().st_size for file in files) < 6e6
 
 
-def test_the_bundled_text_model_draws_what_it_is_asked_for():
+@pytest.mark.parametrize("script", TEXT_MODELS.values(), ids=TEXT_MODELS)
+def test_the_text_models_draw_what_they_are_asked_for(script):
     """Through the real conversion: unseen captions, few steps."""
-    pipe = effjax.pipeline(train_pixart.WEIGHTS, dtype="float32", progress=False)
+    pipe = effjax.pipeline(script.WEIGHTS, dtype="float32", progress=False)
     _, things = train_pixart.unseen(16, 5)
     images = train_pixart.sample(pipe, things, steps=6, guidance=3.0, seed=0, chunk=16)
     right = judge.alignment(judge.load(), images, things)

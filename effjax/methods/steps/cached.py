@@ -1,8 +1,9 @@
 """What step caches share: a stack of blocks is computed, or what it adds is predicted.
 
-A plan says when to compute (`StepCachePlan.mask`, or a wrapper's `decide`). A skipped stack adds
-what it added when it was computed last, or a Taylor series of that. Models with several stacks
-(FLUX: dual blocks, then single ones) are one list: the first stack decides for all.
+A plan says when to compute (`StepCachePlan.mask`, or a wrapper's `decide`), and how many blocks at
+both ends always are. The others, when they are skipped, add what they added when they were computed
+last, or a Taylor series of that. Models with several stacks (FLUX: dual blocks, then single ones)
+are one list: the first stack decides for all.
 
 State: for each stack `order + 1` arrays like its tokens, in their dtype. One decision holds for the
 whole batch, all branches of guidance included; each branch has its own rows of the state.
@@ -11,7 +12,6 @@ whole batch, all branches of guidance included; each branch has its own rows of 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from effjax.context import Context, PyTree, State, StateTree, Step, is_static, when
+from effjax.context import Context, PyTree, State, Step, is_static, when
 from effjax.fields import Natural
 from effjax.forward import Forward, Params
 from effjax.layers.stack import Stack
+from effjax.methods.steps.series import Series
 from effjax.targets import Wrapper, target_modules, wrap
 from effjax.transform import Pair, Plan, Transform
 
@@ -40,8 +41,9 @@ class StepCachePlan(Plan):
 
     order: Natural = 0
 
-    # Blocks at the start that are always computed, and look at by `decide`.
-    first: ClassVar[int] = 0
+    # Blocks at the start that are always computed, which `decide` looks at, and at the end.
+    first_blocks: ClassVar[int] = 0
+    last_blocks: ClassVar[int] = 0
 
     @property
     def mask(self) -> tuple[bool, ...] | None:
@@ -61,9 +63,14 @@ def step_cache(name: str, plan: StepCachePlan, wrapper: type[CachedStack]) -> Tr
         stacks = forward.target_modules(params, Stack)
         if not stacks:
             raise ValueError(f"{forward.model.__name__} has no stack of blocks to cache")
-        blocks = sum(len(target.module) for target in stacks)  # pyright: ignore
-        if plan.first >= blocks:
-            raise ValueError(f"{name} keeps {plan.first} blocks and needs more, there are {blocks}")
+        sizes: list[int] = [len(target.module) for target in stacks]  # pyright: ignore
+        kept = plan.first_blocks + plan.last_blocks
+        if kept >= sum(sizes) or plan.first_blocks >= sizes[0]:
+            raise ValueError(
+                f"{name} always computes the first {plan.first_blocks} and the last "
+                f"{plan.last_blocks} blocks; that must leave some of {sum(sizes)}, and of the "
+                f"{sizes[0]} of the first stack, which decides"
+            )
         return forward.patch(StepCaching(plan, wrapper)), params
 
     return Transform(name, plan, apply)
@@ -90,8 +97,17 @@ class StepCaching:
                 f"step {context.step} lies outside the plan, which is for {calls} network calls"
             )
         lead: State | None = None
-        for target in target_modules(module, Stack):
-            wrap(module, target.path, self.wrapper, self.plan, context.step, lead)
+        stacks = target_modules(module, Stack)
+        left = sum(len(target.module) for target in stacks)  # pyright: ignore
+        for target in stacks:
+            size: int = len(target.module)  # pyright: ignore
+            left -= size
+            first = self.plan.first_blocks if lead is None else 0
+            last = min(max(self.plan.last_blocks - left, 0), size)
+            if first + last == size:
+                continue
+            middle = (first, size - last)
+            wrap(module, target.path, self.wrapper, self.plan, context.step, lead, middle)
             if lead is None:
                 (own,) = (each for each in _wrappers(module) if isinstance(each, self.wrapper))
                 lead = own.computes
@@ -108,19 +124,27 @@ class CachedStack(Wrapper):
         plan: what it goes by.
         step: index of the network call.
         lead: the decision of the model's first stack; None for that stack itself.
+        middle: the blocks start ... stop - 1 that may be skipped; the others always run.
     """
 
     replaces_internals = True
     inner: Stack
 
-    def __init__(self, inner: nnx.Module, plan: Any, step: Step, lead: State | None):
+    def __init__(
+        self,
+        inner: nnx.Module,
+        plan: Any,
+        step: Step,
+        lead: State | None,
+        middle: tuple[int, int],
+    ):
         super().__init__(inner)
         self.plan = plan
         self.step = step if is_static(step) else nnx.data(step)
         self.leads = lead is None
         self.computes = State() if lead is None else lead
-        self.series = nnx.List([StateTree.of(inner) for _ in range(plan.order + 1)])
-        self.last, self.count = State(), State()
+        self.middle = middle
+        self.series = Series(inner, plan.order)
 
     def decide(self, x: PyTree, head: PyTree, conditioning: Sequence[PyTree]) -> Decision:
         """Whether this call computes the stack.
@@ -135,8 +159,8 @@ class CachedStack(Wrapper):
         return mask[int(self.step)] if is_static(self.step) else jnp.asarray(mask)[self.step]
 
     def __call__(self, x: PyTree, *conditioning: PyTree) -> PyTree:
-        first = min(self.plan.first, len(self.inner)) if self.leads else 0
-        head = self.inner.between(0, first, x, *conditioning) if first else x
+        start, stop = self.middle
+        head = self.inner.between(0, start, x, *conditioning) if start else x
         if self.plan.mask is not None:
             computes = self.decide(x, head, conditioning)
         elif self.leads:
@@ -145,56 +169,20 @@ class CachedStack(Wrapper):
             self.computes.write(computes)
         else:
             computes = self.computes.read((), bool)
-        return when(computes, _compute, _predict, self, head, *conditioning)
+        out = when(computes, _compute, _predict, self, head, *conditioning)
+        size = len(self.inner)
+        return self.inner.between(stop, size, out, *conditioning) if stop < size else out
 
 
 def _compute(cache: CachedStack, head: PyTree, *conditioning: PyTree) -> PyTree:
-    """Run the blocks and renew the series: F_0 is what they add, F_(j+1) its change in a step."""
-    start = len(cache.inner) - _rest(cache)
-    out = cache.inner.between(start, len(cache.inner), head, *conditioning)
-    added = jax.tree.map(jnp.subtract, out, head)
-    if cache.plan.order:
-        count = cache.count.read((), jnp.int32)
-        apart = jnp.maximum(cache.step - cache.last.read((), jnp.int32), 1).astype(jnp.float32)
-        new = added
-        for order, series in enumerate(cache.series):
-            before = series.read(added)
-            series.write(new)
-            known = count > order  # so many were computed before
-            new = jax.tree.map(
-                lambda n, b, known=known: jnp.where(known, _over(n - b, apart), 0).astype(n.dtype),
-                new,
-                before,
-            )
-        cache.count.write(count + 1)
-        cache.last.write(jnp.asarray(cache.step, jnp.int32))
-    else:
-        cache.series[0].read(added)
-        cache.series[0].write(added)
+    """Run the blocks, and renew what they add."""
+    out = cache.inner.between(*cache.middle, head, *conditioning)
+    cache.series.renew(jax.tree.map(jnp.subtract, out, head), cache.step)
     return out
 
 
-def _over(x: Float[Array, "..."], apart: Float[Array, ""]) -> Float[Array, "..."]:
-    return x.astype(jnp.float32) / apart
-
-
 def _predict(cache: CachedStack, head: PyTree, *conditioning: PyTree) -> PyTree:
-    """Add sum_j F_j t^j / j!, t steps after the last computed call."""
-    if not cache.plan.order:
-        return jax.tree.map(jnp.add, head, cache.series[0].read(head))
-    t = (cache.step - cache.last.read((), jnp.int32)).astype(jnp.float32)
-    factors = [t**order / math.factorial(order) for order in range(cache.plan.order + 1)]
-    held = [series.read(head) for series in cache.series]
-
-    def one(x: Array, *terms: Array) -> Array:
-        wide = sum(f * term.astype(jnp.float32) for f, term in zip(factors, terms, strict=True))
-        return x + jnp.asarray(wide).astype(x.dtype)
-
-    return jax.tree.map(one, head, *held)
-
-
-def _rest(cache: CachedStack) -> int:
-    return len(cache.inner) - (min(cache.plan.first, len(cache.inner)) if cache.leads else 0)
+    return jax.tree.map(jnp.add, head, cache.series.predict(head, cache.step))
 
 
 def image_of(tokens: PyTree) -> Float[Array, "B S C"]:

@@ -45,14 +45,16 @@ class FBCachePlan(StepCachePlan):
 
     threshold: NotNegative = 0.05
 
-    first = 1
+    first_blocks = 1
 
 
 class FirstBlockCached(CachedStack):
     """A stack whose first block decides."""
 
-    def __init__(self, inner: nnx.Module, plan: Any, step: Step, lead: State | None):
-        super().__init__(inner, plan, step, lead)
+    def __init__(
+        self, inner: nnx.Module, plan: Any, step: Step, lead: State | None, middle: tuple[int, int]
+    ):
+        super().__init__(inner, plan, step, lead, middle)
         if lead is None:
             self.before = State()
 

@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from effjax import testing
 from effjax.calibration import Trajectory
-from effjax.context import Layout
 from effjax.fields import Checked, Count, Natural, NotNegative, Positive, Range, Share
 from effjax.forward import Forward, Params, StateDict
-from effjax.layers.stack import Stack
 from effjax.methods.steps import even_steps
 from effjax.methods.steps.cached import CachedStack, StepCachePlan, step_cache
+from effjax.methods.steps.watching import Added, watch
 from effjax.transform import Method, Transform
 
 NAME = "mag_cache"
@@ -114,44 +112,19 @@ class Goals(Checked):
 
 def search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> MagCachePlan:
     """Measure the ratios on a trajectory of the uncached model."""
-    sampler = data.sampler
-    plan = even_steps.EvenStepsPlan(steps=sampler.calls, every=1)
-    watched, params = even_steps.transform(plan)(forward, params)
-    uncond = sampler.unconditional(forward, data.cond, data.uncond)
-    options = {} if data.uncond is None else {"uncond": data.uncond}
-    carry = sampler.init(watched, params, data.cond, data.key, **options)
-    layout = forward.layout(params, *sampler.inputs(carry.x, data.cond, uncond, 0))
-    paths = [target.path for target in forward.target_modules(params, Stack)]
-
-    @jax.jit
-    def step(params: Params, carry: Any, index: Array) -> tuple[Any, Array]:
-        carry = sampler.step(watched, params, carry, data.cond, uncond, index)
-        return carry, jnp.linalg.norm(_added(carry.state, paths, layout), axis=-1)
-
+    calls = data.sampler.calls
+    caching = even_steps.transform(even_steps.EvenStepsPlan(steps=calls, every=1))
     ratios, before = [1.0], None
-    for index in range(sampler.calls):
-        carry, norms = step(params, carry, jnp.int32(index))
+    for norms in watch(caching, _norms, forward, params, data):
         if before is not None:
             ratios.append(float(jnp.mean(norms / jnp.maximum(before, 1e-12))))
         before = norms
     chosen = dataclasses.asdict(goals)
-    return MagCachePlan(ratios=tuple(ratios), steps=sampler.calls, **chosen)
+    return MagCachePlan(ratios=tuple(ratios), steps=calls, **chosen)
 
 
-def _added(state: StateDict, paths: list[str], layout: Layout | None) -> Float[Array, "B S C"]:
-    """What all stacks added to the image's tokens, in float32."""
-    total: Any = 0.0
-    for path in paths:
-        stem = f"{path}.series.0"
-        if f"{stem}.image" in state:
-            added = state[f"{stem}.image"]
-        else:
-            added = state[f"{stem}.tokens"]
-            if layout is not None and layout.text and added.shape[1] == layout.tokens:
-                start = layout.text if layout.text_first else 0
-                added = added[:, start : start + layout.image_tokens]
-        total = total + added.astype(jnp.float32)
-    return total
+def _norms(state: StateDict, added: Added) -> Float[Array, "B S"]:
+    return jnp.linalg.norm(added, axis=-1)
 
 
 def transform(plan: MagCachePlan) -> Transform:

@@ -4,7 +4,8 @@
     sum += poly(rel(s, s of the call before));   compute if sum >= threshold, then sum = 0
 
 The first and the last call compute. The polynomial turns a change of inputs into one of outputs and
-belongs to a model: `FLUX` holds the released one, fitting another is not here yet.
+belongs to a model: `RELEASED` holds those of the authors, and `search` fits one to the trajectory
+of any model.
 
 Static: nothing. Dynamic: which calls compute. Cost: (computed share) x dense + the modulation of
 one block; state: s, and what the blocks add.
@@ -17,11 +18,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from effjax import testing
+from effjax.calibration import Trajectory
 from effjax.context import PyTree, State, Step
-from effjax.fields import Count, NotNegative
+from effjax.fields import Checked, Count, NotNegative
+from effjax.forward import Forward, Params, StateDict
+from effjax.layers.stack import Stack
 from effjax.methods.steps.cached import (
     CachedStack,
     Decision,
@@ -29,13 +35,17 @@ from effjax.methods.steps.cached import (
     relative,
     step_cache,
 )
+from effjax.methods.steps.watching import Added, watch
 from effjax.targets import original
 from effjax.transform import Method, Transform
 
 NAME = "tea_cache"
 
 # Highest power first.
-FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
+RELEASED = {
+    "FLUX.1": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
+}
+_LEAST = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +71,10 @@ class TeaCachePlan(StepCachePlan):
 class TeaCached(CachedStack):
     """A stack whose modulated input decides."""
 
-    def __init__(self, inner: nnx.Module, plan: Any, step: Step, lead: State | None):
-        super().__init__(inner, plan, step, lead)
+    def __init__(
+        self, inner: nnx.Module, plan: Any, step: Step, lead: State | None, middle: tuple[int, int]
+    ):
+        super().__init__(inner, plan, step, lead, middle)
         if lead is None:
             self.before, self.summed = State(), State()
 
@@ -82,6 +94,52 @@ class TeaCached(CachedStack):
         self.before.write(signal)
         self.summed.write(jnp.where(computes, 0.0, summed))
         return computes
+
+
+@dataclasses.dataclass(frozen=True)
+class Goals(Checked):
+    """What the polynomial is fitted with, and the plan that it goes into.
+
+    Attributes:
+        threshold: summed change at which the blocks run.
+        degree: of the polynomial.
+    """
+
+    threshold: NotNegative = 0.1
+    degree: Count = 4
+
+
+def search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> TeaCachePlan:
+    """Fit the polynomial: changes of what the blocks add, by changes of what enters the first one.
+
+    Both are relative to the call before, over the whole batch; seventy prompts are usual.
+
+    Raises:
+        ValueError: for fewer changes along the trajectory than the polynomial has coefficients.
+    """
+    calls = data.sampler.calls
+    if calls - 1 <= goals.degree:
+        raise ValueError(
+            f"a polynomial of degree {goals.degree} needs {goals.degree + 2} or more steps, got "
+            f"{calls}"
+        )
+    caching = transform(TeaCachePlan(threshold=0.0, steps=calls))
+    lead = forward.target_modules(params, Stack)[0].path
+
+    def look(state: StateDict, added: Added) -> tuple[Array, Array]:
+        return state[f"{lead}.before"].astype(jnp.float32), added
+
+    changes, before = [], None
+    for seen in watch(caching, look, forward, params, data):
+        if before is not None:
+            changes.append([float(relative(*pair)) for pair in zip(seen, before, strict=True)])
+        before = seen
+    signal, added = np.array(changes).T
+    scale = max(float(signal.max()), _LEAST)  # of a fit that is well conditioned
+    fitted = np.polyfit(signal / scale, added, goals.degree)
+    powers = np.arange(goals.degree, -1, -1)
+    coefficients = tuple(float(each) for each in fitted / scale**powers)
+    return TeaCachePlan(threshold=goals.threshold, steps=calls, coefficients=coefficients)
 
 
 def transform(plan: TeaCachePlan) -> Transform:
@@ -104,4 +162,7 @@ METHOD = Method(
     tiny=testing.tiny_dit,
     systems=("TeaCache",),
     decides="batch",
+    data=Trajectory,
+    goals=Goals,
+    search=search,
 )

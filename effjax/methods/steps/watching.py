@@ -1,0 +1,65 @@
+"""What blocks add to the image's tokens along a trajectory, for caches that are fitted to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from effjax.calibration import Trajectory
+from effjax.context import Layout
+from effjax.forward import Forward, Params, StateDict
+from effjax.layers.stack import Stack
+from effjax.transform import Transform
+
+Added = Float[Array, "B S C"]
+Look = Callable[[StateDict, Added], Any]
+
+
+def watch(
+    caching: Transform, look: Look, forward: Forward, params: Params, data: Trajectory
+) -> Iterator[Any]:
+    """Sample with a step cache that always computes, and look at its state after every call.
+
+    Args:
+        caching: the step cache; its plan must compute in every call.
+        look: `look(state, added)`: what to return of a call, from the state and from what all
+            blocks added to the image's tokens, in float32.
+        forward, params: the model without the cache.
+        data: what to sample.
+    """
+    sampler = data.sampler
+    watched, params = caching(forward, params)
+    uncond = sampler.unconditional(forward, data.cond, data.uncond)
+    options = {} if data.uncond is None else {"uncond": data.uncond}
+    carry = sampler.init(watched, params, data.cond, data.key, **options)
+    layout = forward.layout(params, *sampler.inputs(carry.x, data.cond, uncond, 0))
+    paths = [target.path for target in forward.target_modules(params, Stack)]
+
+    @jax.jit
+    def step(params: Params, carry: Any, index: Array) -> tuple[Any, Any]:
+        carry = sampler.step(watched, params, carry, data.cond, uncond, index)
+        return carry, look(carry.state, _added(carry.state, paths, layout))
+
+    for index in range(sampler.calls):
+        carry, seen = step(params, carry, jnp.int32(index))
+        yield seen
+
+
+def _added(state: StateDict, paths: list[str], layout: Layout | None) -> Added:
+    """What all stacks added to the image's tokens, in float32."""
+    total: Any = 0.0
+    for path in paths:
+        stem = f"{path}.series.terms.0"
+        if f"{stem}.image" in state:
+            added = state[f"{stem}.image"]
+        else:
+            added = state[f"{stem}.tokens"]
+            if layout is not None and layout.text and added.shape[1] == layout.tokens:
+                start = layout.text if layout.text_first else 0
+                added = added[:, start : start + layout.image_tokens]
+        total = total + added.astype(jnp.float32)
+    return total

@@ -1,0 +1,76 @@
+"""Step caches make the decisions and the latents of diffusers' hooks and of cache-dit.
+
+`tests/golden/make_step_caches.py` ran these, on the same weights from the same noise.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.methods import db_cache, fb_cache, mag_cache, pab, taylor_seer
+from tests.golden import make_step_caches as peers
+
+
+@functools.cache
+def golden():
+    return dict(np.load(peers.FILE))
+
+
+def times(name):
+    return tuple(float(time) for time in peers.SCHEDULES[name].times)
+
+
+def transform_of(method, name):
+    """The same settings, and the mask where it is known before."""
+    if method == "fb_cache":
+        plan = fb_cache.FBCachePlan(threshold=peers.THRESHOLDS["fb_cache"])
+        return fb_cache.transform(plan), None
+    if method == "taylor_seer":
+        plan = taylor_seer.TaylorSeerPlan(steps=28)
+        return taylor_seer.transform(plan), plan.mask
+    if method == "mag_cache":
+        plan = mag_cache.MagCachePlan()
+        return mag_cache.transform(plan), plan.mask
+    if method == "pab":
+        plan = pab.PABPlan(times(name))
+        return pab.transform(plan), plan.mask(2)
+    options = {"threshold": peers.THRESHOLDS["db_cache"], "first_blocks": 1, "last_blocks": 1}
+    options["warmup"] = 2
+    if method == "db_cache_bounded":
+        options |= {**peers.BOUNDS, "threshold": peers.THRESHOLDS[method], "last_blocks": 0}
+    if method == "db_cache_mask":
+        options |= {"compute": db_cache.named("fast"), "policy": "static", "warmup": 8}
+    plan = db_cache.DBCachePlan(**options)
+    return db_cache.transform(plan), plan.mask
+
+
+RUNS = [(method, name) for method, names in peers.RUNS.items() for name in names]
+
+
+@pytest.mark.parametrize(("method", "name"), RUNS)
+def test_decisions_and_latents_are_those_of_the_peer(method, name):
+    wanted = golden()[f"{method}/{name}/mask"]
+    latents = golden()[f"{method}/{name}/latents"]
+    subject = peers.subject(name)
+    transform, mask = transform_of(method, name)
+    pair = transform(subject.forward, subject.params)
+    noise, key = jnp.asarray(peers.start(name)), jax.random.key(0)
+    sampler = subject.sampler
+    if mask is None:
+        step = jax.jit(sampler.step)
+        carry, mask = sampler.init(*pair, subject.cond, key, noise=noise), []
+        for index in range(peers.STEPS):
+            before = carry.state["blocks.before"]
+            carry = step(*pair, carry, subject.cond, None, jnp.int32(index))
+            mask.append(bool(np.any(before != carry.state["blocks.before"])))
+        got = carry.x
+    else:
+        got = jax.jit(sampler)(*pair, subject.cond, key, noise=noise)
+    assert "".join(map(str, map(int, mask))) == "".join(map(str, wanted.astype(int)))
+    scale = np.abs(latents).max()
+    np.testing.assert_allclose(got / scale, latents / scale, atol=1e-4)
+    dense = golden()[f"dense/{name}"]
+    assert np.abs(dense - latents).max() > 1e-2 * scale
