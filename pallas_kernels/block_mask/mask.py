@@ -16,7 +16,7 @@ from pallas_kernels.block_mask.rules import EVERYTHING, Rule, Spans, at_least
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("index", "count", "full"),
-    meta_fields=("queries", "keys", "block_q", "block_k", "rule", "seen", "rest"),
+    meta_fields=("queries", "keys", "block_q", "block_k", "rule", "seen", "rest", "by_row"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMask:
@@ -34,6 +34,8 @@ class BlockMask:
             lists that are made at run time.
         rest: whether the lists go on, beyond `count`, with all blocks in which nothing is seen: for
             kernels that attend to everything and to what is seen in one pass.
+        by_row: whether `full` is of the parameters that rows and heads are given beside the mask
+            (`block_sparse_attention(by_row=...)`), and not of the rule's own.
     """
 
     index: Any
@@ -46,6 +48,7 @@ class BlockMask:
     rule: Rule
     seen: int | None
     rest: bool = False
+    by_row: bool = False
 
     @property
     def static(self) -> bool:

@@ -132,38 +132,64 @@ class SinkLocal(Rule):
 class Arrow(Rule):
     """A band on image tokens while text tokens see, and are seen by, everything (DiTFastAttnV2).
 
+    With `tile` whole tiles are seen or not, as the fused kernel of DiTFastAttnV2 computes them: a
+    tile of queries sees every tile of keys that its band touches and every one that holds text, and
+    one that holds text sees everything.
+
     Attributes:
         window: keys of the image to each side, one number or one for each head; -1 for everything
             and 0 for a head that is not computed at all (all its rows are empty).
         text: number of text tokens in the joint sequence.
         text_first: True if the text precedes the image.
+        tile: (queries, keys) of a tile; None for windows that are exact.
     """
 
     window: PerHead
     text: int
     text_first: bool = False
+    tile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         at_least(-1, window=self.window)
         at_least(0, text=self.text)
+        if self.tile is not None:
+            at_least(1, tile=self.tile)
 
     @property
     def parameters(self) -> np.ndarray:
         return _table(self.window)
 
-    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
-        (window,) = parameters
+    def limited(self, keys: int) -> tuple[slice, slice]:
+        """The queries that have windows, and the keys that are seen through windows alone."""
         if self.text > keys:
             raise ValueError(f"{self.text} text tokens do not fit in a sequence of {keys}")
-        first = self.text if self.text_first else 0
-        last = keys if self.text_first else keys - self.text
-        everything = (row < first) | (row >= last) | (window < 0)
-        start = _where(everything, first, _maximum(row - window, first))
-        stop = _where(everything, last, _minimum(row + window + 1, last))
-        text = (0, first) if self.text_first else (last, keys)
+        of_queries, of_keys = self.tile or (1, 1)
+        if self.text_first:
+            starts = (-(-self.text // tile) * tile for tile in (of_queries, of_keys))
+            first_query, first_key = (min(start, keys) for start in starts)
+            return slice(first_query, keys), slice(first_key, keys)
+        image = keys - self.text
+        last_query = image // of_queries * of_queries if self.text else image
+        return slice(0, last_query), slice(0, image // of_keys * of_keys)
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        (window,) = parameters
+        rows, limits = self.limited(keys)
+        first, last = limits.start, limits.stop
+        everything = (row < rows.start) | (row >= rows.stop) | (window < 0)
+        near, far = row - window, row + window + 1
+        if self.tile is not None:
+            of_queries, of_keys = self.tile
+            start = _divide(row, of_queries) * of_queries
+            near = _divide(_maximum(start - window, 0), of_keys) * of_keys
+            stop = start + of_queries + window
+            far = _divide(_maximum(stop, 0) + (of_keys - 1), of_keys) * of_keys
+        near, far = (_minimum(_maximum(edge, first), last) for edge in (near, far))
+        start, stop = _where(everything, first, near), _where(everything, last, far)
+        rest = (0, first) if self.text_first else (last, keys)
         computed = window + 0 * row != 0  # of every query: not all kernels choose by one number
         image = (start, _where(computed, stop, start))
-        return image, (0 * row + text[0], _where(computed, 0 * row + text[1], text[0]))
+        return image, (0 * row + rest[0], _where(computed, 0 * row + rest[1], rest[0]))
 
 
 @dataclasses.dataclass(frozen=True)

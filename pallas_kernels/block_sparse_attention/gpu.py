@@ -61,7 +61,8 @@ def forward(
     block_q, block_k = mask.block_q, mask.block_k
     rows, longest = mask.index.shape[2:]
     ragged = mask.keys % block_k != 0
-    table, cut, by_row = softmax.table(mask, heads), heads.cut, heads.by_row is not None
+    table, by_row = softmax.table(mask, heads), heads.by_row is not None
+    uncut = softmax.whole_blocks(mask, heads)
     heads = _arranged(mask, heads)
     shape = heads.q.shape[:3]
     lists = [jnp.asarray(x.reshape(*x.shape[:3], -1)) for x in (mask.index, mask.count, mask.full)]
@@ -133,7 +134,7 @@ def forward(
                 )
             return tuple(carries)
 
-        whole = jnp.int32(0) if cut else full[0]
+        whole = full[0] if uncut else jnp.int32(0)
         carries = (softmax.empty(block_q, heads.v.shape[-1]),) * (1 + mask.rest)
         walk = jax.lax.fori_loop
         carries = walk(0, whole, partial(visit, inside=True, outside=False), carries)

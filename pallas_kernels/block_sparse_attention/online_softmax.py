@@ -139,6 +139,11 @@ def table(mask: BlockMask, heads: Heads) -> Array:
     return jnp.asarray(own.reshape(-1) if own.size else np.zeros(1), jnp.int32)
 
 
+def whole_blocks(mask: BlockMask, heads: Heads) -> bool:
+    """Whether nothing is masked in blocks that the lists say are not cut."""
+    return heads.segments is None and (heads.by_row is None or mask.by_row)
+
+
 def parameters(mask: BlockMask, table: Any, line: Array) -> tuple[Any, ...]:
     """The rule's parameters, read from `table` inside of a kernel.
 

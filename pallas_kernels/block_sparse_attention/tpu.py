@@ -76,7 +76,8 @@ def forward(
     block_q, block_k = mask.block_q, mask.block_k
     rows, longest = mask.index.shape[2:]
     ragged = mask.keys % block_k != 0
-    table, cut, by_row = softmax.table(mask, heads), heads.cut, heads.by_row is not None
+    table, by_row = softmax.table(mask, heads), heads.by_row is not None
+    uncut = softmax.whole_blocks(mask, heads)
     tile = heads_of_a_tile(mask, arithmetic, heads)
     heads = _arranged(mask, heads)
     small = None if arithmetic.levels else small_logits(mask, arithmetic.scale, heads, tile)
@@ -186,7 +187,7 @@ def forward(
                     for i in range(tile):
                         visit(i, **kind, fixed=way)
 
-        whole = jnp.int32(0) if cut else full[own]
+        whole = full[own] if uncut else jnp.int32(0)
         when(w < whole, inside=True, outside=False)
         when((w >= whole) & (w < count[own]), inside=True, outside=True)
         if mask.rest:

@@ -9,7 +9,7 @@ blocks and are batched. As many logits are made at once as stay in a processor's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -128,6 +128,22 @@ def attend(
     total = jnp.maximum(total, 1.0) if cut else total
     weights = weights.astype(values.dtype) if quantized is None else quantized(weights)
     return (product(weights, values) / total).astype(out), lse
+
+
+def attend_to_parts(parts: Sequence[tuple[jax.Array, jax.Array]], out: str) -> jax.Array:
+    """Softmax of the logits of several parts of the keys, times their values.
+
+    Args:
+        parts: logits [..., rows, keys] and values [..., keys, E], as in `attend`; a row must see
+            something in one of them.
+        out: name of the output's dtype.
+    """
+    peaks = [jnp.max(logits, axis=-1, keepdims=True) for logits, _ in parts]
+    peak = jax.lax.stop_gradient(reduce(jnp.maximum, peaks))
+    weights = [jnp.exp(logits - peak) for logits, _ in parts]
+    total = reduce(jnp.add, [jnp.sum(each, axis=-1, keepdims=True) for each in weights])
+    made = [product(each.astype(v.dtype), v) for each, (_, v) in zip(weights, parts, strict=True)]
+    return (reduce(jnp.add, made) / total).astype(out)
 
 
 def hide(logits: jax.Array, seen: Any) -> jax.Array:
