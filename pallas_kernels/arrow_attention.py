@@ -146,11 +146,12 @@ def _forward(
         return dense_attention(
             q, k, v, implementation=problem.implementation, interpret=problem.interpret
         )
-    if kept is None and KEPT in problem.widths:
+    if kept is None:
         kept = jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype)
     if problem.widths == (KEPT,):
-        assert kept is not None
         return kept
+    if window is not None:
+        window = jnp.asarray(problem.widths, jnp.int32)[problem.place(window)]
     operands = q, k, v, window, kept
 
     def refusal(name: str) -> str | None:
@@ -174,9 +175,7 @@ def _lists(
     """The lists of every head in a program's blocks, and windows if they are data."""
     batch, tokens, heads, width = q.shape
     seen = tuple(width for width in problem.widths if width > 0) or DENSE
-    block = choose_block(
-        problem.of(seen), tokens, tokens, **program.blocks(max(width, v.shape[3]))
-    )
+    block = choose_block(problem.of(seen), tokens, tokens, **program.blocks(max(width, v.shape[3])))
     if window is None:
         assert problem.window is not None
         return block_mask(problem.of(problem.window), tokens, block=block), None
@@ -185,8 +184,7 @@ def _lists(
         jnp.take(jnp.asarray(each), place, axis=1, mode="clip")
         for each in (mask.index, mask.count, mask.full)
     )
-    own = jnp.asarray(problem.widths, jnp.int32)[place]
-    by_row = jnp.broadcast_to(own[:, None], (batch, heads, 1))
+    by_row = jnp.broadcast_to(window[:, None], (batch, heads, 1))
     sizes = mask.queries, mask.keys, mask.block_q, mask.block_k
     return BlockMask(index, count, full, *sizes, problem.of(DENSE), None, by_row=True), by_row
 
@@ -198,7 +196,7 @@ def _listed(
     k: Array,
     v: Array,
     window: Array | None,
-    kept: Array | None,
+    kept: Array,
 ) -> Array:
     """Block-sparse attention by lists of each head."""
     mask, by_row = _lists(problem, KERNELS.get(name, xla), q, v, window)
@@ -211,7 +209,7 @@ def _listed(
 
 
 def _xla(
-    problem: _Problem, q: Array, k: Array, v: Array, window: Array | None, kept: Array | None
+    problem: _Problem, q: Array, k: Array, v: Array, window: Array | None, kept: Array
 ) -> Array:
     batch, tokens, heads, _ = q.shape
     if window is None:
@@ -226,18 +224,18 @@ def _xla(
         branches = [partial(_line, problem.of(width)) for width in problem.widths]
         return jax.lax.switch(place, branches, arrays)
 
-    arrays = [lines(x) for x in (q, k, v)] + ([] if kept is None else [lines(kept)])
+    arrays = [lines(x) for x in ((q, k, v, kept) if KEPT in problem.widths else (q, k, v))]
     out = jax.lax.map(of_head, (jnp.tile(problem.place(window), batch), arrays))
     return out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
 
 
 def _by_width(
-    problem: _Problem, window: np.ndarray, q: Array, k: Array, v: Array, kept: Array | None
+    problem: _Problem, window: np.ndarray, q: Array, k: Array, v: Array, kept: Array
 ) -> Array:
     """Heads in groups of equal windows."""
     groups, parts = [np.flatnonzero(window == width) for width in problem.widths], []
     for width, group in zip(problem.widths, groups):
-        own = [None if x is None else x[:, :, group] for x in (q, k, v, kept)]
+        own = [x[:, :, group] for x in (q, k, v, kept)]
         if width == KEPT:
             parts.append(own[3])
         elif width == DENSE:

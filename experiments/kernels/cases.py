@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.quant import Rotation
+from pallas_kernels.arrow_attention import arrow_attention
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Arrow, Band, Causal, Rule, SinkLocal, top_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -52,6 +53,19 @@ def _own_spans(q: Any, k: Any, v: Any, numbers: Any, **options: Any) -> jax.Arra
     widest = SinkLocal((64,) * 32, (1024,) * 32, granularity=64)
     by_row = jnp.clip(numbers, 1, 64)
     return block_sparse_attention(q, k, v, widest, by_row=by_row, **options)
+
+
+def head_wise(batch: int, tokens: int, heads: int, width: int, **text: Any) -> Case:
+    """Heads that are dense, have windows of f = 8, 16 or 32, or are kept, as it turns out."""
+    image = tokens - text["text"]
+
+    def attend(q: Any, k: Any, v: Any, numbers: Any, kept: Any, **options: Any) -> jax.Array:
+        widths = -1, 0, image // 64, image // 32, image // 16
+        window = jnp.asarray(widths)[numbers[0] % 5]
+        return arrow_attention(q, k, v, window, widths=widths, kept=kept, **text, **options)
+
+    operands = _heads(batch, tokens, heads, width)
+    return attend, (*operands, _struct((1, heads), jnp.int32), operands[0])
 
 
 def _best_blocks(q: Any, k: Any, v: Any, scores: Any, **options: Any) -> jax.Array:
@@ -167,6 +181,14 @@ ATTENTION: dict[str, Case] = {
     ),
 }
 
+HEAD_WISE: dict[str, Case] = {
+    "arrow by head, SD3 1024": head_wise(2, 4429, 24, 64, text=333),
+    "arrow by head, FLUX 1024": head_wise(1, 4608, 24, 128, text=512, text_first=True),
+    "arrow by head, FLUX 2048, tiles": head_wise(
+        1, 16896, 24, 128, text=512, text_first=True, tile=(128, 64)
+    ),
+}
+
 RESIDUAL: dict[str, Case] = {
     f"dense and band, {name}": (partial(dense_and_sparse_attention, rule=Band(window)), operands)
     for name, window, operands in (
@@ -240,4 +262,4 @@ CODES: dict[str, Case] = {
     ),
 }
 
-CASES = {**ATTENTION, **RESIDUAL, **QUANTIZED_ATTENTION, **DECODE, **PRODUCTS, **CODES}
+CASES = {**ATTENTION, **HEAD_WISE, **RESIDUAL, **QUANTIZED_ATTENTION, **DECODE, **PRODUCTS, **CODES}

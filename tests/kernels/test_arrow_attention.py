@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effjax.cost import cost
+from experiments.kernels.cases import HEAD_WISE
 from pallas_kernels.arrow_attention import arrow_attention
 from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Arrow, visible_pairs
@@ -177,6 +178,19 @@ def test_what_is_left_out_costs_nothing():
     assert windows.useful_flops <= windows.flops < 0.35 * dense.flops
     # The text's rows are dense attention, in blocks of queries that may be padded.
     assert windows.useful_flops >= 2 * seen * 32
+
+
+@pytest.mark.aot_tpu
+@pytest.mark.parametrize("case", HEAD_WISE)
+def test_compiles_for_tpus(compile_for_tpu, case):
+    function, operands = HEAD_WISE[case]
+    assert "tpu_custom_call" in compile_for_tpu(jax.jit(function), *operands).as_text()
+
+
+@pytest.mark.parametrize("case", list(HEAD_WISE)[:2])
+def test_lowers_for_gpus(lower_for_gpu, case):
+    function, operands = HEAD_WISE[case]
+    assert "triton" in lower_for_gpu(jax.jit(function), *operands)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import effjax
 from effjax import fields, recipe, registry, testing
 from effjax.cost import sampler_cost, state_bytes, weight_bytes
+from effjax.layers.mlp import MLP
 from effjax.layers.stack import Stack
 from effjax.registry import methods
 from effjax.samplers import sample_keys
@@ -250,7 +251,9 @@ def test_stateful_neighbors_keep_their_state(method, subject):
     plan = method.ladder(subject)[-1]
     forward, params = transform_of(method, plan, subject)(subject.forward, subject.params)
     (stack, *_) = (t.module for t in forward.target_modules(params, Stack))
-    path = "blocks.1.mlp_image" if stack.streams else "blocks.1"
+    path = "blocks.1"
+    if stack.streams:  # of one of them
+        path = forward.target_modules(params, MLP, r"blocks\.1\..*")[0].path
     both = forward.patch(MemoryPatch(path))
     assert f"{path}.total" in _initial_state(subject, both, params)
     with use_implementation("xla"):  # what runs here: others need not be traced
