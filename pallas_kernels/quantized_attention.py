@@ -3,7 +3,8 @@
     k' = k - mean_t(k)                    smoothing: adds the same number to all logits of a query
     q = s_q q_int,  k' = s_k k_int        s = max |x| / n over one or several tokens, n = 127
     logits = (q_int . k_int) s_q s_k scale
-    p_int = round(n p / p_max)            p_max: the query's largest weight in a block of keys
+    p_int = round(n p / p_max)            p_max: the largest weight of a query, or of a block of
+                                          queries, in a block of keys
     out = sum_blocks p_max / n (p_int v_int) s_v / sum p,      s_v = max |v| / n of a channel
 
 The kernels are those of `block_sparse_attention`. Blocks of keys are those of the mask, so that all
@@ -37,6 +38,7 @@ from pallas_kernels.tiling import pad_axis
 
 # Quantized values of values and the largest quantized value of a probability beside them.
 VALUES = {"int8": 127, "int4": 7, "float8": 448}
+UNITS = ("query", "tile", "one")
 
 
 def quantized_attention(
@@ -48,6 +50,7 @@ def quantized_attention(
     bits: int = 8,
     values: str | None = None,
     tokens: tuple[int, int] = (1, 1),
+    unit: str = "query",
     smooth: bool = True,
     scale: float | None = None,
     segments: Segments | None = None,
@@ -71,6 +74,11 @@ def quantized_attention(
             8.9 on.
         tokens: how many consecutive queries, and keys, share a scale: (128, 64) in SageAttention,
             (32, 64) in PAROAttention, one by default.
+        unit: what quantized probabilities are counted in: "query" takes the largest weight of each
+            query in a block of keys. "tile" takes that of a whole block of queries (PAROAttention),
+            and "one" none at all (SageAttention2, PAROAttention's kernel); with both, weights are
+            those of the softmax over the blocks visited so far, so results depend on their order:
+            that of the keys, but where a rule cuts blocks.
         smooth: subtract the mean of the keys over tokens first. This is exact in real arithmetic,
             and keys with a common offset need it.
         scale: factor on the logits; D^-1/2 if None.
@@ -94,6 +102,8 @@ def quantized_attention(
         raise ValueError(f"bits must be 8 or 4, got {bits}")
     if values is not None and values not in VALUES:
         raise ValueError(f"values must be None or one of {sorted(VALUES)}, got {values!r}")
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
     if len(tokens) != 2 or min(tokens) < 1:
         raise ValueError(f"tokens must be two numbers of at least 1, got {tokens}")
     known, made = split_mask(mask, q, k)
@@ -105,6 +115,7 @@ def quantized_attention(
             logit_scale(scale, q),
             "float32" if values else v.dtype.name,
             VALUES[values] if values else None,
+            unit,
         ),
         implementation=implementation,
         interpret=interpret,

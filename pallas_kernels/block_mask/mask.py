@@ -16,7 +16,10 @@ from pallas_kernels.block_mask.rules import EVERYTHING, Rule, Spans, at_least
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("index", "count", "full"),
-    meta_fields=("queries", "keys", "block_q", "block_k", "rule", "seen", "rest", "by_row"),
+    meta_fields=(
+        *("queries", "keys", "block_q", "block_k", "rule", "seen", "rest"),
+        *("by_row", "widths", "listed"),
+    ),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMask:
@@ -31,11 +34,15 @@ class BlockMask:
         block_q, block_k: tokens in a block; the last block may be incomplete.
         rule: what is visible inside of the blocks.
         seen: (query, key) pairs that the lists and the rule let be seen, over all lists; None for
-            lists that are made at run time.
+            lists that are made at run time, of which it is not known.
         rest: whether the lists go on, beyond `count`, with all blocks in which nothing is seen: for
             kernels that attend to everything and to what is seen in one pass.
         by_row: whether `full` is of the parameters that rows and heads are given beside the mask
             (`block_sparse_attention(by_row=...)`), and not of the rule's own.
+        widths: of lists that are made at run time, the most entries of each block of queries; None
+            for W.
+        listed: of lists that are made at run time, how many entries they will have together; None
+            if that is not known.
     """
 
     index: Any
@@ -49,6 +56,8 @@ class BlockMask:
     seen: int | None
     rest: bool = False
     by_row: bool = False
+    widths: tuple[int, ...] | None = None
+    listed: int | None = None
 
     @property
     def static(self) -> bool:
@@ -57,8 +66,13 @@ class BlockMask:
 
     @property
     def visited(self) -> int:
-        """Blocks in all lists; for lists that are made at run time, the most there can be."""
-        return int(self.count.sum()) if self.static else int(np.prod(self.index.shape))
+        """Blocks in all lists; of lists made at run time as many as are known, or can be."""
+        if self.static:
+            return int(self.count.sum())
+        if self.listed is not None:
+            return self.listed
+        *lists, rows, longest = self.index.shape
+        return int(np.prod(lists)) * (sum(self.widths) if self.widths else rows * longest)
 
     @property
     def density(self) -> float:
@@ -130,7 +144,8 @@ def from_map(
     *,
     block: int | tuple[int, int] = 128,
     rule: Rule = EVERYTHING,
-    width: int | None = None,
+    width: int | tuple[int, ...] | None = None,
+    listed: int | None = None,
 ) -> BlockMask:
     """The blocks of a map, as far as a rule lets anything be seen in them.
 
@@ -140,10 +155,13 @@ def from_map(
         queries, keys, block: as for `block_mask`.
         rule: what is visible inside of the blocks.
         width: length of the lists; the longest static list if None. Required at run time, where
-            blocks beyond it are dropped, those that the rule cuts first.
+            blocks beyond it are dropped, those that the rule cuts first. At run time it may be one
+            number for each block of queries: XLA's program does the work of these.
+        listed: at run time, the number of blocks in all lists together, if it is known: for costs.
 
     Raises:
-        ValueError: for a map of another shape, or static lists longer than `width`.
+        ValueError: for a map of another shape, static lists longer than `width`, or widths for
+            other blocks.
     """
     queries, keys, block_q, block_k = _sizes(queries, keys, block)
     xp = np if isinstance(keep, np.ndarray) else jnp
@@ -152,10 +170,25 @@ def from_map(
         raise ValueError(
             "lists that are made at run time need a static width: the most blocks of a row"
         )
+    widths = None
+    if isinstance(width, tuple):
+        if xp is np or len(width) != keep.shape[2] or not 1 <= max(width) <= keep.shape[3]:
+            raise ValueError(
+                f"widths are for lists that are made at run time, one of 0 ... {keep.shape[3]} for "
+                f"each of {keep.shape[2]} blocks of queries; got {len(width)} for a "
+                f"{type(keep).__name__}"
+            )
+        widths, width = width, max(width)
     pairs, whole = _pairs(rule, queries, keys, block_q, block_k)
-    lists = _lists(xp, keep & whole, keep & (pairs > 0), width)
+    index, count, full = _lists(xp, keep & whole, keep & (pairs > 0), width)
+    if widths is not None:
+        most = np.asarray(widths, np.int32)
+        count, full = jnp.minimum(count, most), jnp.minimum(full, most)
     seen = int((keep * pairs).sum()) if xp is np else None
-    return BlockMask(*lists, queries, keys, block_q, block_k, rule, seen)
+    if xp is jnp and listed is not None:
+        seen = min(listed * block_q * block_k, int(np.prod(keep.shape[:2])) * queries * keys)
+    sizes = (queries, keys, block_q, block_k)
+    return BlockMask(index, count, full, *sizes, rule, seen, widths=widths, listed=listed)
 
 
 def top_blocks(

@@ -122,16 +122,21 @@ def forward(
                 seen = mask.rule.visible(row, column, mask.keys, *parameters)
                 if row_segment is not None:
                     seen &= row_segment == refs.segments[1][keys][None]
-            values = refs.v[keys, :]
+            add = partial(
+                softmax.accumulate,
+                logits=logits,
+                values=refs.v[keys, :],
+                levels=arithmetic.levels,
+                unit=arithmetic.unit,
+                rows=row < mask.queries if mask.queries % block_q else None,
+            )
             carries = list(carries)
             if inside:
-                carries[0] = softmax.accumulate(carries[0], logits, seen, values, arithmetic.levels)
+                carries[0] = add(carries[0], seen=seen)
             if outside and mask.rest:
                 exists = column < mask.keys if ragged or seen is not None else None
                 beyond = exists if seen is None else exists & ~seen
-                carries[1] = softmax.accumulate(
-                    carries[1], logits, beyond, values, arithmetic.levels
-                )
+                carries[1] = add(carries[1], seen=beyond)
             return tuple(carries)
 
         whole = full[0] if uncut else jnp.int32(0)

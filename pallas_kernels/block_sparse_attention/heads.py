@@ -46,10 +46,12 @@ class Arithmetic(NamedTuple):
     Attributes:
         scale: factor on the logits q k^T.
         out: name of the output's dtype.
-        levels: largest quantized value of a probability, 127 for int8; each block of keys is
-            quantized in units of its largest probability. None leaves them float.
+        levels: largest quantized value of a probability, 127 for int8; None leaves them float.
+        unit: what a block of keys is quantized in: the largest probability of each "query" or of
+            the whole "tile" of queries and keys, or "one".
     """
 
     scale: float
     out: str
     levels: int | None = None
+    unit: str = "query"

@@ -49,12 +49,17 @@ def accumulate(
     seen: Array | None,
     values: Array,
     levels: int | None,
+    unit: str = "query",
     *,
+    rows: Array | None = None,
     fixed: bool = False,
 ) -> Carry:
     """One more block of keys: logits float32[block_q, block_k] in base 2, values [block_k, E].
 
     Args:
+        levels, unit: as in `Arithmetic`. The largest weight of a tile is that of the softmax so
+            far.
+        rows: bool[block_q, lanes], which queries there are; None for all.
         fixed: leave the peak, which is 0, as it is: for logits that are known to be small.
     """
     lanes = carry.peak.shape[1]
@@ -66,15 +71,23 @@ def accumulate(
         return Carry(carry.peak, carry.total + _sums(weights, lanes), carry.weighted + weighted)
     own = jnp.maximum(jnp.max(logits, axis=1, keepdims=True), NOTHING)
     peak = jnp.maximum(carry.peak, own)
-    weights = jnp.exp2(logits - (_across(peak, logits.shape[1]) if levels is None else own))
+    by_query = levels is not None and unit == "query"
+    weights = jnp.exp2(logits - (own if by_query else _across(peak, logits.shape[1])))
     shrink = jnp.exp2(carry.peak - peak)
     total = _sums(weights, lanes)
     if levels is None:
         weighted = product(weights.astype(values.dtype), values, ((1,), (0,)))
     else:
-        # Quantized values are in units of the block's largest weight: 2^(own - peak).
-        grow = jnp.exp2(own - peak)
-        total = grow * total
+        grow = jnp.exp2(own - peak)  # a query's largest weight in the block
+        if by_query:
+            total = grow * total
+        elif unit == "tile":
+            there = own > NOTHING if rows is None else (own > NOTHING) & rows
+            grow = jnp.max(jnp.where(there, grow, 0.0), axis=0, keepdims=True)
+            grow = jnp.where(grow > 0, grow, 1.0)
+            weights /= _across(grow, weights.shape[1])
+        else:
+            grow = jnp.ones_like(grow)
         qvalues = weight_qvalues(weights, levels, values.dtype)
         weighted = product(qvalues, values, ((1,), (0,)))
         weighted *= _across(grow * (1 / levels), weighted.shape[1])

@@ -34,16 +34,45 @@ def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[Arra
     finite = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
     weights = jnp.exp(logits - finite)
     if arithmetic.levels is not None:
-        weights = _quantized(mask, weights, arithmetic.levels, heads.v.dtype)
+        weights = _quantized(mask, weights, logits, finite, arithmetic, heads.v.dtype)
     out = jnp.einsum("bhst,bhte->bhse", weights, v, precision="highest")
     return out.astype(arithmetic.out), lse
 
 
-def _quantized(mask: BlockMask, weights: Array, levels: int, dtype: jax.typing.DTypeLike) -> Array:
-    """Quantized weights, in units of the largest weight of a query in a block of keys."""
-    blocks = pad_axis(weights, 3, mask.block_k)
-    blocks = blocks.reshape(*weights.shape[:3], -1, mask.block_k)
+def _quantized(
+    mask: BlockMask,
+    weights: Array,
+    logits: Array,
+    peak: Array,
+    arithmetic: Arithmetic,
+    dtype: jax.typing.DTypeLike,
+) -> Array:
+    """Quantized weights exp(logits - peak), in the units of the arithmetic.
+
+    But for "query", units are of the softmax so far: exp(logits - largest one of the query in this
+    block and the ones before it).
+    """
+    levels = arithmetic.levels
+    assert levels is not None
+    shape = (*weights.shape[:3], -1, mask.block_k)
+    blocks = pad_axis(weights, 3, mask.block_k).reshape(shape)
+    factor = jnp.float32(1.0)
+    if arithmetic.unit != "query":
+        logits = jnp.pad(
+            logits, [(0, 0)] * 3 + [(0, -logits.shape[3] % mask.block_k)], constant_values=-jnp.inf
+        )
+        logits = logits.reshape(shape)
+        so_far = jax.lax.cummax(jnp.max(logits, axis=-1, keepdims=True), axis=3)
+        so_far = jnp.maximum(so_far, jnp.finfo(jnp.float32).min)
+        blocks, factor = jnp.exp(logits - so_far), jnp.exp(so_far - peak[..., None])
     largest = jnp.max(blocks, axis=-1, keepdims=True)
+    if arithmetic.unit == "tile":
+        tiles = pad_axis(largest, 2, mask.block_q)
+        tiles = tiles.reshape(*largest.shape[:2], -1, mask.block_q, *largest.shape[3:])
+        tiles = jnp.repeat(jnp.max(tiles, axis=3), mask.block_q, axis=2)
+        largest = tiles[:, :, : weights.shape[2]]
+    elif arithmetic.unit == "one":
+        largest = jnp.ones_like(largest)
     qvalues = weight_qvalues(blocks / jnp.where(largest > 0, largest, 1.0), levels, dtype)
-    quantized = qvalues.astype(jnp.float32) * (largest / levels)
+    quantized = qvalues.astype(jnp.float32) * (largest * factor / levels)
     return quantized.reshape(*weights.shape[:3], -1)[..., : weights.shape[-1]]

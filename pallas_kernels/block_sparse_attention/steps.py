@@ -64,7 +64,7 @@ def in_groups(mask: BlockMask, batch: int, heads: int) -> list[Group]:
     """The steps of a mask, in groups of (nearly) equal length; steps without a block are left out.
 
     Static lists are as long as they are, rounded up to four lengths an octave so that few programs
-    are compiled; lists that are made at run time all have their full width.
+    are compiled; lists that are made at run time have the widths of their blocks of queries.
     """
     shape = (batch, heads, mask.index.shape[2])
     xp = np if mask.static else jnp
@@ -74,7 +74,14 @@ def in_groups(mask: BlockMask, batch: int, heads: int) -> list[Group]:
     line, block = np.divmod(np.arange(len(index), dtype=np.int32), np.int32(shape[2]))
     steps = Steps(line, block, index, np.zeros_like(line), count)
     if not mask.static:
-        return [Group(steps, cut=True)]
+        if mask.widths is None:
+            return [Group(steps, cut=True)]
+        most = np.asarray(mask.widths)[block]
+        places = [(length, np.flatnonzero(most == length)) for length in np.unique(most[most > 0])]
+        parts = [(length, Steps(*(x[own] for x in steps))) for length, own in places]
+        return [
+            Group(part._replace(blocks=part.blocks[:, :length]), cut=True) for length, part in parts
+        ]
     groups: list[Group] = []
     lengths = np.minimum(_rounded(count), index.shape[-1])
     for length in np.unique(lengths[count > 0]):

@@ -167,7 +167,15 @@ def forward(
 
             def add(carry: softmax.Carry, seen: Array | None) -> None:
                 values, levels = refs.v[0, j], arithmetic.levels
-                added = softmax.accumulate(_load(carry), logits, seen, values, levels, fixed=fixed)
+                rows = None
+                if levels and mask.queries % block_q:
+                    places = jax.lax.broadcasted_iota(jnp.int32, (block_q, _LANES), 0)
+                    rows = m * block_q + places < mask.queries
+                added = softmax.accumulate(
+                    *(_load(carry), logits, seen, values, levels, arithmetic.unit),
+                    rows=rows,
+                    fixed=fixed,
+                )
                 _store(carry, added)
 
             if inside:

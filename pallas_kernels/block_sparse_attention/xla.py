@@ -46,15 +46,14 @@ def forward(mask: BlockMask, arithmetic: Arithmetic, heads: Heads) -> tuple[jax.
     """Output [B, H, S, E] and log-sum-exp float32[B, H, S]."""
     tiles = (_SharedTiles if shares_lists(mask) else _Tiles)(mask, arithmetic.scale, heads)
     values = tiles.of_keys(heads.v)
-    quantized = None
-    if arithmetic.levels is not None:
-        quantized = partial(_quantized, mask, levels=arithmetic.levels, dtype=heads.v.dtype)
 
     def step(which: Steps, group: Group) -> tuple[jax.Array, jax.Array]:
         own = tiles.keys(values, which, group)
-        if (
-            quantized is not None
-        ):  # products of quantized values are exact in float32, and faster on a CPU
+        quantized = None
+        if arithmetic.levels is not None:
+            rows = which.block * mask.block_q + jnp.arange(mask.block_q) < mask.queries
+            quantized = partial(_quantized, mask, arithmetic, heads.v.dtype, rows)
+            # Products of quantized values are exact in float32, and faster on a CPU.
             own = own.astype(jnp.float32)
         return attend(
             tiles.logits(which, group), own, arithmetic.out, cut=group.cut, quantized=quantized
@@ -106,7 +105,7 @@ def attend(
     out: str,
     *,
     cut: bool = False,
-    quantized: Callable[[jax.Array], jax.Array] | None = None,
+    quantized: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax of logits [..., rows, keys] times values [..., keys, E], and the log-sum-exp.
 
@@ -117,7 +116,8 @@ def attend(
         values: of these keys.
         out: name of the output's dtype.
         cut: whether a row may see nothing.
-        quantized: makes quantized values of weights; None for weights in the values' dtype.
+        quantized: makes quantized values of (weights, logits, largest logit); None for weights in
+            the values' dtype.
     """
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     # Bounds, not selections: XLA fuses them with the products on a CPU. The peak itself counts 1.
@@ -126,7 +126,10 @@ def attend(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     lse = (peak + jnp.log(total))[..., 0]
     total = jnp.maximum(total, 1.0) if cut else total
-    weights = weights.astype(values.dtype) if quantized is None else quantized(weights)
+    if quantized is None:
+        weights = weights.astype(values.dtype)
+    else:
+        weights = quantized(weights, logits, peak)
     return (product(weights, values) / total).astype(out), lse
 
 
@@ -154,13 +157,40 @@ def hide(logits: jax.Array, seen: Any) -> jax.Array:
 
 
 def _quantized(
-    mask: BlockMask, weights: jax.Array, *, levels: int, dtype: jax.typing.DTypeLike
+    mask: BlockMask,
+    arithmetic: Arithmetic,
+    dtype: jax.typing.DTypeLike,
+    exists: jax.Array,
+    weights: jax.Array,
+    logits: jax.Array,
+    peak: jax.Array,
 ) -> jax.Array:
-    """Weights [..., c * block_k] as values, in units of a query's largest one in each block."""
-    blocks = weights.reshape(*weights.shape[:-1], -1, mask.block_k)
+    """Weights [..., rows, c * block_k] as values, in the units of the arithmetic.
+
+    Args:
+        exists: bool[block_q], which queries of the block there are.
+        weights, logits, peak: weights are exp(logits - peak).
+    """
+    levels = arithmetic.levels
+    assert levels is not None
+    shape = (*weights.shape[:-1], -1, mask.block_k)
+    blocks, factor = weights.reshape(shape), jnp.float32(1.0)
+    if arithmetic.unit != "query":  # of the softmax so far, as kernels make it
+        by_block = logits.reshape(shape)
+        so_far = jnp.max(by_block, axis=-1, keepdims=True)
+        so_far = jax.lax.cummax(so_far, axis=so_far.ndim - 2)
+        so_far = jnp.maximum(so_far, jnp.finfo(jnp.float32).min)
+        blocks, factor = jnp.exp(by_block - so_far), jnp.exp(so_far - peak[..., None])
     largest = jnp.max(blocks, axis=-1, keepdims=True)
+    if arithmetic.unit == "tile":  # rows are those of one block of queries, of several heads
+        tiles = largest.reshape(*shape[:-3], -1, mask.block_q, *largest.shape[-2:])
+        tiles = jnp.max(jnp.where(exists[:, None, None], tiles, 0.0), axis=-3, keepdims=True)
+        tiles = jnp.broadcast_to(tiles, (*tiles.shape[:-3], mask.block_q, *tiles.shape[-2:]))
+        largest = tiles.reshape(largest.shape)
+    elif arithmetic.unit == "one":
+        largest = jnp.ones_like(largest)
     qvalues = weight_qvalues(blocks / jnp.where(largest > 0, largest, 1.0), levels, dtype)
-    return (qvalues.astype(jnp.float32) * (largest / levels)).reshape(weights.shape)
+    return (qvalues.astype(jnp.float32) * (largest * factor / levels)).reshape(weights.shape)
 
 
 def backward(

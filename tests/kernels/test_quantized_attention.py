@@ -161,6 +161,82 @@ def test_maps_lists_at_run_time_and_segments(implementation):
     assert not np.asarray(found[0][:, :128, 0]).any()
 
 
+def by_tiles(q, k, v, keep, *, levels, unit, tokens=(32, 64), block=64):
+    """Units of tiles in plain numpy, for one head: the softmax goes over kept blocks in order."""
+    q, k, v = (np.asarray(x[0, :, 0], np.float64) for x in (q, k, v))
+
+    def qvalues(x, scale):
+        return np.sign(x) * np.floor(np.abs(x) / scale + 0.5)
+
+    def scales(x, group):
+        parts = [x[first : first + group] for first in range(0, len(x), group)]
+        return np.concatenate([np.full(len(p), np.abs(p).max() / levels) for p in parts])[:, None]
+
+    s_q, s_k, s_v = scales(q, tokens[0]), scales(k, tokens[1]), np.abs(v).max(0) / levels
+    logits = qvalues(q, s_q) @ qvalues(k, s_k).T * s_q * s_k.T * q.shape[1] ** -0.5
+    out = np.zeros((len(q), v.shape[1]))
+    for m, n in np.ndindex(-(-len(q) // block), 1):
+        rows = slice(m * block, min((m + 1) * block, len(q)))
+        peak = np.full((rows.stop - rows.start, 1), -np.inf)
+        total, weighted = np.zeros_like(peak), np.zeros((len(peak), v.shape[1]))
+        for n in np.flatnonzero(keep[m]):
+            keys = slice(n * block, (n + 1) * block)
+            new = np.maximum(peak, logits[rows, keys].max(1, keepdims=True))
+            p = np.exp(logits[rows, keys] - new)
+            largest = p.max() if unit == "tile" else 1.0
+            part = np.floor(levels * p / largest + 0.5) @ qvalues(v[keys], s_v) * largest / levels
+            shrink = np.exp(peak - new)
+            total, weighted = shrink * total + p.sum(1, keepdims=True), shrink * weighted + part
+            peak = new
+        out[rows] = weighted / np.where(total > 0, total, 1)
+    return out * s_v
+
+
+@pytest.mark.parametrize(("bits", "values", "levels"), [(8, "int8", 127), (4, "int4", 7)])
+@pytest.mark.parametrize("unit", ["tile", "one"])
+def test_units_of_tiles_are_the_formula(unit, bits, values, levels):
+    """A block of queries that sees nothing, and incomplete blocks on both sides."""
+    q, k, v = heads(140, 300, query_heads=1)
+    q = 3 * q  # weights of all sizes
+    keep = np.random.default_rng(1).random((3, 5)) < 0.6
+    keep[0] = False
+    mask = from_map(keep, 140, 300, block=64)
+    options = {"bits": bits, "values": values, "unit": unit, "tokens": (32, 64), "smooth": False}
+    out = attend("reference", q, k, v, mask=mask, **options)
+    expected = by_tiles(q, k, v, keep, levels=levels, unit=unit)
+    np.testing.assert_allclose(out[0, :, 0], expected, atol=3e-3 if bits == 4 else 5e-4)
+    assert not np.asarray(out[0, :64]).any()
+
+
+@pytest.mark.parametrize("unit", ["tile", "one"])
+@pytest.mark.parametrize("implementation", PROGRAMS)
+def test_units_of_tiles(implementation, unit):
+    """Lists that are made at run time, with a width for each block of queries; grouped heads."""
+    q, k, v = heads(300, 300, query_heads=2, key_heads=1)
+    keep = np.random.default_rng(1).random((2, 3, 3)) < 0.6
+    keep[:, 2], keep[0, 0] = True, False
+    options = {"values": "int8", "unit": unit, "tokens": (32, 64), "smooth": False}
+    options["return_lse"] = True
+
+    def run(implementation, keep, *operands):
+        mask = from_map(keep, 300, block=128, width=(2, 2, 3), listed=13)
+        interpret = implementation in KERNELS
+        return quantized_attention(
+            *operands, mask, implementation=implementation, interpret=interpret, **options
+        )
+
+    keep[:, :2, 2] = False  # at most two in these rows
+    expected = attend("reference", q, k, v, mask=from_map(keep, 300, block=128), **options)
+    found = jax.jit(partial(run, implementation))(jnp.asarray(keep), q, k, v)
+    chex.assert_trees_all_close(found, expected, atol=5e-3)
+    assert relative(found[0], expected[0]) < 1e-3
+    # Heads in one list, which XLA takes together.
+    shared = from_map(keep[1], 300, block=128)
+    expected = attend("reference", q, k, v, mask=shared, **options)
+    found = attend(implementation, q, k, v, mask=shared, **options)
+    assert relative(found[0], expected[0]) < 1e-3
+
+
 def test_error_falls_with_bits_and_finer_scales():
     operands = heads(128, 256, query_heads=1)
     exact = block_sparse_attention(*operands, EVERYTHING, implementation="reference")
@@ -252,6 +328,7 @@ def test_lowers_for_gpus(lower_for_gpu, values):
     [
         ({"bits": 6}, "bits must be 8 or 4, got 6"),
         ({"values": "int2"}, "values must be None or one of"),
+        ({"unit": "head"}, "unit must be one of"),
         ({"tokens": (0, 64)}, "tokens must be two numbers of at least 1"),
         ({"mask": block_mask(Band(2), 9)}, "made for 9 queries and 9 keys"),
     ],
