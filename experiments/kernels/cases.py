@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from effjax.quant import Rotation
 from pallas_kernels.arrow_attention import arrow_attention
 from pallas_kernels.attention import dense_attention
-from pallas_kernels.block_mask import Arrow, Band, Causal, Rule, SinkLocal, top_blocks
+from pallas_kernels.block_mask import Arrow, Band, Causal, Rule, SinkLocal, from_map, top_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.decode_attention import (
     decode_attention,
@@ -71,6 +71,23 @@ def head_wise(batch: int, tokens: int, heads: int, width: int, **text: Any) -> C
 def _best_blocks(q: Any, k: Any, v: Any, scores: Any, **options: Any) -> jax.Array:
     mask = top_blocks(scores, 16, q.shape[1], block=128)
     return block_sparse_attention(q, k, v, mask, **options)
+
+
+def _kept_blocks(q: Any, k: Any, v: Any, bits: Any, *, kind: Any, **options: Any) -> jax.Array:
+    """Masks of blocks by head, packed in bits: half of each row at most."""
+    tokens = q.shape[1]
+    blocks = -(-tokens // 128)
+    keep = jnp.unpackbits(bits, axis=-1, count=blocks)
+    mask = from_map(keep, tokens, block=128, width=blocks // 2)
+    if kind is None:
+        return block_sparse_attention(q, k, v, mask, **options)
+    options |= {"bits": int(kind[-1]), "values": kind, "tokens": (32, 64), "unit": "tile"}
+    return quantized_attention(q, k, v, mask, smooth=False, **options)
+
+
+def _bits(tokens: int, heads: int) -> Any:
+    blocks = -(-tokens // 128)
+    return _struct((heads, blocks, -(-blocks // 8)), jnp.uint8)
 
 
 def _quantized_cache(
@@ -208,6 +225,18 @@ QUANTIZED_ATTENTION: dict[str, Case] = {
         ("int8, grouped heads", _heads(1, 8192, 16, 128, 4)),
     )
     for values in (None, "int8")
+} | {
+    f"kept blocks by head, {name}, {kind or 'bfloat16'}": (
+        partial(_kept_blocks, kind=kind),
+        (*_heads(1, tokens, heads, width), _bits(tokens, heads)),
+    )
+    for name, tokens, heads, width, kind in (
+        ("FLUX", 4608, 24, 128, None),
+        ("FLUX", 4608, 24, 128, "int8"),
+        ("FLUX", 4608, 24, 128, "int4"),
+        ("CogVideoX", 17776, 48, 64, "int8"),
+        ("Wan2.1 720p", 75600, 8, 128, "int8"),
+    )
 }
 
 DECODE: dict[str, Case] = {

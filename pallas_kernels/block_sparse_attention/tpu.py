@@ -7,6 +7,7 @@ Blocks that the rule does not cut come first and skip the mask. Heads are [B, H,
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.block_mask import EVERYTHING, BlockMask
 from pallas_kernels.block_sparse_attention import online_softmax as softmax
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.tiling import pad_axis, round_up
@@ -54,12 +55,10 @@ def refusal(mask: BlockMask, heads: Heads) -> str | None:
             f"the logits of a block must be at most {LOGITS} to fit in fast memory, got "
             f"{mask.block_q} x {mask.block_k}"
         )
-    entries = sum(int(np.prod(x.shape)) for x in (mask.index, mask.count, mask.full))
-    entries += (mask.rule.parameters if heads.by_row is None else heads.by_row).size
-    if entries > SCALARS:
+    if _pieces(mask, heads) is None:
         return (
-            f"lists of {entries} entries do not fit in scalar memory, which takes {SCALARS}. Use "
-            f"larger blocks, or lists that heads share"
+            f"lists of {_entries(mask, heads)} entries do not fit in scalar memory, which takes "
+            f"{SCALARS}. Use larger blocks, or lists that heads share"
         )
     for x in (heads.q, heads.v):
         if x.dtype in (jnp.float16, jnp.float8_e4m3fn):
@@ -71,6 +70,80 @@ def forward(
     mask: BlockMask, arithmetic: Arithmetic, heads: Heads, *, interpret: bool = False
 ) -> Any:
     """Output [B, H, S, E] and log-sum-exp float32[B, H, S], of `mask.rest` also of all keys."""
+    pieces = _pieces(mask, heads)
+    assert pieces is not None
+    if pieces != (1, 1):
+        return _by_pieces(mask, arithmetic, heads, pieces=pieces, interpret=interpret)
+    return _forward(mask, arithmetic, heads, interpret=interpret)
+
+
+def _entries(mask: BlockMask, heads: Heads) -> int:
+    """Integers in scalar memory."""
+    lists = sum(int(np.prod(x.shape)) for x in (mask.index, mask.count, mask.full))
+    return lists + (mask.rule.parameters if heads.by_row is None else heads.by_row).size
+
+
+def _pieces(mask: BlockMask, heads: Heads) -> tuple[int, int] | None:
+    """Into how many parts of heads, and of blocks of queries, lists are cut to fit; None if not.
+
+    Only lists under no rule, and of arrays without segments, are cut.
+    """
+    entries = _entries(mask, heads)
+    if entries <= SCALARS:
+        return 1, 1
+    if heads.cut or mask.rest or mask.rule != EVERYTHING:
+        return None
+    own, rows = mask.index.shape[1:3]
+    parts = [n for n in range(1, own + 1) if own % n == 0 and heads.k.shape[1] % n == 0]
+    of_heads = next((n for n in parts if entries <= n * SCALARS), parts[-1])
+    of_rows = -(-entries // (of_heads * SCALARS))
+    return (of_heads, of_rows) if of_rows <= rows else None
+
+
+def _by_pieces(
+    mask: BlockMask,
+    arithmetic: Arithmetic,
+    heads: Heads,
+    *,
+    pieces: tuple[int, int],
+    **options: Any,
+) -> tuple[Array, Array]:
+    """`forward` over parts of the heads, and of the blocks of queries, in turn."""
+    of_heads, of_rows = pieces
+
+    def cut(x: Any) -> Array:
+        """[B, H, ...] as [parts, B, H / parts, ...]."""
+        return jnp.moveaxis(jnp.reshape(x, (x.shape[0], of_heads, -1, *x.shape[2:])), 1, 0)
+
+    rows = -(-mask.index.shape[2] // of_rows)
+    known = mask.static or mask.listed is not None
+    listed = mask.visited // (of_heads * of_rows) if known else None
+    results = []
+    for first in range(0, mask.index.shape[2], rows):
+        start = first * mask.block_q
+        stop = min(start + rows * mask.block_q, mask.queries)
+        size: dict[str, Any] = {"queries": stop - start, "seen": None, "widths": None}
+        own = dataclasses.replace(mask, listed=listed, **size)
+        lists = [cut(x[:, :, first : first + rows]) for x in (mask.index, mask.count, mask.full)]
+        scales = heads.scales
+        if scales is not None:
+            scales = cut(scales[0][:, :, start:stop]), cut(scales[1])
+        parts = Heads(cut(heads.q[:, :, start:stop]), cut(heads.k), cut(heads.v), scales=scales)
+
+        def part(operands: Any, own: BlockMask = own) -> tuple[Array, Array]:
+            (index, count, full), parts = operands
+            lists = dataclasses.replace(own, index=index, count=count, full=full)
+            return _forward(lists, arithmetic, parts, **options)
+
+        found = jax.lax.map(part, (lists, parts))
+        results.append([jnp.moveaxis(x, 0, 1) for x in found])
+    out, lse = (jnp.concatenate(each, axis=3) for each in zip(*results))
+    return out.reshape(*heads.q.shape[:3], -1), lse.reshape(heads.q.shape[:3])
+
+
+def _forward(
+    mask: BlockMask, arithmetic: Arithmetic, heads: Heads, *, interpret: bool = False
+) -> Any:
     batch, of_heads, queries, width = heads.q.shape
     group, value_width = of_heads // heads.k.shape[1], heads.v.shape[-1]
     block_q, block_k = mask.block_q, mask.block_k

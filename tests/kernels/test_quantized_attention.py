@@ -11,7 +11,7 @@ import pytest
 from effjax.cost import cost
 from experiments.kernels.cases import QUANTIZED_ATTENTION
 from pallas_kernels.block_mask import EVERYTHING, Band, Causal, block_mask, from_map, top_blocks
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import block_sparse_attention, tpu
 from pallas_kernels.merge import merge
 from pallas_kernels.quantized_attention import quantized_attention
 
@@ -235,6 +235,35 @@ def test_units_of_tiles(implementation, unit):
     expected = attend("reference", q, k, v, mask=shared, **options)
     found = attend(implementation, q, k, v, mask=shared, **options)
     assert relative(found[0], expected[0]) < 1e-3
+
+
+@pytest.mark.parametrize("scalars", [60, 20])
+def test_long_lists_are_cut_for_a_tpu(monkeypatch, scalars):
+    """By heads, and by blocks of queries where those of one head are too long."""
+    monkeypatch.setattr(tpu, "SCALARS", scalars)
+    q, k, v = heads(300, 300, query_heads=4, key_heads=2)
+    keep = np.random.default_rng(1).random((4, 3, 3)) < 0.6
+    options = {"values": "int8", "unit": "tile", "return_lse": True}
+    expected = attend("reference", q, k, v, mask=from_map(keep, 300, block=128), **options)
+    for lists in (from_map(keep, 300, block=128), jnp.asarray(keep)):
+
+        def run(lists, *operands):
+            made = isinstance(lists, jax.Array)
+            mask = from_map(lists, 300, block=128, width=3, listed=13) if made else lists
+            return quantized_attention(
+                *operands, mask, implementation="pallas_tpu", interpret=True, **options
+            )
+
+        found = (
+            jax.jit(run)(lists, q, k, v) if isinstance(lists, jax.Array) else run(lists, q, k, v)
+        )
+        chex.assert_trees_all_close(found[1], expected[1], atol=1e-5)
+        assert relative(found[0], expected[0]) < 1e-3
+    monkeypatch.setattr(tpu, "SCALARS", 20)  # a rule is not cut
+    with pytest.raises(NotImplementedError, match="do not fit in scalar memory, which takes"):
+        quantized_attention(
+            q, k, v, from_map(keep, 300, block=128, rule=Causal()), implementation="pallas_tpu"
+        )
 
 
 def test_error_falls_with_bits_and_finer_scales():
