@@ -510,7 +510,7 @@ def test_refusals_are_named():
         run("pallas_tpu", mask=large)
     with pytest.raises(NotImplementedError, match="bytes of shared memory"):
         run("pallas_gpu", heads(20, 20, width=256), Band(3))
-    lists = from_map(np.ones((512, 512), bool), 65536, block=128)
+    lists = from_map(np.ones((512, 512), bool), 65536, block=128, rule=Band(1 << 16))
     long = jnp.zeros((1, 65536, 1, 8))
     with pytest.raises(NotImplementedError, match="do not fit in scalar memory"):
         run("pallas_tpu", (long, long, long), lists)

@@ -73,7 +73,7 @@ def options(grid, size, *, text=0, text_first=False, width=None, **more):
 
 
 def run(q, k, v, keep, orders, own):
-    attend = jax.jit(lambda *operands: paro_attention(*operands, orders, own))
+    attend = jax.jit(lambda q, k, v, keep: paro_attention(q, k, v, keep, orders, own))
     return attend(q, k, v, jnp.asarray(keep))
 
 
@@ -346,8 +346,8 @@ def test_a_mask_after_the_reorder_loses_less():
     blocks = Blocks(512, 0, False, 64)
 
     def error(order):
-        moved = (permute(x, (order,), grid) for x in (q, k))
-        masses = np.asarray(block_statistics(*moved, blocks, 1e-3).sums[0])
+        one, two = (permute(x, (order,), grid) for x in (q, k))
+        masses = np.asarray(block_statistics(one, two, blocks, 1e-3).sums[0])
         keep = best(masses, blocks, np.array([round(0.3 * 64)]), 8, 1)
         own = Options(grid, blocks, (8,) * 8)
         return np.linalg.norm(run(q, k, v, keep, (order,), own) - exact) / np.linalg.norm(exact)
