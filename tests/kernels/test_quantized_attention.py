@@ -218,11 +218,11 @@ def test_units_of_tiles(implementation, unit):
     options = {"values": "int8", "unit": unit, "tokens": (32, 64), "smooth": False}
     options["return_lse"] = True
 
-    def run(implementation, keep, *operands):
+    def run(implementation, keep, q, k, v):
         mask = from_map(keep, 300, block=128, width=(2, 2, 3), listed=13)
         interpret = implementation in KERNELS
         return quantized_attention(
-            *operands, mask, implementation=implementation, interpret=interpret, **options
+            *(q, k, v, mask), implementation=implementation, interpret=interpret, **options
         )
 
     keep[:, :2, 2] = False  # at most two in these rows
@@ -247,11 +247,11 @@ def test_long_lists_are_cut_for_a_tpu(monkeypatch, scalars):
     expected = attend("reference", q, k, v, mask=from_map(keep, 300, block=128), **options)
     for lists in (from_map(keep, 300, block=128), jnp.asarray(keep)):
 
-        def run(lists, *operands):
+        def run(lists, q, k, v):
             made = isinstance(lists, jax.Array)
             mask = from_map(lists, 300, block=128, width=3, listed=13) if made else lists
             return quantized_attention(
-                *operands, mask, implementation="pallas_tpu", interpret=True, **options
+                *(q, k, v, mask), implementation="pallas_tpu", interpret=True, **options
             )
 
         found = (
