@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from converters.conversion import convert
+    from converters.lora import load_lora
     from converters.pretrained import describe, from_pretrained, save_pretrained
 
-__all__ = ["convert", "describe", "from_pretrained", "save_pretrained"]
+__all__ = ["convert", "describe", "from_pretrained", "load_lora", "save_pretrained"]
+
+_MODULES = {"convert": "conversion", "load_lora": "lora"}
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import converters` costs nothing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "conversion" if name == "convert" else "pretrained"
+    module = _MODULES.get(name, "pretrained")
     return getattr(importlib.import_module(f"converters.{module}"), name)
 
 

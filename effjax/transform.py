@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -28,6 +28,13 @@ class Plan(Checked):
     def describe(self) -> str:
         """The plan in a few lines for people; methods say more than this default."""
         return f"{type(self).__name__}: {self.to_json()}"
+
+    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+        """Which of so many network calls compute, by what the plan leaves out in the others.
+
+        Empty for plans that leave nothing out, or cannot say it before.
+        """
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""

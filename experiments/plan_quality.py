@@ -28,6 +28,7 @@ from effjax.methods.attention import dit_fast_attn
 from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
 from effjax.samplers import Sampler, sample_keys
 from experiments import report
+from experiments.peers.compressed import THRESHOLD
 
 # Searches that the mixed one is compared with: their options.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=demo.GUIDANCE)
     parser.add_argument("--thresholds", default="0.1,0.15,0.2,0.3")
-    parser.add_argument("--matched-threshold", type=float, default=demo.THRESHOLD)
+    parser.add_argument("--matched-threshold", type=float, default=THRESHOLD)
     parser.add_argument("--cache", type=Path, required=True, help="folder of finished parts")
     parser.add_argument("--skip-matched", action="store_true")
     arguments = parser.parse_args(argv)

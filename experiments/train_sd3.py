@@ -156,7 +156,7 @@ def train(
                 seen = jnp.where(dropped[:, None], empty[part.name], ids[part.name])
                 out, _ = encoders[part.name](params[part.name], {}, seen)
                 encoded[part.name] = part.read(out, seen)
-            condition = FAMILY.condition(encoded, config)
+            condition = FAMILY.condition(encoded, config, {})
             return forward(params["transformer"], {}, mixed, times, condition)[0]
 
         return training.flow_matching(images, key, predict)

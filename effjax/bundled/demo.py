@@ -1,9 +1,10 @@
-"""The demo: convert the bundled PyTorch checkpoint, compress it, sample dense and compressed.
+"""The demo: convert the bundled PyTorch checkpoint, accelerate it, sample and compare.
 
-Three programs: dense; with a searched attention plan (DiTFastAttn); with that plan and values of 8
-bits for weights and inputs (ViDiT-Q). They start from the same noise and labels, so that their
-images pair up. The report says what was gained (FLOPs, bytes, seconds) and what was paid (caches,
-accuracy, distance to the dense images).
+Three programs take turns on one machine: the dense model; the model with the recipe that
+`pipe.accelerate()` recommends for it; and the dense model with as many fewer steps as cost the same
+seconds, which is what anybody can do without a library. They start from the same noise and labels,
+so that their images pair up. The report says what was gained (seconds, FLOPs) and what was paid
+(caches, accuracy, distance to the dense images).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,15 @@ from effjax import metrics
 from effjax.bundled import WEIGHTS, glyphs, judge
 from effjax.cost import sampler_cost, state_bytes, weight_bytes
 from effjax.forward import Forward, Params
-from effjax.methods.attention import dit_fast_attn
-from effjax.methods.attention.dit_fast_attn import DiTFastAttnPlan, Strategy
-from effjax.methods.quantization import vidit_q
+from effjax.pipelines.summary import Watch, summarize
 from effjax.samplers import Sampler, sample_keys
 
 MODEL = WEIGHTS / "dit_glyphs"
-THRESHOLD = 0.15
 GUIDANCE = 3.0  # of the bundled model; its gate was passed with it
-ROWS = ("dense", "compressed", "and W8A8")  # how the report's programs are titled
+ROWS = {"dense": "dense", "accelerated": "accelerated", "fewer_steps": "fewer steps"}
 CHUNK = 32  # images that one program samples at a time
+
+Program = tuple[Sampler, Forward, Params]
 
 
 def labels_for(count: int) -> np.ndarray:
@@ -44,43 +44,44 @@ def labels_for(count: int) -> np.ndarray:
 
 
 def sample(
-    sampler: Sampler, forward: Forward, params: Params, labels: np.ndarray, key: jax.Array
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Sample in chunks with one fused program; return images and timings.
+    programs: Mapping[str, Program], labels: np.ndarray, key: jax.Array
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """Sample in chunks; the programs take turns, so that what else a machine does hits all.
 
-    Timings: `compile_seconds` (trace and compile) and `seconds_per_image` after a warm-up chunk.
+    Returns:
+        Images of each program, and its timings: `compile_seconds` (trace and compile) and
+        `seconds_per_image` after a warm-up chunk.
     """
     chunk = min(CHUNK, len(labels))
     padded = np.resize(labels, math.ceil(len(labels) / chunk) * chunk)
-    began = time.perf_counter()
-    program = (
-        jax.jit(sampler).lower(forward, params, padded[:chunk], sample_keys(key, chunk)).compile()
-    )
-    compiled = time.perf_counter() - began
-    images, spent = [], []
+    compiled, timings = {}, {}
+    for name, (sampler, forward, params) in programs.items():
+        began = time.perf_counter()
+        lowered = jax.jit(sampler).lower(forward, params, padded[:chunk], sample_keys(key, chunk))
+        compiled[name] = lowered.compile()
+        timings[name] = {"compile_seconds": time.perf_counter() - began, "seconds_per_image": 0.0}
+    images: dict[str, list[np.ndarray]] = {name: [] for name in programs}
     for first in tqdm(range(-chunk, len(padded), chunk), desc="sampling", leave=False):
         start = max(first, 0)  # the first round is the warm-up
         keys = sample_keys(key, chunk, first=start)
-        began = time.perf_counter()
-        batch = jax.device_get(program(forward, params, padded[start : start + chunk], keys))
-        if first >= 0:
-            spent.append(time.perf_counter() - began)
-            images.append(batch)
-    timings = {"compile_seconds": compiled, "seconds_per_image": sum(spent) / len(padded)}
-    return np.concatenate(images)[: len(labels)], timings
+        for name, program in compiled.items():
+            _, forward, params = programs[name]
+            began = time.perf_counter()
+            batch = jax.device_get(program(forward, params, padded[start : start + chunk], keys))
+            if first >= 0:
+                spent = time.perf_counter() - began
+                timings[name]["seconds_per_image"] += spent / len(padded)
+                images[name].append(batch)
+    whole = {name: np.concatenate(parts)[: len(labels)] for name, parts in images.items()}
+    return whole, timings
 
 
-def program_cost(
-    sampler: Sampler, forward: Forward, params: Params, *, distinct: Callable[[int], Any]
-) -> dict[str, int]:
+def program_cost(sampler: Sampler, forward: Forward, params: Params) -> dict[str, int]:
     """FLOPs and bytes of caches of one image, and bytes of weights."""
     label = jnp.zeros(1, jnp.int32)
-    cost = sampler_cost(sampler, forward, params, label, distinct=distinct)
+    cost = sampler_cost(sampler, forward, params, label)
     carry = jax.eval_shape(lambda p: sampler.init(forward, p, label, jax.random.key(0)), params)
-    attention = cost.scope("attention")
     return {
-        "attention_flops": attention.flops,
-        "attention_flops_useful": attention.useful_flops,
         "total_flops": cost.flops,
         "state_bytes": state_bytes(carry.state),
         "weight_bytes": weight_bytes(params),
@@ -92,123 +93,114 @@ def say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def compressed(
-    dense: tuple[Forward, Params], sampler: Sampler, key: jax.Array, threshold: float = THRESHOLD
-) -> tuple[dict[str, tuple[Forward, Params]], DiTFastAttnPlan, float]:
-    """The model, the model with a searched plan, and that in 8 bits; the plan and its seconds."""
-    say(f"2/5 searching a plan on {sampler.calls} network calls, threshold {threshold}")
-    began = time.perf_counter()
-    plan = dit_fast_attn.search(
-        *dense,
-        sampler,
-        jnp.asarray(labels_for(8)),
-        key=jax.random.fold_in(key, 1),
-        threshold=threshold,
-    )
-    search_seconds = time.perf_counter() - began
-    fast = dit_fast_attn.transform(plan)(*dense)
-
-    say("3/5 calibrating values of 8 bits")
-    rounded = vidit_q.uniform(8, 8)
-    largest = vidit_q.calibrate(
-        rounded, *dense, sampler, jnp.asarray(labels_for(8)), key=jax.random.fold_in(key, 2)
-    )
-    quantized = vidit_q.transform(rounded, largest)(*fast)
-    return {"dense": dense, "compressed": fast, "quantized": quantized}, plan, search_seconds
-
-
 def run(
     output: Path,
     *,
     model: Path = MODEL,
     steps: int = 20,
     images: int = 128,
-    threshold: float = THRESHOLD,
+    speed: float | None = None,
     guidance: float = GUIDANCE,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Run the demo and write report.json, plan.json, samples.png and plan.png to `output`."""
+    """Run the demo and write report.json, samples.png and steps.png to `output`.
+
+    Args:
+        output: folder of the results.
+        model: directory of a pipeline in diffusers' layout.
+        steps, images, guidance, seed: of the sampling.
+        speed: the mildest recipe that reached it; None for the recommended one.
+    """
     if steps < 2 or images < 2:
         raise ValueError(f"the demo needs at least 2 steps and 2 images, got {steps} and {images}")
     output.mkdir(parents=True, exist_ok=True)
     key = jax.random.key(seed)
 
-    say(f"1/5 converting {model.name} from its PyTorch layout")
+    say(f"1/4 converting {model.name} from its PyTorch layout")
     pipe = effjax.pipeline(model, dtype="float32")
+    fast = pipe.accelerate(speed)
     sampler = pipe.sampler(num_inference_steps=steps, guidance_scale=guidance)
-    dense = (pipe.forward, pipe.params)
+    programs: dict[str, Program] = {
+        "dense": (sampler, pipe.forward, pipe.params),
+        "accelerated": (sampler, fast.forward, fast.params),
+    }
 
-    programs, plan, search_seconds = compressed(dense, sampler, key, threshold)
-
-    say(f"4/5 sampling {images} images with each program")
+    say("2/4 finding how many dense steps cost as much")
     labels = labels_for(images)
+    _, timings = sample(programs, labels[:CHUNK], key)
+    share = timings["accelerated"]["seconds_per_image"] / timings["dense"]["seconds_per_image"]
+    fewer = min(max(math.ceil(steps * share), 1), steps)
+    short = pipe.sampler(num_inference_steps=fewer, guidance_scale=guidance)
+    programs["fewer_steps"] = (short, pipe.forward, pipe.params)
+
+    say(f"3/4 sampling {images} images with each program")
+    pictures, timings = sample(programs, labels, key)
     reader = judge.load()
     real, _ = glyphs.batch(np.random.default_rng(seed), max(images, 512))
     real_features = judge.features(reader, real)
     report: dict[str, Any] = {}
-    pictures = {}
-    columns = np.array(plan.strategies).T
-    for name, (forward, params) in programs.items():
-        pictures[name], timings = sample(sampler, forward, params, labels, key)
+    for name, program in programs.items():
         report[name] = {
-            **program_cost(
-                sampler,
-                forward,
-                params,
-                distinct=lambda step: (tuple(columns[step]), tuple(row[step] for row in plan.need)),
-            ),
-            **timings,
+            "steps": program[0].calls,
+            **program_cost(*program),
+            **timings[name],
             "judge_accuracy": judge.accuracy(reader, pictures[name], labels),
             "frechet": judge.frechet(judge.features(reader, pictures[name]), real_features),
         }
-    for name in ("compressed", "quantized"):
-        pair = (jnp.asarray(pictures[each]) for each in ("dense", name))
-        report[name]["psnr"] = float(metrics.psnr(*pair))
+        if name != "dense":
+            pair = (jnp.asarray(pictures[each]) for each in ("dense", name))
+            report[name]["psnr"] = float(metrics.psnr(*pair))
+    watch = Watch()
+    sampler.stepwise(
+        fast.forward, fast.params, jnp.asarray(labels[:2]), key, progress=False, watch=watch
+    )
+    said = summarize(watch, fast.forward, fast.params)
     report |= {
-        "search_seconds": search_seconds,
+        "computed": {name: list(mask) for name, mask in said.computed.items()},
+        "methods": [[name, plan.to_dict()] for name, plan in fast.forward.recipe],
         "settings": {
             "steps": steps,
             "images": images,
-            "threshold": threshold,
             "guidance": guidance,
             "seed": seed,
             "device": str(jax.devices()[0].device_kind),
         },
     }
-    say("5/5 drawing")
+    say("4/4 drawing")
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (output / "plan.json").write_text(plan.to_json() + "\n")
     names = [glyphs.CLASSES[label] for label in labels]
-    draw_samples(dict(zip(ROWS, pictures.values(), strict=True)), names, output / "samples.png")
-    draw_plan(plan, output / "plan.png")
+    rows = {title: pictures[name] for name, title in ROWS.items()}
+    draw_samples(rows, names, output / "samples.png")
+    draw_steps(said.computed, output / "steps.png")
     return report
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as a short text table."""
     rows = [
-        ("attention GFLOPs per image", "attention_flops", 1e9, ".3f"),
-        ("  of which useful", "attention_flops_useful", 1e9, ".3f"),
-        ("total GFLOPs per image", "total_flops", 1e9, ".3f"),
+        ("steps", "steps", 1, ".0f"),
         ("seconds per image", "seconds_per_image", 1, ".3f"),
+        ("total GFLOPs per image", "total_flops", 1e9, ".3f"),
         ("compile seconds", "compile_seconds", 1, ".1f"),
         ("cache KiB per image", "state_bytes", 1024, ".0f"),
         ("weights KiB", "weight_bytes", 1024, ".0f"),
         ("judge accuracy, %", "judge_accuracy", 0.01, ".1f"),
         ("Frechet distance to real", "frechet", 1, ".2f"),
     ]
-    dense, *others = (report[name] for name in ("dense", "compressed", "quantized"))
-    lines = [f"{'':30}{ROWS[0]:>10}{ROWS[1]:>12}{'ratio':>7}{ROWS[2]:>12}{'ratio':>7}"]
+    dense, *others = (report[name] for name in ROWS)
+    first, *titles = ROWS.values()
+    lines = [f"{'':26}{first:>9}" + "".join(f"{title:>13}{'ratio':>7}" for title in titles)]
     for title, field, unit, form in rows:
-        line = f"{title:30}{dense[field] / unit:>10{form}}"
+        line = f"{title:26}{dense[field] / unit:>9{form}}"
         for other in others:
             ratio = f"{other[field] / dense[field]:7.3f}" if dense[field] else f"{'-':>7}"
-            line += f"{other[field] / unit:>12{form}}{ratio}"
+            line += f"{other[field] / unit:>13{form}}{ratio}"
         lines.append(line)
-    far = "".join(f"{other['psnr']:>12.1f}{'-':>7}" for other in others)
-    lines.append(f"{'PSNR to dense, dB':30}{'-':>10}{far}")
-    saved = 1 - others[0]["attention_flops"] / dense["attention_flops"]
-    lines.append(f"executed attention FLOPs saved: {saved:.1%}")
+    far = "".join(f"{other['psnr']:>13.1f}{'-':>7}" for other in others)
+    lines.append(f"{'PSNR to dense, dB':26}{'-':>9}{far}")
+    times = dense["seconds_per_image"] / others[0]["seconds_per_image"]
+    methods = ", ".join(name for name, _ in report["methods"])
+    lines.append(f"{methods}: {times:.2f} times the dense images per second")
     return "\n".join(lines)
 
 
@@ -250,41 +242,23 @@ def draw_samples(
     canvas.save(path, optimize=True)
 
 
-STRATEGIES = {
-    Strategy.FULL: ("#33415c", "dense attention"),
-    Strategy.FULL_ASC: ("#81b29a", "dense on the conditional half, used for both halves"),
-    Strategy.WARS: ("#f2b880", "a window, and the residual of the last FULL call"),
-    Strategy.WARS_ASC: ("#e07a5f", "the same on the conditional half, used for both halves"),
-    Strategy.AST: ("#f2e9de", "the last output again"),
-}
-"""Color and meaning of a plan's strategies."""
-
-
-def draw_plan(plan: DiTFastAttnPlan, path: Path) -> None:
-    """Strategies over layers and network calls, with a legend."""
+def draw_steps(computed: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Which network calls compute what, and in which it is predicted."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
-    colors = [STRATEGIES[strategy][0] for strategy in Strategy]
-    size = (max(6.0, 1.5 + 0.32 * plan.calls), 2.3 + 0.32 * plan.layers)
-    figure = Figure(figsize=size, layout="constrained")
+    calls = max(map(len, computed.values()), default=1)
+    figure = Figure(figsize=(max(6.0, 1.5 + 0.3 * calls), 1.2 + 0.4 * len(computed)))
     FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
-    norm = BoundaryNorm(np.arange(len(Strategy) + 1) - 0.5, len(Strategy))
-    axes.imshow(np.array(plan.strategies), cmap=ListedColormap(colors), norm=norm, aspect="auto")
-    axes.set_title("What attention does, by layer and network call", fontsize="medium")
-    axes.set_xlabel("network call")
-    axes.set_ylabel("layer")
-    axes.set_xticks(range(0, plan.calls, max(1, plan.calls // 10)))
-    axes.set_yticks(range(plan.layers))
-    for edges, mark in ((plan.calls, axes.axvline), (plan.layers, axes.axhline)):
-        for edge in range(1, edges):
-            mark(edge - 0.5, color="white", linewidth=0.8)
-    handles = [
-        Patch(facecolor=color, edgecolor="#33415c", label=f"{strategy.name}: {meaning}")
-        for strategy, (color, meaning) in STRATEGIES.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower left", frameon=False)
+    for row, mask in enumerate(computed.values()):
+        for call, share in enumerate(mask):
+            color = "#33415c" if share >= 0.5 else "#f2e9de"
+            axes.barh(row, 0.9, left=call - 0.45, height=0.7, color=color, edgecolor="#33415c")
+    axes.set_yticks(range(len(computed)), list(computed))
+    axes.set_xticks(range(0, calls, max(1, calls // 10)))
+    axes.set_xlabel("network call: computed where dark, predicted where light")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=100)

@@ -22,10 +22,10 @@ def demo(arguments: argparse.Namespace) -> Figures:
         arguments.output,
         steps=arguments.steps,
         images=arguments.images,
-        threshold=demo.THRESHOLD if arguments.threshold is None else arguments.threshold,
+        speed=arguments.speed,
         seed=arguments.seed,
     )
-    return report, f"{demo.table(report)}\nimages, plan and report: {arguments.output}/"
+    return report, f"{demo.table(report)}\nimages, steps and report: {arguments.output}/"
 
 
 def info(arguments: argparse.Namespace) -> Figures:

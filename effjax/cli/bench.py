@@ -21,6 +21,7 @@ from effjax.generate import Reading, generate, perplexity, prefill, score
 from effjax.metrics import psnr
 from effjax.pipelines import ClassConditionalPipeline, PromptPipeline, TextPipeline
 from effjax.pipelines.reference import Reference, reference
+from effjax.pipelines.summary import Watch, summarize
 from effjax.scanning import describe_runs, example_runs
 from effjax.transform import Pair
 
@@ -99,6 +100,13 @@ def images(
     lines = side_by_side(figures, reference)
     lines.append(f"{'disk_bytes':26}{'':14}{figures['disk_bytes']:>14.4g}")
     lines += block_programs(pipe)
+    if pipe.forward.patches:
+        watch = Watch()
+        options = {"uncond": uncond, "progress": False, "watch": watch}
+        sampler.stepwise(*pairs["compressed"], cond, key, **options)
+        said = summarize(watch, *pairs["compressed"])
+        figures |= {"skipped": said.skipped, "cache_bytes": said.cache_bytes}
+        lines += str(said).splitlines()
     lines.append(f"PSNR of its images to those of {reference.sentence()}: {distance:.1f} dB")
     return figures, "\n".join(lines)
 

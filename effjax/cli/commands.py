@@ -125,12 +125,14 @@ def _parser() -> tuple[argparse.ArgumentParser, Commands]:
 
 
 def _about_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    demo = add("demo", "about:demo", "convert, search, sample and compare on a bundled tiny model")
+    demo = add(
+        "demo", "about:demo", "convert, accelerate, sample and compare on a bundled tiny model"
+    )
     demo.add_argument("--llm", action="store_true", help="on the bundled tiny language model")
     demo.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder of results")
     demo.add_argument("--steps", type=COUNT, default=20, help="denoising steps")
     demo.add_argument("--images", type=COUNT, default=128, help="images of each program")
-    demo.add_argument("--threshold", type=NOT_NEGATIVE, default=None, help="of the search")
+    demo.add_argument("--speed", type=float, help="the mildest recipe that reached it")
     demo.add_argument("--seed", type=NATURAL, default=0, help="of noise and search")
 
     info = add("info", "about:info", "say what a checkpoint, pipeline or saved model is")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ from effjax.executables import Program
 from effjax.fields import naming
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
-from effjax.pipelines import arguments
+from effjax.pipelines import arguments, recipes
 from effjax.pipelines.base import SCHEDULER, BasePipeline
 from effjax.pipelines.family import DiffusionFamily, Size, image_tokens
 from effjax.pipelines.images import finished, prepared
 from effjax.pipelines.loading import Components
+from effjax.pipelines.summary import Summary, Watch, summarize
 from effjax.recipe import RECIPE
 from effjax.samplers import Sampler, Schedule, check_keys
 from effjax.transform import Pair
@@ -31,6 +32,8 @@ OnStepEnd = Callable[[int, jax.Array], Any]
 OutputType = Literal["pil", "np", "latent"]
 Images = list[Image.Image] | np.ndarray | jax.Array
 Conditions = Callable[[], tuple[PyTree, PyTree]]
+
+Accelerated = TypeVar("Accelerated", bound="Pipeline")
 
 STRENGTH = 0.6
 """Share of the steps that change a given image, unless a call says another (diffusers' too)."""
@@ -52,6 +55,9 @@ class Pipeline(BasePipeline):
     vae: Pair | None = None
     processors: Mapping[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
     family: DiffusionFamily = dataclasses.field(default=cast(Any, None), kw_only=True, repr=False)
+    _last: list[Watch] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     TASK = "text-to-image"
     MAKES: ClassVar[str] = "images"
@@ -168,6 +174,34 @@ class Pipeline(BasePipeline):
         """Decode samples [B, ...] into images or videos, float32 in about -1 ... 1."""
         return x if self.vae is None else _decode(self.family.decode, *self.vae, x)
 
+    def accelerate(self: Accelerated, speed: float | None = None) -> Accelerated:
+        """Apply a recipe that was measured for this model; it holds for any number of steps.
+
+            fast = pipe.accelerate(speed=1.8)
+            images = fast("a red fox", key=key)
+            print(fast.summary())
+
+        Args:
+            speed: images a second, as a multiple of the dense model's: the mildest recipe that
+                reached it is taken. None takes the recommended one. What is reached on another
+                machine, model or number of steps differs: `effjax bench` measures it.
+
+        Raises:
+            ValueError: for a model without a recipe, and for a speed that none reaches.
+        """
+        chosen = recipes.choose(self.forward.model.__name__, speed)
+        return self.transform(*chosen.transforms())
+
+    def summary(self) -> Summary:
+        """What the last call computed, kept from step to step, and held quantized.
+
+        Raises:
+            ValueError: if there was no call yet.
+        """
+        if not self._last:
+            raise ValueError("nothing was sampled yet: call the pipeline first")
+        return summarize(self._last[0], self.forward, self.params)
+
     def encode_images(self, images: jax.Array | np.ndarray) -> jax.Array:
         """Encode images [B, H, W, C] or videos in -1 ... 1 into samples [B, ...], to change them.
 
@@ -224,6 +258,7 @@ class Pipeline(BasePipeline):
                 lambda leaf: jnp.asarray(np.repeat(leaf, repeats, axis=0)), (cond, uncond)
             )
         uncond = uncond if sampler.guided else None
+        watch = Watch()
         x = sampler.stepwise(
             self.forward,
             self.params,
@@ -234,8 +269,10 @@ class Pipeline(BasePipeline):
             image=None if image is None else self.encode_images(image),
             progress=progress,
             callback=callback_on_step_end,
+            watch=watch,
             buckets=self.buckets,
         )
+        self._last[:] = [watch]
         outputs = x if output_type == "latent" else by_parts(self.decode, self.buckets, x)
         self._warn_unless_finite((cond, uncond), x, outputs)
         return finished(outputs, output_type)

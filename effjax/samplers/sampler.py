@@ -182,6 +182,7 @@ class Sampler(Loop):
         image: Array | np.ndarray | None = None,
         progress: bool = True,
         callback: Callable[[int, Array], Any] | None = None,
+        watch: Callable[[int, Sequence[StateDict]], Any] | None = None,
         buckets: Buckets = None,
     ) -> Float[Array, "B ..."]:
         """Make samples in a loop on the host, which runs one compiled step after the other.
@@ -191,6 +192,8 @@ class Sampler(Loop):
             progress: show a progress bar.
             callback: called as `callback(step, x)` after every step. If it returns an array like
                 x, sampling goes on from that.
+            watch: called as `watch(step, states)` after every step, with the state of each part of
+                the batch. The next step overwrites them.
             buckets: sizes of batches that are compiled, see `effjax.buckets`. Other batches are cut
                 into parts of these sizes, which take turns in every step. A batch that is spread
                 over devices is not cut.
@@ -207,6 +210,8 @@ class Sampler(Loop):
                 inputs = part.cond, part.uncond, x, memory, keys, np.int32(step)
                 # The state is donated, caches can be large; x is not, a callback may keep it.
                 carries[place] = _compiled_step(self, own, params, *inputs, state=state)
+            if watch is not None:
+                watch(step, [carry.state for carry in carries])
             if progress:
                 jax.block_until_ready([carry.x for carry in carries])
             if callback is not None:

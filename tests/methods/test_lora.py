@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 import converters
 import effjax
-from converters.lora import load_lora
+from converters import load_lora
 from effjax import testing
 from effjax.forward import flatten_params
 from effjax.methods import awq, lora, round_to_nearest

@@ -53,6 +53,19 @@ class TestMasks:
         with pytest.raises(ValueError, match="last must be at most steps=3, got 4"):
             even_steps.EvenStepsPlan(steps=3, last=4)
 
+    def test_even_steps_of_any_number(self):
+        """One plan for samplers of all lengths: the mask of each, without its number."""
+        plan = even_steps.EvenStepsPlan(every=3, warmup=2)
+        assert plan.mask is None
+        assert plan.calls is None
+        for steps in (3, 5):
+            subject = testing.tiny_flux(steps=steps)
+            pairs = [
+                even_steps.transform(each)(subject.forward, subject.params)
+                for each in (plan, even_steps.EvenStepsPlan(steps=steps, every=3, warmup=2))
+            ]
+            chex.assert_trees_all_equal(*(sample(subject, pair) for pair in pairs))
+
     def test_samplers_compare_the_number_of_calls(self):
         subject = testing.tiny_dit(steps=4)
         plan = even_steps.EvenStepsPlan(steps=5)

@@ -55,6 +55,17 @@ class StepCachePlan(Plan):
         """Network calls that the plan is made for; None for any number."""
         return None if self.mask is None else len(self.mask)
 
+    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+        said = [self.computes(step) for step in range(calls)]
+        return {} if None in said else {"blocks": [bool(each) for each in said]}
+
+    def computes(self, step: Step) -> Decision | None:
+        """Whether a call computes, for a static or a traced step; None if that depends on data."""
+        mask = self.mask
+        if mask is None:
+            return None
+        return mask[int(step)] if is_static(step) else jnp.asarray(mask)[step]
+
 
 def step_cache(name: str, plan: StepCachePlan, wrapper: type[CachedStack]) -> Transform:
     """The transform that caches the stacks of a model."""
@@ -147,27 +158,24 @@ class CachedStack(Wrapper):
         self.series = Series(inner, plan.order)
 
     def decide(self, x: PyTree, head: PyTree, conditioning: Sequence[PyTree]) -> Decision:
-        """Whether this call computes the stack.
+        """Whether this call computes the stack, for plans that cannot say it before.
 
         Args:
             x: tokens before the stack.
             head: tokens after the plan's first blocks.
             conditioning: what blocks are called with beside tokens.
         """
-        mask = self.plan.mask
-        assert mask is not None
-        return mask[int(self.step)] if is_static(self.step) else jnp.asarray(mask)[self.step]
+        raise NotImplementedError
 
     def __call__(self, x: PyTree, *conditioning: PyTree) -> PyTree:
         start, stop = self.middle
         head = self.inner.between(0, start, x, *conditioning) if start else x
-        if self.plan.mask is not None:
-            computes = self.decide(x, head, conditioning)
-        elif self.leads:
+        computes = self.plan.computes(self.step)
+        if computes is None and self.leads:
             computes = jnp.asarray(self.decide(x, head, conditioning))
             self.computes.read((), bool)
             self.computes.write(computes)
-        else:
+        elif computes is None:
             computes = self.computes.read((), bool)
         out = when(computes, _compute, _predict, self, head, *conditioning)
         size = len(self.inner)

@@ -143,8 +143,6 @@ class DBCached(CachedStack):
 
     def decide(self, x: PyTree, head: PyTree, conditioning: Sequence[PyTree]) -> Decision:
         plan: DBCachePlan = self.plan
-        if plan.mask is not None:
-            return super().decide(x, head, conditioning)
         added = image_of(head) - image_of(x)
         before = self.before.read(added.shape, added.dtype)
         skipped, in_a_row = (each.read((), jnp.int32) for each in (self.skipped, self.in_a_row))

@@ -10,10 +10,12 @@ the stacks add, `order + 1` times.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from effjax import testing
+from effjax.context import Step
 from effjax.fields import Count, Natural
-from effjax.methods.steps.cached import CachedStack, StepCachePlan, step_cache
+from effjax.methods.steps.cached import CachedStack, Decision, StepCachePlan, step_cache
 from effjax.transform import Method, Transform
 
 NAME = "even_steps"
@@ -24,14 +26,14 @@ class EvenStepsPlan(StepCachePlan):
     """Which calls compute: the first `warmup`, then one of `every`, then all of the last ones.
 
     Attributes:
-        steps: network calls of the sampler.
+        steps: network calls of the sampler; 0 for any number, without `last`.
         every: one of so many calls computes; 1 for all.
         warmup: calls at the start that all compute.
         last: calls at the end that all compute; 0 for none.
         order: of the Taylor series in steps that predicts; 0 holds what was computed last.
     """
 
-    steps: Count = 50
+    steps: Natural = 0
     every: Count = 2
     warmup: Count = 1
     last: Natural = 0
@@ -39,16 +41,20 @@ class EvenStepsPlan(StepCachePlan):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.last > self.steps:
-            raise ValueError(f"last must be at most steps={self.steps}, got {self.last}")
+            raise ValueError(
+                f"last must be at most steps={self.steps}, got {self.last}; it is counted from the "
+                f"end, so give steps"
+            )
 
     @property
-    def mask(self) -> tuple[bool, ...]:
-        return tuple(
-            step < self.warmup
-            or step >= self.steps - self.last
-            or (step - self.warmup) % self.every == self.every - 1
-            for step in range(self.steps)
-        )
+    def mask(self) -> tuple[bool, ...] | None:
+        if not self.steps:
+            return None
+        return tuple(bool(self.computes(step)) for step in range(self.steps))
+
+    def computes(self, step: Step) -> Decision:
+        due: Any = (step < self.warmup) | ((step - self.warmup) % self.every == self.every - 1)
+        return due | (step >= self.steps - self.last) if self.steps else due
 
 
 def transform(plan: EvenStepsPlan) -> Transform:

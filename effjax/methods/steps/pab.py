@@ -14,6 +14,7 @@ projections; state: one array for each attention.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from effjax import testing
@@ -48,6 +49,10 @@ class PABPlan(Plan):
         super().__post_init__()
         if not self.times:
             raise ValueError("times must be those of the network calls: sampler.schedule.times")
+
+    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+        held = {"attention": self.mask(self.every)}
+        return {**held, "attention to texts": self.mask(self.cross_every)}
 
     def mask(self, every: int) -> tuple[bool, ...]:
         """Whether each call computes what is computed in one of `every` calls."""
@@ -88,7 +93,7 @@ def search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> 
 
 def _plan(subject: testing.Subject, every: int, low: float, high: float) -> PABPlan:
     sampler: Any = subject.sampler
-    times = tuple(float(time) for time in sampler.schedule.times)
+    times = tuple(float(time) + 1 for time in sampler.schedule.times)
     return PABPlan(times, every, every, low, high)
 
 
@@ -101,9 +106,9 @@ METHOD = Method(
     transform=transform,
     identity=lambda subject: _plan(subject, 1, 0.0, 1e3),
     ladder=lambda subject: (
-        _plan(subject, 2, 1.0, 1e3),
-        _plan(subject, 3, 1.0, 1e3),
-        _plan(subject, 9, 0.0, 1e4),
+        _plan(subject, 2, 2.0, 1e3),
+        _plan(subject, 3, 2.0, 1e3),
+        _plan(subject, 9, 0.0, 1e3),
     ),
     tiny=testing.tiny_dit,
     systems=("PAB",),

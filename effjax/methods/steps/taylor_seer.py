@@ -13,6 +13,8 @@ projections; state: `order + 1` arrays for each attention.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from effjax import testing
 from effjax.fields import Count, Natural
@@ -55,6 +57,9 @@ class TaylorSeerPlan(Plan):
             for step in range(self.steps)
         )
 
+    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+        return {"attention": self.mask}
+
 
 def transform(plan: TaylorSeerPlan) -> Transform:
     """Predict attentions in some calls."""
@@ -62,9 +67,13 @@ def transform(plan: TaylorSeerPlan) -> Transform:
     return attention_cache(NAME, plan, dict.fromkeys(kinds, plan.mask), order=plan.order)
 
 
+def _tiny(**options: Any) -> testing.Subject:
+    return testing.tiny_dit(steps=6, **options)
+
+
 def _ladder(subject: testing.Subject) -> tuple[TaylorSeerPlan, ...]:
     calls = subject.sampler.calls
-    return tuple(TaylorSeerPlan(calls, every, warmup) for every, warmup in ((2, 2), (2, 1), (9, 2)))
+    return tuple(TaylorSeerPlan(calls, every, warmup) for every, warmup in ((2, 4), (2, 2), (9, 1)))
 
 
 METHOD = Method(
@@ -77,6 +86,6 @@ METHOD = Method(
     transform=transform,
     identity=lambda subject: TaylorSeerPlan(subject.sampler.calls, 1),
     ladder=_ladder,
-    tiny=testing.tiny_dit,
+    tiny=_tiny,
     systems=("TaylorSeer",),
 )

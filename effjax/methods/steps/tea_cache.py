@@ -25,7 +25,7 @@ from jaxtyping import Array
 from effjax import testing
 from effjax.calibration import Trajectory
 from effjax.context import PyTree, State, Step
-from effjax.fields import Checked, Count, NotNegative
+from effjax.fields import Checked, Count, Natural, NotNegative
 from effjax.forward import Forward, Params, StateDict
 from effjax.layers.stack import Stack
 from effjax.methods.steps.cached import (
@@ -54,18 +54,18 @@ class TeaCachePlan(StepCachePlan):
 
     Attributes:
         threshold: summed change at which the blocks run.
-        steps: network calls of the sampler.
+        steps: network calls of the sampler, of which the last computes; 0 for any number.
         coefficients: of the polynomial, highest power first; (1, 0) takes changes as they are.
         order: of the Taylor series in steps that predicts; 0 holds what was computed last.
     """
 
     threshold: NotNegative = 0.1
-    steps: Count = 50
+    steps: Natural = 0
     coefficients: tuple[float, ...] = (1.0, 0.0)
 
     @property
-    def calls(self) -> int:
-        return self.steps
+    def calls(self) -> int | None:
+        return self.steps or None
 
 
 class TeaCached(CachedStack):
@@ -89,7 +89,7 @@ class TeaCached(CachedStack):
         change = relative(signal, self.before.read(signal.shape, signal.dtype))
         change = jnp.polyval(jnp.asarray(self.plan.coefficients, jnp.float32), change)
         summed = self.summed.read((), jnp.float32) + change
-        ends = (self.step == 0) | (self.step == self.plan.steps - 1)
+        ends = (self.step == 0) | (self.step == self.plan.steps - 1)  # none is -1
         computes = jnp.asarray(ends) | (summed >= self.plan.threshold)
         self.before.write(signal)
         self.summed.write(jnp.where(computes, 0.0, summed))

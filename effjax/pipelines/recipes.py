@@ -1,0 +1,84 @@
+"""Recipes that were measured for a model, and how `accelerate` chooses one.
+
+`recipes.json` holds them by the class of the denoiser, from mild to strong: methods with their
+plans, which hold for any number of steps, how many times as many images a second they gave, how far
+the images were from the dense ones, and what they were measured on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from effjax import registry
+from effjax.fields import Checked, Positive
+from effjax.transform import Transform
+
+FILE = Path(__file__).with_suffix(".json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured(Checked):
+    """A recipe and its figures.
+
+    Attributes:
+        methods: names of methods and their plans as JSON texts, in the order in which they are
+            applied.
+        speed: images a second, as a multiple of the dense model's.
+        psnr: in dB, of its images to the dense ones from the same noise; None where that was not
+            measured here.
+        measured: on what and how, with the command or the paper.
+        recommended: whether `accelerate()` takes it.
+    """
+
+    methods: tuple[tuple[str, str], ...]
+    speed: Positive
+    psnr: float | None
+    measured: str
+    recommended: bool = False
+
+    def transforms(self) -> list[Transform]:
+        """The methods with their plans."""
+        found = []
+        for name, plan in self.methods:
+            method = registry.method(name)
+            found.append(method.transform(method.plan.from_json(plan)))
+        return found
+
+
+@functools.cache
+def measured(model: str) -> tuple[Measured, ...]:
+    """Recipes of a model by its class, from mild to strong."""
+    held: dict[str, list[dict[str, Any]]] = json.loads(FILE.read_text(encoding="utf-8"))
+    made = [
+        Measured(
+            methods=tuple((name, json.dumps(plan)) for name, plan in each["methods"]),
+            **{name: value for name, value in each.items() if name != "methods"},
+        )
+        for each in held.get(model, ())
+    ]
+    return tuple(sorted(made, key=lambda each: each.speed))
+
+
+def choose(model: str, speed: float | None) -> Measured:
+    """The recommended recipe, or the mildest one that reaches a speed.
+
+    Raises:
+        ValueError: for a model without recipes, and for a speed that none reaches.
+    """
+    known = measured(model)
+    if not known:
+        raise ValueError(
+            f"no recipe was measured for {model}; choose methods yourself: pipe.transform(...), "
+            f"docs/diffusion.md says which a model takes"
+        )
+    if speed is None:
+        return next((each for each in known if each.recommended), known[0])
+    for each in known:
+        if each.speed >= speed:
+            return each
+    speeds = ", ".join(f"{each.speed:.2f}" for each in known)
+    raise ValueError(f"no recipe of {model} is {speed:g} times as fast; there are {speeds}")
