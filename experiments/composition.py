@@ -5,7 +5,8 @@
 Rounded inputs add noise to what blocks compute, which differs from call to call. A series of order
 1 predicts from the difference of two calls, in which the noise of both stands: t steps behind the
 last of two calls that are p steps apart, its variance is (1 + t / p)^2 + (t / p)^2 times that of
-one call. Order 0 holds one call, and its variance. Rounded weights are the same in both calls and cancel.
+one call. Order 0 holds one call, and its variance. Rounded weights are the same in both calls and
+cancel.
 
 Images of each pair of methods are compared with the dense ones, and with those of the same
 quantized model without a cache, from the same noise: the second tells what the cache itself costs.
