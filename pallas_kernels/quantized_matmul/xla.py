@@ -10,6 +10,7 @@ of two trees, what has a gradient and what has none, so that one wrapper serves 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,7 @@ def _by_tiles(
 
     @jax.checkpoint  # a gradient unpacks again instead of keeping every tile
     def step(total: jax.Array, tiles: Any) -> tuple[jax.Array, None]:
-        return total + tile_product(*tiles, bits=bits), None
+        return total + tile_product(*tiles, bits=bits, sums=_sums_apart), None
 
     total = jnp.zeros((x.shape[0], scale.shape[1]), jnp.float32)
     return jax.lax.scan(step, total, tiles)[0]
@@ -154,6 +155,7 @@ def tile_product(
     zero: jax.Array | None,
     *,
     bits: int,
+    sums: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """What one tile of K adds to the result, in float32; the inner part of `xla` and TPU programs.
 
@@ -162,7 +164,9 @@ def tile_product(
         words: the tile's planes, int32[T / p, N].
         scale, zero: [groups of the tile, N].
         bits: of the quantized values.
+        sums: of rows of floats [M, G], as [M, 1]; None for plain ones.
     """
+    sums = sums or _sums
     qvalues = unpack_tile(words, bits).astype(x.dtype)
     size = x.shape[1] // scale.shape[0]
     total = jnp.zeros((x.shape[0], scale.shape[1]), jnp.float32)
@@ -172,10 +176,20 @@ def tile_product(
         here = slice(group, group + 1)
         product = dot(x[:, part], qvalues[part])
         if zero is not None:
-            sums = jnp.sum(x[:, part].astype(jnp.float32), axis=1, keepdims=True)
-            product += sums * zero[here].astype(jnp.float32)
+            product += sums(x[:, part].astype(jnp.float32)) * zero[here].astype(jnp.float32)
         total += product * scale[here]
     return total
+
+
+def _sums(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _sums_apart(x: jax.Array) -> jax.Array:
+    """Sums of rows that are not fused: XLA's CPU of jax 0.10 makes one library call of a sum and a
+    product of the same inputs, and for some shapes that one corrupts memory.
+    """
+    return _sums(jax.lax.optimization_barrier(x))
 
 
 def _qvalues(x: jax.Array, w: jax.Array) -> jax.Array:

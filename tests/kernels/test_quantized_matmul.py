@@ -175,6 +175,18 @@ def test_packed_equals_reference(shape, bits, group_size, dtype, zero):
         assert relative(out, expected) < CLOSE, name
 
 
+@pytest.mark.parametrize("group_size", [None, 128])
+def test_no_sum_is_fused_with_a_product_of_the_same_inputs(group_size):
+    """XLA's CPU of jax 0.10 makes one library call of both, which may corrupt memory."""
+    operands = packed_operands(6, 256, 48, 8, group_size)
+    options = {"bits": 8, "group_size": group_size, "out_dtype": jnp.float32}
+    run = partial(packed_matmul, **options, implementation="xla")
+    lines = str(jax.make_jaxpr(run)(**operands)).splitlines()
+    sums = [number for number, line in enumerate(lines) if "reduce_sum" in line]
+    assert sums
+    assert all("optimization_barrier" in lines[number - 1] for number in sums)
+
+
 @pytest.mark.parametrize(
     ("bits", "group_size", "dtype"),
     [
