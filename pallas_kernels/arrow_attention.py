@@ -6,8 +6,8 @@ program serves every plan that takes its widths from one short list. A head may 
 and gives what the caller kept of it.
 
 Kernels run block-sparse attention; each head picks its lists of blocks among those of the widths.
-XLA goes head by head, and branches: windows of a block of queries are one slice of keys beside the
-text, so that nothing is gathered, and a head that is left out costs a copy.
+XLA has one loop for each width, over as many heads as have it. Windows of a block of queries are
+one slice of keys beside the text, so that nothing is gathered; a head that is left out is a copy.
 """
 
 from __future__ import annotations
@@ -105,7 +105,13 @@ def arrow_attention(
             f"what is kept of heads must be {v.dtype}{list(wanted)}, got "
             f"{kept.dtype}{list(kept.shape)}"
         )
-    return _forward(problem, q, k, v, None if static else window, kept)
+    if problem.widths == (DENSE,):
+        return dense_attention(q, k, v, implementation=implementation, interpret=interpret)
+    if kept is None:
+        kept = jnp.zeros(wanted, v.dtype)
+    if problem.widths == (KEPT,):
+        return kept
+    return _differentiable(problem, q, k, v, kept, None if static else window)
 
 
 class _Problem(NamedTuple):
@@ -140,19 +146,10 @@ class _Problem(NamedTuple):
 # Jitted, so that the equal layers of a model trace it once.
 @partial(jax.jit, static_argnums=0)
 def _forward(
-    problem: _Problem, q: Array, k: Array, v: Array, window: Array | None, kept: Array | None
+    problem: _Problem, q: Array, k: Array, v: Array, kept: Array, window: Array | None
 ) -> Array:
-    if problem.widths == (DENSE,):
-        return dense_attention(
-            q, k, v, implementation=problem.implementation, interpret=problem.interpret
-        )
-    if kept is None:
-        kept = jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype)
-    if problem.widths == (KEPT,):
-        return kept
     if window is not None:
         window = jnp.asarray(problem.widths, jnp.int32)[problem.place(window)]
-    operands = q, k, v, window, kept
 
     def refusal(name: str) -> str | None:
         mask, by_row = _lists(problem, KERNELS[name], q, v, window)
@@ -163,10 +160,24 @@ def _forward(
         problem.implementation,
         {"reference": partial(_listed, problem, "reference"), "xla": partial(_xla, problem)}
         | {name: partial(_listed, problem, name) for name in KERNELS},
-        *operands,
+        *(q, k, v, kept, window),
         refusal=refusal,
         interpret=problem.interpret,
     )
+
+
+def _forward_and_save(problem: _Problem, *operands: Any) -> tuple[Array, Any]:
+    return _forward(problem, *operands), operands
+
+
+def _backward(problem: _Problem, saved: Any, gradient: Array) -> Any:
+    *floats, window = saved
+    through = partial(_listed, problem, "xla", window=window)
+    return *jax.vjp(through, *floats)[1](gradient), None
+
+
+_differentiable = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_differentiable.defvjp(_forward_and_save, _backward)
 
 
 def _lists(
@@ -195,8 +206,8 @@ def _listed(
     q: Array,
     k: Array,
     v: Array,
-    window: Array | None,
     kept: Array,
+    window: Array | None,
 ) -> Array:
     """Block-sparse attention by lists of each head."""
     mask, by_row = _lists(problem, KERNELS.get(name, xla), q, v, window)
@@ -209,53 +220,54 @@ def _listed(
 
 
 def _xla(
-    problem: _Problem, q: Array, k: Array, v: Array, window: Array | None, kept: Array
+    problem: _Problem, q: Array, k: Array, v: Array, kept: Array, window: Array | None
 ) -> Array:
     batch, tokens, heads, _ = q.shape
     if window is None:
-        assert problem.window is not None
-        return _by_width(problem, np.asarray(problem.window), q, k, v, kept)
+        return _by_width(problem, q, k, v, kept)
+    lines = [x.swapaxes(1, 2).reshape(batch * heads, tokens, -1) for x in (q, k, v)]
+    place = jnp.tile(problem.place(window), batch)
+    order = jnp.argsort(place)
+    ends = jnp.sum(place[:, None] < jnp.arange(len(problem.widths) + 1), axis=0, dtype=jnp.int32)
 
-    def lines(x: Array) -> Array:
-        return x.swapaxes(1, 2).reshape(batch * heads, tokens, x.shape[3])
+    def of_line(i: Array, out: Array, rule: Arrow) -> Array:
+        line = order[i]
+        own = [jax.lax.dynamic_index_in_dim(x, line, keepdims=False) for x in lines]
+        return jax.lax.dynamic_update_index_in_dim(out, _line(rule, *own), line, 0)
 
-    def of_head(operands: tuple[Array, Any]) -> Array:
-        place, arrays = operands
-        branches = [partial(_line, problem.of(width)) for width in problem.widths]
-        return jax.lax.switch(place, branches, arrays)
+    out = jnp.zeros_like(lines[2])
+    for number, width in enumerate(problem.widths):
+        # Not a branch for each head, which is slower on a CPU.
+        if width != KEPT:
+            body = partial(of_line, rule=problem.of(width))
+            out = jax.lax.fori_loop(ends[number], ends[number + 1], body, out)
+    out = out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
+    return jnp.where((window == KEPT)[:, None], kept, out) if KEPT in problem.widths else out
 
-    arrays = [lines(x) for x in ((q, k, v, kept) if KEPT in problem.widths else (q, k, v))]
-    out = jax.lax.map(of_head, (jnp.tile(problem.place(window), batch), arrays))
-    return out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
 
-
-def _by_width(
-    problem: _Problem, window: np.ndarray, q: Array, k: Array, v: Array, kept: Array
-) -> Array:
+def _by_width(problem: _Problem, q: Array, k: Array, v: Array, kept: Array) -> Array:
     """Heads in groups of equal windows."""
+    window = np.asarray(problem.window)
     groups, parts = [np.flatnonzero(window == width) for width in problem.widths], []
     for width, group in zip(problem.widths, groups):
-        own = [x[:, :, group] for x in (q, k, v, kept)]
+        own = [x[:, :, group] for x in (q, k, v)]
         if width == KEPT:
-            parts.append(own[3])
+            parts.append(kept[:, :, group])
         elif width == DENSE:
-            parts.append(dense_in_xla(*own[:3]))
+            parts.append(dense_in_xla(*own))
         else:
-            lines = [x.swapaxes(1, 2).reshape(-1, *x.shape[1::2]) for x in own[:3]]
-            out = jax.lax.map(partial(_line, problem.of(width)), lines)
+            lines = [x.swapaxes(1, 2).reshape(-1, *x.shape[1::2]) for x in own]
+            rule = problem.of(width)
+            out = jax.lax.map(lambda own, rule=rule: _line(rule, *own), lines)
             shape = (q.shape[0], len(group), *out.shape[1:])
             parts.append(out.reshape(shape).swapaxes(1, 2))
     if len(parts) == 1:
         return parts[0]
-    order = np.argsort(np.concatenate(groups))
-    return jnp.concatenate(parts, axis=2)[:, :, order]
+    return jnp.concatenate(parts, axis=2)[:, :, np.argsort(np.concatenate(groups))]
 
 
-def _line(rule: Arrow, arrays: Sequence[Array]) -> Array:
-    """One head of one sample: q, k and v [S, D], and what is kept of it."""
-    if rule.window == KEPT:
-        return arrays[3]
-    q, k, v = arrays[:3]
+def _line(rule: Arrow, q: Array, k: Array, v: Array) -> Array:
+    """One head of one sample, [S, E] of operands [S, D]."""
     tokens = len(q)
     rows, _ = rule.limited(tokens)
 
@@ -266,8 +278,7 @@ def _line(rule: Arrow, arrays: Sequence[Array]) -> Array:
         return dense(q)
     steps = _Steps.of(rule, tokens)
     seen = visible_pairs(rule, tokens) - (tokens - (rows.stop - rows.start)) * tokens
-    windowed = useful(partial(_windowed, rule, steps), seen, steps.pairs(tokens))(q, k, v)
-    parts = [windowed]
+    parts = [useful(partial(_windowed, rule, steps), seen, steps.pairs)(q, k, v)]
     if rows.start:
         parts.insert(0, dense(q[: rows.start]))
     if rows.stop < tokens:
@@ -308,7 +319,8 @@ class _Steps(NamedTuple):
         rest = slice(0, limits.start) if rule.text_first else slice(limits.stop, tokens)
         return cls(rows, first, start, keys, rest)
 
-    def pairs(self, tokens: int) -> int:
+    @property
+    def pairs(self) -> int:
         """Queries times keys in all products."""
         return len(self.first) * self.rows * (self.keys + self.rest.stop - self.rest.start)
 
@@ -320,8 +332,6 @@ def _windowed(rule: Arrow, steps: _Steps, q: Array, k: Array, v: Array) -> Array
     blocks = pad_axis(q[rows] * jnp.asarray(q.shape[1] ** -0.5, q.dtype), 0, steps.rows)
     text = [x[steps.rest] for x in (k, v)] if steps.rest.start < steps.rest.stop else None
 
-    # Recomputed in the backward pass, which would else keep all weights.
-    @jax.checkpoint
     def step(q: Array, first: Array, start: Array) -> Array:
         own, values = (jax.lax.dynamic_slice_in_dim(x, start, steps.keys) for x in (k, v))
         row = first + jnp.arange(steps.rows, dtype=jnp.int32)[:, None]

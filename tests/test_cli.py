@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -57,6 +58,18 @@ def test_convert(capsys, folder, tmp_path):
     )
     _, full, _ = run(capsys, "info", folder)
     assert 2 * figures["bytes"] == full["weight_bytes"]
+
+
+def test_search_of_heads(capsys, folder, tmp_path):
+    goals = ("--delta", 0.5, "--candidates", "cache,arrow_8")
+    arguments = ("--steps", 2, "--guidance", 2.0, "--labels", "a,b")
+    name = "dit_fast_attn_v2"
+    status, figures, _ = run(capsys, "search", folder, tmp_path / "fast", name, *arguments, *goals)
+    assert status == 0
+    assert np.shape(figures["plan"]["half_width"]) == (2, 2, 2)
+    assert figures["plan"]["candidates"] == ["cache", "arrow_8"]
+    _, found, _ = run(capsys, "info", tmp_path / "fast")
+    assert found["components"]["transformer"]["methods"] == [name]
 
 
 def test_search_sample_bench(capsys, folder, tmp_path):

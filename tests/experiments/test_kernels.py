@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import report, tpu
-from experiments.kernels import attention_cpu, cases, gpu, gpu_compile, tpu_bundles, tpu_table
+from experiments.kernels import (
+    arrow,
+    attention_cpu,
+    cases,
+    gpu,
+    gpu_compile,
+    tpu_bundles,
+    tpu_table,
+)
 from experiments.kernels.timing import best_seconds
 from pallas_kernels import use_implementation
 from pallas_kernels.quantized_attention import quantized_attention
@@ -42,6 +50,17 @@ def test_attention_on_a_cpu(results, monkeypatch):
     rows = {row["program"]: row for row in written["tables"].popitem()[1]}
     assert {"dense, effjax", "dense, jax.nn", "band, 1 in 2", "random, 1 in 2"} <= set(rows)
     assert rows["random, 1 in 2"]["density"] == 0.5
+
+
+def test_arrow_windows(results, monkeypatch):
+    monkeypatch.setattr(arrow, "MODELS", {"SD3": arrow.MODELS["SD3"] | {"text": 20}})
+    arrow.main(["--image", "128", "--heads", "2", "--repeats", "1"])
+    written = json.loads((results / "kernels_arrow_cpu.json").read_text())
+    assert "--image 128 --heads 2 --repeats 1" in written["command"]
+    rows = {(row["heads"], row["windows"]): row for row in written["tables"].popitem()[1]}
+    assert rows["half dense, half kept", "static"]["visible"] == 0.5
+    visible = 1 - (128 - 8 - 1) * (128 - 8) / 148**2
+    assert rows["window, f = 8", "at run time"]["visible"] == pytest.approx(visible)
 
 
 def test_kernels_on_a_gpu_without_one(results, monkeypatch):

@@ -16,8 +16,9 @@ from effjax.cost import cost, sampler_cost
 from effjax.forward import functional
 from effjax.layers.attention import JointAttention
 from effjax.methods.attention.dit_fast_attn_v2 import (
-    METHOD,
     DiTFastAttnV2Plan,
+    Goals,
+    Uniform,
     attention_macs,
     choose,
     half_width_of,
@@ -356,9 +357,7 @@ def test_an_unchanged_input_is_cached_exactly(subject):
 
 def test_it_runs_on_images_alone():
     subject = testing.tiny_dit(steps=3)
-    plan = METHOD.shorthands[0](pattern=("arrow_8", "cache"), calls=3).plan(
-        subject.forward, subject.params
-    )
+    plan = Uniform(("arrow_8", "cache"), calls=3).plan(subject.forward, subject.params)
     assert (plan.image_tokens, plan.text, plan.image_layers) == (IMAGE, 0, ())
     with use_implementation("xla"):
         out = sample(subject, plan)
@@ -426,3 +425,11 @@ def test_a_plan_for_something_else_is_refused(subject):
 def test_bad_searches(subject, options, message):
     with pytest.raises(ValueError, match=message):
         search(*arguments(subject), key=jax.random.key(0), uncond=subject.uncond, **options)
+
+
+def test_bad_options(subject):
+    with pytest.raises(ValueError, match="unknown candidate 'window'"):
+        Goals(candidates=("cache", "window"))
+    for pattern, message in (((), "at least one call"), (("sparse",), "unknown candidate")):
+        with pytest.raises(ValueError, match=message):
+            Uniform(pattern, calls=3).plan(subject.forward, subject.params)

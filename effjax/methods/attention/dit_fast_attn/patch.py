@@ -194,7 +194,8 @@ def _check_raster() -> None:
     if layout.text:
         raise ValueError(
             f"window attention is for image tokens alone, and this sequence has {layout.text} of "
-            f"text too. Search a plan with candidates that have no window (AST, FULL_ASC)."
+            f"text too. Search a plan with candidates that have no window (AST, FULL_ASC), or one "
+            f"of dit_fast_attn_v2, whose windows leave text dense."
         )
 
 

@@ -52,7 +52,7 @@ import jax.numpy as jnp
 from effjax import testing
 from effjax.calibration import Trajectory
 from effjax.context import Layout
-from effjax.fields import Checked, Count, NotNegative, Positive
+from effjax.fields import LARGEST, Checked, Count, NotNegative, Positive
 from effjax.forward import Forward, Params
 from effjax.layers.attention import attentions
 from effjax.methods.attention.dit_fast_attn_v2.patch import (
@@ -112,6 +112,11 @@ class Goals(Checked):
     candidates: tuple[str, ...] = CANDIDATES
     uniform_saving: bool = False
     tile: tuple[Count, Count] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.candidates:
+            half_width_of(name, LARGEST)
 
 
 def _search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> DiTFastAttnV2Plan:

@@ -206,7 +206,12 @@ def uniform(
         pattern: of the calls after the first: "dense", or candidates as in `half_width_of`.
         calls, layers, heads: of the sampler and the model.
         image_tokens, text, text_first, image_layers, tile: as in `DiTFastAttnV2Plan`.
+
+    Raises:
+        ValueError: for a pattern without calls, or with unknown names.
     """
+    if not pattern:
+        raise ValueError("a pattern needs what at least one call does, such as 'arrow_8'")
     kinds = [
         (DENSE, False) if name == "dense" else half_width_of(name, image_tokens) for name in pattern
     ]
