@@ -1,6 +1,6 @@
 """Attention whose heads have arrow windows, as shares of dense attention's time.
 
-    python -m experiments.kernels.arrow
+    python -m experiments.kernels.arrow        (for a GPU see experiments.kernels.gpu)
 
 The heads of SD3 and of FLUX at 1,024 pixels (f = 8 of SD3 leaves out 75 % of the logits). Rows: all
 heads dense, all with one window, all left out, and mixtures; widths of windows are data, or static.
@@ -31,12 +31,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows(model: str, image: int, heads: int, repeats: int) -> report.Rows:
+def rows(model: str, image: int, heads: int, repeats: int, dtype: Any = jnp.float32) -> report.Rows:
     """One model's heads against its dense attention."""
     own = dict(MODELS[model])
     width, tokens = own.pop("width"), image + own["text"]
     noise = jax.random.split(jax.random.key(0), 4)
-    q, k, v, kept = (jax.random.normal(key, (1, tokens, heads, width)) for key in noise)
+    q, k, v, kept = (jax.random.normal(key, (1, tokens, heads, width), dtype) for key in noise)
     windows = [image // (2 * factor) for factor in FACTORS]
     widths = (-1, 0, *windows[::-1])
     at_run_time = jax.jit(partial(arrow_attention, widths=widths, **own))

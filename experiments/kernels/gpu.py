@@ -3,9 +3,9 @@
     python -m experiments.kernels.gpu      (a few minutes; needs the `gpu` extra)
 
 Dense and block-sparse attention against cuDNN, torch and tokamax where these are
-installed; int8 against bfloat16 attention; decode attention and 4-bit products against a copy's
-bandwidth. bfloat16, 16 heads. Programs alternate, times are the best of each. Results are
-written after every part.
+installed; int8 against bfloat16 attention; arrow windows by head against dense attention; decode
+attention and 4-bit products against a copy's bandwidth. bfloat16, 16 heads. Programs alternate,
+times are the best of each. Results are written after every part.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import report
+from experiments.kernels import arrow
 from experiments.kernels.cases import ATTENTION, CASES
 from experiments.kernels.timing import best_seconds
 from pallas_kernels.attention import dense_attention
@@ -37,7 +38,7 @@ from pallas_kernels.quantized_matmul import int8_matmul, packed_matmul
 
 HEADS, WIDTH, BLOCK = 16, 64, 64
 DENSITIES = (2, 4, 8, 16)  # one in
-PARTS = ("products", "memory", "attention", "check")
+PARTS = ("products", "memory", "attention", "windows", "check")
 TRITON: dict[str, Any] = {"implementation": "pallas_gpu"}  # where Mosaic's kernels are chosen
 CORES = os.cpu_count() or 1
 RUNNING = threading.Lock()  # one program at a time has the device's memory
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=WIDTH, help="of attention's heads")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to run, of the default")
     parser.add_argument(
-        "--scale", type=int, default=1, help="divides the sizes of the bandwidth part"
+        "--scale", type=int, default=1, help="divides sizes of the parts memory and windows"
     )
     arguments = parser.parse_args(argv)
     tables: dict[str, list[Row]] = {}
@@ -357,6 +358,10 @@ def main(argv: list[str] | None = None) -> None:
         add("programs_bound_by_memory", bandwidth(arguments.repeats, scale=scale))
     for tokens in map(int, arguments.tokens.split(",")) if "attention" in parts else ():
         add("attention", attention(tokens, arguments.width, arguments.repeats))
+    for model in arrow.MODELS if "windows" in parts else ():
+        add(
+            "windows_by_head", arrow.rows(model, 4096 // scale, 24, arguments.repeats, jnp.bfloat16)
+        )
     failed = []
     if "check" in parts:
         rows = check()

@@ -68,6 +68,7 @@ def test_kernels_on_a_gpu_without_one(results, monkeypatch):
     monkeypatch.setattr(gpu, "DENSITIES", (2,))
     small = {name: case for name, case in cases.CASES.items() if name == "W4A8, uneven"}
     monkeypatch.setattr(gpu, "CASES", small)
+    monkeypatch.setattr(gpu.arrow, "MODELS", {})
     gpu.main(["--tokens", "128", "--repeats", "1", "--scale", "512"])
     tables = json.loads((results / "kernels_cpu.json").read_text())["tables"]
     assert set(tables) == {"products", "programs_bound_by_memory", "attention"}

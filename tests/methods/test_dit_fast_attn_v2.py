@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import effjax
 from effjax import testing
 from effjax.context import Layout, Model, tokens_as
 from effjax.cost import cost, sampler_cost
 from effjax.forward import functional
 from effjax.layers.attention import JointAttention
+from effjax.methods import even_steps, round_to_nearest
 from effjax.methods.attention.dit_fast_attn_v2 import (
     DiTFastAttnV2Plan,
     Goals,
@@ -353,6 +355,26 @@ def test_an_unchanged_input_is_cached_exactly(subject):
         first, state = forward(params, state, *inputs, step=0)
         again, _ = forward(params, state, *inputs, step=1)
     chex.assert_trees_all_close(first, again, atol=1e-6)
+
+
+def test_it_meets_step_caches_and_quantized_weights(subject, tmp_path):
+    """In either order the same model, saved as one recipe."""
+    rounded = round_to_nearest.transform(round_to_nearest.uniform(8))
+    cached = even_steps.transform(even_steps.EvenStepsPlan(steps=3, every=2))
+    heads = transform(sd3_plan(subject, "arrow_8", "cache"))
+    pair = subject.forward, subject.params
+    one, two = (
+        effjax.chain(*each)(*pair) for each in ((rounded, cached, heads), (heads, cached, rounded))
+    )
+    options = {"uncond": subject.uncond}
+    with use_implementation("xla"):
+        found, swapped = (
+            jax.jit(subject.sampler)(*each, subject.cond, jax.random.key(3), **options)
+            for each in (one, two)
+        )
+    chex.assert_trees_all_close(found, swapped, atol=1e-5)
+    effjax.save(tmp_path / "fast", *one)
+    assert effjax.load(tmp_path / "fast")[0] == one[0]
 
 
 def test_it_runs_on_images_alone():
