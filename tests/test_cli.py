@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from effjax.cli import commands, main
-from effjax.methods import dit_fast_attn
+from effjax.methods import dit_fast_attn, paro_attention
 from effjax.registry import methods
 from tests.test_pipelines import write_pipeline, write_text_pipeline
 from tests.test_text_pipeline import write_language_model
@@ -47,6 +47,21 @@ def test_info(capsys, folder):
     assert main(["info", str(folder)]) == 0
     told = capsys.readouterr().out
     assert f"DiT, {model['parameters']:,} parameters float32, computes in float32" in told
+
+
+def test_search_orders_and_masks(capsys, folder, tmp_path):
+    """A search whose plan stands beside arrays that it measures."""
+    fast = tmp_path / "fast"
+    arguments = ("--steps", 2, "--labels", "a", "--block", 8, "--density", 0.6, "--bits", 8)
+    status, figures, _ = run(capsys, "search", folder, fast, "paro_attention", *arguments)
+    assert status == 0
+    plan = paro_attention.ParoAttentionPlan.from_json(json.dumps(figures["plan"]))
+    assert (plan.slots, plan.bits) == (2, 8)
+    assert 0.5 < plan.mean_density <= 0.6
+    asked = ("--labels", "b", "--steps", 2, "-o", tmp_path / "images")
+    status, figures, _ = run(capsys, "sample", fast, *asked)
+    assert status == 0
+    assert len(figures["files"]) == 1
 
 
 def test_convert(capsys, folder, tmp_path):

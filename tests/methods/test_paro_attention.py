@@ -15,7 +15,7 @@ import effjax
 from effjax import testing
 from effjax.context import Layout
 from effjax.cost import sampler_cost, weight_bytes
-from effjax.methods import round_to_nearest
+from effjax.methods import dit_fast_attn, even_steps, round_to_nearest
 from effjax.methods.attention.paro_attention import (
     INVERSES,
     METHOD,
@@ -442,6 +442,12 @@ def test_the_step_is_data_and_every_slot_has_its_mask():
     assert max(float(jnp.abs(a - b).max()) for a, b in itertools.pairwise(outs)) > 1e-4
 
 
+SHARED = dit_fast_attn.transform(
+    dit_fast_attn.uniform((1, 0, 1), layers=2, calls=4, tokens=64)  # AST, FULL, AST
+)
+CACHED = even_steps.transform(even_steps.EvenStepsPlan(steps=4, every=2))
+
+
 def test_it_composes_with_quantized_layers(tmp_path):
     """In both orders the same model."""
     subject = testing.tiny_dit()
@@ -454,6 +460,23 @@ def test_it_composes_with_quantized_layers(tmp_path):
     chex.assert_trees_all_close(sample(subject, one), sample(subject, two), atol=1e-5)
     effjax.save(tmp_path / "pair", *one)
     assert effjax.load(tmp_path / "pair")[0] == one[0]
+
+
+@pytest.mark.parametrize("other", [SHARED, CACHED], ids=lambda other: other.method)
+def test_it_composes_with_what_shares_attention_or_skips_blocks(other):
+    """In both orders the same samples, for the attention of the calls that are left."""
+    subject = testing.tiny_dit()
+    own = transform(plan_of(0.5))
+    one, two = (
+        effjax.chain(*pair)(subject.forward, subject.params)
+        for pair in itertools.permutations((own, other))
+    )
+    chex.assert_trees_all_close(sample(subject, one), sample(subject, two), atol=1e-5)
+    counted = [
+        sampler_cost(subject.sampler, *pair, subject.cond).scope("attention").flops
+        for pair in (own(subject.forward, subject.params), one)
+    ]
+    assert counted[1] * 2 == counted[0]
 
 
 def test_diagonal_plans_of_a_model():
@@ -554,6 +577,8 @@ def test_a_plan_for_something_else_is_refused():
     with pytest.raises(ValueError, match=r"71 tokens with the text, this call has .* 69 tokens"):
         sample(flux, pair)
     llama = testing.tiny_llama()
+    with pytest.raises(ValueError, match="Llama has no self-attention layers"):
+        Diagonal(0.5, 4).plan(llama.forward, llama.params)
     with pytest.raises(ValueError, match="this model has 0 self-attention layers"):
         transform(plan_of())(llama.forward, llama.params)
 
@@ -565,6 +590,7 @@ def test_a_plan_for_something_else_is_refused():
         ({"density": 0.05, "rule": "row"}, "leaves no block for rows of 8 blocks"),
         ({"slots": 5}, "4 network calls for 5 slots"),
         ({"block": 128}, "Take smaller blocks"),
+        ({"values": 8}, "need queries and keys in 8 or 4 bits"),
     ],
 )
 def test_bad_goals(goals, message):

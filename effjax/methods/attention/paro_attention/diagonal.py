@@ -58,6 +58,8 @@ class Diagonal(Shorthand):
             layout = dataclasses.replace(layout, text=self.text)
         made: dict[str, Any] = {"block": self.block, "bits": self.bits, "values": self.values}
         layers = layers_of(module)
+        if not layers.paths:
+            raise ValueError(f"{forward.model.__name__} has no self-attention layers to plan for")
         orders = tuple((self.order,) * heads for heads in layers.heads)
         return diagonal(self.density, orders, layers.joint, layout, steps=self.calls, **made)
 

@@ -153,10 +153,7 @@ class ParoAttentionPlan(Plan):
                 f"taus are one for each of {self.slots} slots or none, mass is two numbers or "
                 f"none; got {len(self.taus)} and {len(self.mass)}"
             )
-        if self.values != 16 and self.bits == 16:
-            raise ValueError(
-                f"values in {self.values} bits need queries and keys in 8 or 4 bits; got bits=16"
-            )
+        check_bits(self.bits, self.values)
         for layer in range(len(layers)):
             blocks = self.blocks(layer)
             fixed, least = int(blocks.fixed.sum()), int(blocks.always.sum())
@@ -238,6 +235,14 @@ class ParoAttentionPlan(Plan):
             f"{self.layers} layers, {self.steps} calls, {self.slots} slots: density "
             f"{self.mean_density:.3f} in blocks of {self.block}, bits {self.bits}/{self.values}, "
             f"heads by order: {shares}{mass}; masks take {self.mask_bytes:,} bytes"
+        )
+
+
+def check_bits(bits: int, values: int) -> None:
+    """Raise ValueError for quantized values beside queries and keys that are floats."""
+    if values != 16 and bits == 16:
+        raise ValueError(
+            f"values in {values} bits need queries and keys in 8 or 4 bits; got bits=16"
         )
 
 

@@ -27,6 +27,7 @@ from effjax.methods.attention.paro_attention.plan import (
     Masks,
     ParoAttentionPlan,
     Sharing,
+    check_bits,
     slots_of_steps,
 )
 from effjax.methods.attention.paro_attention.statistics import (
@@ -76,6 +77,10 @@ class Goals(Checked):
     sigma: Share = 0.9
     smooth: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bits(self.bits, self.values)
+
 
 class Found(NamedTuple):
     """What a search finds.
@@ -120,6 +125,7 @@ def find(
     model = _describe(forward, params, data, goals.block)
     steps = data.sampler.calls
     slots = _slots(goals, steps)
+    _check_density(goals, model)
     metrics = _metrics(goals, model, (forward, params), data, progress)
     scores = {path: order_scores(each, goals.alpha, goals.score) for path, each in metrics.items()}
     numbers = candidates(model.grid)
@@ -239,6 +245,28 @@ def _slots(goals: Goals, steps: int) -> int:
     return min(10, steps) if goals.sharing == "even" else min(-(-steps // 2) + 1, steps)
 
 
+def _check_density(goals: Goals, model: _Model) -> None:
+    """Check that a density allows what is always kept.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if goals.rule == "row":
+        block_masks.equal_rows(goals.density, model.blocks, model.heads, goals.least)
+        return
+    kept = total = 0
+    for heads, blocks in zip(model.heads, model.blocks):
+        free = int((~blocks.fixed).sum())
+        kept += heads * int(blocks.always.sum() + free * min(goals.least, free))
+        total += heads * blocks.count**2
+    if kept > goals.density * total + 1e-6:
+        raise ValueError(
+            f"a density of {goals.density} is below {kept / total:.3f}, which blocks of text, "
+            f"incomplete ones and {goals.least} of each other row take. Ask for more, or take "
+            f"smaller blocks."
+        )
+
+
 def _metrics(
     goals: Goals, model: _Model, pair: Any, data: Trajectory, progress: bool
 ) -> dict[str, OrderMetrics]:
@@ -304,12 +332,6 @@ def _by_mass(
             return sum(int(((x > tau) | must).sum()) for x, must in own) / total
 
         low, high = -1.0, float(max(x.max() for x, _ in own))
-        if (least := density(high)) > goals.density:
-            raise ValueError(
-                f"a density of {goals.density} is below {least:.3f}, which blocks of text, "
-                f"incomplete ones and {goals.least} of each other row take. Ask for more, or take "
-                f"smaller blocks."
-            )
         if density(low) <= goals.density:  # everything
             high = low
         for _ in range(50):
