@@ -472,9 +472,10 @@ def test_it_composes_with_what_shares_attention_or_skips_blocks(other):
         for pair in itertools.permutations((own, other))
     )
     chex.assert_trees_all_close(sample(subject, one), sample(subject, two), atol=1e-5)
+    alone = own(subject.forward, subject.params)
     counted = [
-        sampler_cost(subject.sampler, *pair, subject.cond).scope("attention").flops
-        for pair in (own(subject.forward, subject.params), one)
+        sampler_cost(subject.sampler, forward, params, subject.cond).scope("attention").flops
+        for forward, params in (alone, one)
     ]
     assert counted[1] * 2 == counted[0]
 
