@@ -62,7 +62,7 @@ def test_every_recipe_applies_to_its_model(model):
     subject = TINY[model](steps=5)
     for recipe in recipes.measured(model):
         forward, params = subject.forward, subject.params
-        for transform in recipe.transforms():
+        for transform in recipe.transforms(params):
             forward, params = transform(forward, params)
         forward.check_calls(5)
         forward.check_calls(50)
@@ -96,3 +96,11 @@ def test_a_summary_says_what_was_decided_kept_and_rounded(pipe):
     dense(0, num_inference_steps=2, **ASKED)
     assert dense.summary().computed == {}
     assert dense.summary().cache_bytes == 0
+
+
+def test_coarse_inputs_are_held_and_not_continued(pipe):
+    """Order 1 continues the noise of two calls; with 8 bits that is little, with 4 it is not."""
+    for bits, order in ((8, 1), (4, 0)):
+        rounded = round_to_nearest.transform(round_to_nearest.uniform(8, bits))
+        (_, plan) = pipe.transform(rounded).accelerate().forward.recipe[-1]
+        assert plan.order == order

@@ -190,7 +190,7 @@ class Pipeline(BasePipeline):
             ValueError: for a model without a recipe, and for a speed that none reaches.
         """
         chosen = recipes.choose(self.forward.model.__name__, speed)
-        return self.transform(*chosen.transforms())
+        return self.transform(*chosen.transforms(self.params))
 
     def summary(self) -> Summary:
         """What the last call computed, kept from step to step, and held quantized.

@@ -82,5 +82,6 @@ METHOD = Method(
     identity=lambda subject: FBCachePlan(threshold=0.0),
     ladder=lambda subject: tuple(FBCachePlan(threshold=each) for each in (0.02, 0.2, 100.0)),
     tiny=testing.tiny_dit,
+    systems=("First-Block-Cache",),
     decides="batch",
 )
