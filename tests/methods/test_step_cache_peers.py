@@ -4,6 +4,7 @@
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +75,11 @@ def test_decisions_and_latents_are_those_of_the_peer(method, name):
     np.testing.assert_allclose(got / scale, latents / scale, atol=1e-4)
     dense = golden()[f"dense/{name}"]
     assert np.abs(dense - latents).max() > 1e-2 * scale
+
+
+def test_the_page_shows_the_masks():
+    page = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
+    for method in peers.RUNS:
+        if method != "db_cache_bounded":
+            mask = golden()[f"{method}/flux/mask"]
+            assert "".join("#" if each else "." for each in mask) in page, method
