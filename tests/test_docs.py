@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import converters
 import effjax
@@ -69,6 +70,30 @@ def test_the_code_of_the_page_on_pipelines_runs(tmp_path, monkeypatch):
     expected = np.asarray(names["pictures"][0], np.float32) / 255
     np.testing.assert_allclose(names["arrays"][0], expected, atol=0.5 / 255 + 1e-6)
     assert names["again"].forward == names["small"].forward
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_on_diffusion_runs(tmp_path, monkeypatch):
+    """On a tiny PixArt of random weights, with an adapter of its first layer."""
+    write_text_pipeline(tmp_path / "texts")
+    pipe = effjax.pipeline(tmp_path / "texts", progress=False)
+    width = pipe.forward.config.hidden_size
+    ends = {"lora_A": (2, width), "lora_B": (width, 2)}
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{layer}.{end}.weight": np.ones(shape, np.float32) for end, shape in ends.items()}
+    save_file(tensors, tmp_path / "style.safetensors")
+    sampler = pipe.sampler(num_inference_steps=3)
+    cond, uncond = pipe.conditions(["a red fox"])
+    page = (DOCS / "diffusion.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {"jax": jax, "key": jax.random.key(0), "sampler": sampler, "cond": cond}
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        names |= {"pipe": pipe, "uncond": uncond}
+        names |= {"forward": pipe.forward, "params": pipe.params}
+        exec(block.replace("block=64", "block=16"), names)
+    assert names["fast"].forward.recipe[0][0] == "even_steps"
+    assert {"style", "louder", "merged", "plan", "found"} < set(names)
 
 
 def test_another_kernel_can_be_the_core(monkeypatch):
