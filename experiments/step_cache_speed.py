@@ -132,7 +132,9 @@ def main() -> None:
     report.write(
         "step_cache_speed",
         title="Step caches: measured by expected seconds",
-        command="python -m experiments.step_cache_speed",
+        command="python -m experiments.step_cache_speed --tokens "
+        + " ".join(map(str, arguments.tokens))
+        + f" --repeats {arguments.repeats}",
         ideal=table,
     )
 

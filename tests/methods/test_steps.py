@@ -262,9 +262,9 @@ class TestDBCache:
         with pytest.raises(ValueError, match="masks are slow, medium, fast, ultra"):
             db_cache.named("faster")
         subject = testing.tiny_flux()
-        plan = db_cache.DBCachePlan(steps=4, first_blocks=2)
+        plan = db_cache.DBCachePlan(steps=4, first_blocks=3)
         with pytest.raises(
-            ValueError, match=r"first 2 and the last 0 blocks; .* of the first stack"
+            ValueError, match=r"first 3 and the last 0 blocks; .* of the first stack"
         ):
             db_cache.transform(plan)(subject.forward, subject.params)
 

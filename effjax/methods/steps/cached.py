@@ -76,11 +76,11 @@ def step_cache(name: str, plan: StepCachePlan, wrapper: type[CachedStack]) -> Tr
             raise ValueError(f"{forward.model.__name__} has no stack of blocks to cache")
         sizes: list[int] = [len(target.module) for target in stacks]  # pyright: ignore
         kept = plan.first_blocks + plan.last_blocks
-        if kept >= sum(sizes) or plan.first_blocks >= sizes[0]:
+        if kept >= sum(sizes) or plan.first_blocks > sizes[0]:
             raise ValueError(
                 f"{name} always computes the first {plan.first_blocks} and the last "
-                f"{plan.last_blocks} blocks; that must leave some of {sum(sizes)}, and of the "
-                f"{sizes[0]} of the first stack, which decides"
+                f"{plan.last_blocks} blocks; that must leave some of {sum(sizes)}, and the "
+                f"first ones must be of the first stack, which decides and has {sizes[0]}"
             )
         return forward.patch(StepCaching(plan, wrapper)), params
 
@@ -115,9 +115,9 @@ class StepCaching:
             left -= size
             first = self.plan.first_blocks if lead is None else 0
             last = min(max(self.plan.last_blocks - left, 0), size)
-            if first + last == size:
-                continue
-            middle = (first, size - last)
+            middle = (first, max(first, size - last))
+            if lead is not None and middle[0] == middle[1]:
+                continue  # the first stack decides, though all of it may always be computed
             wrap(module, target.path, self.wrapper, self.plan, context.step, lead, middle)
             if lead is None:
                 (own,) = (each for each in _wrappers(module) if isinstance(each, self.wrapper))
