@@ -108,7 +108,8 @@ def main() -> None:
     report.write(
         "composition",
         title="Step caches with quantized layers and shared attention",
-        command="python -m experiments.composition",
+        command=f"python -m experiments.composition --models {' '.join(arguments.models)} "
+        f"--images {arguments.images}",
         pairs=table,
     )
 
