@@ -27,6 +27,7 @@ from effjax.models.flux import Flux, FluxConfig
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
 from effjax.models.sd3 import SD3, SD3Config
+from effjax.models.vqvae import VQVAE, VQVAEConfig
 from effjax.samplers import DDIM, DPMSolver, FlowMatchEuler, Sampler
 
 
@@ -204,6 +205,23 @@ def tiny_flux(*, steps: int = 4, batch: int = 2, **options: Any) -> Subject:
     cond, _ = _pooled(batch, 5, config.caption_channels, config.pooled_channels)
     scales = jnp.full(batch, 3.5) if config.guidance_embeds else None
     return Subject(forward, random_params(shapes), sampler, cond._replace(guidance=scales))
+
+
+def tiny_vqvae(**options: Any) -> tuple[Forward, Params]:
+    """A VQVAE of two levels: 40 codes of 4 channels, images twice as wide as latents.
+
+    Args:
+        options: fields of `VQVAEConfig` to change.
+    """
+    shape = {
+        "latent_channels": 4,
+        "vocab_size": 40,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_groups": 4,
+    }
+    forward, shapes = abstract(VQVAE, VQVAEConfig(**{**shape, **options}))
+    return forward, random_params(shapes)
 
 
 def tiny_llama(*, batch: int = 2, **options: Any) -> Subject:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,16 @@ from jaxtyping import Array, Float, Key
 
 from effjax.context import Layout, Model, PyTree
 from effjax.fields import Checked, Count, FloatName, Positive
-from effjax.layers.attention import SelfAttention
-from effjax.layers.convolution import Conv2d, upsample_nearest_2x
-from effjax.layers.norms import GroupNorm
-from effjax.layers.stack import Stack
+from effjax.layers.autoencoder import (
+    CoderShape,
+    Decoder,
+    Encoder,
+    check_images,
+    check_latents,
+    check_widths,
+    image_shape,
+)
+from effjax.layers.convolution import Conv2d
 
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -30,7 +36,7 @@ Moments = tuple[Float[Array, "B Y X Z"], Float[Array, "B Y X Z"]]
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig(Checked):
-    """Shape and numerics of an AutoencoderKL; the defaults are Stable Diffusion's.
+    """CoderShape and numerics of an AutoencoderKL; the defaults are Stable Diffusion's.
 
     Attributes:
         in_channels, out_channels: channels of the images that go in and come out.
@@ -67,12 +73,7 @@ class AutoencoderKLConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        widths = self.block_out_channels
-        if not widths or any(width % self.norm_groups for width in widths):
-            raise ValueError(
-                f"block_out_channels must have a multiple of norm_groups for each level; "
-                f"got block_out_channels={widths}, norm_groups={self.norm_groups}"
-            )
+        check_widths(self.block_out_channels, self.norm_groups)
 
     @property
     def computed(self) -> str:
@@ -84,174 +85,6 @@ class AutoencoderKLConfig(Checked):
     def downscale(self) -> int:
         """Side of the square of pixels that one latent stands for."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-
-class ResidualBlock(nnx.Module):
-    """Twice group norm, SiLU, 3x3 convolution; the skip is a 1x1 convolution if widths differ."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        groups: int,
-        param_dtype: jax.typing.DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        def norm(channels: int) -> GroupNorm:
-            return GroupNorm(channels, groups=groups, eps=1e-6, param_dtype=param_dtype)
-
-        def conv(inputs: int, size: int) -> Conv2d:
-            options = {"kernel_size": size, "padding": size // 2, "param_dtype": param_dtype}
-            return Conv2d(inputs, out_channels, **options, rngs=rngs)
-
-        self.norm1 = norm(in_channels)
-        self.conv1 = conv(in_channels, 3)
-        self.norm2 = norm(out_channels)
-        self.conv2 = conv(out_channels, 3)
-        self.shortcut = None if in_channels == out_channels else conv(in_channels, 1)
-
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H W O"]:
-        h = self.conv1(nnx.silu(self.norm1(x)))
-        h = self.conv2(nnx.silu(self.norm2(h)))
-        return h + (x if self.shortcut is None else self.shortcut(x))
-
-
-class AttentionBlock(nnx.Module):
-    """Group norm and one-head attention over all pixels, with a skip."""
-
-    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
-        width, param_dtype = config.block_out_channels[-1], config.param_dtype
-        self.norm = GroupNorm(width, groups=config.norm_groups, eps=1e-6, param_dtype=param_dtype)
-        self.attn = SelfAttention(
-            width, heads=1, head_dim=width, param_dtype=param_dtype, rngs=rngs
-        )
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        tokens = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        return x + self.attn(tokens).reshape(x.shape)
-
-
-class MidBlock(nnx.Module):
-    """At the lowest resolution: residual block, attention (if any), residual block."""
-
-    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
-        width = config.block_out_channels[-1]
-        options = {"groups": config.norm_groups, "param_dtype": config.param_dtype, "rngs": rngs}
-        attend = config.mid_block_add_attention
-        self.block1 = ResidualBlock(width, width, **options)
-        self.attention = AttentionBlock(config, rngs=rngs) if attend else None
-        self.block2 = ResidualBlock(width, width, **options)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        x = self.block1(x)
-        return self.block2(x if self.attention is None else self.attention(x))
-
-
-class Upsample(nnx.Module):
-    """Nearest-neighbor doubling and a 3x3 convolution."""
-
-    def __init__(self, channels: int, *, param_dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.conv = Conv2d(channels, channels, padding=1, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-        return self.conv(upsample_nearest_2x(x))
-
-
-class Level(nnx.Module):
-    """Residual blocks at one resolution, then a change of resolution (`resample`, if any)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        blocks: int,
-        groups: int,
-        resample: nnx.Module | None,
-        param_dtype: jax.typing.DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        options = {"groups": groups, "param_dtype": param_dtype}
-        inputs = [in_channels] + [out_channels] * (blocks - 1)
-        self.blocks = Stack(
-            [ResidualBlock(channels, out_channels, **options, rngs=rngs) for channels in inputs]
-        )
-        self.resample = resample
-
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B Y X O"]:
-        x = self.blocks(x)
-        return x if self.resample is None else self.resample(x)
-
-
-def _levels(
-    widths: Sequence[int],
-    *,
-    blocks: int,
-    resample: Callable[[int], nnx.Module],
-    config: AutoencoderKLConfig,
-    rngs: nnx.Rngs,
-) -> Stack:
-    """Levels of these widths in order, with `resample(width)` behind every one but the last."""
-    levels = []
-    for index, width in enumerate(widths):
-        last = index == len(widths) - 1
-        level = Level(
-            widths[max(index - 1, 0)],
-            width,
-            blocks=blocks,
-            groups=config.norm_groups,
-            resample=None if last else resample(width),
-            param_dtype=config.param_dtype,
-            rngs=rngs,
-        )
-        levels.append(level)
-    return Stack(levels)
-
-
-class Encoder(nnx.Module):
-    """Images to latent moments before the quant convolution."""
-
-    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
-        widths, param_dtype = config.block_out_channels, config.param_dtype
-        numerics = {"param_dtype": param_dtype, "rngs": rngs}
-
-        def halve(width: int) -> Conv2d:
-            # Padded on the right and below only, as the published weights expect.
-            return Conv2d(width, width, stride=2, padding=((0, 1), (0, 1)), **numerics)
-
-        blocks = config.layers_per_block
-        self.conv_in = Conv2d(config.in_channels, widths[0], padding=1, **numerics)
-        self.levels = _levels(widths, blocks=blocks, resample=halve, config=config, rngs=rngs)
-        self.mid = MidBlock(config, rngs=rngs)
-        self.norm_out = GroupNorm(widths[-1], groups=config.norm_groups, param_dtype=param_dtype)
-        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, padding=1, **numerics)
-
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B Y X M"]:
-        x = self.mid(self.levels(self.conv_in(x)))
-        return self.conv_out(nnx.silu(self.norm_out(x)))
-
-
-class Decoder(nnx.Module):
-    """Latents behind the post-quant convolution to images; `levels[0]` is the lowest resolution."""
-
-    def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
-        widths, param_dtype = config.block_out_channels[::-1], config.param_dtype
-        numerics = {"param_dtype": param_dtype, "rngs": rngs}
-
-        def double(width: int) -> Upsample:
-            return Upsample(width, **numerics)
-
-        blocks = config.layers_per_block + 1
-        self.conv_in = Conv2d(config.latent_channels, widths[0], padding=1, **numerics)
-        self.mid = MidBlock(config, rngs=rngs)
-        self.levels = _levels(widths, blocks=blocks, resample=double, config=config, rngs=rngs)
-        self.norm_out = GroupNorm(widths[-1], groups=config.norm_groups, param_dtype=param_dtype)
-        self.conv_out = Conv2d(widths[-1], config.out_channels, padding=1, **numerics)
-
-    def __call__(self, z: Float[Array, "B Y X Z"]) -> Float[Array, "B H W O"]:
-        x = self.levels(self.mid(self.conv_in(z)))
-        return self.conv_out(nnx.silu(self.norm_out(x)))
 
 
 class AutoencoderKL(Model):
@@ -270,17 +103,25 @@ class AutoencoderKL(Model):
 
         self.config = config
         latents = config.latent_channels
-        self.encoder = Encoder(config, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
+        shape = CoderShape(
+            widths=config.block_out_channels,
+            blocks=config.layers_per_block,
+            groups=config.norm_groups,
+            mid_attention=config.mid_block_add_attention,
+            param_dtype=config.param_dtype,
+        )
+        images = {"inputs": config.in_channels, "outputs": 2 * latents}
+        self.encoder = Encoder(shape, **images, rngs=rngs)
+        self.decoder = Decoder(shape, inputs=latents, outputs=config.out_channels, rngs=rngs)
         self.quant_conv = pointwise(2 * latents) if config.use_quant_conv else None
         self.post_quant_conv = pointwise(latents) if config.use_post_quant_conv else None
 
     def layout(self, latents: Array | None, images: Array | None = None) -> Layout:
         """Token layout of the mid blocks' attention."""
         if images is None:
-            _, rows, columns, _ = _image_shape("latents", latents)
+            _, rows, columns, _ = image_shape("latents", latents)
             return Layout(grid=(1, rows, columns))
-        _, height, width, _ = _image_shape("images", images)
+        _, height, width, _ = image_shape("images", images)
         factor = self.config.downscale
         return Layout(grid=(1, height // factor, width // factor))
 
@@ -293,19 +134,8 @@ class AutoencoderKL(Model):
         Raises:
             ValueError: for another number of channels, or a size that `downscale` does not divide.
         """
-        config, factor = self.config, self.config.downscale
-        _, height, width, channels = _image_shape("images", images)
-        if channels != config.in_channels:
-            raise ValueError(
-                f"this autoencoder encodes images of {config.in_channels} channels (NHWC), got "
-                f"{list(images.shape)}"
-            )
-        if height % factor or width % factor:
-            raise ValueError(
-                f"height and width must be multiples of {factor}, got {height} x {width}. Crop, "
-                f"pad or resize the images."
-            )
-        moments = self.encoder(images.astype(config.computed))
+        check_images(images, self.config.in_channels, self.config.downscale)
+        moments = self.encoder(images.astype(self.config.computed))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
@@ -317,13 +147,8 @@ class AutoencoderKL(Model):
         Raises:
             ValueError: for another number of channels.
         """
-        config = self.config
-        if _image_shape("latents", z)[3] != config.latent_channels:
-            raise ValueError(
-                f"this autoencoder decodes latents of {config.latent_channels} channels (NHWC), "
-                f"got {list(z.shape)}"
-            )
-        z = z.astype(config.computed)
+        check_latents(z, self.config.latent_channels)
+        z = z.astype(self.config.computed)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def __call__(
@@ -378,16 +203,6 @@ def decode(
     The forward is as in `encode`.
     """
     return forward(params, {}, latents)[0]
-
-
-def _image_shape(what: str, x: Array | None) -> tuple[int, int, int, int]:
-    if x is None or x.ndim != 4:
-        raise ValueError(
-            f"{what} must be an array [batch, height, width, channels], got "
-            f"{None if x is None else list(x.shape)}"
-        )
-    batch, height, width, channels = x.shape
-    return batch, height, width, channels
 
 
 MODEL = AutoencoderKL
