@@ -26,6 +26,7 @@ from converters.checkpoint import SUFFIXES, open_checkpoint
 from converters.family import family_of_config
 from converters.hub import open_folder, resolve
 from converters.names import LAYOUTS, Piece
+from effjax.fields import naming
 from effjax.forward import Forward, flatten_params
 from effjax.methods.adapters.lora import Adapter
 from effjax.storage import Tensor, read_json
@@ -35,27 +36,34 @@ FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapt
 _SETTINGS = "adapter_config.json"  # of PEFT, beside the file
 _METADATA = "lora_adapter_metadata"  # of diffusers, in the file
 
-# Prefixes of names, by the component of a pipeline; "" for files of one model.
+# Prefixes of names, by the component of a pipeline. Kohya's scripts and ComfyUI call T5 the third
+# text encoder, also where FLUX has it as the second.
 _COMPONENTS = {
-    "transformer": ("transformer.", "diffusion_model.", "model.diffusion_model.", "lora_unet_"),
-    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
-    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
+    "transformer": (
+        *("transformer.", "lora_transformer_"),
+        *("diffusion_model.", "model.diffusion_model.", "lora_unet_"),
+    ),
+    "text_encoder": (
+        *("text_encoder.", "lora_te_", "lora_te1_"),
+        "text_encoders.clip_l.transformer.",
+    ),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "text_encoders.clip_g.transformer."),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_", "text_encoders.t5xxl.transformer."),
 }
 _WRAPPER = "base_model.model."  # of PEFT
 _DOWN = (".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight", ".lora.down.weight")
 _UP = (".lora_B.weight", ".lora_up.weight", ".lora_B.default.weight", ".lora.up.weight")
 _ALPHA = ".alpha"
-_OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_embedding_": "embeddings",
-    "lora_B.bias": "biases",
-    ".diff": "whole weights",
-    "oft_": "OFT",
+_OTHER_KINDS = {  # by what stands in a name
+    r"\.dora_scale$|lora_magnitude_vector": "DoRA",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT",
+    r"\.lora_embedding_": "embeddings",
+    r"\.lora_B(\.default)?\.bias$": "biases",
+    r"\.diff(_b)?$": "whole weights",
 }
+_MOVES_WEIGHTS = ("pissa", "olora", "corda")  # ways to begin that change the model's weights too
 
 
 def load_lora(
@@ -78,7 +86,8 @@ def load_lora(
         source: the file, a directory with one, or a hub repository ("owner/name", or
             "owner/name/file.safetensors").
         forward: of the model that it changes.
-        component: which model of a pipeline that is; files may change several.
+        component: which model of a pipeline that is; files may change several. Those of Kohya's
+            scripts and ComfyUI have T5 as "text_encoder_3", for FLUX too.
         revision, token, cache_dir, local_files_only: of the hub, as in `from_pretrained`.
 
     Returns:
@@ -89,7 +98,8 @@ def load_lora(
 
     Raises:
         ValueError: for a file that cannot be found or read, of another kind (DoRA, LoHa, ...), or
-            of another model; the message lists all names that do not fit.
+            of another model; the message lists all names that do not fit. For one that changes
+            copies of a weight, which the model has once, in different ways.
     """
     remote = {
         "revision": revision,
@@ -97,7 +107,7 @@ def load_lora(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    path, settings = _open(source, remote)
+    path, settings = _open(source, component, remote)
     tensors = open_checkpoint(path)
     _refuse_other_kinds(path, tensors)
     own, others = _of_component(tensors, component)
@@ -122,7 +132,12 @@ def load_lora(
         down, up = (each.read().astype(np.float32) for each in (pair.down, pair.up))
         up = up * np.float32(settings.scale(name, down.shape[0], pair.alpha))
         for piece in pieces[name]:
-            found[piece.target.removesuffix(".kernel")] = _cut(piece, down, up)
+            target, factors = piece.target.removesuffix(".kernel"), _cut(piece, down, up)
+            if not all(map(np.array_equal, found.setdefault(target, factors), factors)):
+                raise ValueError(
+                    f"{path} changes {target} twice, in different ways ({name} and another): this "
+                    f"model has that weight once"
+                )
     return found
 
 
@@ -144,23 +159,28 @@ class _Settings(NamedTuple):
     def scale(self, name: str, rank: int, alpha: float | None) -> float:
         """alpha / rank of a layer."""
         if alpha is None:
-            alpha = self.alpha
-            for pattern, value in self.patterns.items():
-                if re.fullmatch(rf"(.*\.)?({pattern})", name):
-                    alpha = value
+            matching = (p for p in self.patterns if re.fullmatch(rf"(.*\.)?({p})", name))
+            alpha = next((self.patterns[pattern] for pattern in matching), self.alpha)
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.root else rank)
 
 
-def _open(source: str | os.PathLike, remote: Mapping[str, Any]) -> tuple[Path, _Settings]:
+def _open(
+    source: str | os.PathLike, component: str, remote: Mapping[str, Any]
+) -> tuple[Path, _Settings]:
     """The file, and the settings of PEFT or diffusers with it."""
     given = Path(os.path.expanduser(source))
     beside: dict[str, Any] = {}
     if given.is_file() or str(source).endswith(SUFFIXES):
         path = given if given.is_file() else resolve(source, **remote)
-        if (path.parent / _SETTINGS).is_file() and path.name in FILES:
-            beside = read_json(path.parent / _SETTINGS)
+        settings: Path | None = path.parent / _SETTINGS
+        if not given.is_file():  # of the hub, where only the file itself was asked for
+            owner, name, *inner = str(source).split("/")
+            folder = open_folder(f"{owner}/{name}", **remote)
+            settings = folder.fetch("/".join([*inner[:-1], _SETTINGS]))
+        if path.name in FILES and settings is not None and settings.is_file():
+            beside = read_json(settings)
     else:
         folder = open_folder(source, **remote)
         files = [file for name in FILES if (file := folder.fetch(name)) is not None]
@@ -172,31 +192,55 @@ def _open(source: str | os.PathLike, remote: Mapping[str, Any]) -> tuple[Path, _
         path = files[0]
         if folder.has(_SETTINGS):
             beside = folder.read(_SETTINGS)
-    if not beside and path.name.endswith(".safetensors"):
-        text = metadata(path).get(_METADATA)
-        said = json.loads(text) if text else {}
-        prefix = next((name for name in said if name.endswith(".lora_alpha")), None)
-        if prefix is not None:
-            start = prefix.removesuffix("lora_alpha")
-            beside = {
-                key[len(start) :]: value for key, value in said.items() if key.startswith(start)
-            }
-        else:
-            beside = said
-    if beside.get("use_dora"):
-        raise ValueError(f"{path} is DoRA, which has magnitudes besides; it is not read")
-    alpha = beside.get("lora_alpha")
-    return path, _Settings(
+    with naming(path):
+        if not beside and path.name.endswith(".safetensors"):
+            beside = _of_metadata(metadata(path).get(_METADATA), component)
+        return path, _settings(beside)
+
+
+def _of_metadata(text: str | None, component: str) -> dict[str, Any]:
+    """What diffusers says of a component in a file: names with the component in front, or bare."""
+    said = json.loads(text) if text else {}
+    starts = [key.removesuffix("lora_alpha") for key in said if key.endswith(".lora_alpha")]
+    if not starts:
+        return said
+    start = f"{component}." if f"{component}." in starts or len(starts) > 1 else starts[0]
+    return {key[len(start) :]: value for key, value in said.items() if key.startswith(start)}
+
+
+def _settings(said: Mapping[str, Any]) -> _Settings:
+    """Those that matter of a configuration of PEFT.
+
+    Raises:
+        ValueError: for other kinds of adapters, and for patterns that are none.
+    """
+    if said.get("use_dora"):
+        raise ValueError("this is DoRA, which has magnitudes besides; it is not read")
+    begin = said.get("init_lora_weights")
+    if isinstance(begin, str) and begin.startswith(_MOVES_WEIGHTS):
+        raise ValueError(
+            f"training began with {begin!r}, which changes the model's own weights too: convert it "
+            f"to plain LoRA with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    alpha, patterns = said.get("lora_alpha"), dict(said.get("alpha_pattern") or {})
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"alpha_pattern {pattern!r} is no regular expression: {error}"
+            ) from None
+    return _Settings(
         None if alpha is None else float(alpha),
-        {pattern: float(value) for pattern, value in (beside.get("alpha_pattern") or {}).items()},
-        bool(beside.get("use_rslora")),
+        {pattern: float(value) for pattern, value in patterns.items()},
+        bool(said.get("use_rslora")),
     )
 
 
 def _refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
     for name in names:
         for mark, kind in _OTHER_KINDS.items():
-            if mark in name:
+            if re.search(mark, name):
                 raise ValueError(
                     f"{path} holds {kind} ({name}), and only LoRA's pairs of matrices are read: "
                     f"merge it with the tool that made it, and load the model"

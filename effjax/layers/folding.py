@@ -106,15 +106,30 @@ def check_untouched(learned: Iterable[str], where: Fold) -> None:
     Raises:
         ValueError: if one has; it would see other inputs than it was made for.
     """
-    layers = (where.source, *where.readers)
+    check_unlearned(
+        learned,
+        (where.source, *where.readers),
+        "which factors on its inputs or outputs would make wrong: quantize without folding "
+        "(ViDiT-Q: fold=False; GPTQ and round to nearest fold nothing), or merge them into the "
+        "weights first",
+    )
+
+
+def check_unlearned(learned: Iterable[str], layers: Sequence[str], why: str) -> None:
+    """Check that no method has learned something about layers whose weights another one reads.
+
+    Args:
+        learned: as for `check_untouched`.
+        layers: their paths.
+        why: what would be wrong, and what to do.
+
+    Raises:
+        ValueError: if one has.
+    """
     for name in learned:
         method, _, rest = name.partition(".")
         if touched := [layer for layer in layers if rest.startswith(f"{layer}.")]:
-            raise ValueError(
-                f"{method} has parameters of its own at {touched[0]}, which factors on its inputs "
-                f"or outputs would make wrong: quantize without folding (ViDiT-Q: fold=False; "
-                f"GPTQ and round to nearest fold nothing), or merge them into the weights first"
-            )
+            raise ValueError(f"{method} has parameters of its own at {touched[0]}, {why}")
 
 
 def fold(leaves: Mapping[str, Array], where: Fold, smoothing_scale: Array) -> dict[str, Array]:

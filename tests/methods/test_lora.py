@@ -1,8 +1,10 @@
 """LoRA: products beside layers and merged ones, files of every naming, errors."""
 
 import json
+import shutil
 
 import chex
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ import effjax
 from converters import load_lora
 from effjax import testing
 from effjax.forward import flatten_params
-from effjax.methods import awq, lora, round_to_nearest
+from effjax.methods import awq, cskv, lora, moa, round_to_nearest
 
 RNG = np.random.default_rng(0)
 
@@ -71,6 +73,32 @@ def test_scales_are_data():
     assert run._cache_size() == 1
     with pytest.raises(ValueError, match="no adapters other; there are style"):
         lora.set_scales(params, other=1.0)
+    assert lora.set_scales(subject.params) is subject.params
+    for scale in (float("nan"), float("inf")):
+        for give in (
+            lambda scale: lora.set_scales(params, style=scale),
+            lambda scale: lora.add({"style": style}, {"style": scale}),
+            lambda scale: lora.merge(style, scale),
+        ):
+            with pytest.raises(ValueError, match="must be a finite number, got"):
+                give(scale)
+
+
+def test_adapters_are_added_one_after_the_other(tmp_path):
+    """Each of them stays, and a name is for one."""
+    subject = testing.tiny_sd3()
+    one, two = adapter_of(subject, pattern="0.image.mlp"), adapter_of(subject, 3, pattern="0.")
+    pair = subject.forward, subject.params
+    small = effjax.chain(lora.add({"one": one}, {"one": 0.5}), lora.add({"two": two}))(*pair)
+    together = lora.add({"one": one, "two": two}, {"one": 0.5})(*pair)
+    chex.assert_trees_all_equal(small[1], together[1])
+    wanted = output(subject, *together)
+    np.testing.assert_allclose(output(subject, *small), wanted, atol=1e-5)
+    effjax.save(tmp_path / "both", *small)
+    read = effjax.load(tmp_path / "both")
+    np.testing.assert_array_equal(output(subject, *read), output(subject, *small))
+    with pytest.raises(ValueError, match="has adapters one already: choose other names"):
+        lora.add({"one": two})(*small)
 
 
 def test_beside_quantized_layers():
@@ -103,6 +131,23 @@ def test_factors_are_not_folded_past_adapters():
     small = awq.transform(plan, scales)(subject.forward, subject.params)
     with pytest.raises(ValueError, match="awq has folded factors into what layers read"):
         lora.add({"style": style})(*small)
+
+
+def test_methods_that_read_weights_do_not_leave_adapters_out():
+    """Factors of projections, and heads in another order, in either order of application."""
+    subject = testing.tiny_llama()
+    style = adapter_of(subject, pattern="0.attn.to_v")
+    pair = lora.add({"style": style})(subject.forward, subject.params)
+    plan = cskv.METHOD.ladder(subject)[0]
+    with pytest.raises(ValueError, match=r"lora has parameters of its own at blocks.0.attn.to_v"):
+        cskv.transform(plan)(*pair)
+    small = cskv.transform(plan)(subject.forward, subject.params)
+    for change in (lora.add({"style": style}), lora.merge(style)):
+        with pytest.raises(ValueError, match=r"cskv holds factors of its own in place of blocks.0"):
+            change(*small)
+    lora.add({"style": adapter_of(subject, pattern="to_q")})(*small)
+    with pytest.raises(ValueError, match=r"at blocks.0.attn.to_v, whose heads keep their order"):
+        moa.order_heads(moa.METHOD.ladder(subject)[0], *pair, tokens=16)
 
 
 # Files ----------------------------------------------------------------------------------------
@@ -145,7 +190,11 @@ LAYERS = {
 TINY = {"sd3": testing.tiny_sd3, "flux": testing.tiny_flux}
 NAMED = {
     "peft": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", None),
-    "comfy": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight", None),
+    "comfy": (
+        "model.diffusion_model.{}.lora_A.weight",
+        "model.diffusion_model.{}.lora_B.weight",
+        None,
+    ),
     "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", "lora_unet_{}.alpha"),
 }
 
@@ -205,7 +254,8 @@ def test_settings_of_peft_and_of_diffusers(tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"v_proj": 2}, "use_rslora": False}
+    patterns = {"v_proj": 2, r"self_attn\..*": 8}  # the first one that fits, as in PEFT
+    settings = {"r": 4, "lora_alpha": 7, "alpha_pattern": patterns, "use_rslora": False}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     found = load_lora(folder, subject.forward)
     assert [float(found[f"blocks.0.attn.to_{part}"][1][0, 0]) for part in "qv"] == [2.0, 0.5]
@@ -213,12 +263,63 @@ def test_settings_of_peft_and_of_diffusers(tmp_path):
     found = load_lora(folder, subject.forward)
     assert [float(found[f"blocks.0.attn.to_{part}"][1][0, 0]) for part in "qv"] == [4.0, 1.0]
 
+    for wrong, message in (
+        ({"use_dora": True}, "this is DoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the model's own weights too"),
+        ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, **wrong}))
+        with pytest.raises(ValueError, match=message):
+            load_lora(folder, subject.forward)
     (folder / "adapter_config.json").unlink()
-    said = {"transformer.r": 4, "transformer.lora_alpha": 16}
+    said = {"text_encoder.r": 4, "text_encoder.lora_alpha": 1}
+    said |= {"transformer.r": 4, "transformer.lora_alpha": 16}
     held = {"lora_adapter_metadata": json.dumps(said)}
     save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata=held)
     found = load_lora(folder, subject.forward)
     assert float(found["blocks.0.attn.to_q"][1][0, 0]) == 4.0
+
+
+def test_a_file_of_the_hub_has_its_settings(tmp_path, monkeypatch):
+    """Though only the file was asked for."""
+    subject = testing.tiny_llama()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    wide = flatten_params(subject.params)["blocks.0.attn.to_q.kernel"].shape[1]
+    pair = {"A": np.ones((4, 16), np.float32), "B": np.ones((wide, 4), np.float32)}
+    origin, held = tmp_path / "origin/inner", tmp_path / "snapshots/commit/inner"
+    for folder in (origin, held):
+        folder.mkdir(parents=True)
+    tensors = {f"{name}.lora_{part}.weight": each for part, each in pair.items()}
+    save_file(tensors, origin / "adapter_model.safetensors")
+    (origin / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8}))
+
+    def download(repo, file, **options):
+        assert repo == "owner/name"
+        if not (origin.parent / file).is_file():
+            raise huggingface_hub.errors.EntryNotFoundError(file)
+        return shutil.copy(origin.parent / file, held.parent / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = load_lora("owner/name/inner/adapter_model.safetensors", subject.forward)
+    assert found["blocks.0.attn.to_q"][1][0, 0] == 2.0
+
+
+def test_copies_of_a_weight_change_together(tmp_path):
+    subject = testing.tiny_dit()
+    wide = flatten_params(subject.params)["time.fc1.kernel"].shape
+
+    def load(*scales):
+        tensors = {}
+        for layer, scale in enumerate(scales):
+            name = f"transformer_blocks.{layer}.norm1.emb.timestep_embedder.linear_1"
+            tensors[f"{name}.lora_A.weight"] = np.ones((2, wide[0]), np.float32)
+            tensors[f"{name}.lora_B.weight"] = np.full((wide[1], 2), scale, np.float32)
+        save_file(tensors, tmp_path / "style.safetensors")
+        return load_lora(tmp_path / "style.safetensors", subject.forward)
+
+    assert list(load(1, 1)) == ["time.fc1"]
+    with pytest.raises(ValueError, match=r"changes time.fc1 twice, in different ways"):
+        load(1, 2)
 
 
 def test_bad_files(tmp_path):
@@ -239,6 +340,8 @@ def test_bad_files(tmp_path):
         load(good | other)
     with pytest.raises(ValueError, match="only down"):
         load({f"{stem}.lora_A.weight": down})
+    with pytest.raises(ValueError, match="factors must be matrices"):
+        lora.add({"style": {"blocks.0.attn.image.to_q": (down[0], up[0])}})
     with pytest.raises(ValueError, match="holds DoRA"):
         load(good | {f"{stem}.lora_magnitude_vector": np.ones(32, np.float32)})
     with pytest.raises(ValueError, match=r"no \[rank, in\] and \[out, rank\]"):

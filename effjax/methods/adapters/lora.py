@@ -16,13 +16,14 @@ token and adapter, and as many weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from effjax import testing
@@ -73,16 +74,14 @@ def add(adapters: Mapping[str, Adapter], scales: Mapping[str, float] | None = No
         scales: of each; 1 where none is given.
 
     Raises:
-        ValueError: for scales of adapters that there are not; when it is applied, for an adapter of
-            another model, with all that does not fit, and for layers into whose inputs another
-            method has folded factors.
+        ValueError: for scales of adapters that there are not, or that are no finite numbers; when
+            it is applied, for an adapter of another model, with all that does not fit, for a name
+            that is taken, for layers into whose inputs another method has folded factors, and for
+            those that another method has replaced by factors of its own.
     """
     scales = dict(scales or {})
-    _check_names(scales, adapters)
-    ranks = tuple(
-        (name, tuple((path, int(down.shape[1])) for path, (down, _) in adapter.items()))
-        for name, adapter in adapters.items()
-    )
+    _check_scales(scales, adapters)
+    ranks = tuple((name, _ranks(adapter)) for name, adapter in adapters.items())
     flat: dict[str, Any] = {}
     for name, adapter in adapters.items():
         flat[f"{_SCALES}.{name}"] = jnp.asarray(scales.get(name, 1.0), jnp.float32)
@@ -104,9 +103,15 @@ def transform(plan: LoRAPlan, learned: Params | None = None) -> Transform:
         return put(forward, params, nest_params(_shapes(plan, forward, params)))
 
     def put(forward: Forward, params: Params, given: Params) -> Pair:
-        _check_not_folded(forward)
-        methods = {**params.get(METHODS, {}), NAME: given}
-        return forward.patch(_Patch(plan)), {**params, METHODS: methods}
+        _check_inputs(forward, [path for _, ranks in plan.adapters for path, _ in ranks])
+        methods = params.get(METHODS, {})
+        held = flatten_params(methods.get(NAME, {}))
+        if taken := [name for name, _ in plan.adapters if f"{_SCALES}.{name}" in held]:
+            raise ValueError(
+                f"this model has adapters {', '.join(taken)} already: choose other names"
+            )
+        both = nest_params({**held, **flatten_params(given)})
+        return forward.patch(_Patch(plan)), {**params, METHODS: {**methods, NAME: both}}
 
     def apply(forward: Forward, params: Params) -> Pair:
         wanted = _shapes(plan, forward, params)
@@ -133,14 +138,16 @@ def merge(adapter: Adapter, scale: float = 1.0) -> Callable[[Forward, Params], P
     Nothing else changes, and no recipe tells it: the result is a model with other weights.
 
     Raises:
-        ValueError: when it is applied, for an adapter of another model, with all that does not fit,
-            and for quantized layers, whose values have no room for it.
+        ValueError: for a scale that is no finite number; when it is applied, for an adapter of
+            another model, with all that does not fit, for quantized layers, whose values have no
+            room for it, and as `add` for what other methods did to the layers.
     """
+
+    _check_scales({"merged": scale}, {"merged": adapter})
 
     def apply(forward: Forward, params: Params) -> Pair:
         flat = flatten_params(params)
-        ranks = tuple((path, int(down.shape[1])) for path, (down, _) in adapter.items())
-        wanted = _shapes(LoRAPlan((("merged", ranks),)), forward, params)
+        wanted = _shapes(LoRAPlan((("merged", _ranks(adapter)),)), forward, params)
         del wanted[f"{_SCALES}.merged"]
         given = {
             f"{path}.merged.{part}": factor
@@ -148,7 +155,7 @@ def merge(adapter: Adapter, scale: float = 1.0) -> Callable[[Forward, Params], P
             for part, factor in zip(("down", "up"), factors, strict=True)
         }
         _check_fit(given, wanted)
-        _check_not_folded(forward)
+        _check_inputs(forward, adapter)
         quantized = [path for path in adapter if isinstance(flat[f"{path}.kernel"], QTensor)]
         if quantized:
             raise ValueError(
@@ -169,21 +176,40 @@ def set_scales(params: Params, **scales: float) -> Params:
     """Parameters with other scales of adapters that `add` put there; no program changes.
 
     Raises:
-        ValueError: for adapters that there are not.
+        ValueError: for adapters that there are not, and scales that are no finite numbers.
     """
     held = params.get(METHODS, {}).get(NAME, {}).get(_SCALES, {})
-    _check_names(scales, held)
+    _check_scales(scales, held)
+    if not scales:
+        return params
     new = {name: jnp.asarray(scale, jnp.float32) for name, scale in scales.items()}
     methods = params[METHODS]
     own = {**methods[NAME], _SCALES: {**held, **new}}
     return {**params, METHODS: {**methods, NAME: own}}
 
 
-def _check_names(scales: Mapping[str, float], adapters: Mapping[str, Any]) -> None:
+def _check_scales(scales: Mapping[str, float], adapters: Mapping[str, Any]) -> None:
+    """Scales must be finite numbers of adapters that there are; traced ones are not looked at."""
     if unknown := sorted(set(scales) - set(adapters)):
         raise ValueError(
             f"there are no adapters {', '.join(unknown)}; there are {', '.join(adapters) or 'none'}"
         )
+    given = {name: each for name, each in scales.items() if not isinstance(each, Tracer)}
+    for name, each in given.items():
+        if isinstance(each, str) or np.ndim(each) or not np.isfinite(each):
+            raise ValueError(f"the scale of {name} must be a finite number, got {each!r}")
+
+
+def _ranks(adapter: Adapter) -> tuple[tuple[str, int], ...]:
+    """The rank of each layer.
+
+    Raises:
+        ValueError: for factors that are no matrices.
+    """
+    wrong = [path for path, each in adapter.items() if {*map(np.ndim, each)} != {2}]
+    if wrong:
+        raise ValueError(f"factors must be matrices [I, r] and [r, O]; not so: {', '.join(wrong)}")
+    return tuple((path, int(down.shape[1])) for path, (down, _) in adapter.items())
 
 
 def _shapes(plan: LoRAPlan, forward: Forward, params: Params) -> dict[str, jax.ShapeDtypeStruct]:
@@ -225,7 +251,8 @@ def _check_fit(given: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStru
         raise ValueError("the adapter does not fit this model:\n  " + "\n  ".join(problems))
 
 
-def _check_not_folded(forward: Forward) -> None:
+def _check_inputs(forward: Forward, paths: Iterable[str]) -> None:
+    """Check that layers still read and write what an adapter was trained on."""
     folding = [method for method, plan in forward.recipe if getattr(plan, "fold", False)]
     if folding:
         raise ValueError(
@@ -233,6 +260,13 @@ def _check_not_folded(forward: Forward) -> None:
             f"inputs than it was trained on: add the adapter to the model as it was, or quantize "
             f"without folding"
         )
+    for method, plan in forward.recipe:
+        ends = tuple(f".{name}" for name in getattr(plan, "decomposes", ()))
+        if held := [path for path in paths if ends and path.endswith(ends)]:
+            raise ValueError(
+                f"{method} holds factors of its own in place of {held[0]}, which an adapter there "
+                f"would not reach: merge the adapter before {method}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 
 from effjax import capture
 from effjax.context import PyTree
-from effjax.forward import Forward, Params
+from effjax.forward import METHODS, Forward, Params, flatten_params
 from effjax.layers.attention import CausalAttention, CausalCore
+from effjax.layers.folding import check_unlearned
 from effjax.layers.linear import dot
 from effjax.methods.cache.cskv.plan import CSKVPlan, Factors
 from effjax.quant import QTensor
@@ -59,10 +60,15 @@ def factors(
 
     Raises:
         ValueError: for ranks above those of the projections, statistics of another model, or a
-            model whose keys are normalized.
+            model whose keys are normalized, or whose projections another method has parameters at.
     """
     made: Factors = {}
+    learned = flatten_params(params.get(METHODS, {}))
     for path, attn in attentions(forward, params).items():
+        layers = [f"{path.removesuffix('core')}{name}" for name in plan.decomposes]
+        check_unlearned(
+            learned, layers, "which factors of the weights leave out: merge them into the weights"
+        )
         if attn.q_norm is not None:
             raise ValueError(
                 "this model normalizes keys after their projection (qk_norm), which low-rank "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from jax import Array
 
@@ -36,6 +36,8 @@ class CSKVPlan(Plan):
     v_density: Density = 0.75
     window: Count = 32
     bits: Bits = FLOAT
+
+    decomposes: ClassVar[tuple[str, ...]] = ("to_k", "to_v")  # layers that factors stand for
 
     def ranks(self, head_dim: int, kv_heads: int) -> tuple[int, int]:
         """The numbers of features R_k and R_v, for all heads of a layer together.

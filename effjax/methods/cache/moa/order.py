@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from effjax.forward import Forward, Params, flatten_params, nest_params
+from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
 from effjax.layers.attention import CausalAttention
+from effjax.layers.folding import check_unlearned
 from effjax.methods.cache.moa.plan import MoAPlan, Rule, check_fits
 from effjax.quant import QTensor
 from effjax.transform import check_by_layer
@@ -36,7 +37,7 @@ def order_heads(
 
     Raises:
         ValueError: if devices do not divide the key heads, projections are quantized already, or
-            parameters are stacked.
+            parameters are stacked, or another method has parameters at projections.
     """
     check_by_layer("order_heads", params)
     config = forward.config
@@ -45,7 +46,11 @@ def order_heads(
     if devices < 1 or kv_heads % devices:
         raise ValueError(f"{kv_heads} key heads cannot be shared evenly by {devices} devices")
     flat, alphas, betas = flatten_params(params), [], []
+    learned = flatten_params(params.get(METHODS, {}))
     for layer, target in enumerate(forward.target_modules(params, CausalAttention)):
+        layers = [f"{target.path}.to_{name}" for name in ("q", "k", "v", "out")]
+        why = "whose heads keep their order: order the heads first, or merge them into the weights"
+        check_unlearned(learned, layers, why)
         order = _order(plan.slots(layer, tokens), plan.rules(layer), devices)
         alphas.append(tuple(plan.alphas[layer][head] for head in order))
         betas.append(tuple(plan.betas[layer][head] for head in order))
