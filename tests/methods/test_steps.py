@@ -72,7 +72,7 @@ class TestMasks:
         pair = even_steps.transform(plan)(subject.forward, subject.params)
         with pytest.raises(ValueError, match="planned for 5 network calls, but the sampler makes"):
             sample(subject, pair)
-        assert not hasattr(StepCaching(fb_cache.FBCachePlan(), object), "calls")
+        assert not hasattr(StepCaching(fb_cache.FBCachePlan(), object, ()), "calls")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -107,7 +107,7 @@ def test_a_series_is_exact_on_what_is_linear_in_steps():
     plan = even_steps.EvenStepsPlan(steps=7, every=3, warmup=2, order=2)
     values, added = {}, []
     for step in range(7):
-        cache = CachedStack(Stack([Adds()]), plan, step, None, (0, 1))
+        cache = CachedStack(Stack([Adds()]), plan, step, None, ((0, 1),))
         for path, state in states(cache).items():
             state.set_metadata(creating=True)
             if values.get(path) is not None:
@@ -156,9 +156,9 @@ def test_a_signal_that_stays_computes_the_first_and_last_call():
     uncond = sampler.unconditional(forward, subject.cond)
     carry, kept = sampler.init(forward, params, subject.cond, jax.random.key(0)), []
     for step in range(5):
-        before = carry.state["blocks.series.terms.0.tokens"]
+        before = carry.state["blocks.series.0.terms.0.tokens"]
         carry = sampler.step(forward, params, carry, subject.cond, uncond, step)
-        kept.append(np.array_equal(before, carry.state["blocks.series.terms.0.tokens"]))
+        kept.append(np.array_equal(before, carry.state["blocks.series.0.terms.0.tokens"]))
     assert kept == [False, True, True, True, False]
 
 
@@ -169,7 +169,7 @@ def test_streams_are_kept_apart():
     state = subject.sampler.init(
         forward, params, subject.cond, jax.random.key(0), uncond=subject.uncond
     ).state
-    assert {"blocks.series.terms.0.image", "blocks.series.terms.0.text"} < set(state)
+    assert {"blocks.series.0.terms.0.image", "blocks.series.0.terms.0.text"} < set(state)
 
 
 def test_what_cannot_be_cached_is_refused():

@@ -1,11 +1,12 @@
 """What step caches share: a stack of blocks is computed, or what it adds is predicted.
 
-A plan says when to compute (`StepCachePlan.mask`, or a wrapper's `decide`), and how many blocks at
-both ends always are. The others, when they are skipped, add what they added when they were computed
-last, or a Taylor series of that. Models with several stacks (FLUX: dual blocks, then single ones)
-are one list: the first stack decides for all.
+A plan says when to compute (`StepCachePlan.mask`, or a wrapper's `decide`), and which blocks may be
+skipped (`StepCachePlan.runs`): all but some at both ends, or a choice. A run of consecutive blocks
+that is skipped adds what it added when it was computed last, or a Taylor series of that. Models
+with several stacks (FLUX: dual blocks, then single ones) are one list: the first stack decides for
+all.
 
-State: for each stack `order + 1` arrays like its tokens, in their dtype. One decision holds for the
+State: for each run `order + 1` arrays like its tokens, in their dtype. One decision holds for the
 whole batch, all branches of guidance included; each branch has its own rows of the state.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -25,10 +27,11 @@ from effjax.fields import Natural
 from effjax.forward import Forward, Params
 from effjax.layers.stack import Stack
 from effjax.methods.steps.series import Series
-from effjax.targets import Wrapper, target_modules, wrap
+from effjax.targets import TargetModule, Wrapper, target_modules, wrap
 from effjax.transform import Pair, Plan, Transform
 
 Decision = bool | Bool[Array, ""]
+Runs = tuple[tuple[int, int], ...]  # blocks start ... stop - 1 of a stack, for each run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,32 @@ class StepCachePlan(Plan):
             return None
         return mask[int(step)] if is_static(step) else jnp.asarray(mask)[step]
 
+    def runs(self, name: str, sizes: Sequence[int]) -> list[Runs]:
+        """Which blocks of each stack may be skipped.
+
+        Args:
+            name: of the method, for messages.
+            sizes: how many blocks each stack has.
+
+        Raises:
+            ValueError: if no block may be, or a model has not the blocks that the plan names.
+        """
+        kept = self.first_blocks + self.last_blocks
+        if kept >= sum(sizes) or self.first_blocks > sizes[0]:
+            raise ValueError(
+                f"{name} always computes the first {self.first_blocks} and the last "
+                f"{self.last_blocks} blocks; that must leave some of {sum(sizes)}, and the "
+                f"first ones must be of the first stack, which decides and has {sizes[0]}"
+            )
+        found: list[Runs] = []
+        first, left = self.first_blocks, sum(sizes)
+        for size in sizes:
+            left -= size
+            stop = size - min(max(self.last_blocks - left, 0), size)
+            found.append(((first, stop),) if first < stop else ())
+            first = 0
+        return found
+
 
 def step_cache(name: str, plan: StepCachePlan, wrapper: type[CachedStack]) -> Transform:
     """The transform that caches the stacks of a model."""
@@ -74,25 +103,29 @@ def step_cache(name: str, plan: StepCachePlan, wrapper: type[CachedStack]) -> Tr
         stacks = forward.target_modules(params, Stack)
         if not stacks:
             raise ValueError(f"{forward.model.__name__} has no stack of blocks to cache")
-        sizes: list[int] = [len(target.module) for target in stacks]  # pyright: ignore
-        kept = plan.first_blocks + plan.last_blocks
-        if kept >= sum(sizes) or plan.first_blocks > sizes[0]:
-            raise ValueError(
-                f"{name} always computes the first {plan.first_blocks} and the last "
-                f"{plan.last_blocks} blocks; that must leave some of {sum(sizes)}, and the "
-                f"first ones must be of the first stack, which decides and has {sizes[0]}"
-            )
-        return forward.patch(StepCaching(plan, wrapper)), params
+        runs = plan.runs(name, sizes_of(stacks))
+        return forward.patch(StepCaching(plan, wrapper, tuple(runs))), params
 
     return Transform(name, plan, apply)
 
 
+def sizes_of(stacks: Sequence[TargetModule]) -> list[int]:
+    """How many blocks each stack has."""
+    return [len(target.module) for target in stacks]  # pyright: ignore[reportArgumentType]
+
+
 @dataclasses.dataclass(frozen=True)
 class StepCaching:
-    """The patch: every stack is computed or predicted."""
+    """The patch: runs of blocks are computed or predicted.
+
+    Attributes:
+        plan, wrapper: of the method.
+        runs: of each stack.
+    """
 
     plan: StepCachePlan
     wrapper: type[CachedStack]
+    runs: tuple[Runs, ...]
 
     @property
     def calls(self) -> int:
@@ -108,17 +141,10 @@ class StepCaching:
                 f"step {context.step} lies outside the plan, which is for {calls} network calls"
             )
         lead: State | None = None
-        stacks = target_modules(module, Stack)
-        left = sum(len(target.module) for target in stacks)  # pyright: ignore
-        for target in stacks:
-            size: int = len(target.module)  # pyright: ignore
-            left -= size
-            first = self.plan.first_blocks if lead is None else 0
-            last = min(max(self.plan.last_blocks - left, 0), size)
-            middle = (first, max(first, size - last))
-            if lead is not None and middle[0] == middle[1]:
+        for target, runs in zip(target_modules(module, Stack), self.runs, strict=True):
+            if lead is not None and not runs:
                 continue  # the first stack decides, though all of it may always be computed
-            wrap(module, target.path, self.wrapper, self.plan, context.step, lead, middle)
+            wrap(module, target.path, self.wrapper, self.plan, context.step, lead, runs)
             if lead is None:
                 (own,) = (each for each in _wrappers(module) if isinstance(each, self.wrapper))
                 lead = own.computes
@@ -135,7 +161,7 @@ class CachedStack(Wrapper):
         plan: what it goes by.
         step: index of the network call.
         lead: the decision of the model's first stack; None for that stack itself.
-        middle: the blocks start ... stop - 1 that may be skipped; the others always run.
+        runs: the blocks that may be skipped, in order; the others always run.
     """
 
     replaces_internals = True
@@ -147,29 +173,30 @@ class CachedStack(Wrapper):
         plan: Any,
         step: Step,
         lead: State | None,
-        middle: tuple[int, int],
+        runs: Runs,
     ):
         super().__init__(inner)
         self.plan = plan
         self.step = step if is_static(step) else nnx.data(step)
         self.leads = lead is None
         self.computes = State() if lead is None else lead
-        self.middle = middle
-        self.series = Series(inner, plan.order)
+        self.runs = runs
+        self.series = nnx.List([Series(inner, plan.order) for _ in runs])
 
     def decide(self, x: PyTree, head: PyTree, conditioning: Sequence[PyTree]) -> Decision:
         """Whether this call computes the stack, for plans that cannot say it before.
 
         Args:
             x: tokens before the stack.
-            head: tokens after the plan's first blocks.
+            head: tokens after the blocks before the first run.
             conditioning: what blocks are called with beside tokens.
         """
         raise NotImplementedError
 
     def __call__(self, x: PyTree, *conditioning: PyTree) -> PyTree:
-        start, stop = self.middle
-        head = self.inner.between(0, start, x, *conditioning) if start else x
+        size = len(self.inner)
+        done = self.runs[0][0] if self.runs else size
+        head = self._between(0, done, x, *conditioning)
         computes = self.plan.computes(self.step)
         if computes is None and self.leads:
             computes = jnp.asarray(self.decide(x, head, conditioning))
@@ -177,20 +204,25 @@ class CachedStack(Wrapper):
             self.computes.write(computes)
         elif computes is None:
             computes = self.computes.read((), bool)
-        out = when(computes, _compute, _predict, self, head, *conditioning)
-        size = len(self.inner)
-        return self.inner.between(stop, size, out, *conditioning) if stop < size else out
+        for run, (start, stop) in enumerate(self.runs):
+            head = self._between(done, start, head, *conditioning)
+            yes, no = partial(_compute, run=run), partial(_predict, run=run)
+            head, done = when(computes, yes, no, self, head, *conditioning), stop
+        return self._between(done, size, head, *conditioning)
+
+    def _between(self, start: int, stop: int, x: PyTree, *conditioning: PyTree) -> PyTree:
+        return self.inner.between(start, stop, x, *conditioning) if start < stop else x
 
 
-def _compute(cache: CachedStack, head: PyTree, *conditioning: PyTree) -> PyTree:
-    """Run the blocks, and renew what they add."""
-    out = cache.inner.between(*cache.middle, head, *conditioning)
-    cache.series.renew(jax.tree.map(jnp.subtract, out, head), cache.step)
+def _compute(cache: CachedStack, head: PyTree, *conditioning: PyTree, run: int) -> PyTree:
+    """Compute a run of blocks, and renew what it adds."""
+    out = cache.inner.between(*cache.runs[run], head, *conditioning)
+    cache.series[run].renew(jax.tree.map(jnp.subtract, out, head), cache.step)
     return out
 
 
-def _predict(cache: CachedStack, head: PyTree, *conditioning: PyTree) -> PyTree:
-    return jax.tree.map(jnp.add, head, cache.series.predict(head, cache.step))
+def _predict(cache: CachedStack, head: PyTree, *conditioning: PyTree, run: int) -> PyTree:
+    return jax.tree.map(jnp.add, head, cache.series[run].predict(head, cache.step))
 
 
 def image_of(tokens: PyTree) -> Float[Array, "B S C"]:

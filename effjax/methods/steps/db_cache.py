@@ -33,6 +33,7 @@ from effjax.fields import Count, Natural, NotNegative
 from effjax.methods.steps.cached import (
     CachedStack,
     Decision,
+    Runs,
     StepCachePlan,
     image_of,
     relative,
@@ -133,10 +134,8 @@ def named(name: str, steps: int = 28) -> tuple[int, ...]:
 class DBCached(CachedStack):
     """A stack whose first blocks decide."""
 
-    def __init__(
-        self, inner: nnx.Module, plan: Any, step: Step, lead: State | None, middle: tuple[int, int]
-    ):
-        super().__init__(inner, plan, step, lead, middle)
+    def __init__(self, inner: nnx.Module, plan: Any, step: Step, lead: State | None, runs: Runs):
+        super().__init__(inner, plan, step, lead, runs)
         if lead is None and plan.mask is None:
             self.before, self.accumulated = State(), State()
             self.skipped, self.in_a_row = State(), State()

@@ -24,6 +24,7 @@ from effjax.fields import NotNegative
 from effjax.methods.steps.cached import (
     CachedStack,
     Decision,
+    Runs,
     StepCachePlan,
     image_of,
     relative,
@@ -51,10 +52,8 @@ class FBCachePlan(StepCachePlan):
 class FirstBlockCached(CachedStack):
     """A stack whose first block decides."""
 
-    def __init__(
-        self, inner: nnx.Module, plan: Any, step: Step, lead: State | None, middle: tuple[int, int]
-    ):
-        super().__init__(inner, plan, step, lead, middle)
+    def __init__(self, inner: nnx.Module, plan: Any, step: Step, lead: State | None, runs: Runs):
+        super().__init__(inner, plan, step, lead, runs)
         if lead is None:
             self.before = State()
 

@@ -31,6 +31,7 @@ from effjax.layers.stack import Stack
 from effjax.methods.steps.cached import (
     CachedStack,
     Decision,
+    Runs,
     StepCachePlan,
     relative,
     step_cache,
@@ -71,10 +72,8 @@ class TeaCachePlan(StepCachePlan):
 class TeaCached(CachedStack):
     """A stack whose modulated input decides."""
 
-    def __init__(
-        self, inner: nnx.Module, plan: Any, step: Step, lead: State | None, middle: tuple[int, int]
-    ):
-        super().__init__(inner, plan, step, lead, middle)
+    def __init__(self, inner: nnx.Module, plan: Any, step: Step, lead: State | None, runs: Runs):
+        super().__init__(inner, plan, step, lead, runs)
         if lead is None:
             self.before, self.summed = State(), State()
 

@@ -13,6 +13,7 @@ from effjax.calibration import Trajectory
 from effjax.context import Layout
 from effjax.forward import Forward, Params, StateDict
 from effjax.layers.stack import Stack
+from effjax.loops import Carry
 from effjax.transform import Transform
 
 Added = Float[Array, "B S C"]
@@ -31,18 +32,31 @@ def watch(
         forward, params: the model without the cache.
         data: what to sample.
     """
-    sampler = data.sampler
     watched, params = caching(forward, params)
-    uncond = sampler.unconditional(forward, data.cond, data.uncond)
-    options = {} if data.uncond is None else {"uncond": data.uncond}
-    carry = sampler.init(watched, params, data.cond, data.key, **options)
-    layout = forward.layout(params, *sampler.inputs(carry.x, data.cond, uncond, 0))
+    x = jnp.zeros((jax.tree.leaves(data.cond)[0].shape[0], *data.sampler.sample_shape(forward)))
+    uncond = data.sampler.unconditional(forward, data.cond, data.uncond)
+    layout = forward.layout(params, *data.sampler.inputs(x, data.cond, uncond, 0))
     paths = [target.path for target in forward.target_modules(params, Stack)]
 
+    def seen(carry: Carry) -> Any:
+        return look(carry.state, _added(carry.state, paths, layout))
+
+    return sampled(watched, params, data, seen)
+
+
+def sampled(
+    forward: Forward, params: Params, data: Trajectory, look: Callable[[Carry], Any]
+) -> Iterator[Any]:
+    """Sample, and look at the carry after every call, within its program."""
+    sampler = data.sampler
+    uncond = sampler.unconditional(forward, data.cond, data.uncond)
+    options = {} if data.uncond is None else {"uncond": data.uncond}
+    carry = sampler.init(forward, params, data.cond, data.key, **options)
+
     @jax.jit
-    def step(params: Params, carry: Any, index: Array) -> tuple[Any, Any]:
-        carry = sampler.step(watched, params, carry, data.cond, uncond, index)
-        return carry, look(carry.state, _added(carry.state, paths, layout))
+    def step(params: Params, carry: Carry, index: Array) -> tuple[Carry, Any]:
+        carry = sampler.step(forward, params, carry, data.cond, uncond, index)
+        return carry, look(carry)
 
     for index in range(sampler.calls):
         carry, seen = step(params, carry, jnp.int32(index))
@@ -53,7 +67,7 @@ def _added(state: StateDict, paths: list[str], layout: Layout | None) -> Added:
     """What all stacks added to the image's tokens, in float32."""
     total: Any = 0.0
     for path in paths:
-        stem = f"{path}.series.terms.0"
+        stem = f"{path}.series.0.terms.0"
         if f"{stem}.image" in state:
             added = state[f"{stem}.image"]
         else:
