@@ -42,6 +42,17 @@ def test_one_recipe_serves_every_number_of_steps(pipe):
         fast.transform(lambda *pair: pair).summary()
 
 
+def test_a_pipeline_is_accelerated_once(pipe):
+    """As a model takes one step cache; whoever made it."""
+    cached = pipe.transform(fb_cache.transform(fb_cache.FBCachePlan()))
+    for fast, name in ((pipe.accelerate(), "even_steps"), (cached, "fb_cache")):
+        with pytest.raises(ValueError, match=f"has a step cache already, {name}, and a model"):
+            fast.accelerate()
+    for speed in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match="speed must be a finite number of at least 0"):
+            pipe.accelerate(speed)
+
+
 def test_the_mildest_recipe_that_is_fast_enough():
     for model in TINY:
         known = recipes.measured(model)

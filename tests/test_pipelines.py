@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import converters
 import effjax
@@ -18,6 +19,7 @@ from effjax.methods import dit_fast_attn, round_to_nearest
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import diffusion, prompts, to_pil
+from effjax.pipelines.images import prepared
 from effjax.samplers import DDIM, DPMSolver, FlowMatchEuler
 from experiments import train_pixart
 
@@ -197,6 +199,28 @@ def test_bad_pipelines_and_labels(pipe, folder, tmp_path):
 def test_pixels_are_rounded_and_clipped():
     (image,) = to_pil(np.array([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).reshape(1, 2, 3, 1))
     assert np.asarray(image).tolist() == [[0, 0, 128], [255, 255, 191]]
+
+
+def test_images_to_change_are_arrays_of_one_kind():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    wanted = prepared("image", pixels, 2, (4, 6, 3))
+    floats = jnp.asarray(pixels / np.float32(255))
+    for given in (Image.fromarray(pixels), [pixels], floats, [floats, floats]):
+        np.testing.assert_allclose(prepared("image", given, 2, (4, 6, 3)), wanted, atol=1e-6)
+    half = prepared("image", floats.astype(jnp.bfloat16), 2, (4, 6, 3))
+    np.testing.assert_allclose(half, wanted, atol=1e-2)
+    for given in ([Image.fromarray(pixels[:2]), pixels], [pixels, pixels[:2]]):
+        with pytest.raises(ValueError, match="image must be PIL images, or arrays of one shape"):
+            prepared("image", given, 2, (4, 6, 3))
+
+
+def test_a_strength_is_for_an_image(pipe):
+    with pytest.raises(ValueError, match="how much of an image to change: give image="):
+        pipe("a", key=jax.random.key(0), num_inference_steps=2, strength=1.0)
+    subject = testing.tiny_dit(in_channels=1, out_channels=1, steps=4)
+    fast = pipe.transform(dit_fast_attn.transform(dit_fast_attn.METHOD.ladder(subject)[0]))
+    with pytest.raises(ValueError, match=r"makes 2\. .* leaves out 2 of 4 steps"):
+        fast("a", key=jax.random.key(0), image=np.zeros((16, 16, 1)), strength=0.5, progress=False)
 
 
 # Text to image ------------------------------------------------------------------------------

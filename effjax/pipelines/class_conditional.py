@@ -14,7 +14,7 @@ import numpy as np
 from effjax.fields import naming
 from effjax.pipelines import arguments
 from effjax.pipelines.base import INDEX, runs_executables
-from effjax.pipelines.diffusion import STRENGTH, Images, OnStepEnd, OutputType, Pipeline
+from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline, strength_of
 from effjax.pipelines.labels import check_names, index_of, read_names
 from effjax.pipelines.loading import Components
 
@@ -100,7 +100,7 @@ class ClassConditionalPipeline(Pipeline):
         sampler = self.sampler(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            strength=STRENGTH if strength is None and image is not None else strength,
+            strength=strength_of(image, strength),
         )
         return self._generate(
             sampler,

@@ -187,10 +187,14 @@ class Pipeline(BasePipeline):
                 machine, model or number of steps differs: `effjax bench` measures it.
 
         Raises:
-            ValueError: for a model without a recipe, and for a speed that none reaches.
+            ValueError: for a model without a recipe, for a speed that none reaches, and for a
+                pipeline that has a step cache already where the recipe has one.
         """
+        speed = None if speed is None else arguments.scale("speed", speed)
         chosen = recipes.choose(self.forward.model.__name__, speed)
-        return self.transform(*chosen.transforms(self.params))
+        transforms = chosen.transforms(self.params)
+        recipes.check_one_step_cache(self.forward, transforms)
+        return self.transform(*transforms)
 
     def summary(self) -> Summary:
         """What the last call computed, kept from step to step, and held quantized.
@@ -250,8 +254,6 @@ class Pipeline(BasePipeline):
             latents = sampler.given_noise(self.forward, count, latents)
         if image is not None:
             image = prepared("image", image, count, self._size(sampler))
-        elif sampler.schedule.begin:
-            raise ValueError("strength says how much of an image to change: give image=")
         cond, uncond = conditions()
         if repeats > 1:
             cond, uncond = jax.tree.map(
@@ -310,6 +312,19 @@ class Pipeline(BasePipeline):
         """What a plan of the recipe says, else the default."""
         values = [getattr(plan, attribute, None) for _, plan in self.forward.recipe]
         return next((value for value in values if value is not None), default)
+
+
+def strength_of(image: Any, given: float | None) -> float | None:
+    """The strength of a call: what it says, else the default where there is an image to change.
+
+    Raises:
+        ValueError: for a strength without an image.
+    """
+    if image is not None:
+        return STRENGTH if given is None else given
+    if given is not None:
+        raise ValueError("strength says how much of an image to change: give image=")
+    return None
 
 
 def _finite(values: jax.Array) -> bool:

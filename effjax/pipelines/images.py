@@ -76,12 +76,18 @@ def prepared(name: str, given: Any, count: int, size: tuple[int, ...]) -> np.nda
         pixels = np.stack([np.asarray(each) for each in resized] or [np.empty((0, 0))])
         pixels = pixels[..., None] if channels == 1 else pixels
     else:
-        pixels = np.asarray(given)
+        try:
+            pixels = np.asarray(given)
+        except ValueError:
+            raise ValueError(
+                f"{name} must be PIL images, or arrays of one shape; got a mixture of kinds or "
+                f"shapes"
+            ) from None
     if pixels.dtype == np.uint8:
         pixels = pixels.astype(np.float32) / 255
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     fits = pixels.ndim == 4 and pixels.shape[1:] == size and len(pixels) in (1, count)
-    if not fits or not np.issubdtype(pixels.dtype, np.floating):
+    if not fits or not jnp.issubdtype(pixels.dtype, jnp.floating):
         raise ValueError(
             f"{name} must be a PIL image or an array {list(size)} of uint8 or floats in 0 ... 1, "
             f"one for all or {count}; got {pixels.dtype}{list(pixels.shape)}"

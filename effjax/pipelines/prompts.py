@@ -20,7 +20,7 @@ from effjax.executables import Program
 from effjax.forward import Forward, Params
 from effjax.pipelines import arguments
 from effjax.pipelines.base import runs_executables
-from effjax.pipelines.diffusion import STRENGTH, Images, OnStepEnd, OutputType, Pipeline
+from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline, strength_of
 from effjax.pipelines.family import DiffusionFamily, TextEncoder
 from effjax.pipelines.loading import Components
 from effjax.pipelines.recent import Recent
@@ -353,7 +353,7 @@ class TextToImagePipeline(PromptPipeline):
             "true_cfg_scale": true_cfg_scale,
             "height": height,
             "width": width,
-            "strength": STRENGTH if strength is None and image is not None else strength,
+            "strength": strength_of(image, strength),
         }
         asked = {
             "prompt_2": prompt_2,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import jax
 
 from effjax import registry
 from effjax.fields import Checked, Positive
-from effjax.forward import Params
+from effjax.forward import Forward, Params
+from effjax.methods.steps.cached import StepCachePlan
 from effjax.quant import FLOAT, QTensor
 from effjax.transform import Transform
 
@@ -61,6 +63,20 @@ class Measured(Checked):
                 plan = dataclasses.replace(plan, order=0)  # pyright: ignore[reportCallIssue]
             found.append(method.transform(plan))
         return found
+
+
+def check_one_step_cache(forward: Forward, transforms: Sequence[Transform]) -> None:
+    """Check that there is one cache of whole stacks at most, which is all that a model takes.
+
+    Raises:
+        ValueError: if a model that has one would get another.
+    """
+    held = [name for name, plan in forward.recipe if isinstance(plan, StepCachePlan)]
+    if held and any(isinstance(each.plan, StepCachePlan) for each in transforms):
+        raise ValueError(
+            f"this pipeline has a step cache already, {held[0]}, and a model takes one: accelerate "
+            f"the pipeline that it was made of"
+        )
 
 
 def _input_bits(params: Params) -> int:

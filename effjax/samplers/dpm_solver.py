@@ -88,6 +88,12 @@ class DPMSolver(DiffusionSchedule):
         """float32[steps + 1]: noise-to-signal ratio before each step and after the last one."""
         return _sigmas(self)[1].astype(np.float32)
 
+    def start(
+        self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."]
+    ) -> Float[Array, "B ..."]:
+        first = at(self.tables(), 0)
+        return first.signal * x + first.sigma * noise
+
     def init(self, x: Float[Array, "B ..."]) -> PyTree:
         return jnp.zeros_like(x)
 

@@ -258,7 +258,13 @@ class Sampler(Loop):
             ValueError: if the forward is planned for another number of network calls, or noise or
                 an image is given that does not fit, or none for a schedule that begins late.
         """
-        forward.check_calls(self.calls)
+        try:
+            forward.check_calls(self.calls)
+        except ValueError as error:
+            if not self.schedule.begin:
+                raise
+            left_out = f"{self.schedule.begin} of {self.schedule.steps} steps"
+            raise ValueError(f"{error} The image to change leaves out {left_out}.") from None
         batch = _batch(cond)
         pairs = jax.vmap(jax.random.split)(sample_keys(key, batch))
         if noise is None:
@@ -268,7 +274,7 @@ class Sampler(Loop):
             noise = self.given_noise(forward, batch, noise)
         if image is not None:
             image = self._given(forward, batch, image, "an image to change")
-            x = self.schedule.add_noise(image, noise, self.schedule.times[0])
+            x = self.schedule.start(image, noise)
         elif self.schedule.begin:
             raise ValueError(
                 f"the schedule leaves out {self.schedule.begin} steps at the start, so sampling "

@@ -135,6 +135,15 @@ class Schedule(Checked, abc.ABC):
             time: in training timesteps, one for all samples or [B].
         """
 
+    def start(
+        self, x: Float[Array, "B ..."], noise: Float[Array, "B ..."]
+    ) -> Float[Array, "B ..."]:
+        """Clean samples with the noise of the first call: where changing an image begins.
+
+        A schedule whose noise levels are between those of training says its own.
+        """
+        return self.add_noise(x, noise, self.times[0])
+
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any], *, steps: int, tokens: int | None = None, **options: Any

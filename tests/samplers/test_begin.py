@@ -35,18 +35,22 @@ def test_the_last_steps_are_those_of_the_whole(schedule):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_solver_starts_at_first_order_as_the_reference_does():
+@pytest.mark.parametrize("karras", [False, True])
+def test_the_solver_starts_as_the_reference_does(karras):
+    """At first order, and with its own noise level, which may be between two training steps."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    ours = DPMSolver(steps=20).from_strength(0.5)
+    ours = DPMSolver(steps=20, karras_sigmas=karras).from_strength(0.5)
     reference = diffusers.DPMSolverMultistepScheduler.from_config(ours.to_config())
     reference.set_timesteps(20)
     reference.set_begin_index(10)
-    x = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
-    wanted = torch.tensor(x)
+    x, noise = np.random.default_rng(0).standard_normal((2, 2, 4, 4, 1)).astype(np.float32)
+    wanted = reference.add_noise(*map(torch.tensor, (x, noise)), reference.timesteps[[10, 10]])
+    x = ours.start(jnp.asarray(x), jnp.asarray(noise))
+    np.testing.assert_allclose(x, wanted.numpy(), atol=2e-6)
     for time in reference.timesteps[10:]:
         out = torch.tensor(np.asarray(network(wanted.numpy(), float(time))))
         wanted = reference.step(out, time, wanted).prev_sample
-    got = follow(ours, jnp.asarray(x), ours.init(jnp.asarray(x)))
+    got = follow(ours, x, ours.init(x))
     np.testing.assert_allclose(got, wanted.numpy(), atol=2e-5)
 
 
