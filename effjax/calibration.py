@@ -1,4 +1,4 @@
-"""What methods look at when they search, calibrate or train: a declaration names one of these.
+"""What methods look at to search, calibrate, train or read: a declaration names one of these.
 
 A command makes the data that a method declares (`Method.data`) from its options; a program makes it
 from whatever it has:
@@ -12,7 +12,7 @@ Sequences are drawn when they are wanted, so that a method says itself how long 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -86,3 +86,16 @@ class Answers:
     draw: Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]
     count: int = 8
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapters:
+    """Changes of layers that were trained elsewhere, each the product of two factors.
+
+    Attributes:
+        factors: (down [I, r], up [r, O]) by path of the layer, by a name for each adapter.
+        scales: of each adapter; 1 where none is given.
+    """
+
+    factors: Mapping[str, Mapping[str, tuple[Any, Any]]]
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)

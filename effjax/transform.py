@@ -195,11 +195,13 @@ class Method:
         fit: (plan, fitting, forward, params, data, *, checkpoints) -> learned. `checkpoints` is a
             folder from which a second run resumes, or None.
         saves: whether a stronger plan costs less than the dense model; False for what adds to it.
+        read: data -> (plan, learned), for methods whose plan follows from files, as adapters.
         given: (plan, forward, params) -> learned, something that stands for what a file gives, for
             methods that neither calibrate nor train.
 
     Raises:
-        ValueError: for a search without goals, training without options, or the other way round.
+        ValueError: for a search without goals, training without options, or the other way round,
+            and for reading without data.
     """
 
     name: str
@@ -221,12 +223,15 @@ class Method:
     fitting: type[Checked] | None = None
     fit: Callable[..., Any] | None = None
     saves: bool = True
+    read: Callable[[Any], tuple[Plan, Any]] | None = None
     given: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         for what, how in (("goals", "search"), ("fitting", "fit")):
             if (getattr(self, what) is None) != (getattr(self, how) is None):
                 raise ValueError(f"{self.name} needs both {what} and {how}, or none of them")
+        if self.read is not None and self.data is None:
+            raise ValueError(f"{self.name} reads, so it must say its data")
         if self.domain not in get_args(Domain):
             raise ValueError(
                 f"{self.name} is for {self.domain!r}; the domains are {get_args(Domain)}"

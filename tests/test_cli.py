@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
+import effjax
+from converters import load_lora
 from effjax.cli import commands, main
-from effjax.methods import dit_fast_attn, paro_attention
+from effjax.methods import dit_fast_attn, lora, paro_attention
 from effjax.registry import methods
 from tests.test_pipelines import write_pipeline, write_text_pipeline
 from tests.test_text_pipeline import write_language_model
@@ -73,6 +77,38 @@ def test_convert(capsys, folder, tmp_path):
     )
     _, full, _ = run(capsys, "info", folder)
     assert 2 * figures["bytes"] == full["weight_bytes"]
+
+
+def test_adapters_of_files(capsys, folder, tmp_path):
+    """Two beside the layers, by the names of their files; the second at half its strength."""
+    pipe = effjax.pipeline(folder, progress=False)
+    rng = np.random.default_rng(0)
+    files, found = [], {}
+    for name, layer in (("a b", "attn1.to_q"), ("c", "ff.net.2")):
+        stem = f"transformer.transformer_blocks.0.{layer}"
+        wide = (16, 64)[layer == "ff.net.2"]
+        pair = {"A": rng.standard_normal((2, wide)), "B": rng.standard_normal((16, 2))}
+        files.append(tmp_path / f"{name}.safetensors")
+        tensors = {f"{stem}.lora_{p}.weight": each.astype(np.float32) for p, each in pair.items()}
+        save_file(tensors, files[-1])
+        found[name.replace(" ", "_")] = load_lora(files[-1], pipe.forward)
+    words = ("apply", folder, tmp_path / "styled", "lora", "--file", files[0], "--file", files[1])
+    status, figures, _ = run(capsys, *words, "--scale", 1, "--scale", 0.5)
+    assert status == 0
+    assert [name for name, _ in figures["plan"]["adapters"]] == ["a_b", "c"]
+    forward, params = effjax.pipeline(tmp_path / "styled", progress=False).component("transformer")
+    wanted = lora.add(found, {"c": 0.5})(pipe.forward, pipe.params)
+    assert forward == wanted[0]
+    chex.assert_trees_all_equal(params, wanted[1])
+    for more, message in (
+        (("--scale", 1), "once for each of the 2 files, or not at all; got 1"),
+        (("--file", files[0]), "two files are called a_b"),
+        (("--file", folder), "has no LoRA file"),
+    ):
+        status, _, error = run(capsys, *words[:2], tmp_path / "bad", *words[3:], *more)
+        assert status == 1
+        assert message in error
+        assert not (tmp_path / "bad").exists()
 
 
 def test_search_of_heads(capsys, folder, tmp_path):

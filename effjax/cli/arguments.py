@@ -8,6 +8,7 @@ from pathlib import Path
 from effjax.fields import Count, Natural, NotNegative, parse
 
 COUNT, NATURAL, NOT_NEGATIVE = parse(Count), parse(Natural), parse(NotNegative)
+NUMBER = parse(float)
 LENGTHS = parse(tuple[Count, ...])
 
 Arguments = argparse.ArgumentParser | argparse._ArgumentGroup

@@ -8,18 +8,20 @@ keys (or, where the tokenizer has a token for every word, lookups) that were tol
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from effjax.bundled import texts
-from effjax.calibration import Answers, Sequences, Trajectory
+from effjax.calibration import Adapters, Answers, Sequences, Trajectory
 from effjax.cli.arguments import (
     COUNT,
     NATURAL,
+    NUMBER,
     condition_arguments,
     sampler_arguments,
     text_arguments,
@@ -61,7 +63,7 @@ class Source:
         if chosen.data is None:
             return None
         kind = KINDS[chosen.data]
-        if kind.domain != self.domain:
+        if kind.domain not in ("any", self.domain):
             raise ValueError(
                 f"{chosen.name} looks at {kind.about}, which are for {kind.domain}; this is a "
                 f"pipeline for {self.domain}"
@@ -77,12 +79,14 @@ class Kind(NamedTuple):
         domain: what has it.
         options: adds what it takes to a parser.
         make: (pipeline, arguments) -> the data.
+        words: the options without which there is none, for examples.
     """
 
     about: str
     domain: str
     options: Callable[[Any], None]
     make: Callable[[Any, argparse.Namespace], Any]
+    words: str = ""
 
 
 def add_arguments(command: argparse.ArgumentParser, data: type) -> None:
@@ -90,12 +94,16 @@ def add_arguments(command: argparse.ArgumentParser, data: type) -> None:
     kind = KINDS[data]
     group = command.add_argument_group(f"to look at: {kind.about}")
     kind.options(group)
+
+
+def _seed_option(group: Any) -> None:
     group.add_argument("--seed", type=NATURAL, default=0, help="of all that is drawn")
 
 
 def _trajectory_options(group: Any) -> None:
     sampler_arguments(group)
     condition_arguments(group, "to calibrate and search on")
+    _seed_option(group)
 
 
 def _trajectory(pipe: Any, arguments: argparse.Namespace) -> Trajectory:
@@ -122,6 +130,7 @@ def _sequences(pipe: TextPipeline, arguments: argparse.Namespace) -> Sequences:
 def _answers_options(group: Any) -> None:
     text_arguments(group)
     group.add_argument("--samples", type=COUNT, default=8, help="texts to calibrate on")
+    _seed_option(group)
 
 
 def _answers(pipe: TextPipeline, arguments: argparse.Namespace) -> Answers:
@@ -140,9 +149,43 @@ def _answers(pipe: TextPipeline, arguments: argparse.Namespace) -> Answers:
     return Answers(draw, arguments.samples, arguments.seed)
 
 
+def _adapters_options(group: Any) -> None:
+    group.add_argument(
+        "--file",
+        action="append",
+        required=True,
+        help="of PEFT, diffusers, Kohya's scripts or ComfyUI, here or on the hub; may be repeated",
+    )
+    group.add_argument(
+        "--scale", action="append", type=NUMBER, help="of each file, in their order; 1 without any"
+    )
+
+
+def _adapters(pipe: Any, arguments: argparse.Namespace) -> Adapters:
+    from converters import load_lora
+
+    files, scales = arguments.file, arguments.scale or []
+    if scales and len(scales) != len(files):
+        raise ValueError(
+            f"give --scale once for each of the {len(files)} files, or not at all; got "
+            f"{len(scales)}"
+        )
+    factors: dict[str, Any] = {}
+    for file in files:
+        name = re.sub(r"\W", "_", PurePath(file).stem)
+        name = name if name.isidentifier() else f"_{name}"
+        if name in factors:
+            raise ValueError(f"two files are called {name}: give one of them another name")
+        factors[name] = load_lora(file, pipe.forward, component=pipe.family.model)
+    return Adapters(factors, dict(zip(factors, scales)))
+
+
 KINDS = {
     Trajectory: Kind("trajectories of a sampler", "images", _trajectory_options, _trajectory),
     Sequences: Kind("texts", "language models", _sequences_options, _sequences),
+    Adapters: Kind(
+        "files of adapters", "any", _adapters_options, _adapters, " --file style.safetensors"
+    ),
     Answers: Kind("texts with answers to questions", "language models", _answers_options, _answers),
 }
 

@@ -49,6 +49,8 @@ def looks_at(method: Method) -> str | None:
 
 def parts(method: Method) -> Iterator[tuple[str, type]]:
     """The dataclasses that a declaration names, each under a title."""
+    if method.read is not None:
+        return  # files say its plan
     yield "plan", method.plan
     for shorthand in method.shorthands:
         yield f"plan, in short ({shorthand.__name__.lower()})", shorthand
@@ -67,6 +69,10 @@ def _fields(kind: type) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def examples(method: Method) -> list[str]:
     """A command for each of what can be done with a method."""
+    from effjax.cli.data import KINDS
+
+    if method.read is not None and method.data is not None:
+        return [f"effjax apply MODEL SMALLER {method.name}{KINDS[method.data].words}"]
     said = next((kind for kind in (*method.shorthands, method.plan) if _speakable(kind)), None)
     plan = " --plan plan.json" if said is None else _words(said)
     found = [f"effjax apply MODEL SMALLER {method.name}{plan}"]

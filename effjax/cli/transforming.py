@@ -35,8 +35,11 @@ def add_options(command: argparse.ArgumentParser, verb: str, name: str) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; what a method takes stands behind its name") from None
     _check(chosen, verb)
-    if chosen.data is not None and (verb != "apply" or chosen.calibrate is not None):
+    calibrates = chosen.calibrate is not None or chosen.read is not None
+    if chosen.data is not None and (verb != "apply" or calibrates):
         add_arguments(command, chosen.data)
+    if chosen.read is not None:
+        return
     if verb == "search":
         assert chosen.goals is not None
         options.add(command, "goals", [chosen.goals])
@@ -62,8 +65,12 @@ def _check(chosen: Method, verb: str) -> None:
 
 
 def apply(arguments: argparse.Namespace) -> Figures:
-    """Apply a plan, with what the method learns without training."""
+    """Apply a plan, with what the method learns without training, or what it reads."""
     chosen = method(arguments.method)
+    if chosen.read is not None:
+        source = _source(chosen, arguments)
+        plan, learned = chosen.read(source.data(chosen))
+        return _saved(chosen, plan, (learned,), source, arguments.destination)
     spoken = _spoken(chosen, arguments)
     source = _source(chosen, arguments)
     plan = _plan(spoken, source)

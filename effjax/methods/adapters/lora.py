@@ -4,7 +4,8 @@
 
 `add` puts adapters beside the layers: several at once, on quantized layers too, each with a scale
 that is data (`set_scales`), so that one compiled program serves all scales. `merge` adds one to the
-weights, which then cost what they did before. `converters.load_lora` reads files.
+weights, which then cost what they did before. `converters.load_lora` reads files, and so does
+`effjax apply MODEL SMALLER lora --file style.safetensors --scale 0.8`.
 
 Use `add` to try adapters and scales, or where weights are quantized; use `merge` for one adapter
 that stays, before any quantization.
@@ -27,6 +28,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from effjax import testing
+from effjax.calibration import Adapters
 from effjax.context import Context
 from effjax.fields import Count
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
@@ -62,6 +64,14 @@ class LoRAPlan(Plan):
                 f"got {names}"
             )
 
+    def describe(self) -> str:
+        """Of each adapter how many layers it changes, and their ranks."""
+        said = []
+        for name, layers in self.adapters:
+            ranks = ", ".join(map(str, sorted({rank for _, rank in layers})))
+            said.append(f"{name}: {len(layers)} layers of rank {ranks}")
+        return "\n".join(said) or "no adapters"
+
 
 _SCALES = "scales"
 
@@ -79,15 +89,23 @@ def add(adapters: Mapping[str, Adapter], scales: Mapping[str, float] | None = No
             that is taken, for layers into whose inputs another method has folded factors, and for
             those that another method has replaced by factors of its own.
     """
-    scales = dict(scales or {})
-    _check_scales(scales, adapters)
-    ranks = tuple((name, _ranks(adapter)) for name, adapter in adapters.items())
+    return transform(*read(Adapters(adapters, scales or {})))
+
+
+def read(data: Adapters) -> tuple[LoRAPlan, Params]:
+    """The plan of adapters, and what `transform` takes beside it.
+
+    Raises:
+        ValueError: as `add`.
+    """
+    _check_scales(data.scales, data.factors)
+    ranks = tuple((name, _ranks(adapter)) for name, adapter in data.factors.items())
     flat: dict[str, Any] = {}
-    for name, adapter in adapters.items():
-        flat[f"{_SCALES}.{name}"] = jnp.asarray(scales.get(name, 1.0), jnp.float32)
+    for name, adapter in data.factors.items():
+        flat[f"{_SCALES}.{name}"] = jnp.asarray(data.scales.get(name, 1.0), jnp.float32)
         for path, (down, up) in adapter.items():
             flat[f"{path}.{name}.down"], flat[f"{path}.{name}.up"] = map(jnp.asarray, (down, up))
-    return transform(LoRAPlan(ranks), nest_params(flat))
+    return LoRAPlan(ranks), nest_params(flat)
 
 
 def transform(plan: LoRAPlan, learned: Params | None = None) -> Transform:
@@ -358,5 +376,7 @@ METHOD = Method(
     ladder=lambda subject: tuple(_plan(subject, rank) for rank in (4, 2, 1)),
     tiny=testing.tiny_dit,
     saves=False,
+    data=Adapters,
+    read=read,
     given=random_factors,
 )
