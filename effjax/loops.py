@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import itertools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +51,12 @@ class Loop(abc.ABC):
 
     `cond` is the condition that each sample is made from. `uncond` is its unconditional counterpart
     (or `Branches`), or None for a loop without guidance.
-
-    Attributes:
-        apart: calls whose shapes differ from those of the others: they are traced by themselves,
-            at a static step.
     """
 
-    apart: ClassVar[tuple[int, ...]] = ()
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """Calls whose shapes differ from others': each is traced by itself, at a static step."""
+        return ()
 
     @property
     @abc.abstractmethod

@@ -56,8 +56,9 @@ Role = Literal[
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-# What an attention attends to: its own tokens, another sequence, both in one, or the past.
-AttentionKind = Literal["self", "cross", "joint", "causal"]
+# What an attention attends to: its own tokens, another sequence, both in one, the past, or its own
+# scale and the coarser ones.
+AttentionKind = Literal["self", "cross", "joint", "causal", "scales"]
 
 BLOCK_LAYERS = "role:qkv|out|up|down"
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.autoregression import NextScale
 from effjax.calibration import Answers, Sequences, Trajectory
 from effjax.context import Guidance, PyTree
 from effjax.forward import (
@@ -27,6 +28,7 @@ from effjax.models.flux import Flux, FluxConfig
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
 from effjax.models.sd3 import SD3, SD3Config
+from effjax.models.var import VAR, VARConfig
 from effjax.models.vqvae import VQVAE, VQVAEConfig
 from effjax.samplers import DDIM, DPMSolver, FlowMatchEuler, Sampler
 
@@ -37,14 +39,14 @@ class Subject:
 
     Attributes:
         forward, params: the model.
-        sampler: a guided sampler of a few steps; a `Reading`, for language models.
+        sampler: a guided sampler of a few steps or scales; a `Reading`, for language models.
         cond: its conditioning, with a leading batch axis.
         uncond: the unconditional counterpart, None where the model has a null condition.
     """
 
     forward: Forward
     params: Params
-    sampler: Sampler | Reading
+    sampler: Sampler | NextScale | Reading
     cond: PyTree
     uncond: PyTree = None
 
@@ -222,6 +224,31 @@ def tiny_vqvae(**options: Any) -> tuple[Forward, Params]:
     }
     forward, shapes = abstract(VQVAE, VQVAEConfig(**{**shape, **options}))
     return forward, random_params(shapes)
+
+
+def tiny_var(*, batch: int = 2, **options: Any) -> Subject:
+    """A VAR of two layers and three scales (14 tokens) with `tiny_vqvae` and a guided loop.
+
+    Args:
+        batch: images to sample.
+        options: fields of `VARConfig` to change.
+    """
+    shape = {
+        "patch_nums": (1, 2, 3),
+        "num_layers": 2,
+        "num_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "num_classes": 5,
+        "vocab_size": 40,
+        "code_channels": 4,
+    }
+    config = VARConfig(**{**shape, **options})
+    forward, shapes = abstract(VAR, config)
+    codes = {"vocab_size": config.vocab_size, "latent_channels": config.code_channels}
+    loop = NextScale(tiny_vqvae(**codes), config.patch_nums, guidance=2.0, top_k=20, top_p=0.9)
+    cond = jnp.arange(batch, dtype=jnp.int32) % config.num_classes
+    return Subject(forward, random_params(shapes), loop, cond)
 
 
 def tiny_llama(*, batch: int = 2, **options: Any) -> Subject:

@@ -43,6 +43,7 @@ LAYERS = [
         "effjax.search",
         "effjax.parallel",
         "effjax.generate",
+        "effjax.autoregression",
         "effjax.training",
     ],
     ["effjax.testing"],

@@ -18,6 +18,7 @@ empty.
     shared            the same, with slots that heads share
     evicting          a fixed number of tokens: the one with the least score is overwritten
     residual_buffer   full windows in a smaller form, the newest tokens as they are
+    scales            every token of a sequence of scales, whose calls differ in shape
     budgets           how many tokens are kept of a sequence
     storage           what slots hold of their tokens: floats or quantized values
     slots, attention  arithmetic of positions and slots; attention to slots
@@ -34,6 +35,7 @@ from effjax.caches.pressed import PressedCache
 from effjax.caches.protocol import KVCache
 from effjax.caches.residual_buffer import ResidualBufferCache
 from effjax.caches.ring import RingCache
+from effjax.caches.scales import ScaleCaches
 from effjax.caches.slots import Lengths
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "PressedCache",
     "ResidualBufferCache",
     "RingCache",
+    "ScaleCaches",
     "Sizes",
     "as_it_is",
     "budgets",

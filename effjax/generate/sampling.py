@@ -75,8 +75,8 @@ def _number(value: Any) -> float:
 
 
 def process_logits(
-    logits: Float[Array, "B V"], sampling: Sampling, occurred: Bool[Array, "B V"] | None = None
-) -> Float[Array, "B V"]:
+    logits: Float[Array, "*B V"], sampling: Sampling, occurred: Bool[Array, "*B V"] | None = None
+) -> Float[Array, "*B V"]:
     """Compute the distribution from which the next token is drawn, as log-probabilities.
 
     The changes have the order of transformers: repetition penalty, temperature, top-k, top-p,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,10 @@ class Reading(Loop):
 
     prompt: int
     new: int
-    apart: ClassVar[tuple[int, ...]] = (0,)
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        return (0,)
 
     @property
     def calls(self) -> int:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from effjax.context import PyTree
 from effjax.layers.linear import Linear
-from effjax.layers.norms import RMSNorm
+from effjax.layers.norms import RMSNorm, UnitNorm
 from effjax.layers.rotary import Rotary
 from effjax.targets import AttentionKind, Role, TargetModule, original, target_modules
 from pallas_kernels.attention import dense_attention
@@ -80,8 +80,10 @@ class Projections(nnx.Module):
         kv_heads: heads of keys and values, `heads` if None; query head h reads head
             h // (heads / kv_heads) of them.
         bias, out_bias: of the first three projections, and of the last; None is as `bias`.
+        k_bias: of the projection of keys, likewise.
         cross: whether keys and values come from another sequence, which the layers' roles say.
-        norm_eps: of the RMS norms of queries' and keys' heads; None for no norms.
+        norm_eps: of the RMS norms of queries' and keys' heads; None for no such norms.
+        unit_norm: whether queries' and keys' heads have unit length instead, see `UnitNorm`.
         output: False for tokens that are attended to and get no output.
     """
 
@@ -94,8 +96,10 @@ class Projections(nnx.Module):
         kv_heads: int | None = None,
         bias: bool = True,
         out_bias: bool | None = None,
+        k_bias: bool | None = None,
         cross: bool = False,
         norm_eps: float | None = None,
+        unit_norm: bool = False,
         output: bool = True,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -110,15 +114,18 @@ class Projections(nnx.Module):
 
         qkv: Role = "cross_qkv" if cross else "qkv"
         self.to_q = linear(hidden_size, heads * head_dim, qkv)
-        self.to_k = linear(hidden_size, self.kv_heads * head_dim, qkv)
+        k_bias = bias if k_bias is None else k_bias
+        self.to_k = linear(hidden_size, self.kv_heads * head_dim, qkv, k_bias)
         self.to_v = linear(hidden_size, self.kv_heads * head_dim, qkv)
         out: Role = "cross_out" if cross else "out"
         bias = bias if out_bias is None else out_bias
         self.to_out = linear(heads * head_dim, hidden_size, out, bias) if output else None
-        self.q_norm, self.k_norm = (
-            None if norm_eps is None else RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype)
-            for _ in range(2)
-        )
+        norms: list[RMSNorm | UnitNorm | None] = [None, None]
+        if unit_norm:
+            norms = [UnitNorm(heads, param_dtype=param_dtype), UnitNorm()]
+        elif norm_eps is not None:
+            norms = [RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) for _ in range(2)]
+        self.q_norm, self.k_norm = norms
 
     def split(self, x: Float[Array, "B S I"]) -> Float[Array, "B S K D"]:
         """Part the heads."""

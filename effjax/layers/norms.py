@@ -71,6 +71,31 @@ class RMSNorm(nnx.Module):
         return (y * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
 
 
+class UnitNorm(nnx.Module):
+    """Heads of length 1: x / |x|; those of queries times exp(min(s, log 100)) sqrt(D).
+
+    s is learned, one for each head. sqrt(D) undoes what attention divides logits by, so that these
+    are cosines times exp(s).
+
+    Args:
+        heads: of queries; None for keys, which have no factor.
+    """
+
+    def __init__(
+        self, heads: int | None = None, *, param_dtype: jax.typing.DTypeLike = jnp.float32
+    ):
+        scale = None if heads is None else jnp.full((heads,), jnp.log(4.0), jnp.dtype(param_dtype))
+        self.scale = None if scale is None else nnx.Param(scale)
+
+    def __call__(self, x: Float[Array, "B S H D"]) -> Float[Array, "B S H D"]:
+        y = x.astype(jnp.float32)
+        y = y / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(y), -1, keepdims=True)), 1e-12)
+        if self.scale is not None:
+            scale = jnp.minimum(self.scale.get_value().astype(jnp.float32), jnp.log(100.0))
+            y = y * (jnp.exp(scale)[:, None] * x.shape[-1] ** 0.5)
+        return y.astype(x.dtype)
+
+
 class GroupNorm(nnx.Module):
     """Group norm with scale and shift over an NHWC image; groups are runs of channels."""
 

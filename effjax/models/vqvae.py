@@ -20,7 +20,6 @@ Parity target: the code that the checkpoints of VAR were released with.
 from __future__ import annotations
 
 import dataclasses
-from itertools import accumulate, pairwise
 from typing import Any
 
 import jax
@@ -42,8 +41,7 @@ from effjax.layers.autoencoder import (
 )
 from effjax.layers.convolution import Conv2d
 from effjax.layers.resize import resize
-
-Sides = tuple[int, ...]  # patch_nums: sides of the maps of codes, coarse to fine
+from effjax.layers.scales import Sides, token_starts, whole_scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +82,6 @@ class VQVAEConfig(Checked):
     def downscale(self) -> int:
         """Side of the square of pixels that one latent stands for."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-
-def token_starts(patch_nums: Sides) -> tuple[int, ...]:
-    """First token of every scale, and the number of all tokens.
-
-    Raises:
-        ValueError: for sides that are none, or fall.
-    """
-    whole = [isinstance(side, int) and not isinstance(side, bool) for side in patch_nums]
-    falling = any(a > b for a, b in pairwise(patch_nums))
-    if not patch_nums or not all(whole) or patch_nums[0] < 1 or falling:
-        raise ValueError(
-            f"patch_nums are the sides of maps of codes, coarse to fine: whole numbers of at least "
-            f"1 that do not fall; got {patch_nums}"
-        )
-    return (0, *accumulate(side**2 for side in patch_nums))
 
 
 def refinement_of(scale: int, scales: int, refinements: int) -> int:
@@ -181,15 +163,8 @@ class MultiScaleQuantizer(nnx.Module):
         Raises:
             ValueError: for a number of tokens that whole scales do not have.
         """
-        starts = token_starts(patch_nums)
-        if tokens.shape[1] not in starts[1:]:
-            raise ValueError(
-                f"tokens of whole scales are {', '.join(map(str, starts[1:]))}; got "
-                f"{tokens.shape[1]} of each image"
-            )
-        scales = starts.index(tokens.shape[1])
-        found = [jnp.zeros((), jnp.float32)]
-        for scale in range(scales):
+        starts, found = token_starts(patch_nums), [jnp.zeros((), jnp.float32)]
+        for scale in range(whole_scales(patch_nums, tokens.shape[1])):
             own = self.vectors(tokens[:, starts[scale] : starts[scale + 1]])
             found.append(found[-1] + self.enlarged(own, scale, patch_nums))
         return found[1:]

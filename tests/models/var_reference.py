@@ -186,3 +186,133 @@ def tokens_of(sd, latents, sides):
         rest, total = rest - h, total + h
         found.append(own)
     return torch.cat(found, dim=1), total
+
+
+# --- VAR ----------------------------------------------------------------------------------------
+
+
+def random_var(
+    *, depth=2, width=None, heads=None, sides=EVERY_SCALE, classes=5, vocabulary=40, channels=6,
+    shared=False, unit=True, seed=1,
+):  # fmt: skip
+    """A VAR of random weights."""
+    width, heads = width or 64 * depth, heads or depth
+    tokens, shapes = sum(side**2 for side in sides), {}
+
+    def affine(name, outputs, inputs):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+
+    shapes["pos_start"] = (1, sides[0] ** 2, width)
+    shapes["pos_1LC"] = (1, tokens, width)
+    shapes["lvl_embed.weight"] = (len(sides), width)
+    shapes["class_emb.weight"] = (classes + 1, width)
+    affine("word_embed", width, channels)
+    if shared:
+        affine("shared_ada_lin.1", 6 * width, width)
+    for block in range(depth):
+        own = f"blocks.{block}"
+        shapes[f"{own}.attn.mat_qkv.weight"] = (3 * width, width)
+        shapes[f"{own}.attn.q_bias"] = shapes[f"{own}.attn.v_bias"] = (width,)
+        if unit:
+            shapes[f"{own}.attn.scale_mul_1H11"] = (1, heads, 1, 1)
+        affine(f"{own}.attn.proj", width, width)
+        affine(f"{own}.ffn.fc1", 4 * width, width)
+        affine(f"{own}.ffn.fc2", width, 4 * width)
+        if shared:
+            shapes[f"{own}.ada_gss"] = (1, 1, 6, width)
+        else:
+            affine(f"{own}.ada_lin.1", 6 * width, width)
+    affine("head_nm.ada_lin.1", 2 * width, width)
+    affine("head", vocabulary, width)
+    made = _filled(shapes, seed)
+    level = torch.repeat_interleave(torch.arange(len(sides)), torch.tensor([s**2 for s in sides]))
+    made["lvl_1L"] = level[None]
+    hidden = level[:, None] < level[None]
+    made["attn_bias_for_masking"] = torch.where(hidden, -torch.inf, 0.0)[None, None]
+    for block in range(depth):
+        made[f"blocks.{block}.attn.zero_k_bias"] = torch.zeros(width)
+        if unit:
+            made[f"blocks.{block}.attn.scale_mul_1H11"] += math.log(4)
+    return made
+
+
+def _linear(sd, name, x):
+    return F.linear(x, sd[f"{name}.weight"], sd[f"{name}.bias"])
+
+
+def _plain_norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _of_scales(sd, name, x, hidden, heads):
+    batch, length, width = x.shape
+    bias = [sd[f"{name}.q_bias"], torch.zeros(width), sd[f"{name}.v_bias"]]
+    qkv = F.linear(x, sd[f"{name}.mat_qkv.weight"], torch.cat(bias))
+    q, k, v = qkv.reshape(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    if f"{name}.scale_mul_1H11" in sd:
+        factor = sd[f"{name}.scale_mul_1H11"].clamp_max(math.log(100)).exp()
+        q, k = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
+    else:
+        q = q * 0.25 / math.sqrt(q.shape[-1])
+    logits = (q @ k.transpose(-1, -2)).masked_fill(hidden, -torch.inf)
+    out = torch.softmax(logits, dim=-1) @ v
+    return _linear(sd, f"{name}.proj", out.transpose(1, 2).reshape(batch, length, width))
+
+
+def logits_of(sd, inputs, labels, heads):
+    """Logits [B, n, V] of the first n tokens, from the inputs [B, n - n_0, Z] of all but the first.
+
+    A token sees its own scale and those before it.
+    """
+    c = sd["class_emb.weight"][labels]
+    start = c[:, None] + sd["pos_start"]
+    x = torch.cat([start, _linear(sd, "word_embed", inputs)], dim=1)
+    length = x.shape[1]
+    level = sd["lvl_1L"][0, :length]
+    x = x + sd["lvl_embed.weight"][level] + sd["pos_1LC"][:, :length]
+    hidden = level[:, None] < level[None]
+    batch, width = c.shape
+    for block in _numbers(sd, "blocks."):
+        name = f"blocks.{block}"
+        if f"{name}.ada_gss" in sd:
+            six = _linear(sd, "shared_ada_lin.1", F.silu(c)).reshape(batch, 1, 6, width)
+            six = six + sd[f"{name}.ada_gss"]
+        else:
+            six = _linear(sd, f"{name}.ada_lin.1", F.silu(c)).reshape(batch, 1, 6, width)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(2)
+        h = _plain_norm(x) * (1 + scale1) + shift1
+        x = x + gamma1 * _of_scales(sd, f"{name}.attn", h, hidden, heads)
+        h = _plain_norm(x) * (1 + scale2) + shift2
+        h = F.gelu(_linear(sd, f"{name}.ffn.fc1", h), approximate="tanh")
+        x = x + gamma2 * _linear(sd, f"{name}.ffn.fc2", h)
+    scale, shift = _linear(sd, "head_nm.ada_lin.1", F.silu(c)).reshape(batch, 1, 2, -1).unbind(2)
+    return _linear(sd, "head", _plain_norm(x) * (1 + scale) + shift)
+
+
+def inputs_of(vae, tokens, sides):
+    """What the tokens of all scales but the first one are made of, [B, L - n_0, Z]."""
+    codes, total, found, begin = vae["quantize.embedding.weight"], 0, [], 0
+    for scale, side in enumerate(sides[:-1]):
+        own = codes[tokens[:, begin : begin + side**2]]
+        begin += side**2
+        total = total + enlarged(vae, own, scale, sides)
+        found.append(averaged(total, sides[scale + 1]))
+    return torch.cat(found, dim=1)
+
+
+def sampled(sd, vae, labels, *, guidance, heads, sides, classes):
+    """The likeliest tokens [B, L] scale by scale, their guided logits, and the latents."""
+    codes = vae["quantize.embedding.weight"]
+    batch, found, logits = len(labels), [], []
+    both = torch.cat([labels, torch.full_like(labels, classes)])
+    total = torch.zeros(batch, codes.shape[1], sides[-1], sides[-1])
+    inputs = torch.zeros(batch, 0, codes.shape[1])
+    for scale, side in enumerate(sides):
+        z = logits_of(sd, inputs.repeat(2, 1, 1), both, heads)[:, -(side**2) :]
+        t = guidance * scale / (len(sides) - 1)
+        logits.append((1 + t) * z[:batch] - t * z[batch:])
+        found.append(logits[-1].argmax(dim=-1))
+        total = total + enlarged(vae, codes[found[-1]], scale, sides)
+        if scale < len(sides) - 1:
+            inputs = torch.cat([inputs, averaged(total, sides[scale + 1])], dim=1)
+    return torch.cat(found, dim=1), torch.cat(logits, dim=1), total

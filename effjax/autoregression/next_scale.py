@@ -1,0 +1,351 @@
+"""Sampling scale by scale (VAR, arXiv 2404.02905): one call for each map of tokens.
+
+    x = 0                                             latents, the sum of what all scales make
+    for i in 0 ... K - 1:
+        z = model(area(x, p_i), labels)               all tokens of scale i at once
+        t = guidance i / (K - 1);  z = (1 + t) z_cond - t z_uncond
+        tokens = draw(top_p(top_k(z)) / temperature)
+        x += phi_i(bicubic(codebook[tokens]))
+
+Guidance grows from scale to scale, and the first scale has none: the published numbers (1.5 for
+measurements, 4 for pictures) are that of the last scale, and 0 means none. With `more_smooth` a
+code is a mixture of all codes: exp((z (1 + r) + Gumbel noise) / tau), normalized, with r = i / (K -
+1) and tau = max(0.27 (1 - 0.95 r), 0.005). That is for pictures, not for measurements.
+
+All scales are one program of K calls, whose shapes differ. Keys and values of a scale are kept
+where its place in the sequence is; nothing that depends on the label alone is computed twice.
+
+FLOPs of an image, with d layers of width C and b branches of guidance: 24 b n C^2 d for each scale
+of n tokens (linear layers), 4 b n S C d (attention to S tokens), 2 b n C V (head), and 12 b C^2 d
+once (modulation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.caches import ScaleCaches
+from effjax.context import Guidance, Step, is_static
+from effjax.executables import Program
+from effjax.forward import Forward, Params, StateDict
+from effjax.generate import Sampling, process_logits
+from effjax.layers.scales import Scales, Sides, token_starts
+from effjax.loops import Carry, Loop
+from effjax.models.vqvae import MultiScaleQuantizer, averaged, quantizer_of
+from effjax.samplers import sample_keys
+from effjax.transform import Pair
+
+_DATA = ("vae", "guidance", "top_p", "temperature")
+_STATIC = ("patch_nums", "top_k", "more_smooth")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_STATIC)
+@dataclasses.dataclass(frozen=True, eq=False)
+class NextScale(Loop):
+    """The loop that samples latents scale by scale.
+
+    `jax.jit(loop)(forward, params, labels, key)` gives the latents of images, float32[B, s, s, Z].
+    Numbers that are data (guidance, top_p, temperature) do not compile again where the loop is an
+    argument of a program.
+
+    Attributes:
+        vae: forward and parameters of the VQVAE whose codes the model predicts.
+        patch_nums: sides of the maps of tokens, those of the model.
+        guidance: t of the last scale; None for no guidance, which halves the cost.
+        top_k: draw among the k likeliest tokens, and those as likely as the last; None for all.
+        top_p: draw among the likeliest tokens whose probabilities reach this sum; None for all.
+        temperature: divides the logits of the tokens that are left: a number, or one for each
+            scale.
+        more_smooth: mix codes in place of drawing them.
+    """
+
+    vae: Pair
+    patch_nums: Sides
+    guidance: float | Array | None = None
+    top_k: int | None = None
+    top_p: float | Array | None = None
+    temperature: float | Array | tuple[float, ...] | None = None
+    more_smooth: bool = False
+
+    @property
+    def calls(self) -> int:
+        """Number of scales."""
+        return len(self.patch_nums)
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        return tuple(range(self.calls))
+
+    @property
+    def joined(self) -> Guidance | None:
+        return None if self.guidance is None else Guidance()
+
+    @property
+    def guided(self) -> bool:
+        """True if every call runs both branches."""
+        return self.guidance is not None
+
+    def unconditional(
+        self, forward: Forward, cond: Int[Array, " B"], uncond: Int[Array, " B"] | None = None
+    ) -> Int[Array, " B"] | None:
+        if not self.guided:
+            return None
+        return forward.config.null_condition(cond) if uncond is None else uncond
+
+    def __call__(
+        self,
+        forward: Forward,
+        params: Params,
+        cond: Int[Array, " B"],
+        key: Array,
+        *,
+        uncond: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B S S Z"]:
+        """Sample latents.
+
+        Args:
+            forward: the network, possibly patched.
+            params: its parameters.
+            cond: labels.
+            key: one key, or keys [B]. Sample i depends on the key and on i, not on how many
+                samples there are; what is drawn for a scale does not depend on other scales.
+            uncond: labels of the unconditional branch; the null class if None.
+        """
+        return self.sample(forward, params, cond, key, uncond=uncond)[0]
+
+    def sample(
+        self,
+        forward: Forward,
+        params: Params,
+        cond: Int[Array, " B"],
+        key: Array,
+        *,
+        uncond: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B S S Z"], Int[Array, "B L"]]:
+        """Sample latents, and the tokens of all scales that were drawn."""
+        carry = self.init(forward, params, cond, key, uncond=uncond)
+        carry = self.run(forward, params, carry, cond, uncond)
+        return carry.x, carry.memory
+
+    def stepwise(
+        self,
+        forward: Forward,
+        params: Params,
+        cond: Int[Array, " B"],
+        key: Array,
+        *,
+        uncond: Int[Array, " B"] | None = None,
+        callback: Callable[[int, Array], Any] | None = None,
+    ) -> tuple[Float[Array, "B S S Z"], Int[Array, "B L"]]:
+        """The same in a loop on the host, one program for each scale.
+
+        Args:
+            callback: called as `callback(scale, latents)` after every scale. If it returns latents,
+                sampling goes on from those.
+        """
+        uncond = self.unconditional(forward, cond, uncond)
+        x, tokens, state, keys = _compiled_init(self, forward, params, cond, key, uncond)
+        for scale in range(self.calls):
+            inputs = params, cond, uncond, x, tokens, keys
+            x, tokens, state, keys = _compiled_step(scale, self, forward, *inputs, state=state)
+            changed = None if callback is None else callback(scale, x)
+            if changed is not None:
+                if getattr(changed, "shape", None) != x.shape:
+                    raise ValueError(
+                        f"a callback returns latents float{list(x.shape)} or None, got "
+                        f"{getattr(changed, 'shape', changed)!r}"
+                    )
+                x = jnp.asarray(changed, x.dtype)
+        return x, tokens
+
+    def init(
+        self,
+        forward: Forward,
+        params: Params,
+        cond: Int[Array, " B"],
+        key: Any = None,
+        *,
+        uncond: Int[Array, " B"] | None = None,
+    ) -> Carry:
+        """Latents of zeros, no tokens, empty caches and the keys.
+
+        Raises:
+            ValueError: if model and VQVAE do not belong together, or for a `top_k` above the
+                number of codes.
+        """
+        self.check(forward)
+        forward.check_calls(self.calls)
+        batch, last = cond.shape[0], self.patch_nums[-1]
+        x = jnp.zeros((batch, last, last, forward.config.code_channels), jnp.float32)
+        uncond = self.unconditional(forward, cond, uncond)
+        inputs = self.inputs(x, cond, uncond, 0)
+        state = self.ready(forward).init(params, *inputs, guidance=self.joined)
+        tokens = jnp.zeros((batch, token_starts(self.patch_nums)[-1]), jnp.int32)
+        return Carry(x, tokens, state, sample_keys(key, batch))
+
+    def check(self, forward: Forward) -> None:
+        """Raise what `init` raises."""
+        config, codes = forward.config, self.vae[0].config
+        if config.patch_nums != self.patch_nums:
+            raise ValueError(
+                f"the model has maps of the sides {config.patch_nums}, and the loop is for "
+                f"{self.patch_nums}: give patch_nums=forward.config.patch_nums"
+            )
+        theirs = codes.vocab_size, codes.latent_channels
+        if theirs != (config.vocab_size, config.code_channels):
+            raise ValueError(
+                f"the VQVAE has {theirs[0]} codes of {theirs[1]} channels, and the model predicts "
+                f"{config.vocab_size} of {config.code_channels}: they belong to different models"
+            )
+        if self.top_k is not None and not 1 <= self.top_k <= config.vocab_size:
+            raise ValueError(
+                f"top_k must be 1 ... {config.vocab_size}, the number of codes, or None for all; "
+                f"got {self.top_k}"
+            )
+
+    def inputs(
+        self,
+        x: Float[Array, "B S S Z"],
+        cond: Int[Array, " B"],
+        uncond: Int[Array, " B"] | None,
+        step: Step,
+    ) -> tuple[Float[Array, "N T Z"], Int[Array, " N"], Scales]:
+        """What the latents are at the tokens of a scale, labels, and which scale it is."""
+        if not is_static(step):
+            raise ValueError("scales differ in their numbers of tokens: a call's step is static")
+        scale = int(step)
+        codes = averaged(x, self.patch_nums[scale])
+        if self.joined is not None:
+            codes = self.joined.duplicate(codes)
+            cond = self.joined.join({"cond": cond, "uncond": uncond})
+        return codes, cond, Scales(self.patch_nums, scale, scale + 1)
+
+    def network(
+        self,
+        forward: Forward,
+        params: Params,
+        state: StateDict,
+        x: Float[Array, "B S S Z"],
+        cond: Int[Array, " B"],
+        uncond: Int[Array, " B"] | None,
+        step: Step,
+    ) -> tuple[Float[Array, "B T V"], Float[Array, "N T V"], StateDict]:
+        """Guided logits of a scale, those of all branches, and the next state."""
+        inputs = self.inputs(x, cond, uncond, step)
+        forward = self.ready(forward)
+        raw, state = forward(params, state, *inputs, step=step, guidance=self.joined)
+        return self.guide(raw, step), raw, state
+
+    def guide(self, raw: Float[Array, "N T V"], step: Step) -> Float[Array, "B T V"]:
+        """The guided logits (1 + t) cond - t uncond of a scale."""
+        if self.joined is None or self.guidance is None:
+            return raw
+        parts = self.joined.split(raw.astype(jnp.float32))
+        t = jnp.asarray(self.guidance, jnp.float32) * self.progress(step)
+        return (1 + t) * parts["cond"] - t * parts["uncond"]
+
+    def progress(self, step: Step) -> float:
+        """i / (K - 1): 0 for the first scale, 1 for the last one."""
+        return int(step) / max(self.calls - 1, 1)
+
+    def update(self, carry: Carry, out: Float[Array, "B T V"], step: Step) -> Carry:
+        """Draw the tokens of a scale, and add what they make to the latents."""
+        scale, quantizer = int(step), quantizer_of(*self.vae)
+        logits = process_logits(out, Sampling(top_k=self.top_k, top_p=self.top_p))
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, scale))(carry.keys)
+        tokens = _draw(keys, self.tempered(logits, scale))
+        vectors = quantizer.vectors(tokens)
+        if self.more_smooth:
+            vectors = self._mixed(keys, logits, scale, quantizer)
+        start = token_starts(self.patch_nums)[scale]
+        memory = jax.lax.dynamic_update_slice_in_dim(carry.memory, tokens, start, axis=1)
+        x = carry.x + quantizer.enlarged(vectors, scale, self.patch_nums)
+        return carry._replace(x=x, memory=memory)
+
+    def tempered(self, logits: Float[Array, "B T V"], scale: int) -> Float[Array, "B T V"]:
+        """Logits divided by the temperature of a scale."""
+        if self.temperature is None:
+            return logits
+        temperature = jnp.asarray(self.temperature, jnp.float32)
+        return logits / (temperature[scale] if temperature.ndim else temperature)
+
+    def _mixed(
+        self, keys: Array, logits: Float[Array, "B T V"], scale: int, quantizer: MultiScaleQuantizer
+    ) -> Float[Array, "B T Z"]:
+        progress = self.progress(scale)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, self.calls))(keys)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+        sharpness = max(0.27 * (1 - 0.95 * progress), 0.005)
+        weights = jax.nn.softmax((logits * (1 + progress) + noise) / sharpness, axis=-1)
+        return jnp.einsum("btv,vz->btz", weights, quantizer.codes())
+
+    def ready(self, forward: Forward) -> Forward:
+        """The forward with caches."""
+        if any(isinstance(patch, ScaleCaches) for patch in forward.patches):
+            return forward
+        return forward.patch(ScaleCaches())
+
+
+def _draw(keys: Array, logits: Float[Array, "B T V"]) -> Int[Array, "B T"]:
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@partial(Program, static_argnums=())
+def _compiled_init(
+    loop: NextScale, forward: Forward, params: Params, cond: Array, key: Array, uncond: Any
+) -> Carry:
+    return loop.init(forward, params, cond, key, uncond=uncond)
+
+
+@partial(Program, static_argnums=(0,), donate_argnames=("state",))
+def _compiled_step(
+    scale: int,
+    loop: NextScale,
+    forward: Forward,
+    params: Params,
+    cond: Array,
+    uncond: Any,
+    x: Array,
+    tokens: Array,
+    keys: Array,
+    *,
+    state: StateDict,
+) -> Carry:
+    return loop.step(forward, params, Carry(x, tokens, state, keys), cond, uncond, scale)
+
+
+def codes_of(
+    quantizer: MultiScaleQuantizer, tokens: Int[Array, "B L"], patch_nums: Sides
+) -> Float[Array, "B L Z"]:
+    """What a model reads to predict the tokens of whole scales, from the first one on.
+
+    For each token the latents of all scales before its own, averaged to its place; zeros for the
+    first scale.
+    """
+    sums = quantizer.partial_sums(tokens, patch_nums)
+    first = jnp.zeros((tokens.shape[0], patch_nums[0] ** 2, sums[0].shape[-1]), jnp.float32)
+    later = [averaged(each, side) for each, side in zip(sums, patch_nums[1 : len(sums)])]
+    return jnp.concatenate([first, *later], axis=1)
+
+
+def teacher_forced(
+    forward: Forward, params: Params, vae: Pair, tokens: Int[Array, "B L"], labels: Int[Array, " B"]
+) -> Float[Array, "B L V"]:
+    """Logits of given tokens, all scales in one call.
+
+    Args:
+        forward: a VAR without caches.
+        params: its parameters.
+        vae: forward and parameters of its VQVAE.
+        tokens: of whole scales, from the first one on.
+        labels: class of each image, `num_classes` for none.
+    """
+    codes = codes_of(quantizer_of(*vae), tokens, forward.config.patch_nums)
+    return forward(params, {}, codes, labels)[0]

@@ -1,0 +1,87 @@
+"""What a model of scales keeps from call to call: keys, values, and what the label alone decides.
+
+A call has whole scales, and the number of its tokens differs from that of others. Which scales
+they are is static, and so is where their keys and values go: a call writes what is new, and reads
+what its tokens attend to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from effjax.context import Context, State, is_static
+from effjax.layers.attention import Heads, KeyHeads
+from effjax.layers.linear import Linear
+from effjax.layers.scales import ScaleCore, Scales
+from effjax.targets import Wrapper, target_modules, wrap
+
+
+class ScaleCache(Wrapper):
+    """Keys and values of all scales, around a `ScaleCore`: the token of place p in slot p."""
+
+    def __init__(self, inner: nnx.Module):
+        super().__init__(inner)
+        self.k, self.v = State(), State()
+
+    def __call__(self, q: Heads, k: KeyHeads, v: KeyHeads, scales: Scales) -> Heads:
+        keys = scales.before + scales.tokens
+        k, v = _held(self.k, k, scales), _held(self.v, v, scales)
+        return self.inner(q, k[:, :keys], v[:, :keys], scales)
+
+
+def _held(state: State, new: KeyHeads, scales: Scales) -> Float[Array, "B L K D"]:
+    """What is held of the tokens of all scales, the new ones among them."""
+    held = state.read((new.shape[0], scales.all_tokens, *new.shape[2:]), new.dtype)
+    held = jax.lax.dynamic_update_slice_in_dim(held, new, scales.before, axis=1)
+    state.write(held)
+    return held
+
+
+class FirstCall(Wrapper):
+    """A layer whose inputs are the same in all calls: its outputs are those of the first call.
+
+    Args:
+        first: whether this is the first call; None if that is not known while tracing.
+    """
+
+    def __init__(self, inner: nnx.Module, *, first: bool | None):
+        super().__init__(inner)
+        self.first = first
+        self.outputs = State()
+
+    def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B O"]:
+        if self.first or self.outputs.get_metadata("creating"):
+            self.outputs.write(self.inner(x))
+        elif self.first is None:
+            raise ValueError(
+                "scales differ in their numbers of tokens, so that each is a call of its own: give "
+                "step=0 for the first one, 1 for the next"
+            )
+        return self.outputs.get_value()
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleCaches:
+    """Patch: a cache at every core of scales, and modulations computed once.
+
+    Calls with this patch go by their step: step 0 is the first one of a sequence. All calls of a
+    sequence have the same labels.
+    """
+
+    caches: ClassVar[bool] = True
+
+    def __call__(self, module: nnx.Module, context: Context) -> None:
+        cores = target_modules(module, ScaleCore)
+        if not cores:
+            raise ValueError(f"{type(module).__name__} has no attention over scales to cache")
+        for target in cores:
+            wrap(module, target.path, ScaleCache)
+        first = int(context.step) == 0 if is_static(context.step) else None
+        for target in target_modules(module, Linear):
+            if target.role == "modulation":
+                wrap(module, target.path, FirstCall, first=first)
