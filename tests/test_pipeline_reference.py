@@ -12,7 +12,7 @@ import pytest
 
 import effjax
 from effjax.cli import main
-from effjax.methods import dit_fast_attn, kivi, round_to_nearest
+from effjax.methods import dit_fast_attn, kivi, lora, round_to_nearest
 from effjax.pipelines.reference import reference
 from tests.test_pipelines import write_pipeline
 from tests.test_text_pipeline import write_language_model
@@ -84,6 +84,18 @@ def test_edits_leave_the_weights_as_they_are(source):
     unknown = reference(dataclasses.replace(pipe.transform(CODES), origin=None))
     assert unknown.kind == "dequantized"
     assert "give the model as reference" in unknown.reason
+
+
+def test_adapters_belong_to_what_was_made_smaller(source):
+    """And alone they are compared with the model without them."""
+    pipe = effjax.pipeline(source, **QUIET)
+    factors = np.ones((16, 2), np.float32), np.ones((2, 16), np.float32)
+    styled = pipe.transform(lora.add({"style": {"blocks.0.attn.to_q": factors}}, {"style": 0.5}))
+    found = reference(styled.transform(CODES))
+    assert found.kind == "dense"
+    assert found.pair[0] == styled.forward
+    chex.assert_trees_all_equal(found.pair[1], styled.params)
+    assert reference(styled).pair[0] == pipe.forward
 
 
 def test_dtypes_of_a_reference_are_those_of_the_pipeline(source):

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 
 from converters.hub import open_folder
-from effjax.forward import METHODS, Forward
+from effjax.forward import METHODS, Forward, Params
 from effjax.pipelines.base import INDEX, BasePipeline, Origin
 from effjax.pipelines.loading import Components
 from effjax.quant import QTensor, restore
 from effjax.registry import method
-from effjax.transform import Pair
+from effjax.transform import Pair, on_shapes
 
 
 class Reference(NamedTuple):
@@ -43,7 +43,8 @@ def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
     """What a pipeline is compared with.
 
     Methods that change no weights leave the pipeline's own; else the model that it was made of is
-    loaded, in its dtypes. Where that cannot be found, its own weights are dequantized.
+    loaded, in its dtypes. Where that cannot be found, its own weights are dequantized. What a
+    method added to the model (adapters) belongs to it, where others made that smaller.
 
     Args:
         pipe: the compressed pipeline.
@@ -54,6 +55,21 @@ def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
         ValueError: for a model that was given and cannot be loaded, is compressed itself, or has
             another configuration.
     """
+    found = _without_methods(pipe, model)
+    return found._replace(pair=_with_additions(pipe, *found.pair))
+
+
+def _with_additions(pipe: BasePipeline, forward: Forward, params: Params) -> Pair:
+    added = [(name, plan) for name, plan in pipe.forward.recipe if not method(name).saves]
+    if not added or len(added) == len(pipe.forward.recipe):
+        return forward, params
+    transforms = [method(name).transform(plan) for name, plan in added]
+    forward, _ = on_shapes(transforms, forward, params)
+    learned = pipe.params.get(METHODS, {})
+    return forward, {**params, METHODS: {n: learned[n] for n, _ in added if n in learned}}
+
+
+def _without_methods(pipe: BasePipeline, model: str | None) -> Reference:
     if model is not None:
         return _loaded(pipe, Origin(model))
     own = {name: leaf for name, leaf in pipe.params.items() if name != METHODS}
