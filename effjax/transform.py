@@ -29,10 +29,11 @@ class Plan(Checked):
         """The plan in a few lines for people; methods say more than this default."""
         return f"{type(self).__name__}: {self.to_json()}"
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
-        """Which of so many network calls compute, by what the plan leaves out in the others.
+    def masks(self, calls: int) -> Mapping[str, Sequence[float]]:
+        """What each of so many network calls computes, by what the plan leaves out in others.
 
-        Empty for plans that leave nothing out, or cannot say it before.
+        True or 1 where it computes all, False or 0 where nothing, else a share. Empty for plans
+        that leave nothing out, or cannot say it before.
         """
         return {}
 

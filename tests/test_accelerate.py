@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from effjax import testing
-from effjax.methods import fb_cache, pab, round_to_nearest
+from effjax.methods import dit_fast_attn, fb_cache, pab, round_to_nearest
 from effjax.pipelines import ClassConditionalPipeline, recipes
 from effjax.samplers import DDIM
 
@@ -103,6 +103,12 @@ def test_a_summary_says_what_was_decided_kept_and_rounded(pipe):
     held = pipe.transform(pab.transform(pab.PABPlan(times=times, every=2)))
     held(0, num_inference_steps=4, **ASKED)
     assert held.summary().computed["attention"] == tuple(map(float, pab.PABPlan(times).mask(2)))
+    shared = dit_fast_attn.uniform((1, 3), layers=2, calls=3, tokens=64, window=8)
+    held = pipe.transform(dit_fast_attn.transform(shared))
+    held(0, num_inference_steps=3, **ASKED)
+    band = np.abs(np.subtract.outer(np.arange(64), np.arange(64))) <= 8
+    np.testing.assert_allclose(held.summary().computed["attention"], (1, 0, band.mean()))
+    assert f"attention computed in {1 + band.mean():.2f} of 3: #.+" in str(held.summary())
     dense = dataclasses.replace(pipe)
     dense(0, num_inference_steps=2, **ASKED)
     assert dense.summary().computed == {}

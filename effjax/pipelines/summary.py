@@ -25,8 +25,8 @@ class Summary:
 
     Attributes:
         calls: network calls, one a step.
-        computed: whether each call computed, by what methods leave out ("blocks", "attention").
-            Where a batch ran in parts that decided differently, the share of parts.
+        computed: whether each call computed, by what methods leave out ("blocks", "attention"). A
+            share where layers or heads differ, or parts of a batch that decided differently.
         cache_bytes: of all that was kept from one call to the next, for the whole batch.
         weight_bytes: of the parameters.
         bits: how many layers hold values of so many bits; 0 stands for floats.
@@ -42,14 +42,14 @@ class Summary:
 
     @property
     def skipped(self) -> dict[str, float]:
-        """Share of the calls that did not compute, by what methods leave out."""
+        """Share of all calls that was not computed, by what methods leave out."""
         return {name: 1 - float(np.mean(each)) for name, each in self.computed.items()}
 
     def __str__(self) -> str:
         lines = [f"{self.calls} network calls, methods: {', '.join(self.methods) or 'none'}"]
         for name, each in self.computed.items():
             drawn = "".join("#" if x == 1 else "." if x == 0 else "+" for x in each)
-            lines.append(f"{name} computed in {sum(each):g} of {self.calls}: {drawn}")
+            lines.append(f"{name} computed in {round(sum(each), 2):g} of {self.calls}: {drawn}")
         lines.append(f"kept between calls: {self.cache_bytes / 2**20:.1f} MiB")
         held = ", ".join(
             f"{count} layers in {f'{bits} bits' if bits else 'floats'}"

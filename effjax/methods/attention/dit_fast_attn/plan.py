@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -93,6 +94,11 @@ class DiTFastAttnPlan(Plan):
             f"{s.name} {strategies.count(s) / len(strategies):.0%}" for s in Strategy
         )
         return f"{self.layers} layers, {self.calls} calls, window {self.window}: {shares}"
+
+    def masks(self, calls: int) -> Mapping[str, Sequence[float]]:
+        dense = 2 * 2 * self.tokens**2  # for both halves of a guided sample
+        shares = attention_macs(self, batch=2, width=1) / dense
+        return {"attention": np.minimum(shares, 1).mean(axis=0).tolist()}
 
     @property
     def layers(self) -> int:
