@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Forward": "forward",
-    "Guidance": "context",
+    "Guidance": "guidance",
     "chain": "transform",
     "compilation_cache": "warm",
     "functional": "forward",

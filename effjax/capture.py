@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from effjax.context import Context, Guidance, PyTree, State, Step
+from effjax.context import Context, PyTree, State, Step
 from effjax.forward import Forward, Params, StateDict
+from effjax.guidance import Guidance
 from effjax.stacking import updated
 from effjax.targets import TargetModule, Wrapper, target_modules, wrap
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from effjax.guidance import Guidance
+from effjax.rows import replaced, taken
 from effjax.stacking import current_stacks
 from effjax.targets import original
 
@@ -102,80 +104,6 @@ def tokens_as(layout: Layout | None) -> Iterator[None]:
 def current_layout() -> Layout | None:
     """The layout of the tokens that the calling module receives; None if none was set."""
     return _LAYOUT.get()
-
-
-@dataclasses.dataclass(frozen=True)
-class Guidance:
-    """The branches of a guided batch and how they stand in it.
-
-    Classifier-free guidance has a conditional and an unconditional branch. Perturbed-attention and
-    skip-layer guidance add a branch that a patch changes. A second text adds a branch with its
-    condition.
-
-    Attributes:
-        branches: their names, in the order of the batch: ("cond", "uncond") for DiT,
-            ("uncond", "cond") for PixArt and Stable Diffusion.
-        paired: True interleaves the branches (c0, u0, c1, u1, ...), so that a batch sharded over
-            devices keeps all branches of a sample on one device.
-    """
-
-    branches: tuple[str, ...] = ("cond", "uncond")
-    paired: bool = False
-
-    def __post_init__(self) -> None:
-        if len(set(self.branches)) != len(self.branches) or "cond" not in self.branches:
-            raise ValueError(
-                f"branches of guidance have different names, one of which is 'cond'; got "
-                f"{self.branches}"
-            )
-
-    def join(self, parts: Mapping[str, PyTree]) -> PyTree:
-        """Join trees of arrays [B, ...] by branch to one tree of arrays [N B, ...]."""
-
-        def one(*parts: jax.Array) -> jax.Array:
-            axis = 1 if self.paired else 0
-            joined = jnp.stack(parts, axis=axis)
-            return joined.reshape(len(parts) * parts[0].shape[0], *parts[0].shape[1:])
-
-        return jax.tree.map(one, *(parts[name] for name in self.branches))
-
-    def split(self, joined: PyTree) -> dict[str, PyTree]:
-        """Split a tree of arrays [N B, ...] into trees of arrays [B, ...] by branch.
-
-        Raises:
-            ValueError: if the batch does not divide into the branches.
-        """
-        return {name: self.branch(name, joined) for name in self.branches}
-
-    def branch(self, name: str, joined: PyTree) -> PyTree:
-        """One branch [B, ...] of a joined tree [N B, ...].
-
-        Raises:
-            ValueError: for a branch that there is not, or a batch that does not divide.
-        """
-        count = len(self.branches)
-        if name not in self.branches:
-            raise ValueError(f"there is no branch {name!r}; there are {self.branches}")
-        index = self.branches.index(name)
-
-        def own(x: jax.Array) -> jax.Array:
-            if x.shape[0] % count:
-                raise ValueError(
-                    f"a guided batch holds the branches {', '.join(self.branches)}, so its size "
-                    f"must be a multiple of {count}; got {x.shape[0]} (shape {x.shape}). Call the "
-                    f"model through a sampler with guidance, or join the branches with "
-                    f"Guidance.join."
-                )
-            batch = x.shape[0] // count
-            if self.paired:
-                return x.reshape(batch, count, *x.shape[1:])[:, index]
-            return x[index * batch : (index + 1) * batch]
-
-        return jax.tree.map(own, joined)
-
-    def duplicate(self, part: PyTree) -> PyTree:
-        """Use one part [B, ...] for all branches: a tree of arrays [N B, ...]."""
-        return self.join(dict.fromkeys(self.branches, part))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,15 +258,18 @@ class State(nnx.Variable):
         if self.empty:
             self._check_creating()
             self.set_value(jnp.full(shape, self.get_metadata("fill"), dtype))
-        self._check_like(shape, dtype)
-        return self.get_value()
+        value = taken(self.get_value(), shape)
+        self._check_like(value, shape, dtype)
+        return value
 
     def write(self, value: jax.Array) -> None:
         """Replace the value by one of the same shape and dtype."""
         if self.empty:
             self._check_creating()
         else:
-            self._check_like(value.shape, value.dtype)
+            whole = self.get_value()
+            self._check_like(taken(whole, value.shape), value.shape, value.dtype)
+            value = replaced(whole, value)
         self.set_value(value)
 
     def _check_creating(self) -> None:
@@ -348,8 +279,9 @@ class State(nnx.Variable):
                 f"forward.init(params, *inputs) and pass on the state that each call returns."
             )
 
-    def _check_like(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> None:
-        value = self.get_value()
+    def _check_like(
+        self, value: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+    ) -> None:
         if value.shape != tuple(shape) or value.dtype != jnp.dtype(dtype):
             raise ValueError(
                 f"state {self.get_metadata('path')!r} holds {value.dtype}{list(value.shape)}, but "

@@ -20,7 +20,6 @@ from flax import nnx
 from effjax.context import (
     CacheLength,
     Context,
-    Guidance,
     Layout,
     Model,
     PyTree,
@@ -30,11 +29,13 @@ from effjax.context import (
     states,
     tokens_as,
 )
+from effjax.guidance import Guidance, guided_by
 from effjax.quant import QTensor
 from effjax.stacking import by_layer, stacked_as, stacks_of_call
-from effjax.targets import TargetModule, canonical, target_modules
+from effjax.targets import TargetModule, canonical, original, target_modules
 
-Patch = Callable[[nnx.Module, Context], None]
+# Wraps target modules in place; what it returns, if anything, stands in for the whole model.
+Patch = Callable[[nnx.Module, Context], nnx.Module | None]
 Params = dict[str, Any]
 StateDict = dict[str, jax.Array]
 
@@ -55,7 +56,8 @@ class Forward:
         graphdef: structure of the unpatched module.
         leaves: path and shape of every parameter of the unpatched module.
         config: the model's configuration, a frozen dataclass.
-        patches: functions `patch(module, context)` that wrap target modules, applied in order.
+        patches: functions `patch(module, context)` that wrap target modules, applied in order. One
+            that returns a `Wrapper` around the module wraps the whole model.
         fixed_step: the step that `at` fixed, or None.
         span: the calls that `within` promised, or None.
         cache_length: how long sequences may become, or None.
@@ -122,7 +124,7 @@ class Forward:
         """
         with stacks_of_call():
             module, held = self._loaded(params, state, inputs, self._step(step), guidance)
-            with tokens_as(module.layout(*inputs)):
+            with tokens_as(_layout(module, inputs)), guided_by(guidance):
                 outputs = module(*inputs)
             values = {path: held_.get_value() for path, held_ in held.items() if not held_.empty}
             return outputs, stacked_as(state, values)
@@ -143,7 +145,7 @@ class Forward:
             held = _named_states(module)
             for path, variable in held.items():
                 variable.set_metadata(path=path, creating=True)
-            with tokens_as(module.layout(*inputs)):
+            with tokens_as(_layout(module, inputs)), guided_by(guidance):
                 module(*inputs)
             found.update(_kept_together({p: v for p, v in held.items() if not v.empty}))
 
@@ -262,18 +264,19 @@ class Forward:
         inputs: tuple[PyTree, ...],
         step: Step = 0,
         guidance: Guidance | None = None,
-    ) -> Model:
+    ) -> Any:
         """A fresh module with its patches and empty states, as a call at this step makes it."""
-        module = self.module(params)
+        module: Any = self.module(params)
         layout, learned = module.layout(*inputs), params.get(METHODS, {})
         context = Context(step, guidance, layout, learned, self.span, self.cache_length)
         for patch in self.patches:
-            patch(module, context)
+            whole = patch(module, context)
+            module = module if whole is None else whole
         return module
 
     def loaded(
         self, params: Params, state: StateDict, *inputs: PyTree, step: Step | None = None
-    ) -> Model:
+    ) -> Any:
         """A fresh module with its patches and this state: to ask its wrappers what they hold."""
         return self._loaded(params, state, inputs, self._step(step), None)[0]
 
@@ -284,7 +287,7 @@ class Forward:
         inputs: tuple[PyTree, ...],
         step: Step,
         guidance: Guidance | None,
-    ) -> tuple[Model, dict[str, State]]:
+    ) -> tuple[Any, dict[str, State]]:
         module = self.patched(params, inputs, step, guidance)
         held = _named_states(module)
         _load_state(held, state)
@@ -347,6 +350,13 @@ def functional(model: Model) -> tuple[Forward, Params]:
 def abstract(model_type: type[Model], config: Any) -> tuple[Forward, Params]:
     """Make the forward of a model and the shapes of its parameters. Nothing is allocated."""
     return functional(nnx.eval_shape(lambda: model_type(config, rngs=nnx.Rngs(0))))
+
+
+def _layout(module: nnx.Module, inputs: tuple[PyTree, ...]) -> Layout | None:
+    """The layout that a model states for its inputs, whatever wraps it."""
+    model = original(module)
+    assert isinstance(model, Model)
+    return model.layout(*inputs)
 
 
 def _named_states(module: nnx.Module) -> dict[str, State]:

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from effjax.context import Guidance, PyTree, Step
+from effjax.context import PyTree, Step
 from effjax.forward import Forward, Params, StateDict
+from effjax.guidance import Guidance
 
 
 class Carry(NamedTuple):

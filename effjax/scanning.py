@@ -31,8 +31,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from effjax.context import Context, Guidance, PyTree
+from effjax.context import Context, PyTree
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
+from effjax.guidance import Guidance
 from effjax.layers.scan import Run, Scan, kind, runs_of
 from effjax.layers.stack import Stack
 from effjax.stacking import Range, by_layer

@@ -12,7 +12,7 @@ import numpy as np
 
 from effjax.autoregression import NextScale
 from effjax.calibration import Answers, Sequences, Trajectory
-from effjax.context import Guidance, PyTree
+from effjax.context import PyTree
 from effjax.forward import (
     Forward,
     Params,
@@ -22,6 +22,7 @@ from effjax.forward import (
     parameter_count,
 )
 from effjax.generate import Reading
+from effjax.guidance import Guidance
 from effjax.layers.joint import PooledEmbeddings
 from effjax.models.dit import DiT, DiTConfig
 from effjax.models.flux import Flux, FluxConfig

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from effjax.context import Guidance
 from effjax.cost import sampler_cost
 from effjax.forward import abstract, functional
+from effjax.guidance import Guidance
 from effjax.methods.attention.dit_fast_attn import (
     DiTFastAttnPlan,
     Strategy,

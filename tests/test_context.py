@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effjax.context import Guidance, Layout, State, current_layout, switch, tokens_as, when
+from effjax.context import Layout, State, current_layout, switch, tokens_as, when
+from effjax.guidance import Guidance
 from tests.tiny import toy
 
 ORDERS = (("cond", "uncond"), ("uncond", "cond"), ("perturbed", "cond", "uncond"))

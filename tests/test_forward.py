@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effjax.context import Guidance, State, switch, when
+from effjax.context import State, switch, when
 from effjax.forward import abstract, flatten_params, functional, nest_params, parameter_count
+from effjax.guidance import Guidance
 from effjax.targets import Wrapper, target_modules, wrap
 from tests.tiny import Toy, ToyBlock, ToyConfig, by_hand, toy
 

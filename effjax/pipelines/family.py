@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from effjax.context import Guidance, PyTree
+from effjax.context import PyTree
+from effjax.guidance import Guidance
 from effjax.pipelines import arguments
 
 Decoder = Callable[..., tuple[PyTree, PyTree]]  # a forward

@@ -20,9 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from effjax.buckets import Buckets, cut, joined, rows
-from effjax.context import Guidance, PyTree, Step
+from effjax.context import PyTree, Step
 from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
+from effjax.guidance import Guidance
 from effjax.loops import Branches, Carry, Loop
 from effjax.samplers.schedule import Schedule
 from effjax.samplers.tables import at

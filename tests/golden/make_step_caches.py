@@ -1,10 +1,11 @@
 """Decisions and latents of other libraries' step caches on tiny models: step_caches.npz.
 
     python -m pip install torch diffusers==0.42.1 cache-dit==1.5.3
-    python -m tests.golden.make_step_caches
+    python -m tests.golden.make_step_caches [methods to run anew]
 
 The models are those of `effjax.testing` with their random weights, converted to diffusers. Each is
-sampled with 28 Euler steps, one pass a step, from the noise that `start` draws. A run that skipped
+sampled with 28 Euler steps, one pass a step, from the noise that `start` draws; FasterCache with
+guidance, "uncond" and "cond" in one batch, where a model is not told a scale. A run that skipped
 nothing, or everything, is refused: a hook that attaches to no module says nothing.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 
 import converters
 from effjax import testing
+from effjax.guidance import Guidance
 from effjax.samplers import FlowMatchEuler, Sampler
 
 FILE = Path(__file__).with_name("step_caches.npz")
@@ -41,18 +43,26 @@ RUNS = {
     "db_cache": ("flux",),
     "db_cache_bounded": ("flux",),
     "db_cache_mask": ("flux",),
+    "faster_cache": ("flux", "sd3", "pixart"),
 }
+SCALE = 2.5
 THRESHOLDS = {"fb_cache": 0.6, "db_cache": 0.6, "db_cache_bounded": 0.9}
 BOUNDS = {"max_cached": 9, "max_continuous": 2, "warmup": 4}
 MASK = "1111110100010000100000100001"
 
 
-def subject(name: str) -> testing.Subject:
-    """A tiny model that is sampled without guidance, a row at a time."""
+def guided(method: str, name: str) -> bool:
+    """Whether a model is sampled with guidance."""
+    return method == "faster_cache" and name != "flux"
+
+
+def subject(name: str, *, scale: float = 1.0) -> testing.Subject:
+    """A tiny model that is sampled a row at a time, with guidance of this scale."""
     tiny = {"flux": testing.tiny_flux, "sd3": testing.tiny_sd3, "pixart": testing.tiny_pixart}
     more = {"flux": {"num_layers": 3, "num_single_layers": 3}, "sd3": {"num_layers": 5}}
     made = tiny[name](batch=1, **more.get(name, {"num_layers": 4}))
-    return testing.Subject(made.forward, made.params, Sampler(SCHEDULES[name]), made.cond)
+    sampler = Sampler(SCHEDULES[name], scale, Guidance(("uncond", "cond")))
+    return testing.Subject(made.forward, made.params, sampler, made.cond, made.uncond)
 
 
 def start(name: str) -> np.ndarray:
@@ -61,12 +71,12 @@ def start(name: str) -> np.ndarray:
     return np.random.default_rng(len(name)).standard_normal((1, *shape)).astype(np.float32)
 
 
-def peer(name: str) -> tuple[Any, Callable[[Any, float], Any]]:
-    """diffusers' model with these weights, and how it is called at a step."""
+def peer(name: str, scale: float) -> tuple[Any, Callable[[Any, float], Any]]:
+    """diffusers' model with these weights, and how it is called at a step, with guidance."""
     import diffusers
     import torch
 
-    made = subject(name)
+    made = subject(name, scale=scale)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         converters.save_pretrained(made.forward, made.params, path, progress=False)
@@ -76,24 +86,34 @@ def peer(name: str) -> tuple[Any, Callable[[Any, float], Any]]:
             "pixart": diffusers.PixArtTransformer2DModel,
         }[name]
         model = kind.from_pretrained(path).eval()
-    embeds = torch.tensor(np.asarray(made.cond.embeds))
+    whole = made.sampler.guided
+    cond = made.cond
+    if whole:
+        cond = made.sampler.arrangement.join({"uncond": made.uncond, "cond": cond})
+    embeds = torch.tensor(np.asarray(cond.embeds))
 
     def call(x: Any, time: float) -> Any:
-        times = torch.full((1,), time)
+        if not whole:
+            return once(x, time)
+        uncond, cond = once(torch.cat([x, x]), time)[:, : x.shape[1]].chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    def once(x: Any, time: float) -> Any:
+        times = torch.full((len(x),), time)
+        given: dict[str, Any] = {"hidden_states": x, "encoder_hidden_states": embeds}
+        given["timestep"] = times
         if name == "pixart":
-            mask = torch.tensor(np.asarray(made.cond.mask)).long()
-            sized = {"resolution": None, "aspect_ratio": None}
-            return model(x, embeds, times, encoder_attention_mask=mask, added_cond_kwargs=sized)[0]
-        pooled = torch.tensor(np.asarray(made.cond.pooled))
+            given["encoder_attention_mask"] = torch.tensor(np.asarray(cond.mask)).long()
+            given["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+            return model(**given, return_dict=False)[0]
+        pooled = torch.tensor(np.asarray(cond.pooled))
         if name == "sd3":
-            return model(x, embeds, pooled, times)[0]
+            return model(**given, pooled_projections=pooled, return_dict=False)[0]
         packing = diffusers.FluxPipeline
         _, channels, height, width = x.shape
         ids = packing._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", x.dtype)
         packed = packing._pack_latents(x, 1, channels, height, width)
-        guidance = (
-            None if made.cond.guidance is None else torch.tensor(np.asarray(made.cond.guidance))
-        )
+        guidance = None if cond.guidance is None else torch.tensor(np.asarray(cond.guidance))
         text = torch.zeros(embeds.shape[1], 3)
         out = model(packed, embeds, pooled, times / 1000, ids, text, guidance=guidance)[0]
         return packing._unpack_latents(out, height * 8, width * 8, 8)
@@ -141,6 +161,17 @@ def attach(method: str, name: str, model: Any, time: Callable[[], float]) -> Any
         )
         hooks.apply_pyramid_attention_broadcast(model, config)
         return attention.to_q
+    elif method == "faster_cache":
+        # Of its own it does not halve SD3's pooled texts.
+        halved = ("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask")
+        config = hooks.FasterCacheConfig(
+            tensor_format="BCHW",
+            is_guidance_distilled=name == "flux",
+            current_timestep_callback=time,
+            _unconditional_conditional_input_kwargs_identifiers=(*halved, "pooled_projections"),
+        )
+        hooks.apply_faster_cache(model, config)
+        return attention.to_q
     else:
         import cache_dit
 
@@ -166,14 +197,16 @@ def attach(method: str, name: str, model: Any, time: Callable[[], float]) -> Any
     return attention.to_q
 
 
-def run(method: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which steps computed, and the latents."""
+def run(method: str, name: str) -> dict[str, np.ndarray]:
+    """Which steps computed, the latents, and which steps ran all branches of guidance."""
     import torch
 
-    model, call = peer(name)
-    schedule, now, computed = SCHEDULES[name], [0.0], []
+    model, call = peer(name, SCALE if guided(method, name) else 1.0)
+    schedule, now, computed, rows = SCHEDULES[name], [0.0], [], []
     watched = attach(method, name, model, lambda: now[0])
     watched.register_forward_hook(lambda *_: computed.append(len(steps)))
+    if guided(method, name):
+        model.pos_embed.register_forward_hook(lambda *seen: rows.append(len(seen[-1])))
     x = torch.tensor(start(name).transpose(0, 3, 1, 2))
     steps: list[float] = []
     sigmas = schedule.sigmas
@@ -187,25 +220,36 @@ def run(method: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     mask = np.isin(np.arange(STEPS), computed)
     if mask.all() or not mask.any():
         raise SystemExit(f"{method} on {name} skipped {'nothing' if mask.all() else 'everything'}")
-    return mask, x.numpy().transpose(0, 2, 3, 1)
+    found = {"mask": mask, "latents": x.numpy().transpose(0, 2, 3, 1)}
+    return {**found, "branches": np.array(rows) > 1} if rows else found
 
 
-def main() -> int:
-    found = {}
+def dense(name: str, scale: float) -> np.ndarray:
+    """The latents of a model without a cache."""
+    made, options = subject(name, scale=scale), {"noise": jnp.asarray(start(name))}
+    key = jax.random.key(0)
+    sample = jax.jit(made.sampler)
+    return np.asarray(
+        sample(made.forward, made.params, made.cond, key, uncond=made.uncond, **options)
+    )
+
+
+def main(methods: Sequence[str]) -> int:
+    """Run the peers' caches; of these methods alone if some are named."""
+    found = dict(np.load(FILE)) if methods else {}
     for method, names in RUNS.items():
-        for name in names:
-            mask, latents = run(method, name)
-            found[f"{method}/{name}/mask"], found[f"{method}/{name}/latents"] = mask, latents
-            print(f"{method:18} {name:8} {''.join(map(str, mask.astype(int)))}")
+        for name in names if method in methods or not methods else ():
+            for what, value in run(method, name).items():
+                found[f"{method}/{name}/{what}"] = value
+                if value.dtype == bool:
+                    print(f"{method:18} {name:8} {''.join(map(str, value.astype(int)))} {what}")
     for name in SCHEDULES:
-        made = subject(name)
-        dense = made.sampler(
-            made.forward, made.params, made.cond, jax.random.key(0), noise=jnp.asarray(start(name))
-        )
-        found[f"dense/{name}"] = np.asarray(dense)
+        found[f"dense/{name}"] = dense(name, 1.0)
+        if guided("faster_cache", name):
+            found[f"guided/{name}"] = dense(name, SCALE)
     np.savez_compressed(FILE, **found)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -10,8 +10,8 @@ import pytest
 
 import effjax
 from effjax import testing
-from effjax.context import Guidance
 from effjax.cost import sampler_cost
+from effjax.guidance import Guidance
 from effjax.methods import dit_fast_attn, kivi, knorm, round_to_nearest, vidit_q
 from effjax.methods.attention.dit_fast_attn import Strategy, uniform
 from effjax.samplers import DDIM, Sampler

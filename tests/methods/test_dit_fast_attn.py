@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from effjax import testing
-from effjax.context import Guidance, Layout, Model
+from effjax.context import Layout, Model
 from effjax.forward import functional
+from effjax.guidance import Guidance
 from effjax.layers.attention import SelfAttention
 from effjax.methods.attention.dit_fast_attn import (
     CANDIDATES,

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from effjax.context import Guidance
 from effjax.cost import cost, sampler_cost
 from effjax.forward import abstract
+from effjax.guidance import Guidance
 from effjax.methods.attention.dit_fast_attn import (
     DiTFastAttnPlan,
     Strategy,

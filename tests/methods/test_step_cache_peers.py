@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.methods import db_cache, fb_cache, mag_cache, pab, taylor_seer
+from effjax.calibration import Trajectory
+from effjax.methods import db_cache, faster_cache, fb_cache, mag_cache, pab, taylor_seer
 from tests.golden import make_step_caches as peers
 
 
@@ -24,8 +25,14 @@ def times(name):
     return tuple(float(time) for time in peers.SCHEDULES[name].times)
 
 
-def transform_of(method, name):
+def transform_of(method, subject, name):
     """The same settings, and the mask where it is known before."""
+    if method == "faster_cache":
+        pair, data = (subject.forward, subject.params), subject.data(Trajectory)
+        plan = faster_cache.search(faster_cache.Goals(), *pair, data)
+        if plan.guided:
+            assert drawn(plan.branches) == drawn(golden()[f"{method}/{name}/branches"])
+        return faster_cache.transform(plan), plan.attention
     if method == "fb_cache":
         plan = fb_cache.FBCachePlan(threshold=peers.THRESHOLDS["fb_cache"])
         return fb_cache.transform(plan), None
@@ -48,6 +55,10 @@ def transform_of(method, name):
     return db_cache.transform(plan), plan.mask
 
 
+def drawn(mask):
+    return "".join("#" if each else "." for each in mask)
+
+
 RUNS = [(method, name) for method, names in peers.RUNS.items() for name in names]
 
 
@@ -55,8 +66,9 @@ RUNS = [(method, name) for method, names in peers.RUNS.items() for name in names
 def test_decisions_and_latents_are_those_of_the_peer(method, name):
     wanted = golden()[f"{method}/{name}/mask"]
     latents = golden()[f"{method}/{name}/latents"]
-    subject = peers.subject(name)
-    transform, mask = transform_of(method, name)
+    guided = peers.guided(method, name)
+    subject = peers.subject(name, scale=peers.SCALE if guided else 1.0)
+    transform, mask = transform_of(method, subject, name)
     pair = transform(subject.forward, subject.params)
     noise, key = jnp.asarray(peers.start(name)), jax.random.key(0)
     sampler = subject.sampler
@@ -69,11 +81,11 @@ def test_decisions_and_latents_are_those_of_the_peer(method, name):
             mask.append(bool(np.any(before != carry.state["blocks.before"])))
         got = carry.x
     else:
-        got = jax.jit(sampler)(*pair, subject.cond, key, noise=noise)
-    assert "".join(map(str, map(int, mask))) == "".join(map(str, wanted.astype(int)))
+        got = jax.jit(sampler)(*pair, subject.cond, key, noise=noise, uncond=subject.uncond)
+    assert drawn(mask) == drawn(wanted)
     scale = np.abs(latents).max()
     np.testing.assert_allclose(got / scale, latents / scale, atol=1e-4)
-    dense = golden()[f"dense/{name}"]
+    dense = golden()[f"{'guided' if guided else 'dense'}/{name}"]
     assert np.abs(dense - latents).max() > 1e-2 * scale
 
 
@@ -81,5 +93,6 @@ def test_the_page_shows_the_masks():
     page = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
     for method in peers.RUNS:
         if method != "db_cache_bounded":
-            mask = golden()[f"{method}/flux/mask"]
-            assert "".join("#" if each else "." for each in mask) in page, method
+            assert drawn(golden()[f"{method}/flux/mask"]) in page, method
+    for what in ("mask", "branches"):
+        assert drawn(golden()[f"faster_cache/sd3/{what}"]) in page

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.context import Guidance, State
+from effjax.context import State
 from effjax.forward import abstract
+from effjax.guidance import Guidance
 from effjax.layers.stack import Stack
 from effjax.loops import Carry
 from effjax.models.dit import DiT, DiTConfig

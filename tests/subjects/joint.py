@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effjax import testing
-from effjax.context import Guidance, Layout, Model
+from effjax.context import Layout, Model
 from effjax.fields import Checked, Count, FloatName
 from effjax.forward import abstract
+from effjax.guidance import Guidance
 from effjax.layers.attention import JointAttention
 from effjax.layers.embeddings import PatchEmbed, TimestepEmbedding, sincos_2d, unpatchify
 from effjax.layers.folding import Fold

@@ -28,9 +28,10 @@ import jax.numpy as jnp
 
 from effjax import testing
 from effjax.capture import tap
-from effjax.context import Guidance, PyTree
+from effjax.context import PyTree
 from effjax.fields import Count
 from effjax.forward import Forward, Params
+from effjax.guidance import Guidance
 from effjax.layers.convolution import Conv2d
 from effjax.methods.quantization.blocks import with_kernels
 from effjax.methods.quantization.rules import (

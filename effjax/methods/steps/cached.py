@@ -26,6 +26,7 @@ from effjax.context import Context, PyTree, State, Step, is_static, when
 from effjax.fields import Natural
 from effjax.forward import Forward, Params
 from effjax.layers.stack import Stack
+from effjax.methods.steps.by_module import check_step
 from effjax.methods.steps.series import Series
 from effjax.targets import TargetModule, Wrapper, target_modules, wrap
 from effjax.transform import Pair, Plan, Transform
@@ -135,11 +136,8 @@ class StepCaching:
         return self.plan.calls
 
     def __call__(self, module: nnx.Module, context: Context) -> None:
-        calls = self.plan.calls
-        if calls is not None and is_static(context.step) and not 0 <= context.step < calls:
-            raise ValueError(
-                f"step {context.step} lies outside the plan, which is for {calls} network calls"
-            )
+        if self.plan.calls is not None:
+            check_step(context.step, self.plan.calls)
         lead: State | None = None
         for target, runs in zip(target_modules(module, Stack), self.runs, strict=True):
             if lead is not None and not runs:

@@ -1,6 +1,6 @@
 """DiT: images of classes, [cond, uncond]."""
 
-from effjax.context import Guidance
+from effjax.guidance import Guidance
 from effjax.pipelines.family import DiffusionFamily
 
 FAMILIES = (

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from effjax.context import Guidance
+from effjax.guidance import Guidance
 from effjax.models.pixart import PromptEmbeddings
 from effjax.pipelines.family import DiffusionFamily, TextEncoder, lower_case
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from effjax.context import Guidance, PyTree
+from effjax.context import PyTree
+from effjax.guidance import Guidance
 from effjax.layers.joint import PooledEmbeddings
 from effjax.models.clip import EncodedText
 from effjax.pipelines.family import DiffusionFamily, TextEncoder

@@ -11,7 +11,6 @@ from flax import nnx
 
 from effjax.context import (
     Context,
-    Guidance,
     PyTree,
     State,
     StateTree,
@@ -21,6 +20,7 @@ from effjax.context import (
     switch,
 )
 from effjax.forward import Forward, Params
+from effjax.guidance import Guidance, current_guidance
 from effjax.layers.attention import Attention, AttentionCore, attentions
 from effjax.methods.attention.dit_fast_attn.plan import KINDS, NAME, DiTFastAttnPlan, Strategy
 from effjax.targets import Wrapper, wrap
@@ -124,7 +124,6 @@ class FastAttention(Wrapper):
         self.action = action if is_static(action) else nnx.data(action)
         self.actions = tuple(sorted(actions))
         self.window = window
-        self.guidance = guidance or Guidance()  # never asked if the batch is not guided
         self.output = StateTree.of(inner)
         self.residual = State()  # a state that no action touches is not kept
 
@@ -142,7 +141,7 @@ def _attend(module: FastAttention, x: PyTree, *positions: jax.Array, action: int
     strategy, fresh = Strategy(action // 2), bool(action % 2)
     if strategy is Strategy.AST:
         return module.output.read(x)
-    guidance = module.guidance
+    guidance = current_guidance() or Guidance()  # never asked if the batch is not guided
     attention = module.inner
     own = guidance.branch("cond", x) if strategy.halved else x
     q, k, v = attention.project(own)
