@@ -32,10 +32,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.caches import ScaleCaches
-from effjax.context import Guidance, Step, is_static
+from effjax.context import Step, is_static
 from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate import Sampling, process_logits
+from effjax.guidance import Guidance
 from effjax.layers.scales import Scales, Sides, token_starts
 from effjax.loops import Carry, Loop
 from effjax.models.vqvae import MultiScaleQuantizer, averaged, quantizer_of
