@@ -6,8 +6,10 @@ JAX starts a backend. Nothing can be run on these chips.
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
+from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -36,7 +38,32 @@ def chip(name: str) -> SingleDeviceSharding:
     Raises:
         RuntimeError: if libtpu is not installed (the `tpu` extra).
     """
+    return SingleDeviceSharding(_devices(TOPOLOGIES[name])[0])
+
+
+@cache
+def chips(name: str, number: int) -> tuple[Any, ...]:
+    """Several chips, for a mesh to compile for: `device_mesh(chips("v5e", 8), model=8)`.
+
+    Args:
+        name: a key of `TOPOLOGIES`.
+        number: of them, at most as many as one slice may have.
+
+    Raises:
+        ValueError: for a number below 1.
+        RuntimeError: if libtpu is not installed (the `tpu` extra).
+    """
+    if number < 1:
+        raise ValueError(f"number must be at least 1, got {number}")
+    generation, _, shape = TOPOLOGIES[name].partition(":")
+    sides = [int(side) for side in shape.split("x")]  # of a host, the least there is
+    while math.prod(sides) < number:
+        sides[sides.index(min(sides[1::-1]))] *= 2
+    return tuple(_devices(f"{generation}:{'x'.join(map(str, sides))}"))[:number]
+
+
+@cache
+def _devices(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name])
-    return SingleDeviceSharding(topology.devices[0])
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -33,6 +33,7 @@ from pallas_kernels.block_sparse_attention.operation import (
 )
 from pallas_kernels.implementation import Implementation, dispatch
 from pallas_kernels.marks import useful
+from pallas_kernels.on_mesh import Cut
 from pallas_kernels.tiling import pad_axis
 
 DENSE, KEPT = -1, 0  # widths that are no windows
@@ -148,7 +149,10 @@ class _Problem(NamedTuple):
 def _forward(
     problem: _Problem, q: Array, k: Array, v: Array, kept: Array, window: Array | None
 ) -> Array:
-    if window is not None:
+    by_head, whole = "h", ""
+    if window is None:
+        by_head, whole = None, "h"
+    else:
         window = jnp.asarray(problem.widths, jnp.int32)[problem.place(window)]
 
     def refusal(name: str) -> str | None:
@@ -162,6 +166,7 @@ def _forward(
         | {name: partial(_listed, problem, name) for name in KERNELS},
         *(q, k, v, kept, window),
         refusal=refusal,
+        cut=Cut(("b.h.",) * 4 + (by_head,), "b.h.", whole),
         interpret=problem.interpret,
     )
 

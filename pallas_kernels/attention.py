@@ -24,6 +24,7 @@ from pallas_kernels.block_sparse_attention.operation import (
     refusal,
 )
 from pallas_kernels.implementation import Implementation, dispatch
+from pallas_kernels.on_mesh import Cut
 from pallas_kernels.tiling import pad_axis
 
 # Above this many logits per head, "xla" takes a block of queries at a time.
@@ -78,6 +79,7 @@ def dense_attention(
         | {name: partial(listed, implementation=name) for name in KERNELS},
         *(q, k, v),
         refusal=partial(refusal, problem, Heads(*heads_first(q, k, v)), None),
+        cut=Cut(("b.h.",) * 3, "b.h."),
         interpret=interpret,
     )
 

@@ -14,7 +14,8 @@ The platform is that of the *lowering*, not of the machine that traces: a progra
 time for a TPU on a computer without one has the TPU's kernel in it. Which chip it is, the lowering
 does not say; a program for CUDA has Hopper's kernels if the GPU that JAX runs on is one, or the
 device of JAX's abstract mesh. `use_implementation("xla")` keeps a whole program free of kernels:
-for chips that they do not compile for, and for one export that several platforms share.
+for chips that they do not compile for, and for one export that several platforms share. On several
+devices kernels need to know the mesh: see `pallas_kernels.on_mesh`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from jax._src.lib import cuda_versions  # what JAX's own kernels ask
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from pallas_kernels.on_mesh import Cut, by_device
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "pallas_mosaic_gpu"]
 
@@ -76,6 +79,7 @@ def dispatch(
     programs: Mapping[str, Callable[..., PyTree]],
     *operands: PyTree,
     refusal: Callable[[str], str | None],
+    cut: Cut | None = None,
     interpret: bool = False,
 ) -> PyTree:
     """Run one of an operation's programs.
@@ -88,6 +92,7 @@ def dispatch(
         programs: implementation -> function of the operands; all return equal shapes and dtypes.
         operands: trees of arrays.
         refusal: why a kernel (its name) cannot run these operands; None if it can.
+        cut: how operands may be cut among the devices of a mesh; None leaves that to XLA's program.
         interpret: run a named Pallas kernel in interpret mode, on any platform.
 
     Raises:
@@ -105,10 +110,11 @@ def dispatch(
         implementation = unnamed_implementation()
     if implementation is None:
         kernels: dict[str, Callable[..., PyTree]] = {}
-        for name in _CHOSEN if has_sizes(operands) else ():
+        own = by_device(cut, *operands) if has_sizes(operands) else None
+        for name in _CHOSEN if own else ():
             fits = name in programs and (name != "pallas_mosaic_gpu" or for_hopper())
-            if fits and _PLATFORMS[name] not in kernels and not refusal(name):
-                kernels[_PLATFORMS[name]] = _for_one_platform(operation, programs[name])
+            if own and fits and _PLATFORMS[name] not in kernels and not refusal(name):
+                kernels[_PLATFORMS[name]] = own(_for_one_platform(operation, programs[name]))
         if not kernels:
             return programs["xla"](*operands)
         return jax.lax.platform_dependent(*operands, default=programs["xla"], **kernels)
@@ -121,6 +127,8 @@ def dispatch(
         return program(*operands)
     if reason := refusal(implementation):
         raise NotImplementedError(f"{operation}, implementation {implementation!r}: {reason}")
+    if own := by_device(cut, *operands):
+        program = own(program)
     if interpret:
         return program(*operands)
     platform = _PLATFORMS[implementation]
@@ -220,7 +228,7 @@ _refusal.def_impl(_evaluate)
 batching.primitive_batchers[_refusal] = _batch
 mlir.register_lowering(_refusal, _lower)
 
-# The identity, which is lowered for one platform alone.
+# The identity, which is lowered for one platform alone, and for arrays of one device.
 _one_platform = Primitive("one_platform")
 
 
@@ -232,6 +240,14 @@ def _lower_once(context: Any, x: Any, *, operation: str) -> list[Any]:
             f"kernels for several platforms {platforms} at once. Export one program for each, or "
             f'trace and export within pallas_kernels.use_implementation("xla"): a program without '
             f"kernels, which all of them share."
+        )
+    devices = getattr(context.module_context.axis_context, "num_devices", 1)
+    if devices not in (None, 1):
+        raise NotImplementedError(
+            f"{operation} runs a kernel, which the compiler cannot cut for {devices} devices. "
+            f"Trace the program within jax.set_mesh(mesh), the mesh that its arrays lie on, with "
+            f"the axes 'data' for rows and 'model' for heads; or within "
+            f'pallas_kernels.use_implementation("xla"), without kernels.'
         )
     return [x]
 

@@ -30,6 +30,7 @@ from pallas_kernels.block_sparse_attention.operation import (
 from pallas_kernels.block_sparse_attention.steps import runs
 from pallas_kernels.implementation import Implementation, dispatch
 from pallas_kernels.marks import useful
+from pallas_kernels.on_mesh import Cut
 
 
 def dense_and_sparse_attention(
@@ -78,6 +79,8 @@ def dense_and_sparse_attention(
 # Jitted, so that the equal layers of a model trace it once.
 @partial(jax.jit, static_argnums=0)
 def _forward(problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    rule = problem.mask
+    assert isinstance(rule, Rule)
     return dispatch(
         problem.operation,
         problem.implementation,
@@ -89,6 +92,7 @@ def _forward(problem: Problem, q: Array, k: Array, v: Array) -> tuple[Array, Arr
         },
         *(q, k, v),
         refusal=partial(refusal, problem, Heads(*heads_first(q, k, v)), None),
+        cut=Cut(("b.h.",) * 3, ("b.h.",) * 2, whole="h" * (len(rule.parameters) > 1)),
         interpret=problem.interpret,
     )
 

@@ -6,11 +6,15 @@
     places = shardings(forward.abstract_params(), mesh, rules)   # or straight from the file:
     forward, params = converters.from_pretrained(path, sharding=places)
 
+    with jax.set_mesh(mesh):                                     # kernels need to know it
+        out, _ = jax.jit(forward)(params, {}, *inputs)
+
 A rule is a pattern and the mesh axes of an array's dimensions. `tensor_parallel` makes rules of the
 roles of a model's layers; rules of your own go before them. A dimension that its axis does not
 divide is kept whole on every device. The compiler finds the communication (GSPMD): tensor
 parallelism needs one sum over devices after the attention and one after the feed-forward of every
-block.
+block. It does not cut kernels: within `jax.set_mesh` each device runs them on its own rows and
+heads (`pallas_kernels.on_mesh`); elsewhere a program with kernels for several devices is refused.
 """
 
 from __future__ import annotations
@@ -76,10 +80,10 @@ def device_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
 def tensor_parallel(forward: Forward) -> tuple[Rule, ...]:
     """Make rules for a model's parameters from the roles of its layers.
 
-    Queries, keys, values, layers into hidden channels and heads are cut by their outputs on the
-    axis "model". Layers out of attention and out of hidden channels are cut by their inputs, and
-    the embedding of tokens by rows. The matrices of a stack (experts) are distributed along the
-    axis "expert". All other arrays are whole on every device.
+    Queries, keys, values, layers into hidden channels, modulations and heads are cut by their
+    outputs on the axis "model". Layers out of attention and out of hidden channels are cut by
+    their inputs, and the embedding of tokens by rows. The matrices of a stack (experts) are
+    distributed along the axis "expert". All other arrays are whole on every device.
 
         params = shard(params, device_mesh(data=2, model=4), tensor_parallel(forward))
     """

@@ -10,6 +10,7 @@ head h // G), D head width, E value width; M and N blocks of queries and keys.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -31,6 +32,7 @@ from pallas_kernels.block_sparse_attention import gpu, mosaic_gpu, reference, tp
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.implementation import Implementation, dispatch, has_sizes
 from pallas_kernels.marks import useful
+from pallas_kernels.on_mesh import Cut, free_axes
 from pallas_kernels.tiling import round_up
 
 Segments = tuple[Array, Array]
@@ -164,14 +166,42 @@ class Problem(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 def attend(problem: Problem, heads: Heads, made: BlockMask | None = None) -> Any:
     """Output [B, H, S, E] and log-sum-exp float32[B, H, S], without gradients."""
+    if made is not None and max(free_axes().values(), default=1) > 1:
+        # What all lists hold says nothing of those of one device.
+        made = dataclasses.replace(made, seen=None, listed=None)
     return dispatch(
         problem.operation,
         problem.implementation,
         programs(problem),
         *(heads, made),
         refusal=partial(refusal, problem, heads, made),
+        cut=_cut(problem, heads, made),
         interpret=problem.interpret,
     )
+
+
+def _cut(problem: Problem, heads: Heads, made: BlockMask | None) -> Cut:
+    """By rows and heads, but where lists or a rule that are known while tracing differ by them."""
+    mask = made if problem.mask is None else problem.mask
+    rule = mask if isinstance(mask, Rule) else mask.rule
+    lists = mask.index.shape[:2] if isinstance(mask, BlockMask) and made is None else (1, 1)
+    whole = "b" * (lists[0] > 1) + "h" * (lists[1] > 1 or len(rule.parameters) > 1)
+    letters = jax.tree.map(
+        lambda leaf: "".join(
+            letter if size > 1 else "." for letter, size in zip("bh", leaf.shape)
+        ).ljust(leaf.ndim, "."),
+        made,
+    )
+    parts = Heads(
+        "bh..",
+        "bh..",
+        "bh..",
+        segments=heads.segments and ("b.", "b."),
+        scales=heads.scales and ("bh.", "bh."),
+        by_row=None if heads.by_row is None else "bh.",
+    )
+    both = ("bh..", "bh.")
+    return Cut((parts, letters), (both, both) if problem.rest else both, whole)
 
 
 def programs(problem: Problem) -> dict[str, Callable[[Heads, BlockMask | None], Any]]:
