@@ -126,11 +126,59 @@ class ConditionalRows(Rows):
     guidance: Guidance
     batch: int
 
+    def fits(self, rows: int) -> bool:
+        return rows == self.batch
+
     def take(self, whole: jax.Array) -> jax.Array:
         return self.guidance.branch("cond", whole)
 
     def put(self, whole: jax.Array, part: jax.Array) -> jax.Array:
         return self.guidance.join({**self.guidance.split(whole), "cond": part})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampleRows(Rows):
+    """The rows of some samples, in all branches of guidance.
+
+    What remembers one branch alone has as many rows as there are samples.
+
+    Attributes:
+        guidance: how the branches stand in the batch, None if there are none.
+        samples: in the whole batch.
+        start: the first one of the part, which may be traced.
+        count: in the part.
+    """
+
+    guidance: Guidance | None
+    samples: int
+    start: jax.Array
+    count: int
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.guidance is None else len(self.guidance.branches)
+
+    def fits(self, rows: int) -> bool:
+        return rows in (self.samples, self.branches * self.samples)
+
+    def take(self, whole: jax.Array) -> jax.Array:
+        parted, axis = self._by_sample(whole)
+        part = jax.lax.dynamic_slice_in_dim(parted, self.start, self.count, axis)
+        return part.reshape(-1, *whole.shape[1:])
+
+    def put(self, whole: jax.Array, part: jax.Array) -> jax.Array:
+        parted, axis = self._by_sample(whole)
+        shape = list(parted.shape)
+        shape[axis] = self.count
+        new = jax.lax.dynamic_update_slice_in_dim(parted, part.reshape(shape), self.start, axis)
+        return new.reshape(whole.shape)
+
+    def _by_sample(self, whole: jax.Array) -> tuple[jax.Array, int]:
+        """An array with an axis of samples alone, and which one that is."""
+        branches = whole.shape[0] // self.samples
+        if self.guidance is not None and self.guidance.paired:
+            return whole.reshape(self.samples, branches, *whole.shape[1:]), 0
+        return whole.reshape(branches, self.samples, *whole.shape[1:]), 1
 
 
 @contextlib.contextmanager

@@ -16,21 +16,19 @@ import jax
 
 
 class Rows(abc.ABC):
-    """A part of the rows of a batch.
+    """A part of the rows of a batch."""
 
-    Attributes:
-        batch: rows of the whole batch, which tells the arrays that have them from others.
-    """
-
-    batch: int
+    @abc.abstractmethod
+    def fits(self, rows: int) -> bool:
+        """Whether an array with so many rows has those of the batch."""
 
     @abc.abstractmethod
     def take(self, whole: jax.Array) -> jax.Array:
-        """The part of an array [batch, ...]."""
+        """The part of an array with the batch's rows."""
 
     @abc.abstractmethod
     def put(self, whole: jax.Array, part: jax.Array) -> jax.Array:
-        """An array [batch, ...] with another part."""
+        """An array with the batch's rows and another part."""
 
 
 _ROWS: contextvars.ContextVar[tuple[Rows, ...]] = contextvars.ContextVar("rows", default=())
@@ -62,7 +60,7 @@ def replaced(whole: jax.Array, part: jax.Array) -> jax.Array:
 
 
 def _splits(whole: jax.Array, shape: tuple[int, ...], rows: tuple[Rows, ...]) -> bool:
-    return bool(rows and whole.shape != shape and whole.ndim and len(whole) == rows[0].batch)
+    return bool(rows and whole.shape != shape and whole.ndim and rows[0].fits(len(whole)))
 
 
 def _taken(whole: jax.Array, shape: tuple[int, ...], rows: tuple[Rows, ...]) -> jax.Array:

@@ -196,6 +196,7 @@ class Method:
         fit: (plan, fitting, forward, params, data, *, checkpoints) -> learned. `checkpoints` is a
             folder from which a second run resumes, or None.
         saves: whether a stronger plan costs less than the dense model; False for what adds to it.
+        exact: whether results are those of the model up to rounding: it saves memory alone.
         read: data -> (plan, learned), for methods whose plan follows from files, as adapters.
         given: (plan, forward, params) -> learned, something that stands for what a file gives, for
             methods that neither calibrate nor train.
@@ -224,6 +225,7 @@ class Method:
     fitting: type[Checked] | None = None
     fit: Callable[..., Any] | None = None
     saves: bool = True
+    exact: bool = False
     read: Callable[[Any], tuple[Plan, Any]] | None = None
     given: Callable[..., Any] | None = None
 

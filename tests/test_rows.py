@@ -19,6 +19,9 @@ class First(Rows):
     batch: int
     count: int
 
+    def fits(self, rows: int) -> bool:
+        return rows == self.batch
+
     def take(self, whole: jax.Array) -> jax.Array:
         return whole[: self.count]
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effjax.layers.attention import Heads, JointAttention, KeyHeads, SelfAttention
+from effjax.layers.chunks import TokenParts
 from effjax.layers.folding import QKV, Fold
 from effjax.layers.linear import Linear
 from effjax.layers.mlp import MLP, gelu_tanh
@@ -197,7 +198,7 @@ def _feed_forward(
     return x + gate[:, None] * layers.mlp(modulate(layers.norm(x), shift, scale))
 
 
-class SingleBlock(nnx.Module):
+class SingleBlock(TokenParts):
     """A block of one sequence whose attention and feed-forward layer read the same tokens.
 
     The output layer of both is kept in its two parts, `attn.to_out` (without a bias) and `down`:
@@ -233,8 +234,11 @@ class SingleBlock(nnx.Module):
     ) -> Float[Array, "B S C"]:
         shift, scale, gate = jnp.split(self.modulation(nnx.silu(c)), 3, axis=-1)
         h = modulate(self.norm(x), shift, scale)
-        inside = gelu_tanh(self.up(h).astype(jnp.float32)).astype(x.dtype)
-        return x + gate[:, None] * (self.attn(h, *angles) + self.down(inside))
+        beside = self.by_tokens(self._feed_forward, h, self.up, self.down)
+        return x + gate[:, None] * (self.attn(h, *angles) + beside)
+
+    def _feed_forward(self, h: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
+        return self.down(gelu_tanh(self.up(h).astype(jnp.float32)).astype(h.dtype))
 
 
 class FinalLayer(nnx.Module):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from effjax.layers.chunks import TokenParts
 from effjax.layers.linear import Linear
 from effjax.targets import Role
 
@@ -31,7 +32,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class MLP(nnx.Module):
+class FeedForward(TokenParts):
+    """Base of feed-forward layers."""
+
+    def whole(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
+        """Apply the layer to all tokens at once."""
+        raise NotImplementedError
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
+        return self.by_tokens(self.whole, x, self)
+
+
+class MLP(FeedForward):
     """Linear -> activation -> linear, on the last axis: hidden -> intermediate -> outputs.
 
     Args:
@@ -56,12 +68,12 @@ class MLP(nnx.Module):
         self.fc1 = Linear(hidden_size, intermediate_size, role=roles[0], **options)
         self.fc2 = Linear(intermediate_size, outputs or hidden_size, role=roles[1], **options)
 
-    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
+    def whole(self, x: Float[Array, "*B C"]) -> Float[Array, "*B O"]:
         inside = ACTIVATIONS[self.activation](self.fc1(x).astype(jnp.float32))
         return self.fc2(inside.astype(x.dtype))
 
 
-class GatedMLP(nnx.Module):
+class GatedMLP(FeedForward):
     """f(x W_gate) * (x W_up), then W_down (arXiv 2002.05202).
 
     Args:
@@ -89,5 +101,5 @@ class GatedMLP(nnx.Module):
         gate, up = (layer(x).astype(jnp.float32) for layer in (self.gate, self.up))
         return ACTIVATIONS[self.activation](gate) * up
 
-    def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
+    def whole(self, x: Float[Array, "B S C"]) -> Float[Array, "B S C"]:
         return self.down(self.inner(x).astype(x.dtype))

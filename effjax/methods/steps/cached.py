@@ -208,19 +208,27 @@ class CachedStack(Wrapper):
             head, done = when(computes, yes, no, self, head, *conditioning), stop
         return self._between(done, size, head, *conditioning)
 
+    def kept(self, out: PyTree, head: PyTree) -> PyTree:
+        """What to remember of a run of blocks, from what enters and what leaves it."""
+        return jax.tree.map(jnp.subtract, out, head)
+
+    def given(self, predicted: PyTree, head: PyTree) -> PyTree:
+        """What leaves a skipped run, from what enters it and what is predicted."""
+        return jax.tree.map(jnp.add, head, predicted)
+
     def _between(self, start: int, stop: int, x: PyTree, *conditioning: PyTree) -> PyTree:
         return self.inner.between(start, stop, x, *conditioning) if start < stop else x
 
 
 def _compute(cache: CachedStack, head: PyTree, *conditioning: PyTree, run: int) -> PyTree:
-    """Compute a run of blocks, and renew what it adds."""
+    """Compute a run of blocks, and renew what is remembered of it."""
     out = cache.inner.between(*cache.runs[run], head, *conditioning)
-    cache.series[run].renew(jax.tree.map(jnp.subtract, out, head), cache.step)
+    cache.series[run].renew(cache.kept(out, head), cache.step)
     return out
 
 
 def _predict(cache: CachedStack, head: PyTree, *conditioning: PyTree, run: int) -> PyTree:
-    return jax.tree.map(jnp.add, head, cache.series[run].predict(head, cache.step))
+    return cache.given(cache.series[run].predict(head, cache.step), head)
 
 
 def image_of(tokens: PyTree) -> Float[Array, "B S C"]:
