@@ -10,6 +10,8 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from converters.checkpoint import SUFFIXES
+from converters.family import family_of_json
 from converters.hub import Folder, open_folder, resolve, weight_files
 from converters.pretrained import SHARD_BYTES, save_pretrained, write_model
 from converters.weights import open_weights
@@ -191,8 +193,18 @@ def _convert_pipeline(
     entries = {key: value for key, value in index.items() if isinstance(value, list)}
     names = {key for key, value in entries.items() if any(part is not None for part in value)}
     names |= _unlisted(folder, entries)
+    files = {
+        key: value
+        for key, value in index.items()
+        if isinstance(value, str) and value.endswith(SUFFIXES) and "/" not in value
+    }
     reports: dict[str, Any] = {}
     with new_directory(Path(os.path.expanduser(dst))) as directory:
+        for key, file in files.items():
+            path = resolve(f"{folder.source}/{file}", **folder.remote)
+            reports[key] = _rewrite(path, directory / key, **reading, **writing)
+            reports[key]["destination"] = str(Path(dst) / key)
+            index[key] = _entry(directory / key)
         for key in sorted(names):
             if folder.has(f"{key}/config.json"):
                 held = None if variant is None else _held(folder, key, variant)
@@ -252,7 +264,7 @@ def _entry(directory: Path) -> list[str]:
     """How model_index.json names the model of a directory: its library and class."""
     config = read_json(directory / "config.json")
     if "_class_name" in config:
-        return ["diffusers", config["_class_name"]]
+        return [family_of_json(config).library, config["_class_name"]]
     return ["transformers", config["architectures"][0]]
 
 

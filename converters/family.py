@@ -29,6 +29,7 @@ class Family:
         tables: layouts of its checkpoints by name.
         claims: whether a config.json with another `_class_name` belongs here (legacy classes).
         keys: names in config.json of the fields that `model.counts` lists, where they differ.
+        library: what has the class, as a model_index.json names it.
     """
 
     class_name: str
@@ -39,6 +40,7 @@ class Family:
     tables: Mapping[str, Table]
     claims: Callable[[Json], bool] = lambda config: False
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    library: str = "diffusers"
 
     def layout(self, names: Iterable[str]) -> str:
         """The layout whose table knows most of these tensor names."""

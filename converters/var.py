@@ -143,4 +143,5 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     tables={"original": ORIGINAL},
+    library="effjax",
 )

@@ -144,4 +144,5 @@ FAMILY = Family(
     read_config=read_config,
     write_config=write_config,
     tables={"original": ORIGINAL},
+    library="effjax",
 )

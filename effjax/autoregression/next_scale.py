@@ -23,7 +23,7 @@ once (modulation).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -144,18 +144,26 @@ class NextScale(Loop):
         *,
         uncond: Int[Array, " B"] | None = None,
         callback: Callable[[int, Array], Any] | None = None,
+        watch: Callable[[int, Sequence[StateDict]], Any] | None = None,
+        progress: bool = False,
     ) -> tuple[Float[Array, "B S S Z"], Int[Array, "B L"]]:
         """The same in a loop on the host, one program for each scale.
 
         Args:
             callback: called as `callback(scale, latents)` after every scale. If it returns latents,
                 sampling goes on from those.
+            watch: called as `watch(scale, [state])` after every scale; the next one overwrites it.
+            progress: show a bar over the scales.
         """
+        from tqdm.auto import tqdm
+
         uncond = self.unconditional(forward, cond, uncond)
         x, tokens, state, keys = _compiled_init(self, forward, params, cond, key, uncond)
-        for scale in range(self.calls):
+        for scale in tqdm(range(self.calls), desc="scales", disable=not progress):
             inputs = params, cond, uncond, x, tokens, keys
             x, tokens, state, keys = _compiled_step(scale, self, forward, *inputs, state=state)
+            if watch is not None:
+                watch(scale, [state])
             changed = None if callback is None else callback(scale, x)
             if changed is not None:
                 if getattr(changed, "shape", None) != x.shape:
@@ -298,7 +306,7 @@ def _draw(keys: Array, logits: Float[Array, "B T V"]) -> Int[Array, "B T"]:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-@partial(Program, static_argnums=())
+@Program
 def _compiled_init(
     loop: NextScale, forward: Forward, params: Params, cond: Array, key: Array, uncond: Any
 ) -> Carry:

@@ -47,22 +47,26 @@ class FirstCall(Wrapper):
 
     Args:
         first: whether this is the first call; None if that is not known while tracing.
+        width: channels of the outputs, O.
     """
 
-    def __init__(self, inner: nnx.Module, *, first: bool | None):
+    def __init__(self, inner: nnx.Module, *, first: bool | None, width: int):
         super().__init__(inner)
         self.first = first
+        self.width = width
         self.outputs = State()
 
     def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B O"]:
         if self.first or self.outputs.get_metadata("creating"):
-            self.outputs.write(self.inner(x))
-        elif self.first is None:
+            y = self.inner(x)
+            self.outputs.write(y)
+            return y
+        if self.first is None:
             raise ValueError(
                 "scales differ in their numbers of tokens, so that each is a call of its own: give "
                 "step=0 for the first one, 1 for the next"
             )
-        return self.outputs.get_value()
+        return self.outputs.read((x.shape[0], self.width), x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,8 @@ class ScaleCaches:
         for target in cores:
             wrap(module, target.path, ScaleCache)
         first = int(context.step) == 0 if is_static(context.step) else None
-        for target in target_modules(module, Linear):
-            if target.role == "modulation":
-                wrap(module, target.path, FirstCall, first=first)
+        for path, layer in target_modules(module, Linear):
+            assert isinstance(layer, Linear)
+            if layer.role == "modulation":
+                width = layer.kernel.get_value().shape[-1]
+                wrap(module, path, FirstCall, first=first, width=width)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from effjax.fields import Count, Natural, NotNegative, parse
+from effjax.fields import Count, Natural, NotNegative, Share, parse
 
 COUNT, NATURAL, NOT_NEGATIVE = parse(Count), parse(Natural), parse(NotNegative)
-NUMBER = parse(float)
+NUMBER, SHARE = parse(float), parse(Share)
 LENGTHS = parse(tuple[Count, ...])
 
 Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
@@ -24,6 +24,21 @@ def sampler_arguments(command: Arguments) -> None:
     )
     command.add_argument("--height", type=COUNT, help="pixels, of a text-to-image model's images")
     command.add_argument("--width", type=COUNT, help="pixels")
+    command.add_argument(
+        "--top-k", type=NATURAL, help="codes to draw among, of a model of codes; 0 for all"
+    )
+    command.add_argument("--top-p", type=SHARE, help="share of their probability; 1 for all")
+    command.add_argument(
+        "--more-smooth", action="store_true", default=None, help="mix codes, for pictures"
+    )
+
+
+# Options by the argument of a pipeline's `sampler` that they are.
+SETTINGS = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    **{name: name for name in ("height", "width", "top_k", "top_p", "more_smooth")},
+}
 
 
 def condition_arguments(command: Arguments, what: str) -> None:

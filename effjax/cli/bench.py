@@ -19,7 +19,13 @@ from effjax.cli.running import asked, load, settings
 from effjax.cost import memory_of, sampler_cost, state_bytes, weight_bytes
 from effjax.generate import Reading, generate, perplexity, prefill, score
 from effjax.metrics import psnr
-from effjax.pipelines import ClassConditionalPipeline, PromptPipeline, TextPipeline
+from effjax.pipelines import (
+    ClassConditionalPipeline,
+    NextScalePipeline,
+    PromptPipeline,
+    TextPipeline,
+)
+from effjax.pipelines.base import BasePipeline
 from effjax.pipelines.reference import Reference, reference
 from effjax.pipelines.summary import Watch, summarize
 from effjax.scanning import describe_runs, example_runs
@@ -48,7 +54,7 @@ def run(arguments: argparse.Namespace) -> Figures:
 
 
 def images(
-    pipe: ClassConditionalPipeline | PromptPipeline,
+    pipe: ClassConditionalPipeline | PromptPipeline | NextScalePipeline,
     reference: Reference,
     wanted: Sequence[str],
     options: Mapping[str, Any],
@@ -151,7 +157,7 @@ def texts(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespac
     return figures, "\n".join([*side_by_side(figures, reference), *block_programs(pipe)])
 
 
-def block_programs(pipe: ClassConditionalPipeline | PromptPipeline | TextPipeline) -> list[str]:
+def block_programs(pipe: BasePipeline) -> list[str]:
     """How many programs the compressed blocks need if equal ones are scanned, and why."""
     said = describe_runs(example_runs(pipe.forward, pipe.params))
     return [f"if blocks are scanned: {said}"] if said else []

@@ -13,7 +13,8 @@ import jax
 from PIL import Image
 
 import effjax
-from effjax.pipelines import PromptPipeline, TextPipeline
+from effjax.cli.arguments import SETTINGS
+from effjax.pipelines import Pipeline, PromptPipeline, TextPipeline
 
 Figures = tuple[Any, str]
 
@@ -44,6 +45,9 @@ def sample(arguments: argparse.Namespace) -> Figures:
         if not isinstance(pipe, PromptPipeline):
             raise ValueError("this pipeline is conditioned on classes: leave out --negative-prompt")
         options["negative_prompt"] = arguments.negative_prompt
+    changes = arguments.image is not None or arguments.strength is not None
+    if changes and not isinstance(pipe, Pipeline):
+        raise ValueError("this pipeline changes no images: leave out --image and --strength")
     if arguments.image is not None:
         options["image"] = _image(arguments.image)
     if arguments.strength is not None:
@@ -126,9 +130,22 @@ def _comma_separated(values: str) -> list[str]:
 
 
 def settings(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Options of a pipeline's sampler."""
-    given = {"height": arguments.height, "width": arguments.width}
-    sizes = {name: value for name, value in given.items() if value is not None}
-    if sizes and not isinstance(pipe, PromptPipeline):
+    """Options of a pipeline's sampler, those that were given.
+
+    Raises:
+        ValueError: for options that this kind of pipeline does not take.
+    """
+    given = {name: getattr(arguments, option) for name, option in SETTINGS.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    wrong = [name for name in given if name not in pipe.SETTINGS]
+    if wrong and set(wrong) <= {"height", "width"}:
         raise ValueError("this model makes images of one size: leave out --height and --width")
-    return {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance, **sizes}
+    if wrong:
+        words, taken = (
+            ", ".join(f"--{SETTINGS[name]}".replace("_", "-") for name in names)
+            for names in (wrong, pipe.SETTINGS)
+        )
+        raise ValueError(
+            f"a {type(pipe).__name__} takes no {words}: leave it out. It takes {taken}"
+        )
+    return given

@@ -26,11 +26,13 @@ from effjax.pipelines.class_conditional import ClassConditionalPipeline
 from effjax.pipelines.diffusion import Pipeline
 from effjax.pipelines.images import to_pil
 from effjax.pipelines.loading import Components, refuse_file
+from effjax.pipelines.next_scale import NextScalePipeline
 from effjax.pipelines.prompts import PromptPipeline, TextToImagePipeline, TextToVideoPipeline
 from effjax.pipelines.text import TextPipeline
 
 __all__ = [
     "ClassConditionalPipeline",
+    "NextScalePipeline",
     "Pipeline",
     "PromptPipeline",
     "TextPipeline",
@@ -68,8 +70,8 @@ def pipeline(
 
     Args:
         source: a directory or a hub repository ("owner/name"). A directory has the layout of
-            diffusers, for language models that of transformers, or was written by a pipeline's
-            `save`.
+            diffusers, for language models that of transformers, was written by a pipeline's `save`,
+            or has a model_index.json that names weight files beside it.
         revision, token, cache_dir, local_files_only: as in `converters.from_pretrained`.
         variant: which weights to load, such as "fp16", of components that have several. Other
             components load the weights that they have.
@@ -143,6 +145,7 @@ _CLASSES: dict[str, Any] = {
     each.__name__: each
     for each in (
         ClassConditionalPipeline,
+        NextScalePipeline,
         TextPipeline,
         TextToImagePipeline,
         TextToVideoPipeline,

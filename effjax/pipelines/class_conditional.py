@@ -5,24 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from effjax.fields import naming
 from effjax.pipelines import arguments
 from effjax.pipelines.base import INDEX, runs_executables
 from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline, strength_of
-from effjax.pipelines.labels import check_names, index_of, read_names
+from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
 from effjax.pipelines.loading import Components
-
-Label = SupportsIndex | str
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class ClassConditionalPipeline(Pipeline):
+class ClassConditionalPipeline(OfClasses, Pipeline):
     """A class-conditional diffusion model (diffusers' DiTPipeline).
 
     Call it with class indices or names to get images of these classes.
@@ -115,24 +112,5 @@ class ClassConditionalPipeline(Pipeline):
             callback_on_step_end=callback_on_step_end,
         )
 
-    def conditions(
-        self, labels: Label | Sequence[Label] | np.ndarray | jax.Array
-    ) -> tuple[jax.Array, None]:
-        """Make the conditions `cond` and `uncond` that a sampler takes for these labels."""
-        indices = [self.index(label) for label in arguments.listed("labels", labels)]
-        return jnp.asarray(indices, jnp.int32), None
-
-    def index(self, label: Any) -> int:
-        """Find the class index of a label.
-
-        Args:
-            label: an index (also as text), one name of a class, or all names of a class.
-
-        Raises:
-            ValueError: for a value that is not a label, and for a name of no class or of several.
-        """
-        return index_of(label, self.names, self.forward.config.num_classes)
-
     def _components(self, directory: Path) -> dict[str, Any]:
-        own = {"id2label": {str(index): name for index, name in self.names.items()}}
-        return {**super()._components(directory), **own}
+        return {**super()._components(directory), **self.names_as_json()}

@@ -61,7 +61,12 @@ def describe(
     for name in models:
         if found.has(name):
             own = variant if found.has_variant(name) else None
-            components[name] = _model(folder, name, own)
+            file = found.file(name)
+            components[name] = (
+                _model(folder, name, own)
+                if file is None
+                else converters.describe(file, **folder.remote)
+            )
         elif name in index:
             components[name] = None
     beside = {

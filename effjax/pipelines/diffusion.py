@@ -44,6 +44,8 @@ _PIXELS = (1, 3)  # channels of a model that needs no VAE
 class Pipeline(BasePipeline):
     """A diffusion model that is ready to sample: the base of pipelines of images and videos.
 
+    `SETTINGS` are the arguments of a call that `sampler` takes too, and that commands ask for.
+
     Attributes:
         forward, params: the denoiser, possibly transformed.
         scheduler: contents of its scheduler_config.json.
@@ -61,6 +63,7 @@ class Pipeline(BasePipeline):
 
     TASK = "text-to-image"
     MAKES: ClassVar[str] = "images"
+    SETTINGS: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale")
 
     @classmethod
     def shared(cls, found: Components) -> dict[str, Any]:

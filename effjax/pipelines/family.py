@@ -72,6 +72,25 @@ class PipelineFamily:
         return tuple(name for name in self.kinds if name not in fixed)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleFamily(PipelineFamily):
+    """A pipeline class around a model that predicts maps of codes, from coarse to fine.
+
+    Attributes:
+        vae: the component whose codes they are.
+        guidance, top_k, top_p: defaults of a call.
+    """
+
+    vae: str = "vae"
+    guidance: float
+    top_k: int
+    top_p: float
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {self.model: "model", self.vae: "model"}
+
+
 # --- what conditions are made of ------------------------------------------------------------------
 
 

@@ -8,12 +8,53 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsIndex
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from effjax.forward import Forward
+from effjax.pipelines import arguments
+
+Label = SupportsIndex | str
+
 _LISTED = 20  # names that an error lists
+
+
+class OfClasses:
+    """What pipelines of classes share: labels by index or by name.
+
+    Attributes:
+        names: names of classes by their index. Several names of one class have commas between
+            them. Some classes may have no name.
+    """
+
+    names: Mapping[int, str]
+    forward: Forward
+
+    def conditions(
+        self, labels: Label | Sequence[Label] | np.ndarray | jax.Array
+    ) -> tuple[jax.Array, None]:
+        """Make the conditions `cond` and `uncond` that a sampler takes for these labels."""
+        indices = [self.index(label) for label in arguments.listed("labels", labels)]
+        return jnp.asarray(indices, jnp.int32), None
+
+    def index(self, label: Any) -> int:
+        """Find the class index of a label.
+
+        Args:
+            label: an index (also as text), one name of a class, or all names of a class.
+
+        Raises:
+            ValueError: for a value that is not a label, and for a name of no class or of several.
+        """
+        return index_of(label, self.names, self.forward.config.num_classes)
+
+    def names_as_json(self) -> dict[str, dict[str, str]]:
+        """The names as a model_index.json has them."""
+        return {"id2label": {str(index): name for index, name in self.names.items()}}
 
 
 def read_names(id2label: Any) -> dict[int, str]:

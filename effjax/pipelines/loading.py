@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import converters
+from converters.checkpoint import SUFFIXES
 from converters.hub import Folder, weight_files
 from effjax import fields, recipe
 from effjax.forward import Forward
@@ -18,7 +19,7 @@ from effjax.pipelines.base import INDEX, Origin
 from effjax.pipelines.family import PipelineFamily
 from effjax.transform import Pair
 
-_ENTRY = tuple[str | None, str | None] | None  # library and class of a component
+_ENTRY = str | tuple[str | None, str | None] | None  # a weight file; library and class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Components:
             entry = fields.from_json(_ENTRY, (self.index or {}).get(name))
             if wrong := fields.problems(_ENTRY, entry, name):
                 raise ValueError(f"{self.folder.source}/{INDEX}: {'; '.join(wrong)}")
+            if isinstance(entry, str):
+                check_file(name, entry, self.folder.source)
 
     @property
     def origin(self) -> Origin:
@@ -59,10 +62,17 @@ class Components:
         if self.given.get(name) is not None:
             return True
         entry = (self.index or {}).get(name)
+        if isinstance(entry, str):
+            return self.folder.has(entry)
         if isinstance(entry, list):
             return any(part is not None for part in entry)
         files = ("config.json", "tokenizer_config.json")
         return any(self.folder.has(f"{name}/{file}") for file in files)
+
+    def file(self, name: str | None) -> str | None:
+        """Where the weight file is that the index names for a component; None if it names none."""
+        entry = (self.index or {}).get(name or "")
+        return f"{self.folder.source}/{entry}" if isinstance(entry, str) else None
 
     def has_variant(self, name: str) -> bool:
         """Whether a component is there with weights of the variant that is asked for."""
@@ -110,6 +120,8 @@ class Components:
             progress = self.options["progress"]
             if (saved := self.folder.saved_model(name, progress=progress)) is not None:
                 return recipe.load(saved, **self.options)
+        if (file := self.file(name)) is not None:
+            return converters.from_pretrained(file, **self.options, **self.folder.remote)
         return converters.from_pretrained(
             self.folder.source,
             subfolder=name,
@@ -167,6 +179,19 @@ class Components:
                     f"\nIt has no {file}; for a sentencepiece model: pip install sentencepiece"
                 )
             raise ValueError(message) from error
+
+
+def check_file(name: str, file: str, source: str) -> None:
+    """Check that what an index names for a component is a weight file beside it.
+
+    Raises:
+        ValueError: for what is not.
+    """
+    if "/" in file or "\\" in file or not file.endswith(SUFFIXES):
+        raise ValueError(
+            f"{source}/{INDEX}: {name} must be [library, class], or the name of a weight file "
+            f"beside it ({', '.join(SUFFIXES)}); got {file!r}"
+        )
 
 
 def _is_pair(value: Any) -> bool:

@@ -7,7 +7,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,8 @@ class PromptPipeline(Pipeline):
     tokenizer_2: Any = dataclasses.field(default=None, kw_only=True)
     text_encoder_3: Pair | None = dataclasses.field(default=None, kw_only=True)
     tokenizer_3: Any = dataclasses.field(default=None, kw_only=True)
+    SETTINGS: ClassVar[tuple[str, ...]] = (*Pipeline.SETTINGS, "height", "width")
+
     _captions: Recent[tuple[str, ...], PyTree] = dataclasses.field(
         default_factory=lambda: Recent(_REMEMBERED), init=False, repr=False, compare=False
     )

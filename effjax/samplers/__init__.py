@@ -10,7 +10,7 @@ from effjax.samplers.ddim import DDIM
 from effjax.samplers.ddpm import DDPM
 from effjax.samplers.dpm_solver import DPMSolver
 from effjax.samplers.flow_match import FlowMatchEuler
-from effjax.samplers.sampler import Sampler, check_keys, sample_keys
+from effjax.samplers.sampler import Sampler, check_keys, keys_of, sample_keys
 from effjax.samplers.schedule import DiffusionSchedule, Schedule, step_noise
 from effjax.samplers.tables import Betas
 
@@ -24,6 +24,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "check_keys",
+    "keys_of",
     "sample_keys",
     "step_noise",
 ]

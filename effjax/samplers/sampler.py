@@ -238,7 +238,7 @@ class Sampler(Loop):
         found = []
         for start, size in zip(itertools.accumulate(sizes, initial=0), sizes):
             own, other, *given = rows((cond, uncond, noise, image), start, size)
-            keys = _keys_of(key, batch, start, size)
+            keys = keys_of(key, batch, start, size)
             found.append(Part(own, keys, self.unconditional(forward, own, other), *given))
         return found
 
@@ -425,8 +425,17 @@ def check_keys(key: Array, batch: int) -> None:
         )
 
 
-def _keys_of(key: Array, batch: int, start: int, size: int) -> Key[Array, " N"]:
-    """Keys of the samples start, start + 1, ... of a batch; beyond it any."""
+def keys_of(key: Array, batch: int, start: int, size: int) -> Key[Array, " N"]:
+    """Keys of the samples start, start + 1, ... of a batch; beyond it any.
+
+    Args:
+        key: one key, or one for each sample of the batch.
+        batch: how many samples there are.
+        start, size: of which samples.
+
+    Raises:
+        TypeError, ValueError: as `sample_keys`.
+    """
     check_keys(key, batch)
     if not key.shape:
         return sample_keys(key, size, first=start)

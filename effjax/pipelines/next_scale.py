@@ -1,0 +1,343 @@
+"""Pipelines of models that predict maps of codes from coarse to fine: VAR."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from effjax.autoregression import NextScale, teacher_forced
+from effjax.buckets import by_parts, cut, joined, rows
+from effjax.executables import Program
+from effjax.fields import naming
+from effjax.finite import warn_unless_finite
+from effjax.forward import Forward, Params
+from effjax.layers.scales import Sides, whole_scales
+from effjax.models import vqvae
+from effjax.pipelines import arguments
+from effjax.pipelines.base import INDEX, BasePipeline, runs_executables
+from effjax.pipelines.diffusion import Images, OnStepEnd
+from effjax.pipelines.family import ScaleFamily
+from effjax.pipelines.images import finished, prepared
+from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
+from effjax.pipelines.loading import Components
+from effjax.samplers import check_keys, keys_of
+from effjax.transform import Pair
+
+OutputType = Literal["pil", "np", "latent", "tokens"]
+
+_ADVICE = (
+    'Load the pipeline with dtype="float32" or "bfloat16", or with check_finite=True, which finds '
+    "damaged weights."
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class NextScalePipeline(OfClasses, BasePipeline):
+    """A class-conditional model of scales (VAR) with the VQVAE of its codes.
+
+    Call it with class indices or names to get images of these classes.
+
+        pipe = effjax.pipeline("var-d16", dtype="bfloat16")
+        images = pipe([207, 980], key=jax.random.key(0), guidance_scale=4.0)
+
+    Attributes:
+        forward, params: the model, possibly transformed.
+        vae: forward and parameters of the VQVAE.
+        names: see `OfClasses`.
+    """
+
+    vae: Pair
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
+    family: ScaleFamily = dataclasses.field(default=cast(Any, None), kw_only=True, repr=False)
+
+    TASK = "unconditional-image-generation"  # hubs know no classes
+    MAKES: ClassVar[str] = "images"
+    SETTINGS: ClassVar[tuple[str, ...]] = ("guidance_scale", "top_k", "top_p", "more_smooth")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.names, self.forward.config.num_classes)
+        NextScale(self.vae, self.patch_nums).check(self.forward)
+
+    @classmethod
+    def of(cls, found: Components) -> NextScalePipeline:
+        """Load from components.
+
+        Raises:
+            ValueError: for components that are missing or belong to different models.
+        """
+        family = found.family
+        assert isinstance(family, ScaleFamily)
+        found.require(family.model, family.vae)
+        with naming(INDEX):
+            names = read_names((found.index or {}).get("id2label"))
+        pairs = found.model(family.model), found.model(family.vae)
+        return cls(*pairs[0], pairs[1], names=names, origin=found.origin, family=family)
+
+    @property
+    def patch_nums(self) -> Sides:
+        """Sides of the maps of tokens, from coarse to fine."""
+        return self.forward.config.patch_nums
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image in pixels."""
+        config = self.vae[0].config
+        side = config.downscale * self.patch_nums[-1]
+        return side, side, config.in_channels
+
+    def sampler(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | Sequence[float] | None = None,
+        more_smooth: bool = False,
+    ) -> NextScale:
+        """Make the loop that a call uses.
+
+        The arguments are those of a call.
+
+        Raises:
+            ValueError: for numbers out of range.
+        """
+        family = self.family
+        scale = family.guidance if guidance_scale is None else guidance_scale
+        scale = arguments.scale("guidance_scale", scale)
+        codes = self.forward.config.vocab_size
+        top_k = min(family.top_k, codes) if top_k is None else top_k
+        if top_k != 0 or isinstance(top_k, bool):
+            top_k = arguments.count("top_k", top_k)
+        top_p = arguments.scale("top_p", family.top_p if top_p is None else top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {top_p}")
+        loop = NextScale(
+            self.vae,
+            self.patch_nums,
+            guidance=scale or None,
+            top_k=top_k or None,
+            top_p=None if top_p == 1 else top_p,
+            temperature=self._temperature(temperature),
+            more_smooth=more_smooth,
+        )
+        loop.check(self.forward)
+        return loop
+
+    def _temperature(self, given: Any) -> float | tuple[float, ...] | None:
+        if given is None:
+            return None
+        scales = len(self.patch_nums)
+        many = isinstance(given, Sequence | np.ndarray)
+        values = tuple(
+            arguments.scale("temperature", value) for value in (given if many else [given])
+        )
+        if (many and len(values) != scales) or 0.0 in values:
+            raise ValueError(
+                f"temperature must be above 0 (top_k=1 takes the likeliest tokens): one number, or "
+                f"one for each of {scales} scales; got {given!r}"
+            )
+        return values if many else values[0]
+
+    @runs_executables
+    def __call__(
+        self,
+        labels: Label | Sequence[Label] | np.ndarray | jax.Array,
+        *,
+        key: jax.Array,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | Sequence[float] | None = None,
+        more_smooth: bool = False,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> Images:
+        """Generate images of classes.
+
+        Args:
+            labels: one or more class indices or names.
+            key: PRNG key, `jax.random.key(seed)`. The same key gives the same image at its place.
+            num_images_per_prompt: images of each label. All of the first label come first, then all
+                of the second, ...
+            guidance_scale: t in (1 + t) cond - t uncond at the last scale; it grows from 0 at the
+                first one. 0 means no guidance, which halves the cost. None takes the family's (1.5,
+                with which the published figures were measured; 4 makes clearer pictures).
+            top_k: draw among so many of the likeliest tokens; 0 for all. None takes the family's
+                (900).
+            top_p: draw among the likeliest tokens whose probabilities reach this sum; 1 for all.
+                None takes the family's (0.96).
+            temperature: divides the logits of the tokens that are left; one number, or one for each
+                scale. None is 1.
+            more_smooth: mix codes by their probabilities in place of drawing them: for pictures.
+            output_type: "pil" for PIL images, "np" for float32[images, H, W, C] in 0 ... 1,
+                "latent" for the latents float32[images, S, S, Z] before they are decoded, "tokens"
+                for the tokens int32[images, L] of all scales.
+            progress: show a bar over the parts of a batch.
+            callback_on_step_end: called as `callback_on_step_end(scale, latents)` after every
+                scale; if it returns latents, sampling goes on from those. Scales are then programs
+                of their own.
+
+        Returns:
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for images that are NaN or infinite.
+
+        Raises:
+            ValueError: for unknown labels, and numbers out of range.
+            TypeError: if `key` is not a key.
+        """
+        types = get_args(OutputType)
+        if not isinstance(output_type, str) or output_type not in types:
+            raise ValueError(f"output_type must be one of {', '.join(types)}; got {output_type!r}")
+        if output_type == "tokens" and more_smooth:
+            raise ValueError("more_smooth mixes codes, so that no tokens stand for the images")
+        if not (callback_on_step_end is None or callable(callback_on_step_end)):
+            raise ValueError(
+                f"callback_on_step_end must be a function of a scale and latents, got "
+                f"{callback_on_step_end!r}"
+            )
+        asked = arguments.listed("labels", labels)
+        loop = self.sampler(
+            guidance_scale=guidance_scale,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+            more_smooth=more_smooth,
+        )
+        repeats = arguments.count("num_images_per_prompt", num_images_per_prompt)
+        check_keys(key, repeats * len(asked))
+        cond = jnp.asarray(np.repeat(np.asarray(self.conditions(asked)[0]), repeats))
+        if callback_on_step_end is not None:
+            pair = self.forward, self.params
+            x, tokens = loop.stepwise(*pair, cond, key, callback=callback_on_step_end)
+        else:
+            x, tokens = self._sampled(loop, cond, key, progress)
+        if output_type == "tokens":
+            return tokens
+        outputs = x if output_type == "latent" else self.decode(x)
+        warn_unless_finite("sampled images", outputs, _ADVICE)
+        return finished(outputs, output_type)
+
+    def _sampled(
+        self, loop: NextScale, cond: jax.Array, key: jax.Array, progress: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Latents and tokens, in parts of a few sizes."""
+        from tqdm.auto import tqdm
+
+        batch = len(cond)
+        sizes = cut(batch, self.buckets, cond, key)
+        starts = itertools.accumulate(sizes, initial=0)
+        parts = [
+            _sample(
+                loop,
+                self.forward,
+                self.params,
+                rows(cond, start, size) if len(sizes) > 1 else cond,
+                keys_of(key, batch, start, size),
+            )
+            for start, size in tqdm(list(zip(starts, sizes)), "sampling", disable=not progress)
+        ]
+        x, tokens = zip(*parts)
+        return joined(x, batch), joined(tokens, batch)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Decode latents [B, S, S, Z] into images, float32 in about -1 ... 1."""
+        return by_parts(partial(_decode, *self.vae), self.buckets, x)
+
+    def encode(self, images: Any) -> jax.Array:
+        """Encode images to the tokens int32[B, L] of all scales.
+
+        Args:
+            images: PIL images, which are resized; or arrays [H, W, C] or [B, H, W, C] of the
+                pipeline's `size`, uint8 or floats in 0 ... 1.
+
+        Raises:
+            ValueError: for other arrays.
+        """
+        many = isinstance(images, list | tuple) or getattr(images, "ndim", 3) == 4
+        pixels = prepared("images", images, len(images) if many else 1, self.size)
+        run = partial(_encode, self.patch_nums, *self.vae)
+        return by_parts(run, self.buckets, pixels)
+
+    def latents(self, tokens: jax.Array | np.ndarray) -> jax.Array:
+        """The latents float32[B, S, S, Z] of tokens [B, L], which may be of the first scales alone.
+
+        Raises:
+            ValueError: for what is no tokens of whole scales.
+        """
+        tokens = self._tokens(tokens)
+        return by_parts(partial(_latents, self.patch_nums, *self.vae), self.buckets, tokens)
+
+    def logits(
+        self,
+        tokens: jax.Array | np.ndarray,
+        labels: Label | Sequence[Label] | np.ndarray | jax.Array,
+    ) -> jax.Array:
+        """Logits float32[B, L, V] of given tokens [B, L], all scales in one call, without guidance.
+
+        Args:
+            tokens: of whole scales, from the first one on.
+            labels: class of each image.
+
+        Raises:
+            ValueError: for what is no tokens of whole scales, and unknown labels.
+        """
+        tokens, (cond, _) = self._tokens(tokens), self.conditions(labels)
+        if len(cond) != len(tokens):
+            raise ValueError(f"there are tokens of {len(tokens)} images and {len(cond)} labels")
+        run = partial(_read, self.forward, self.params, self.vae)
+        return by_parts(run, self.buckets, tokens, cond)
+
+    def _tokens(self, given: Any) -> jax.Array:
+        tokens, codes = np.asarray(given), self.vae[0].config.vocab_size
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+            raise ValueError(f"tokens must be whole numbers [images, L], got {given!r:.200}")
+        whole_scales(self.patch_nums, tokens.shape[1])
+        if tokens.min() < 0 or tokens.max() >= codes:
+            raise ValueError(
+                f"tokens are codes 0 ... {codes - 1}, got {tokens.min()} ... {tokens.max()}"
+            )
+        return jnp.asarray(tokens, jnp.int32)
+
+    def _components(self, directory: Path) -> dict[str, Any]:
+        return {**super()._components(directory), **self.names_as_json()}
+
+
+@Program
+def _sample(
+    loop: NextScale, forward: Forward, params: Params, labels: Array, key: Array
+) -> tuple[Array, Array]:
+    return loop.sample(forward, params, labels, key)
+
+
+@Program
+def _decode(forward: Forward, params: Params, latents: Array) -> Array:
+    return vqvae.decode(forward, params, latents).astype(jnp.float32)
+
+
+@partial(Program, static_argnums=(0,))
+def _encode(patch_nums: Sides, forward: Forward, params: Params, images: Array) -> Array:
+    return vqvae.encode(forward, params, images, patch_nums)
+
+
+@partial(Program, static_argnums=(0,))
+def _latents(patch_nums: Sides, forward: Forward, params: Params, tokens: Array) -> Array:
+    return vqvae.latents_of(forward, params, tokens, patch_nums)
+
+
+@Program
+def _read(forward: Forward, params: Params, vae: Pair, tokens: Array, labels: Array) -> Array:
+    return teacher_forced(forward, params, vae, tokens, labels)
