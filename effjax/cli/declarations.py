@@ -96,7 +96,8 @@ def _words(kind: type) -> str:
             continue
         value = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
         if value:
-            words.append(f" --{name.replace('_', '-')} {value}")
+            between = "=" if value.startswith("-") else " "  # a list is no negative number
+            words.append(f" --{name.replace('_', '-')}{between}{value}")
     return "".join(words)
 
 

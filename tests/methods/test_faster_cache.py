@@ -176,7 +176,7 @@ def test_costs():
 
 def test_bad_input():
     with pytest.raises(ValueError, match="times must be those of the network calls"):
-        FasterCachePlan()
+        FasterCachePlan(())
     subject = testing.tiny_flux(steps=6)
     pair = subject.forward, subject.params
     forward, params = faster_cache.transform(FasterCachePlan(TIMES))(*pair)

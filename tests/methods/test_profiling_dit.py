@@ -145,7 +145,7 @@ class TestSearch:
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="blocks must be different numbers of blocks in order"):
-            ProfilingDiTPlan()
+            ProfilingDiTPlan(blocks=())
         with pytest.raises(ValueError, match=r"got \(2, 1\)"):
             ProfilingDiTPlan(blocks=(2, 1))
         with pytest.raises(ValueError, match=r"at must be calls from warmup=6 to 9, got \[3, 10\]"):

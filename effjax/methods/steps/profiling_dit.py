@@ -55,7 +55,7 @@ class ProfilingDiTPlan(StepCachePlan):
         order: of the Taylor series in steps that predicts; 0 holds what was computed last.
     """
 
-    blocks: tuple[Natural, ...] = ()
+    blocks: tuple[Natural, ...] = dataclasses.field(kw_only=True)
     steps: Count = 50
     warmup: Count = 6
     every: Count = 6

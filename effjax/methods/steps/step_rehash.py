@@ -46,7 +46,7 @@ class StepRehashPlan(StepCachePlan):
         order: of the Taylor series in steps that predicts features; 0 holds the last ones.
     """
 
-    compute: tuple[Literal[0, 1], ...] = ()
+    compute: tuple[Literal[0, 1], ...] = dataclasses.field(kw_only=True)
     last_blocks: Count = 1  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class FasterCachePlan(Plan):
         low_gain, high_gain: by what factor, in each call that estimates.
     """
 
-    times: tuple[NotNegative, ...] = ()
+    times: tuple[NotNegative, ...]
     guided: bool = True
     every: Count = 2
     attention_times: Between = (-1.0, 681.0)
