@@ -1,5 +1,7 @@
 """ProfilingDiT: runs of cached blocks, what is foreground, which blocks prefer it, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,22 @@ def test_skipped_blocks_cost_nothing():
     attention = 4 * batch * tokens**2 * width
     assert sizes[0] == attention + 2 * batch * (12 * tokens + 2 * 6) * width**2
     assert sizes[1] == attention + 2 * batch * (12 * tokens + 3) * width**2
+
+
+@pytest.mark.parametrize(
+    "tiny", [testing.tiny_pixart, functools.partial(testing.tiny_sd3, dual_layers=())]
+)
+def test_a_skipped_block_saves_what_one_more_costs(tiny):
+    """In one call of three, and in a model whose blocks in the middle are equal."""
+    costs = []
+    for layers in (3, 4):
+        subject = tiny(steps=3, num_layers=layers)
+        pair, options = (subject.forward, subject.params), {"uncond": subject.uncond}
+        costs.append(sampler_cost(subject.sampler, *pair, subject.cond, **options).flops)
+    plan = ProfilingDiTPlan(blocks=(1,), steps=3, warmup=1, every=2)
+    pair = profiling_dit.transform(plan)(*pair)
+    cached = sampler_cost(subject.sampler, *pair, subject.cond, **options).flops
+    assert 3 * (costs[1] - cached) == costs[1] - costs[0]
 
 
 class TestForeground:

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from effjax.calibration import Trajectory
-from effjax.methods import db_cache, faster_cache, fb_cache, mag_cache, pab, taylor_seer
+from effjax.methods import (
+    db_cache,
+    faster_cache,
+    fb_cache,
+    mag_cache,
+    pab,
+    profiling_dit,
+    taylor_seer,
+)
 from tests.golden import make_step_caches as peers
 
 
@@ -96,3 +104,4 @@ def test_the_page_shows_the_masks():
             assert drawn(golden()[f"{method}/flux/mask"]) in page, method
     for what in ("mask", "branches"):
         assert drawn(golden()[f"faster_cache/sd3/{what}"]) in page
+    assert drawn(profiling_dit.ProfilingDiTPlan(blocks=(0,), steps=28).mask) in page

@@ -42,7 +42,7 @@ def test_parts_give_what_the_whole_gives(tiny):
 
 def test_parts_keep_the_states_of_their_samples():
     """With caches around the parts, inside of them, and of one branch alone."""
-    subject = testing.tiny_dit(steps=6)
+    subject = testing.tiny_pixart(steps=6)
     order = Guidance(("uncond", "cond"), paired=True)
     sampler = dataclasses.replace(subject.sampler, arrangement=order)
     subject = dataclasses.replace(subject, sampler=sampler)
