@@ -9,6 +9,7 @@ import pytest
 
 import effjax
 from effjax import testing
+from effjax.calibration import Trajectory
 from effjax.context import states
 from effjax.cost import cost
 from effjax.guidance import Guidance
@@ -179,6 +180,9 @@ def test_bad_input():
         FasterCachePlan(())
     subject = testing.tiny_flux(steps=6)
     pair = subject.forward, subject.params
+    var = testing.tiny_var()
+    with pytest.raises(ValueError, match="goes by the times of network calls, and NextScale has n"):
+        faster_cache.search(faster_cache.Goals(), *pair, var.data(Trajectory))
     forward, params = faster_cache.transform(FasterCachePlan(TIMES))(*pair)
     with pytest.raises(ValueError, match="is for calls that are guided, and this one not: give gu"):
         subject.sampler(forward, params, subject.cond, jax.random.key(0))

@@ -172,6 +172,8 @@ class TestSearch:
         pair, data = (subject.forward, subject.params), subject.data(Trajectory)
         with pytest.raises(ValueError, match="profiling_dit caches block 2, but this model has 2"):
             profiling_dit.transform(ProfilingDiTPlan(blocks=(2,)))(*pair)
+        with pytest.raises(ValueError, match="models, and NextScale is no Sampler of one"):
+            profiling_dit.find(Goals(), *pair, testing.tiny_var().data(Trajectory))
         with pytest.raises(ValueError, match=r"foreground must be bool\[2, 64\], one row for each"):
             profiling_dit.find(Goals(), *pair, data, np.ones((2, 9), bool))
         mask = np.array([[True, False] * 32, [False] * 64])

@@ -70,6 +70,13 @@ def pair_of(subject):
     return subject.forward, subject.params
 
 
+def test_samples_of_a_model_of_scales():
+    """Each call has another number of tokens, and what the label decides is kept of the first."""
+    subject = testing.tiny_var(batch=3)
+    parts = streamlined.transform(StreamlinedPlan(samples=1, tokens=3))
+    chex.assert_trees_all_equal(sample(subject, parts), sample(subject))
+
+
 def test_work_is_that_of_the_whole():
     subject = testing.tiny_flux()
     inputs = subject.sampler.inputs(jnp.zeros((2, 16, 16, 4)), subject.cond, None, 0)
@@ -137,6 +144,10 @@ def test_bad_input():
     watched = forward.patch(capture.Observe(Linear, r"blocks\..*fc1"))
     with pytest.raises(ValueError, match=r"run through a MLP in which another patch keeps state"):
         watched(params, watched.init(params, *inputs), *inputs)
+    llama = testing.tiny_llama()
+    pair = streamlined.transform(StreamlinedPlan(samples=1))(*pair_of(llama))
+    with pytest.raises(ValueError, match="KV caches hold a whole batch, so streamlined cannot run"):
+        llama.sampler.init(*pair, llama.cond)
     forward, params = streamlined.transform(StreamlinedPlan(samples=1))(*pair_of(subject))
     inputs = jnp.zeros((64, 16, 16, 4)), jnp.zeros(64), jnp.zeros(64, jnp.int32)
     with pytest.raises(ValueError, match="a batch of 64 rows cannot be cut into samples"):

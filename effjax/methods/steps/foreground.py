@@ -22,7 +22,7 @@ from effjax.context import Context, Layout, State
 from effjax.forward import Forward, Params
 from effjax.layers.attention import Heads, attentions
 from effjax.layers.stack import Stack
-from effjax.methods.steps.watching import sampled
+from effjax.methods.steps.watching import layout_of, sampled
 from effjax.targets import AttentionKind, Wrapper, target_modules, wrap
 from pallas_kernels.attention import dense_attention
 
@@ -30,16 +30,13 @@ KINDS: tuple[AttentionKind, ...] = ("self", "joint")
 Mask = Bool[np.ndarray, "B T"]
 
 
-def layout_of(forward: Forward, params: Params, data: Trajectory) -> Layout:
+def raster_of(forward: Forward, params: Params, data: Trajectory) -> Layout:
     """The tokens of a trajectory's network calls.
 
     Raises:
-        ValueError: for a model whose image tokens are no raster.
+        ValueError: for a model whose image tokens are no raster, and as `layout_of`.
     """
-    sampler = data.sampler
-    x = jnp.zeros((jax.tree.leaves(data.cond)[0].shape[0], *sampler.sample_shape(forward)))
-    uncond = sampler.unconditional(forward, data.cond, data.uncond)
-    layout = forward.layout(params, *sampler.inputs(x, data.cond, uncond, 0))
+    layout = layout_of(forward, params, data)
     if layout is None:
         raise ValueError(f"{forward.model.__name__} does not say what its tokens are")
     layout.raster("a profile of foreground and background")
@@ -91,7 +88,7 @@ def preferences(
         ValueError: for masks of another shape, or with nothing or everything in the foreground of a
             sample, and for a model with a block without self- or joint attention.
     """
-    layout = layout_of(forward, params, data)
+    layout = raster_of(forward, params, data)
     batch = jax.tree.leaves(data.cond)[0].shape[0]
     if foreground.shape != (batch, layout.image_tokens) or foreground.dtype != bool:
         raise ValueError(

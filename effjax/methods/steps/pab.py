@@ -22,7 +22,7 @@ from effjax.calibration import Trajectory
 from effjax.fields import Checked, Count, NotNegative
 from effjax.forward import Forward, Params
 from effjax.methods.steps.by_module import attention_cache
-from effjax.samplers import Schedule
+from effjax.methods.steps.watching import times_of
 from effjax.transform import Method, Plan, Transform
 
 NAME = "pab"
@@ -86,9 +86,7 @@ class Goals(Checked):
 
 def search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> PABPlan:
     """The plan for the times of a sampler; nothing runs."""
-    schedule: Schedule = data.sampler.schedule
-    times = tuple(float(time) for time in schedule.times)
-    return PABPlan(times, **dataclasses.asdict(goals))
+    return PABPlan(times_of(data), **dataclasses.asdict(goals))
 
 
 def _plan(subject: testing.Subject, every: int, low: float, high: float) -> PABPlan:

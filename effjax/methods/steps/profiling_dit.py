@@ -28,7 +28,7 @@ from effjax.calibration import Trajectory
 from effjax.fields import Checked, Count, Natural, Share
 from effjax.forward import Forward, Params
 from effjax.methods.steps.cached import CachedStack, Runs, StepCachePlan, step_cache
-from effjax.methods.steps.foreground import Mask, foreground_of, layout_of, preferences
+from effjax.methods.steps.foreground import Mask, foreground_of, preferences, raster_of
 from effjax.methods.steps.watching import sampled
 from effjax.transform import Method, Transform
 
@@ -143,7 +143,7 @@ def find(
         ValueError: if no block is left to cache, and as `preferences`.
     """
     if foreground is None:
-        layout = layout_of(forward, params, data)
+        layout = raster_of(forward, params, data)
         *_, samples = sampled(forward, params, data, lambda carry: carry.x)
         foreground = foreground_of(samples, layout)
     measured = preferences(forward, params, data, foreground).mean(0)

@@ -53,7 +53,8 @@ def transform(plan: StreamlinedPlan) -> Transform:
     """Run blocks on parts of the samples or tokens.
 
     Raises:
-        ValueError: for a model without a stack of blocks, or without feed-forward layers to cut.
+        ValueError: for a model without a stack of blocks, or without feed-forward layers to cut;
+            while tracing, for samples of a language model with a KV cache.
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
@@ -74,6 +75,11 @@ class Streamlining:
     plan: StreamlinedPlan
 
     def __call__(self, module: nnx.Module, context: Context) -> None:
+        if self.plan.samples is not None and context.cache_length is not None:
+            raise ValueError(
+                f"KV caches hold a whole batch, so {NAME} cannot run on some samples: leave out "
+                f"samples="
+            )
         for target in target_modules(module, Stack):
             assert isinstance(target.module, Stack)
             target.module.samples = self.plan.samples

@@ -14,6 +14,7 @@ from effjax.context import Layout
 from effjax.forward import Forward, Params, StateDict
 from effjax.layers.stack import Stack
 from effjax.loops import Carry
+from effjax.samplers import Sampler
 from effjax.transform import Transform
 
 Added = Float[Array, "B S C"]
@@ -33,15 +34,44 @@ def watch(
         data: what to sample.
     """
     watched, params = caching(forward, params)
-    x = jnp.zeros((jax.tree.leaves(data.cond)[0].shape[0], *data.sampler.sample_shape(forward)))
-    uncond = data.sampler.unconditional(forward, data.cond, data.uncond)
-    layout = forward.layout(params, *data.sampler.inputs(x, data.cond, uncond, 0))
+    layout = layout_of(forward, params, data)
     paths = [target.path for target in forward.target_modules(params, Stack)]
 
     def seen(carry: Carry) -> Any:
         return look(carry.state, _added(carry.state, paths, layout))
 
     return sampled(watched, params, data, seen)
+
+
+def layout_of(forward: Forward, params: Params, data: Trajectory) -> Layout | None:
+    """The tokens of a trajectory's network calls; None if the model does not say.
+
+    Raises:
+        ValueError: for a loop that is no sampler of a diffusion model.
+    """
+    sampler = data.sampler
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"this looks at trajectories of diffusion models, and {type(sampler).__name__} is no "
+            f"Sampler of one"
+        )
+    x = jnp.zeros((jax.tree.leaves(data.cond)[0].shape[0], *sampler.sample_shape(forward)))
+    uncond = sampler.unconditional(forward, data.cond, data.uncond)
+    return forward.layout(params, *sampler.inputs(x, data.cond, uncond, 0))
+
+
+def times_of(data: Trajectory) -> tuple[float, ...]:
+    """The times of a trajectory's network calls.
+
+    Raises:
+        ValueError: for a loop without times.
+    """
+    schedule = getattr(data.sampler, "schedule", None)
+    if schedule is None:
+        raise ValueError(
+            f"this goes by the times of network calls, and {type(data.sampler).__name__} has none"
+        )
+    return tuple(float(time) for time in schedule.times)
 
 
 def sampled(

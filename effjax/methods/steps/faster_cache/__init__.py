@@ -37,7 +37,7 @@ from effjax.methods.steps.by_module import CachedAttention, check_attentions, ch
 from effjax.methods.steps.faster_cache.attention import ConditionalAttention, LastTwo
 from effjax.methods.steps.faster_cache.branches import EstimatedBranches, low_frequencies
 from effjax.methods.steps.faster_cache.plan import NAME, Between, FasterCachePlan
-from effjax.samplers import Schedule
+from effjax.methods.steps.watching import times_of
 from effjax.targets import AttentionKind, wrap
 from effjax.transform import Method, Pair, Transform
 
@@ -118,9 +118,7 @@ class Goals(Checked):
 
 def search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> FasterCachePlan:
     """The plan for the times and the guidance of a sampler; nothing runs."""
-    schedule: Schedule = data.sampler.schedule
-    times = tuple(float(time) for time in schedule.times)
-    return FasterCachePlan(times, data.sampler.guided, **dataclasses.asdict(goals))
+    return FasterCachePlan(times_of(data), data.sampler.guided, **dataclasses.asdict(goals))
 
 
 def _plan(subject: testing.Subject, every: int, branch_every: int) -> FasterCachePlan:
