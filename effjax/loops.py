@@ -89,7 +89,14 @@ class Loop(abc.ABC):
     def inputs(self, x: Array, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
         """The inputs of the network at a call."""
 
-    @abc.abstractmethod
+    def ready(self, forward: Forward) -> Forward:
+        """The forward that is called: with caches, for a loop that needs them."""
+        return forward
+
+    def output(self, raw: Array, x: Array, step: Step) -> Array:
+        """What a call's raw output becomes, such as guided by its branches."""
+        return raw
+
     def network(
         self,
         forward: Forward,
@@ -103,8 +110,11 @@ class Loop(abc.ABC):
         """Call the network.
 
         Returns:
-            The guided output, the raw output and the next state.
+            The guided output, the raw output (of all branches) and the next state.
         """
+        inputs = self.inputs(x, cond, uncond, step)
+        raw, state = self.ready(forward)(params, state, *inputs, step=step, guidance=self.joined)
+        return self.output(raw, x, step), raw, state
 
     @abc.abstractmethod
     def update(self, carry: Carry, out: Array, step: Step) -> Carry:

@@ -194,13 +194,22 @@ class NextScale(Loop):
         batch, last = cond.shape[0], self.patch_nums[-1]
         x = jnp.zeros((batch, last, last, forward.config.code_channels), jnp.float32)
         uncond = self.unconditional(forward, cond, uncond)
-        inputs = self.inputs(x, cond, uncond, 0)
-        state = self.ready(forward).init(params, *inputs, guidance=self.joined)
+        state = self._state(forward, params, x, cond, uncond, 0)
+        if forward.patches:
+            last = self._state(forward, params, x, cond, uncond, self.calls - 1)
+            check_kept(forward, state, last)
         tokens = jnp.zeros((batch, token_starts(self.patch_nums)[-1]), jnp.int32)
         return Carry(x, tokens, state, sample_keys(key, batch))
 
+    def _state(
+        self, forward: Forward, params: Params, x: Array, cond: Array, uncond: Any, scale: int
+    ) -> StateDict:
+        """An initial state, as a call of a scale shapes it."""
+        inputs = self.inputs(x, cond, uncond, scale)
+        return self.ready(forward).init(params, *inputs, guidance=self.joined)
+
     def check(self, forward: Forward) -> None:
-        """Raise what `init` raises."""
+        """Raise what `init` raises of the loop and the model."""
         config, codes = forward.config, self.vae[0].config
         if config.patch_nums != self.patch_nums:
             raise ValueError(
@@ -236,21 +245,11 @@ class NextScale(Loop):
             cond = self.joined.join({"cond": cond, "uncond": uncond})
         return codes, cond, Scales(self.patch_nums, scale, scale + 1)
 
-    def network(
-        self,
-        forward: Forward,
-        params: Params,
-        state: StateDict,
-        x: Float[Array, "B S S Z"],
-        cond: Int[Array, " B"],
-        uncond: Int[Array, " B"] | None,
-        step: Step,
-    ) -> tuple[Float[Array, "B T V"], Float[Array, "N T V"], StateDict]:
-        """Guided logits of a scale, those of all branches, and the next state."""
-        inputs = self.inputs(x, cond, uncond, step)
-        forward = self.ready(forward)
-        raw, state = forward(params, state, *inputs, step=step, guidance=self.joined)
-        return self.guide(raw, step), raw, state
+    def output(
+        self, raw: Float[Array, "N T V"], x: Float[Array, "B S S Z"], step: Step
+    ) -> Float[Array, "B T V"]:
+        """The guided logits of a scale."""
+        return self.guide(raw, step)
 
     def guide(self, raw: Float[Array, "N T V"], step: Step) -> Float[Array, "B T V"]:
         """The guided logits (1 + t) cond - t uncond of a scale."""
@@ -300,6 +299,29 @@ class NextScale(Loop):
         if any(isinstance(patch, ScaleCaches) for patch in forward.patches):
             return forward
         return forward.patch(ScaleCaches())
+
+
+def check_kept(forward: Forward, first: StateDict, last: StateDict) -> None:
+    """Check that what patches keep has the same shapes in all calls.
+
+    Args:
+        forward: for the names of its methods.
+        first, last: states as the calls of two scales shape them.
+
+    Raises:
+        ValueError: for methods that keep tokens of a call for the next one.
+    """
+    wrong = [
+        name
+        for name in sorted({*first, *last})
+        if name not in first or name not in last or first[name].shape != last[name].shape
+    ]
+    if wrong:
+        methods = ", ".join(dict.fromkeys(name for name, _ in forward.recipe)) or "a patch"
+        raise ValueError(
+            f"{methods} keeps tokens of a call for the next one ({wrong[0]}), but calls of a model "
+            f"of scales have different numbers of tokens: this kind of method does not apply"
+        )
 
 
 def _draw(keys: Array, logits: Float[Array, "B T V"]) -> Int[Array, "B T"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
@@ -67,6 +67,22 @@ class NextScalePipeline(OfClasses, BasePipeline):
         super().__post_init__()
         check_names(self.names, self.forward.config.num_classes)
         NextScale(self.vae, self.patch_nums).check(self.forward)
+
+    def transform(self, *transforms: Callable[[Forward, Params], Pair]) -> NextScalePipeline:
+        """Return a copy of this pipeline with a transformed model.
+
+        Args:
+            transforms: functions `(forward, params) -> (forward, params)`, applied in order.
+
+        Raises:
+            ValueError: for methods that keep tokens of a call for the next one.
+        """
+        made = super().transform(*transforms)
+        if made.forward.patches:  # shapes alone are traced
+            labels, loop = jnp.zeros(1, jnp.int32), made.sampler()
+            forward, key = made.forward, jax.random.key(0)
+            jax.eval_shape(lambda params: loop.init(forward, params, labels, key), made.params)
+        return made
 
     @classmethod
     def of(cls, found: Components) -> NextScalePipeline:

@@ -287,24 +287,11 @@ class Sampler(Loop):
         state = forward.init(params, *self.inputs(x, cond, uncond, 0), guidance=self.joined)
         return Carry(x, self.schedule.init(x), state, pairs[:, 1])
 
-    def network(
-        self,
-        forward: Forward,
-        params: Params,
-        state: StateDict,
-        x: Float[Array, "B ..."],
-        cond: PyTree,
-        uncond: PyTree,
-        step: Step,
-    ) -> tuple[Float[Array, "B ..."], Float[Array, "N ..."], StateDict]:
-        """Call the network.
-
-        Returns:
-            The guided output [B, ...], the raw output ([2B, ...] if guided) and the next state.
-        """
-        inputs = self.inputs(x, cond, uncond, step)
-        raw, state = forward(params, state, *inputs, step=step, guidance=self.joined)
-        return self.guide(raw, x.shape[-1]), raw, state
+    def output(
+        self, raw: Float[Array, "N ..."], x: Float[Array, "B ..."], step: Step
+    ) -> Float[Array, "B ..."]:
+        """The guided output, from the raw output of all branches."""
+        return self.guide(raw, x.shape[-1])
 
     def inputs(
         self, x: Float[Array, "B ..."], cond: PyTree, uncond: PyTree, step: Step

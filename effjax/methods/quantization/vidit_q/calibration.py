@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from effjax.capture import Tap, tapped_call
-from effjax.context import PyTree
+from effjax.context import PyTree, Step
 from effjax.forward import Forward, Params, flatten_params
 from effjax.layers.linear import Linear
-from effjax.loops import Carry
+from effjax.loops import Carry, Loop
 from effjax.methods.quantization.vidit_q.plan import Rule, ViDiTQPlan
-from effjax.samplers import Sampler
 
 Calibration = Mapping[str, jax.Array]  # float32[segments, *E, I] by path of a layer
 
@@ -25,7 +26,7 @@ def calibrate(
     plan: ViDiTQPlan,
     forward: Forward,
     params: Params,
-    sampler: Sampler,
+    sampler: Loop,
     cond: PyTree,
     *,
     key: jax.Array,
@@ -70,20 +71,26 @@ def calibrate(
 
     uncond = sampler.unconditional(forward, cond, uncond)
 
-    @jax.jit
-    def call(params: Params, carry: Carry, step: jax.Array) -> tuple[Carry, dict[str, jax.Array]]:
+    def call(params: Params, carry: Carry, step: Step) -> tuple[Carry, dict[str, jax.Array]]:
         inputs = sampler.inputs(carry.x, cond, uncond, step)
-        raw, state, seen = tapped_call(
-            forward, params, inputs, patch, state=carry.state, step=step, guidance=sampler.joined
-        )
-        out = sampler.guide(raw, carry.x.shape[-1])
+        options: dict[str, Any] = {
+            "state": carry.state,
+            "step": step,
+            "guidance": sampler.joined,
+        }
+        raw, state, seen = tapped_call(sampler.ready(forward), params, inputs, patch, **options)
+        out = sampler.output(raw, carry.x, step)
         carry = sampler.update(carry._replace(state=state), out, step)
         return carry, {path: channels(x, stacked[path]) for path, x in seen.items()}
 
     carry = jax.jit(lambda params: sampler.init(forward, params, cond, key, uncond=uncond))(params)
     found: list[dict[str, jax.Array]] = [{} for _ in plan.segments]
+    alike = jax.jit(call)
     for step in tqdm(range(sampler.calls), desc="calibration", disable=not progress, leave=False):
-        carry, seen = call(params, carry, np.int32(step))
+        if step in sampler.apart:
+            carry, seen = jax.jit(partial(call, step=step))(params, carry)
+        else:
+            carry, seen = alike(params, carry, np.int32(step))
         own = found[sum(step >= boundary for boundary in plan.boundaries)]
         for path, new in seen.items():
             own[path] = new if path not in own else join(own[path], new)
