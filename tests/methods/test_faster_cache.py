@@ -28,6 +28,7 @@ def drawn(mask):
 
 def test_masks_and_gains():
     plan = FasterCachePlan(TIMES, branch_every=3)
+    assert plan.calls == 6  # what a pipeline takes, if a call does not say
     assert drawn(plan.branches) == "#..#.."
     assert drawn(plan.attention) == "#.###."
     assert drawn(FasterCachePlan(TIMES, guided=False, branch_every=3).attention) == "#.#.#."

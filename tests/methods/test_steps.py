@@ -293,6 +293,7 @@ class TestAttentionCaches:
         assert all(taylor_seer.TaylorSeerPlan(steps=5, every=4, last=2).mask[3:])
         held = pab.PABPlan(times=(900.0, 790.0, 600.0, 400.0, 100.0, 50.0), every=3)
         assert "".join(map(str, map(int, held.mask(3)))) == "100111"
+        assert (plan.calls, held.calls) == (28, 6)  # what a pipeline takes, if a call says none
         with pytest.raises(ValueError, match="times must be those of the network calls"):
             pab.PABPlan()
 

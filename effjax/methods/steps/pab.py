@@ -50,6 +50,11 @@ class PABPlan(Plan):
         if not self.times:
             raise ValueError("times must be those of the network calls: sampler.schedule.times")
 
+    @property
+    def calls(self) -> int:
+        """Network calls that the plan is made for."""
+        return len(self.times)
+
     def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
         held = {"attention": self.mask(self.every)}
         return {**held, "attention to texts": self.mask(self.cross_every)}

@@ -48,6 +48,11 @@ class TaylorSeerPlan(Plan):
             raise ValueError(f"last must be at most steps={self.steps}, got {self.last}")
 
     @property
+    def calls(self) -> int:
+        """Network calls that the plan is made for."""
+        return self.steps
+
+    @property
     def mask(self) -> tuple[bool, ...]:
         """Whether each call computes."""
         return tuple(

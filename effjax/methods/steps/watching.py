@@ -49,15 +49,19 @@ def layout_of(forward: Forward, params: Params, data: Trajectory) -> Layout | No
     Raises:
         ValueError: for a loop that is no sampler of a diffusion model.
     """
-    sampler = data.sampler
-    if not isinstance(sampler, Sampler):
-        raise ValueError(
-            f"this looks at trajectories of diffusion models, and {type(sampler).__name__} is no "
-            f"Sampler of one"
-        )
+    sampler = _sampler(data)
     x = jnp.zeros((jax.tree.leaves(data.cond)[0].shape[0], *sampler.sample_shape(forward)))
     uncond = sampler.unconditional(forward, data.cond, data.uncond)
     return forward.layout(params, *sampler.inputs(x, data.cond, uncond, 0))
+
+
+def _sampler(data: Trajectory) -> Sampler:
+    if not isinstance(data.sampler, Sampler):
+        raise ValueError(
+            f"this looks at trajectories of diffusion models, and {type(data.sampler).__name__} is "
+            f"no Sampler of one"
+        )
+    return data.sampler
 
 
 def times_of(data: Trajectory) -> tuple[float, ...]:
@@ -77,8 +81,12 @@ def times_of(data: Trajectory) -> tuple[float, ...]:
 def sampled(
     forward: Forward, params: Params, data: Trajectory, look: Callable[[Carry], Any]
 ) -> Iterator[Any]:
-    """Sample, and look at the carry after every call, within its program."""
-    sampler = data.sampler
+    """Sample, and look at the carry after every call, within its program.
+
+    Raises:
+        ValueError: for a loop that is no sampler of a diffusion model.
+    """
+    sampler = _sampler(data)
     uncond = sampler.unconditional(forward, data.cond, data.uncond)
     options = {} if data.uncond is None else {"uncond": data.uncond}
     carry = sampler.init(forward, params, data.cond, data.key, **options)

@@ -77,7 +77,7 @@ class FasterCaching:
 
     @property
     def calls(self) -> int:
-        return len(self.plan.times)
+        return self.plan.calls
 
     def __call__(self, module: nnx.Module, context: Context) -> nnx.Module | None:
         plan, guidance = self.plan, context.guidance

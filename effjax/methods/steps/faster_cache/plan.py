@@ -46,6 +46,11 @@ class FasterCachePlan(Plan):
         if not self.times:
             raise ValueError("times must be those of the network calls: sampler.schedule.times")
 
+    @property
+    def calls(self) -> int:
+        """Network calls that the plan is made for."""
+        return len(self.times)
+
     def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
         own = {"attention": self.attention}
         return {**own, "branches of guidance": self.branches} if self.guided else own
