@@ -39,7 +39,8 @@ from effjax.generate import Sampling, process_logits
 from effjax.guidance import Guidance
 from effjax.layers.scales import Scales, Sides, token_starts
 from effjax.loops import Carry, Loop
-from effjax.models.vqvae import MultiScaleQuantizer, averaged, quantizer_of
+from effjax.models.var import VARConfig
+from effjax.models.vqvae import MultiScaleQuantizer, VQVAEConfig, averaged, quantizer_of
 from effjax.samplers import sample_keys
 from effjax.transform import Pair
 
@@ -211,6 +212,11 @@ class NextScale(Loop):
     def check(self, forward: Forward) -> None:
         """Raise what `init` raises of the loop and the model."""
         config, codes = forward.config, self.vae[0].config
+        if not isinstance(config, VARConfig) or not isinstance(codes, VQVAEConfig):
+            raise ValueError(
+                f"scales are sampled of a VAR with its VQVAE, got {forward.model.__name__} and "
+                f"{self.vae[0].model.__name__}"
+            )
         if config.patch_nums != self.patch_nums:
             raise ValueError(
                 f"the model has maps of the sides {config.patch_nums}, and the loop is for "
@@ -226,6 +232,13 @@ class NextScale(Loop):
             raise ValueError(
                 f"top_k must be 1 ... {config.vocab_size}, the number of codes, or None for all; "
                 f"got {self.top_k}"
+            )
+        given = self.temperature
+        shape = (len(given),) if isinstance(given, tuple) else getattr(given, "shape", ())
+        if shape not in ((), (self.calls,)):
+            raise ValueError(
+                f"temperature is a number, or one for each of {self.calls} scales; got "
+                f"{self.temperature}"
             )
 
     def inputs(

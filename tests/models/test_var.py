@@ -178,10 +178,17 @@ def test_cached_calls_give_what_one_call_gives(subject):
         made = latents_of(*loop.vae, carry.memory, loop.patch_nums)
         codes = codes_of(quantizer_of(*loop.vae), carry.memory, loop.patch_nums)
         other = forward(params, {}, codes.at[:, 4].add(1.0), cond)[0]  # the last of its scale
-        return jnp.concatenate(logits, axis=1), whole, carry.x, made, other
+        # The first scales in one call, the last one after them.
+        keeping, scales = loop.ready(forward), forward.config.scales
+        first, last = (codes[:, :5], cond, scales(0, 2)), (codes[:, 5:], cond, scales(2, 3))
+        begun, state = keeping(params, keeping.init(params, *first), *first, step=0)
+        ended, _ = keeping(params, state, *last, step=1)
+        logits = jnp.concatenate(logits, axis=1), jnp.concatenate([begun, ended], axis=1)
+        return *logits, whole, carry.x, made, other
 
-    cached, whole, x, made, other = both(params, loop)
+    cached, in_two, whole, x, made, other = both(params, loop)
     chex.assert_trees_all_close(cached, whole, atol=1e-4)
+    chex.assert_trees_all_close(in_two, whole, atol=1e-4)
     chex.assert_trees_all_close(x, made, atol=1e-5)
     # A scale sees all of itself and of those before, and nothing that follows.
     chex.assert_trees_all_equal(other[:, :1], whole[:, :1])
@@ -385,6 +392,8 @@ def test_bad_input(subject):
 
     refuse(r"maps of the sides \(1, 2, 3\), and the loop is for \(1, 2, 4\)", patch_nums=(1, 2, 4))
     refuse(r"top_k must be 1 \.\.\. 40, the number of codes", top_k=41)
+    refuse("one for each of 3 scales", temperature=(1.0, 1.0))
+    refuse("of a VAR with its VQVAE, got VAR and VAR", vae=(forward, params))
     refuse("40 codes of 5 channels", vae=testing.tiny_vqvae(latent_channels=5))
     with pytest.raises(TypeError, match="key must come from"):
         loop.init(forward, params, labels, jnp.arange(2))
