@@ -39,9 +39,10 @@ Axes = tuple[str | None, ...]
 Rule = tuple[str, Axes]
 
 # Layers that widen are cut by outputs, those that narrow by inputs, so that what is between them
-# (heads, hidden channels) stays on its device.
+# (heads, hidden channels) stays on its device. Modulations, a quarter of FLUX, are cut for their
+# size, and by inputs: one sum of a row for each sample, which every device then has whole.
 WIDE: tuple[Role, ...] = ("qkv", "cross_qkv", "up", "head")
-NARROW: tuple[Role, ...] = ("out", "cross_out", "down")
+NARROW: tuple[Role, ...] = ("out", "cross_out", "down", "modulation")
 
 # Of states: keys, values and their scales [B, C, K, D] by rows and heads, in slots (`tokens`, by
 # group of heads) and in windows; slots of one axis for all heads [B, N, D] (`flat`) and features
@@ -80,8 +81,8 @@ def device_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
 def tensor_parallel(forward: Forward) -> tuple[Rule, ...]:
     """Make rules for a model's parameters from the roles of its layers.
 
-    Queries, keys, values, layers into hidden channels, modulations and heads are cut by their
-    outputs on the axis "model". Layers out of attention and out of hidden channels are cut by
+    Queries, keys, values, layers into hidden channels and heads are cut by their outputs on the
+    axis "model". Layers out of attention and out of hidden channels and modulations are cut by
     their inputs, and the embedding of tokens by rows. The matrices of a stack (experts) are
     distributed along the axis "expert". All other arrays are whole on every device.
 

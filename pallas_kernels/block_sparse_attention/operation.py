@@ -183,6 +183,7 @@ def attend(problem: Problem, heads: Heads, made: BlockMask | None = None) -> Any
 def _cut(problem: Problem, heads: Heads, made: BlockMask | None) -> Cut:
     """By rows and heads, but where lists or a rule that are known while tracing differ by them."""
     mask = made if problem.mask is None else problem.mask
+    assert mask is not None
     rule = mask if isinstance(mask, Rule) else mask.rule
     lists = mask.index.shape[:2] if isinstance(mask, BlockMask) and made is None else (1, 1)
     whole = "b" * (lists[0] > 1) + "h" * (lists[1] > 1 or len(rule.parameters) > 1)
@@ -192,13 +193,13 @@ def _cut(problem: Problem, heads: Heads, made: BlockMask | None) -> Cut:
         ).ljust(leaf.ndim, "."),
         made,
     )
+    by_head: Any = ("bh.", "bh.")
+    by_token: Any = ("b.", "b.")
     parts = Heads(
-        "bh..",
-        "bh..",
-        "bh..",
-        segments=heads.segments and ("b.", "b."),
-        scales=heads.scales and ("bh.", "bh."),
-        by_row=None if heads.by_row is None else "bh.",
+        *("bh..",) * 3,
+        segments=heads.segments and by_token,
+        scales=heads.scales and by_head,
+        by_row=None if heads.by_row is None else by_head[0],
     )
     both = ("bh..", "bh.")
     return Cut((parts, letters), (both, both) if problem.rest else both, whole)

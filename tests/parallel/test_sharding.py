@@ -69,7 +69,7 @@ def test_a_joint_transformer_on_four_devices(bits):
         assert attn["to_v"]["bias"] == mlp["fc1"]["bias"] == PartitionSpec("model")
         assert attn["to_out"]["kernel"] == mlp["fc2"]["kernel"] == PartitionSpec("model", None)
         assert attn["to_out"]["bias"] == mlp["fc2"]["bias"] == PartitionSpec(None)
-        assert block[f"modulation_{stream}"]["kernel"] == PartitionSpec(None, "model")
+        assert block[f"modulation_{stream}"]["kernel"] == PartitionSpec("model", None)
     assert specs["proj"]["kernel"] == PartitionSpec(None, "model")
     assert specs["caption_projection"]["kernel"] == PartitionSpec(None, None)
     own = [(r"blocks\.1\..*\.kernel", ("data", None)), *rules]  # rules of the user go first
