@@ -44,6 +44,11 @@ def free_axes() -> dict[str, int]:
     return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
 
 
+def on_several_devices() -> bool:
+    """Whether the compiler may cut arrays here."""
+    return any(size > 1 for size in free_axes().values())
+
+
 def by_device(cut: Cut | None, *operands: PyTree) -> Callable[[Callable], Callable] | None:
     """What makes a program of these operands run on each device of the mesh on its own part.
 
@@ -51,9 +56,9 @@ def by_device(cut: Cut | None, *operands: PyTree) -> Callable[[Callable], Callab
         The identity where arrays are on one device, or in parts already; None where nothing can be
         cut, so that a kernel would do all of the work on every device.
     """
-    free = free_axes()
-    if all(size == 1 for size in free.values()):
+    if not on_several_devices():
         return lambda program: program
+    free = free_axes()
     if cut is None:
         return None
     sizes: dict[str, set[int]] = {}

@@ -24,6 +24,7 @@ from experiments import tpu
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # XLA takes most of the time: it compiles quickly here, for programs that hardly run.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
     if jax.__version_info__ < (0, 11):  # a flag that XLA does not know ends the process
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 

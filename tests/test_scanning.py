@@ -196,15 +196,14 @@ class TestMethods:
             sampler.stepwise(forward, params, subject.cond, key),
         )
 
-    @FORMS
     @pytest.mark.parametrize(
-        "transform",
+        ("transform", "stack"),
         [
-            kivi.transform(kivi.METHOD.ladder(testing.tiny_llama())[-1]),
-            snap_kv.transform(snap_kv.SnapKVPlan(ratio=0.5, window=2)),
-            round_to_nearest.transform(round_to_nearest.uniform(4)),
+            (kivi.transform(kivi.METHOD.ladder(testing.tiny_llama())[-1]), True),
+            (snap_kv.transform(snap_kv.SnapKVPlan(ratio=0.5, window=2)), False),
+            (round_to_nearest.transform(round_to_nearest.uniform(4)), True),
         ],
-        ids=["kivi", "snap_kv", "w4"],
+        ids=["kivi-stacked", "snap_kv-picked", "w4-stacked"],
     )
     def test_caches_and_quantized_leaves_are_scanned_in_the_prefill(self, transform, stack):
         subject = testing.tiny_llama(num_layers=3)

@@ -32,7 +32,7 @@ from pallas_kernels.block_sparse_attention import gpu, mosaic_gpu, reference, tp
 from pallas_kernels.block_sparse_attention.heads import Arithmetic, Heads
 from pallas_kernels.implementation import Implementation, dispatch, has_sizes
 from pallas_kernels.marks import useful
-from pallas_kernels.on_mesh import Cut, free_axes
+from pallas_kernels.on_mesh import Cut, on_several_devices
 from pallas_kernels.tiling import round_up
 
 Segments = tuple[Array, Array]
@@ -166,7 +166,7 @@ class Problem(NamedTuple):
 @partial(jax.jit, static_argnums=0)
 def attend(problem: Problem, heads: Heads, made: BlockMask | None = None) -> Any:
     """Output [B, H, S, E] and log-sum-exp float32[B, H, S], without gradients."""
-    if made is not None and max(free_axes().values(), default=1) > 1:
+    if made is not None and on_several_devices():
         # What all lists hold says nothing of those of one device.
         made = dataclasses.replace(made, seen=None, listed=None)
     return dispatch(

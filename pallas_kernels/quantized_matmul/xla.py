@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.float_matmul import few_rows
 from pallas_kernels.implementation import has_sizes
 from pallas_kernels.marks import declared
+from pallas_kernels.on_mesh import on_several_devices
 from pallas_kernels.packing import (
     Planes,
     as_words,
@@ -63,7 +64,9 @@ def packed_matmul(floats: Any, qvalues: Any, *, bits: int, out_dtype: Any) -> ja
 def _by_tiles(
     x: jax.Array, planes: Planes, scale: jax.Array, zero: jax.Array | None, *, bits: int
 ) -> jax.Array:
-    tile = tile_rows(x.shape[1], scale.shape[0], bits)
+    # In one where K may be cut: tiles of it would go from device to device.
+    whole = on_several_devices()
+    tile = x.shape[1] if whole else tile_rows(x.shape[1], scale.shape[0], bits)
     steps = x.shape[1] // tile
     split = partial(jax.tree.map, lambda a: a.reshape(steps, -1, a.shape[1]))
     if scale.shape[0] == 1:  # one group: every tile has the same scales

@@ -113,7 +113,9 @@ def test_answers_do_not_depend_on_the_batch(name):
         return generate(forward, params, more, prefix=prefix, max_new_tokens=6)
 
     together = answers(prompts)
-    for row, prompt in enumerate(prompts[:2]):
+    # The shortest one for every method, another one for the kinds of caches.
+    rows = 2 if name in ("moa", "kivi", "cskv", "snap_kv") else 1
+    for row, prompt in enumerate(prompts[:rows]):
         alone = answers([prompt])
         assert alone.rows()[0] == together.rows()[row]
         chex.assert_trees_all_close(alone.log_probs[0], together.log_probs[row], atol=1e-5)
