@@ -83,7 +83,7 @@ def test_the_released_layout_equals_plain_torch(tmp_path):
     tokens, total = reference.tokens_of(sd, latents, sides)
     own = jax.jit(encode, static_argnums=3)(forward, params, given, sides)
     np.testing.assert_array_equal(own, tokens.numpy())
-    own = latents_of(forward, params, own, sides)
+    own = jax.jit(latents_of, static_argnums=3)(forward, params, own, sides)
     chex.assert_trees_all_close(own, total.permute(0, 2, 3, 1).numpy(), atol=2e-4)
     made = reference.decoded(sd, total).permute(0, 2, 3, 1).numpy()
     chex.assert_trees_all_close(jax.jit(decode)(forward, params, own), made, atol=2e-4)
