@@ -43,11 +43,14 @@ def int8_matmul(floats: Any, qvalues: Any, *, out_dtype: Any) -> jax.Array:
 
 
 def packed_matmul(floats: Any, qvalues: Any, *, bits: int, out_dtype: Any) -> jax.Array:
-    """A scan over tiles of K, of which one is unpacked at any time; on a CPU, one row is not."""
+    """A scan over tiles of K, of which one is unpacked at any time; on a CPU, one row is not.
+
+    On several devices all of them are unpacked at once.
+    """
     (x, x_scale, scale), (x_qvalues, planes, zero) = floats, qvalues
     x, scale, zero = whole_groups(x_qvalues if x is None else x, planes, scale, zero, bits=bits)
     operands = x, planes, scale, zero
-    product = partial(_by_tiles, bits=bits)
+    product = partial(_at_once if on_several_devices() else _by_tiles, bits=bits)
     if x.shape[0] == 1 and has_sizes(operands):
         one_row = declared(
             partial(_of_one_row, bits=bits),
@@ -64,9 +67,7 @@ def packed_matmul(floats: Any, qvalues: Any, *, bits: int, out_dtype: Any) -> ja
 def _by_tiles(
     x: jax.Array, planes: Planes, scale: jax.Array, zero: jax.Array | None, *, bits: int
 ) -> jax.Array:
-    # In one where K may be cut: tiles of it would go from device to device.
-    whole = on_several_devices()
-    tile = x.shape[1] if whole else tile_rows(x.shape[1], scale.shape[0], bits)
+    tile = tile_rows(x.shape[1], scale.shape[0], bits)
     steps = x.shape[1] // tile
     split = partial(jax.tree.map, lambda a: a.reshape(steps, -1, a.shape[1]))
     if scale.shape[0] == 1:  # one group: every tile has the same scales
@@ -79,6 +80,19 @@ def _by_tiles(
 
     total = jnp.zeros((x.shape[0], scale.shape[1]), jnp.float32)
     return jax.lax.scan(step, total, tiles)[0]
+
+
+def _at_once(
+    x: jax.Array, planes: Planes, scale: jax.Array, zero: jax.Array | None, *, bits: int
+) -> jax.Array:
+    """The whole matrix as floats, for several devices: tiles of a K that is cut would travel."""
+    qvalues = unpack_tile(as_words(planes), bits).astype(jnp.float32)
+    w = qvalues.reshape(scale.shape[0], -1, scale.shape[1])
+    if zero is not None:
+        w += zero[:, None].astype(jnp.float32)
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    w = (w * scale[:, None].astype(jnp.float32)).astype(dtype)
+    return dot(x.astype(dtype), w.reshape(qvalues.shape))
 
 
 def _of_one_row(
