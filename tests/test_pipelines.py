@@ -262,7 +262,8 @@ def test_images_by_prompt(text_pipe):
     assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() > 0
     assert (one.mode, one.size) == ("RGB", (16, 16))
     (alone,) = text_pipe("a RED a", **options)  # captions are read in lower case
-    np.testing.assert_array_equal(np.asarray(one), np.asarray(alone))
+    # A batch of another size is another program: a value may round to its neighbor.
+    assert np.abs(np.asarray(one, int) - np.asarray(alone, int)).max() <= 1
     (led,) = text_pipe("a red a", negative_prompt="green", **options)
     assert np.abs(np.asarray(led, int) - np.asarray(one, int)).max() > 0
     (free,) = text_pipe("a red a", guidance_scale=1.0, **options)
