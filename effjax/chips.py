@@ -50,11 +50,13 @@ def chips(name: str, number: int) -> tuple[Any, ...]:
         number: of them, at most as many as one slice may have.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: for another name, or a number below 1.
         RuntimeError: if libtpu is not installed (the `tpu` extra).
     """
-    if number < 1:
-        raise ValueError(f"number must be at least 1, got {number}")
+    if name not in TOPOLOGIES or number < 1:
+        raise ValueError(
+            f"give at least 1 chip, of one of {sorted(TOPOLOGIES)}; got {number} of {name!r}"
+        )
     generation, _, shape = TOPOLOGIES[name].partition(":")
     sides = [int(side) for side in shape.split("x")]  # of a host, the least there is
     while math.prod(sides) < number:

@@ -54,7 +54,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 
 def quantized(kind: str) -> tuple[Any, ...]:
-    """Plans by name; embeddings and modulations are quantized too."""
+    """Plans by name: layers of attention and feed-forward layers. Modulations stay in bfloat16."""
     bits = {"bf16": None, "W8A8": (8, 8), "W8A16": (8, 16), "W4A16": (4, 16)}[kind]
     if bits is None:
         return ()

@@ -246,7 +246,7 @@ def _lower_once(context: Any, x: Any, *, operation: str) -> list[Any]:
         raise NotImplementedError(
             f"{operation} runs a kernel, which the compiler cannot cut for {devices} devices. "
             f"Trace the program within jax.set_mesh(mesh), the mesh that its arrays lie on, with "
-            f"the axes 'data' for rows and 'model' for heads; or within "
+            f"the axes 'data' for rows and 'model' for heads, of the type Auto; or within "
             f'pallas_kernels.use_implementation("xla"), without kernels.'
         )
     return [x]

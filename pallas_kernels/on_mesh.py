@@ -3,7 +3,8 @@
 A compiler cannot cut a kernel. Within `jax.set_mesh(mesh)` an operation therefore runs its kernel
 under `jax.shard_map`, with rows along the mesh axis "data" and heads along "model", as far as these
 axes divide them. What an operation does not say how to cut, or a mesh without these axes, is left
-to XLA's program, which the compiler cuts as it does everything else.
+to XLA's program, which the compiler cuts as it does everything else. The mesh's axes are of the
+type Auto, as `effjax.parallel.device_mesh` makes them (`jax.make_mesh` has another default).
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def by_device(cut: Cut | None, *operands: PyTree) -> Callable[[Callable], Callab
     """
     if not on_several_devices():
         return lambda program: program
-    free = free_axes()
     if cut is None:
         return None
+    free = free_axes()
     sizes: dict[str, set[int]] = {}
     jax.tree.map(
         lambda letters, below: [

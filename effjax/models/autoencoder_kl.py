@@ -36,7 +36,7 @@ Moments = tuple[Float[Array, "B Y X Z"], Float[Array, "B Y X Z"]]
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig(Checked):
-    """CoderShape and numerics of an AutoencoderKL; the defaults are Stable Diffusion's.
+    """Shape and numerics of an AutoencoderKL; the defaults are Stable Diffusion's.
 
     Attributes:
         in_channels, out_channels: channels of the images that go in and come out.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effjax.context import Context, PyTree, Step, is_static, when
+from effjax.fields import NotNegative
 from effjax.forward import Forward, Params
 from effjax.layers.attention import attentions
 from effjax.methods.steps.series import Series
@@ -24,6 +25,27 @@ from effjax.targets import AttentionKind, Wrapper, original, wrap
 from effjax.transform import Pair, Plan, Transform
 
 Mask = tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedPlan(Plan):
+    """A plan that goes by the times of the network calls.
+
+    Attributes:
+        times: of the network calls, `sampler.schedule.times`.
+    """
+
+    times: tuple[NotNegative, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.times:
+            raise ValueError("times must be those of the network calls: sampler.schedule.times")
+
+    @property
+    def calls(self) -> int:
+        """Network calls that the plan is made for."""
+        return len(self.times)
 
 
 class Memory(Protocol):

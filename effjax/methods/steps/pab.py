@@ -21,15 +21,15 @@ from effjax import testing
 from effjax.calibration import Trajectory
 from effjax.fields import Checked, Count, NotNegative
 from effjax.forward import Forward, Params
-from effjax.methods.steps.by_module import attention_cache
+from effjax.methods.steps.by_module import TimedPlan, attention_cache
 from effjax.methods.steps.watching import times_of
-from effjax.transform import Method, Plan, Transform
+from effjax.transform import Method, Transform
 
 NAME = "pab"
 
 
 @dataclasses.dataclass(frozen=True)
-class PABPlan(Plan):
+class PABPlan(TimedPlan):
     """Which calls compute.
 
     Attributes:
@@ -39,21 +39,10 @@ class PABPlan(Plan):
         low, high: between these times calls may be skipped.
     """
 
-    times: tuple[NotNegative, ...] = ()
     every: Count = 2
     cross_every: Count = 6
     low: NotNegative = 100.0
     high: NotNegative = 800.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.times:
-            raise ValueError("times must be those of the network calls: sampler.schedule.times")
-
-    @property
-    def calls(self) -> int:
-        """Network calls that the plan is made for."""
-        return len(self.times)
 
     def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
         held = {"attention": self.mask(self.every)}

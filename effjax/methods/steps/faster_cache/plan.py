@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from effjax.fields import Count, NotNegative, Positive
-from effjax.transform import Plan
+from effjax.fields import Count, Positive
+from effjax.methods.steps.by_module import TimedPlan
 
 NAME = "faster_cache"
 Between = tuple[float, float]  # times, without the two
 
 
 @dataclasses.dataclass(frozen=True)
-class FasterCachePlan(Plan):
+class FasterCachePlan(TimedPlan):
     """Which calls compute what.
 
     Attributes:
@@ -29,7 +29,6 @@ class FasterCachePlan(Plan):
         low_gain, high_gain: by what factor, in each call that estimates.
     """
 
-    times: tuple[NotNegative, ...]
     guided: bool = True
     every: Count = 2
     attention_times: Between = (-1.0, 681.0)
@@ -40,16 +39,6 @@ class FasterCachePlan(Plan):
     high_times: Between = (-1.0, 301.0)
     low_gain: Positive = 1.1
     high_gain: Positive = 1.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.times:
-            raise ValueError("times must be those of the network calls: sampler.schedule.times")
-
-    @property
-    def calls(self) -> int:
-        """Network calls that the plan is made for."""
-        return len(self.times)
 
     def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
         own = {"attention": self.attention}
