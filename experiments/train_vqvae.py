@@ -1,0 +1,162 @@
+"""Train a tiny multi-scale VQVAE on glyphs: the tokenizer of the tiny VAR.
+
+    python -m experiments.train_vqvae --checkpoints DIR
+
+The loss is that of VAR's tokenizer without its perceptual and adversarial parts: the error of the
+images, and of the latents after every scale (arXiv 2404.02905, section 3.2; arXiv 1711.00937). A
+code that is used nowhere is pulled to the nearest vector of the batch, so that none dies. The faces
+of Computer Modern are never trained on; the gate reads those. Checkpoints are orbax; a second run
+resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import converters
+from effjax.bundled import glyphs
+from effjax.context import PyTree
+from effjax.forward import Forward, Params, functional
+from effjax.metrics import psnr
+from effjax.models import vqvae
+from effjax.models.vqvae import VQVAE, VQVAEConfig, averaged, quantizer_of
+from effjax.training import train as train_params
+from experiments import training
+
+WEIGHTS = Path(__file__).parent / "weights" / "var_glyphs" / "vae"
+PATCH_NUMS = (1, 2, 3, 4, 6, 8)
+COMMITMENT, ALIVE = 0.25, 0.1  # weights of parts of the loss
+
+TINY = VQVAEConfig(
+    in_channels=1,
+    out_channels=1,
+    latent_channels=8,
+    vocab_size=256,
+    block_out_channels=(24, 48, 64),
+    layers_per_block=1,
+    norm_groups=8,
+)
+
+
+def quantized(
+    forward: Forward, params: Params, latents: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Latents of codes, the error of all partial sums, and the distance of codes from vectors."""
+    quantizer, goal = quantizer_of(forward, params), jax.lax.stop_gradient(latents)
+    made, errors, distances = jnp.zeros_like(goal), [], []
+    for scale, side in enumerate(PATCH_NUMS):
+        vectors = averaged(goal - jax.lax.stop_gradient(made), side)
+        tokens = quantizer.nearest(vectors)
+        made = made + quantizer.enlarged(quantizer.vectors(tokens), scale, PATCH_NUMS)
+        committed = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(made)))
+        errors.append(jnp.mean(jnp.square(made - goal)) + COMMITMENT * committed)
+        codes, flat = quantizer.codes(), vectors.reshape(-1, vectors.shape[-1])
+        products = codes @ flat.T
+        squares = jnp.sum(codes**2, 1)[:, None] - 2 * products + jnp.sum(flat**2, 1)
+        distances.append(jnp.min(squares, axis=1))
+    return made, jnp.mean(jnp.stack(errors)), jnp.mean(jnp.min(jnp.stack(distances), axis=0))
+
+
+def train(
+    config: VQVAEConfig,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    learning_rate: float,
+    checkpoints: Path,
+) -> tuple[Forward, Params, dict]:
+    """Train from the last checkpoint on; return forward, averaged parameters and the log."""
+    forward, params = functional(VQVAE(config, rngs=nnx.Rngs(seed)))
+
+    def loss(params: Params, batch: PyTree, key: jax.Array) -> jax.Array:
+        images, _ = batch
+        latents = forward(params, {}, None, images)[0].astype(jnp.float32)
+        made, error, distance = quantized(forward, params, latents)
+        straight = latents + jax.lax.stop_gradient(made - latents)
+        again = forward(params, {}, straight)[0]
+        return jnp.mean(jnp.square(again - images)) + error + ALIVE * distance
+
+    faces = (*glyphs.FONTS, *glyphs.JUDGE_FONTS)
+    trained = train_params(
+        loss,
+        params,
+        lambda start: glyphs.batches(seed, batch, fonts=faces, start=start),
+        steps=steps,
+        key=jax.random.key(seed),
+        transform=training.optimizer(steps, learning_rate),
+        checkpoints=checkpoints,
+    )
+    return forward, trained.average, trained.log
+
+
+def export(path: Path, forward: Forward, params: Params) -> None:
+    """Write the model in the released layout, bfloat16, replacing an older one."""
+    with training.replacing(path) as new:
+        small = training.bfloat16(params)
+        converters.save_pretrained(forward, small, new, layout="original", progress=False)
+
+
+def evaluate(path: Path, *, images: int, seed: int) -> dict[str, Any]:
+    """PSNR of images that are encoded to tokens and decoded, and how many codes they use."""
+    forward, params = converters.from_pretrained(path, dtype="float32", progress=False)
+
+    @jax.jit
+    def coded(params: Params, given: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens = vqvae.encode(forward, params, given, PATCH_NUMS)
+        latents = vqvae.latents_of(forward, params, tokens, PATCH_NUMS)
+        return tokens, jnp.clip(vqvae.decode(forward, params, latents), -1, 1)
+
+    figures: dict[str, Any] = {"images": images}
+    for name, faces in (("seen", glyphs.FONTS), ("unseen", glyphs.HELD_OUT_FONTS)):
+        given, _ = glyphs.batch(np.random.default_rng([seed, 1]), images, faces)
+        tokens, again = coded(params, given)
+        figures[f"psnr_{name}"] = round(float(psnr(given, again)), 2)
+        figures[f"codes_used_{name}"] = len(np.unique(tokens))
+    return figures
+
+
+def passes(figures: dict[str, Any]) -> bool:
+    """The gate: faces that were never trained on come back."""
+    return figures["psnr_unseen"] >= 22
+
+
+def main(argv: list[str] | None = None) -> int:
+    def make(arguments: argparse.Namespace) -> dict[str, Any]:
+        forward, params, log = train(
+            TINY,
+            steps=arguments.steps,
+            batch=arguments.batch,
+            seed=arguments.seed,
+            learning_rate=arguments.learning_rate,
+            checkpoints=arguments.checkpoints,
+        )
+        export(arguments.output, forward, params)
+        return log
+
+    def judge(arguments: argparse.Namespace) -> dict[str, Any]:
+        return evaluate(arguments.output, images=arguments.images, seed=arguments.seed)
+
+    return training.command(
+        "experiments.train_vqvae",
+        argv,
+        about=__doc__.splitlines()[0],
+        output=WEIGHTS,
+        steps=3000,
+        options={"batch": (32, "images of a batch"), "images": (512, "images to judge")},
+        make=make,
+        evaluate=judge,
+        passes=passes,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
