@@ -252,11 +252,23 @@ class NextScale(Loop):
         if not is_static(step):
             raise ValueError("scales differ in their numbers of tokens: a call's step is static")
         scale = int(step)
-        codes = averaged(x, self.patch_nums[scale])
-        if self.joined is not None:
-            codes = self.joined.duplicate(codes)
-            cond = self.joined.join({"cond": cond, "uncond": uncond})
-        return codes, cond, Scales(self.patch_nums, scale, scale + 1)
+        codes, labels = self._branches(averaged(x, self.patch_nums[scale]), cond, uncond)
+        return codes, labels, Scales(self.patch_nums, scale, scale + 1)
+
+    def whole(
+        self, tokens: Int[Array, "B L"], cond: Int[Array, " B"], uncond: Int[Array, " B"] | None
+    ) -> tuple[Float[Array, "N L Z"], Int[Array, " N"], Scales]:
+        """The inputs of one call without caches, of all tokens that the loop drew."""
+        codes = codes_of(quantizer_of(*self.vae), tokens, self.patch_nums)
+        codes, labels = self._branches(codes, cond, uncond)
+        return codes, labels, Scales(self.patch_nums, 0, self.calls)
+
+    def _branches(
+        self, codes: Float[Array, "B T Z"], cond: Int[Array, " B"], uncond: Int[Array, " B"] | None
+    ) -> tuple[Float[Array, "N T Z"], Int[Array, " N"]]:
+        if self.joined is None:
+            return codes, cond
+        return self.joined.duplicate(codes), self.joined.join({"cond": cond, "uncond": uncond})
 
     def output(
         self, raw: Float[Array, "N T V"], x: Float[Array, "B S S Z"], step: Step

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from effjax.context import Context, State, is_static
 from effjax.layers.attention import Heads, KeyHeads
 from effjax.layers.linear import Linear
-from effjax.layers.scales import ScaleCore, Scales
+from effjax.layers.scales import Outputs, ScaleCore, Scales, Values
 from effjax.targets import Wrapper, target_modules, wrap
 
 
@@ -28,7 +28,7 @@ class ScaleCache(Wrapper):
         super().__init__(inner)
         self.k, self.v = State(), State()
 
-    def __call__(self, q: Heads, k: KeyHeads, v: KeyHeads, scales: Scales) -> Heads:
+    def __call__(self, q: Heads, k: KeyHeads, v: Values, scales: Scales) -> Outputs:
         keys = scales.before + scales.tokens
         k, v = _held(self.k, k, scales), _held(self.v, v, scales)
         return self.inner(q, k[:, :keys], v[:, :keys], scales)

@@ -136,10 +136,16 @@ class Projections(nnx.Module):
     ) -> tuple[Heads, Float[Array, "B N K D"], Float[Array, "B N K D"]]:
         """Queries of tokens, keys and values of the same tokens or of others."""
         source = x if other is None else other
-        q, k, v = (self.split(y) for y in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        return *self.compared(x, source), self.split(self.to_v(source))
+
+    def compared(
+        self, x: Float[Array, "B S C"], source: Float[Array, "B T C"]
+    ) -> tuple[Heads, Float[Array, "B N K D"]]:
+        """Queries of tokens and keys of a source, without values."""
+        q, k = self.split(self.to_q(x)), self.split(self.to_k(source))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return q, k
 
     def join(self, o: Heads) -> Float[Array, "B S C"]:
         """Join the heads and project out."""

@@ -23,6 +23,9 @@ from pallas_kernels.attention import dense_attention
 from pallas_kernels.block_mask import Levels
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 
+Values = Float[Array, "B T K E"]  # which may be wider than keys
+Outputs = Float[Array, "B S H E"]
+
 Sides = tuple[int, ...]  # patch_nums: sides of the maps of tokens, coarse to fine
 
 
@@ -106,7 +109,7 @@ class ScaleCore(nnx.Module):
     The place of a cache, which gives the keys and values of the scales before.
     """
 
-    def __call__(self, q: Heads, k: KeyHeads, v: KeyHeads, scales: Scales) -> Heads:
+    def __call__(self, q: Heads, k: KeyHeads, v: Values, scales: Scales) -> Outputs:
         """Attend.
 
         Args:
@@ -144,9 +147,11 @@ class ScaleAttention(OneStream):
         super().__init__(hidden_size, k_bias=False, **options)
         self.core = ScaleCore()
 
-    def project(self, x: Float[Array, "B S C"], *others: Any) -> tuple[Heads, KeyHeads, KeyHeads]:
-        q, k, v = self.heads_of(x)
-        return (q / 4 if self.q_norm is None else q), k, v
+    def compared(
+        self, x: Float[Array, "B S C"], source: Float[Array, "B T C"]
+    ) -> tuple[Heads, KeyHeads]:
+        q, k = super().compared(x, source)
+        return (q / 4 if self.q_norm is None else q), k
 
     def __call__(self, x: Float[Array, "B S C"], scales: Scales) -> Float[Array, "B S C"]:
         return self.merge(self.core(*self.project(x), scales))

@@ -127,9 +127,10 @@ def sensitivity(
     parts: Sequence[Sequence[str]],
     candidates: Sequence[tuple[int, int]],
     metrics: Sequence[Metric],
+    rest: tuple[int, int] = (FLOAT, FLOAT),
     progress: bool = True,
 ) -> np.ndarray:
-    """Score samples with one part at a time rounded, all else in floats.
+    """Score samples with one part at a time rounded, all else in floats or to other bits.
 
     Args:
         sample: from `rounded_samples`.
@@ -137,6 +138,7 @@ def sensitivity(
         parts: paths of the layers that are rounded together.
         candidates: (weight bits, input bits) to try.
         metrics: by which each part is scored.
+        rest: (weight bits, input bits) of the layers of other parts.
         progress: show a bar.
 
     Returns:
@@ -152,14 +154,14 @@ def sensitivity(
             f"each of {len(parts)} parts needs a metric (given: {len(metrics)}) and layers that "
             f"are rounded (others: {unknown})"
         )
-    floats = np.full((len(places), 2), FLOAT, np.int32)
-    dense = sample(floats)
+    others = np.tile(np.asarray(rest, np.int32), (len(places), 1))
+    dense = sample(np.full_like(others, FLOAT))
     scores = np.empty((len(parts), len(candidates)))
     bar = tqdm(total=scores.size, desc="sensitivity", unit="run", disable=not progress, leave=False)
     with bar:
         for i, part in enumerate(parts):
             for j, candidate in enumerate(candidates):
-                bits = floats.copy()
+                bits = others.copy()
                 bits[[places[path] for path in part]] = candidate
                 scores[i, j] = metrics[i](dense, sample(bits))
                 bar.update()

@@ -218,6 +218,61 @@ class Levels(Rule):
         return ((0 * row, _minimum(stop, keys)),)
 
 
+@dataclasses.dataclass(frozen=True)
+class MultiDiagonal(Rule):
+    """The queries of one level see of each level a band around its diagonal (LiteVAR).
+
+    Query x of n sees key y of a level of m keys if and only if |x m / n - y| < w.
+
+    Attributes:
+        sizes: tokens of the levels of keys; the queries are those of the last one.
+        widths: w of each level, one number or one for each head; 0 for nothing of a level, its
+            size or more for all of it.
+    """
+
+    sizes: tuple[int, ...]
+    widths: tuple[PerHead, ...]
+
+    def __post_init__(self) -> None:
+        at_least(1, sizes=self.sizes)
+        if len(self.widths) != len(self.sizes):
+            raise ValueError(
+                f"there is one width for each of {len(self.sizes)} levels, got {len(self.widths)}"
+            )
+        for level, width in enumerate(self.widths):
+            at_least(0, **{f"widths[{level}]": width})
+
+    @property
+    def parameters(self) -> np.ndarray:
+        return _table(*self.widths)
+
+    def check(self, batch: int, queries: int, heads: int, keys: int) -> None:
+        super().check(batch, queries, heads, keys)
+        if (queries, keys) != (self.sizes[-1], sum(self.sizes)):
+            raise ValueError(
+                f"{self} is a rule for {self.sizes[-1]} queries and {sum(self.sizes)} keys, got "
+                f"{queries} and {keys}"
+            )
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        whole = self._whole
+        first, queries = sum(self.sizes[:whole]), self.sizes[-1]
+        pieces = [(0 * row, 0 * row + first)] if whole else []
+        for size, width in zip(self.sizes[whole:], parameters[whole:]):
+            low, high = row * size - width * queries, row * size + width * queries
+            start = _where(low < 0, 0, _divide(_maximum(low, 0), queries) + 1)
+            stop = _minimum(_divide(high + (queries - 1), queries), size)
+            pieces.append((first + start, first + _maximum(stop, start)))
+            first += size
+        return tuple(pieces)
+
+    @property
+    def _whole(self) -> int:
+        """How many levels, from the first one on, all heads see whole: one interval."""
+        whole = [np.min(width) >= size for size, width in zip(self.sizes, self.widths)]
+        return [*whole, False].index(False)
+
+
 def visible_pairs(rule: Rule, queries: int, keys: int | None = None) -> int:
     """Number of (query, key) pairs that a rule lets be seen, summed over its heads."""
     keys = queries if keys is None else keys

@@ -17,6 +17,7 @@ from pallas_kernels.block_mask import (
     Band,
     Causal,
     Levels,
+    MultiDiagonal,
     Rule,
     SinkLocal,
     block_mask,
@@ -96,14 +97,15 @@ def test_reference_is_masked_softmax():
         SinkLocal((16, 0, 5, 64), (30, 1, 200, 7)),
         Arrow((20, 0, -1, 3), text=40, text_first=True),
         Levels((1, 4, 20, 75, 60)),
+        MultiDiagonal((8, 60, 160), (8, (3, 0, 60, 9), (20, 160, 0, 5))),
     ],
     ids=lambda rule: type(rule).__name__,
 )
 def test_rules(implementation, rule):
     # 160 tokens: neither a multiple of 128, nor one block.
-    assert_equals_reference(
-        implementation, block_mask(rule, 160, block=BLOCKS[implementation]), heads(160, 160)
-    )
+    keys = sum(rule.sizes) if isinstance(rule, MultiDiagonal) else 160
+    mask = block_mask(rule, 160, keys, block=BLOCKS[implementation])
+    assert_equals_reference(implementation, mask, heads(160, keys))
 
 
 @pytest.mark.parametrize("implementation", BLOCKS)
@@ -275,6 +277,7 @@ HOPPER = "pallas_mosaic_gpu"
         # The first head is not computed, its rows see nothing.
         (Arrow((0, 20), text=40), 100, 100, 64, {}),
         (Levels((1, 4, 20, 60)), 85, 85, (128, 64), {"width": 128}),
+        (MultiDiagonal((1, 20, 64), (1, (3, 20), (9, 0))), 64, 85, 64, {}),
         (Causal(70), 30, 150, (64, 128), {"width": 72, "value_width": 24, "dtype": jnp.float16}),
         (EVERYTHING, 64, 380, 64, {"query_heads": 1, "key_heads": 1}),  # buffers are filled thrice
     ],
