@@ -14,11 +14,13 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from effjax.cli import declarations
+from effjax.generate import DECODERS
 from effjax.registry import methods, module_of
 from effjax.transform import Method
 
 SYSTEMS = Path(__file__).parent / "systems.toml"
 STATES = ("not yet", "not possible here")  # of systems that no method is; the second has a reason
+DECODING = "autoregression.md#several-tokens-in-a-call"  # the page of decoders
 BESIDE = (
     "effjax.methods.cache.press",
     "effjax.calibration",
@@ -102,11 +104,12 @@ def coverage() -> list[dict[str, str]]:
             being impossible.
     """
     built = {system: method for method in methods().values() for system in method.systems}
+    decoders = {system: name for name, decoder in DECODERS.items() for system in decoder.systems}
     listed = tomllib.loads(SYSTEMS.read_text(encoding="utf-8"))["systems"]
     names = [row["name"] for row in listed]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{SYSTEMS.name} has systems twice: {', '.join(twice)}")
-    rows = [_row(row, built.get(row["name"])) for row in listed]
+    rows = [_row(row, built.get(row["name"]), decoders.get(row["name"])) for row in listed]
     for system, method in built.items():
         if system not in names:
             entry = {"name": system, "family": "others", "paper": method.paper}
@@ -114,12 +117,16 @@ def coverage() -> list[dict[str, str]]:
     return rows
 
 
-def _row(entry: Mapping[str, str], method: Method | None) -> dict[str, str]:
-    row = {"state": STATES[0], "reason": "", **entry, "method": ""}
+def _row(
+    entry: Mapping[str, str], method: Method | None, decoder: str | None = None
+) -> dict[str, str]:
+    row = {"state": STATES[0], "reason": "", **entry, "method": "", "decoder": ""}
     if row["state"] not in STATES or not row["paper"]:
         raise ValueError(f"{row['name']} needs a paper and one of the states {STATES}; got {row}")
     if (row["state"] == STATES[1]) != bool(row["reason"]):
         raise ValueError(f"{row['name']}: what is {STATES[1]} has a reason, and nothing else has")
+    if decoder is not None:
+        return {**row, "state": "built", "decoder": decoder, "reason": ""}
     return row if method is None else {**row, "state": "built", "method": method.name, "reason": ""}
 
 
@@ -130,9 +137,9 @@ def coverage_page() -> str:
     lines = [
         "# Coverage",
         "",
-        f"{count} of {len(rows)} published systems are built. A system is built when a method's "
-        "declaration names it; what is not possible here lacks a source, a model, data or a "
-        "device.",
+        f"{count} of {len(rows)} published systems are built. A system is built when the "
+        "declaration of a method or a decoder names it; what is not possible here lacks a source, "
+        "a model, data or a device.",
     ]
     for family in dict.fromkeys(row["family"] for row in rows):
         lines += [
@@ -146,6 +153,8 @@ def coverage_page() -> str:
             state = row["state"]
             if row["method"]:
                 state = f"[`{row['method']}`](methods.md#{row['method']})"
+            elif row["decoder"]:
+                state = f"[decoder `{row['decoder']}`]({DECODING})"
             elif row["reason"]:
                 state = f"{state}: {row['reason']}"
             lines.append(f"| {row['name']} | {state} | {row['paper']} |")

@@ -365,7 +365,7 @@ def parse(kind: Any) -> Callable[[str], Any]:
     """
 
     def parsed(word: str) -> Any:
-        value = _spoken(kind, word)
+        value = spoken(kind, word)
         if problems(kind, value, "it"):
             raise argparse.ArgumentTypeError(f"must be {describe(kind, value)}, got {short(word)}")
         return value
@@ -373,8 +373,8 @@ def parse(kind: Any) -> Callable[[str], Any]:
     return parsed
 
 
-def _spoken(kind: Any, word: str) -> Any:
-    """The value that a word says; the word itself if it says none."""
+def spoken(kind: Any, word: str) -> Any:
+    """The value of an annotation that a word says, see `parse`; the word itself if it says none."""
     kind = bare(kind)
     origin, inner = get_origin(kind), get_args(kind)
     if kind is str:
@@ -382,12 +382,12 @@ def _spoken(kind: Any, word: str) -> Any:
     if kind is types.NoneType:
         return None if word.lower() == "none" else word
     if origin in (Union, types.UnionType):
-        found = ((each, _spoken(each, word)) for each in inner)
+        found = ((each, spoken(each, word)) for each in inner)
         return next((value for each, value in found if not problems(each, value, "")), word)
     if origin is Literal:
         return next((each for each in inner if str(each) == word), word)
     if origin is tuple and not word.lstrip().startswith("["):
-        return tuple(_spoken(inner[0], part.strip()) for part in word.split(","))
+        return tuple(spoken(inner[0], part.strip()) for part in word.split(","))
     try:
         return kind(word) if kind in (int, float) else from_json(kind, json.loads(word))
     except (ValueError, RecursionError):

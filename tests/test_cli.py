@@ -449,9 +449,11 @@ def test_generate(capsys, folder, tmp_path):
     drawn = run(capsys, *arguments, "--seed", 1, "--temperature", 2.0)[1]
     assert drawn != figures
     assert run(capsys, *arguments, "--seed", 1, "--temperature", 0)[1] == figures
+    assert run(capsys, *arguments, "--decoder", "jacobi,window=3")[1] == figures
     assert run(capsys, *arguments, "--chat")[0] == 0
     for wrong, message in (
         ((*arguments, "--temperature", 2.0), "--temperature needs --seed"),
+        ((*arguments, "--decoder", "medusa"), "no decoder 'medusa'; there are jacobi"),
         (("generate", folder, "--prompt", "a"), "is no language model"),
         (("sample", model), "is a language model; use `effjax generate`"),
         (("search", folder, tmp_path / "x", "moa"), "moa is for language models"),

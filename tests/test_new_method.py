@@ -13,6 +13,7 @@ import pytest
 import effjax.methods
 from effjax import registry
 from effjax.cli import main
+from effjax.generate import DECODERS
 from tests.test_pipelines import write_pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -228,6 +229,9 @@ def test_every_system_has_a_state_and_every_declared_one_a_row():
     for method in registry.methods().values():
         for system in method.systems:
             assert rows[system]["method"] == method.name
+    for name, decoder in DECODERS.items():
+        for system in decoder.systems:
+            assert (rows[system]["state"], rows[system]["decoder"]) == ("built", name)
     assert {row["state"] for row in rows.values()} == {"built", *made.STATES}
 
 

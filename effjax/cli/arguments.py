@@ -51,6 +51,15 @@ def condition_arguments(command: Arguments, what: str) -> None:
     command.add_argument("--prompt", action="append", help=f"may be repeated, {what}")
 
 
+def decoder_argument(command: Arguments) -> None:
+    """How several tokens are found in one call."""
+    command.add_argument(
+        "--decoder",
+        metavar="NAME[,FIELD=VALUE...]",
+        help="find several tokens in a call, of the same distribution: jacobi,window=8",
+    )
+
+
 def text_arguments(command: Arguments) -> None:
     """Where texts come from."""
     command.add_argument("--texts", type=Path, help="a file; else Python's own library")

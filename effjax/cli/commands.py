@@ -16,6 +16,7 @@ from effjax.cli.arguments import (
     NOT_NEGATIVE,
     Arguments,
     condition_arguments,
+    decoder_argument,
     sampler_arguments,
     text_arguments,
 )
@@ -173,6 +174,7 @@ def _running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--seed", type=NATURAL, help="draw, with the model's settings; else greedy"
     )
     generate.add_argument("--temperature", type=NOT_NEGATIVE, help="with a seed; 0 is greedy")
+    decoder_argument(generate)
     _loading_arguments(generate)
     for command in (sample, generate):
         command.add_argument(
@@ -187,6 +189,7 @@ def _running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("--tokens", type=LENGTHS, default="64", help="of prompts, with commas")
     group.add_argument("--new", type=COUNT, default=128, help="the most that follow")
     group.add_argument("--drawn", action="store_true", help="with a seed; else greedy")
+    decoder_argument(group)
 
     bench = add(
         "bench", "bench:run", "run a compressed pipeline against its dense model, side by side"

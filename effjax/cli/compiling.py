@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from effjax import executables
-from effjax.cli.running import load, settings
+from effjax.cli.running import decoder, load, settings
 from effjax.generate import generate
 from effjax.pipelines import TextPipeline
 
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> Figures:
                     max_new_tokens=arguments.new,
                     eos=pipe.ends,
                     key=key if arguments.drawn else None,
+                    decoder=decoder(arguments),
                     **pipe.sampling({}, drawn=arguments.drawn),
                 )
         else:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import effjax
 from effjax.cli.arguments import SETTINGS
+from effjax.generate import JacobiDecoding, read_decoder
 from effjax.pipelines import Pipeline, PromptPipeline, TextPipeline
 
 Figures = tuple[Any, str]
@@ -88,11 +89,17 @@ def generate(arguments: argparse.Namespace) -> Figures:
     sampling = {} if arguments.temperature is None else {"temperature": arguments.temperature}
     key = None if arguments.seed is None else jax.random.key(arguments.seed)
     inputs = chats if arguments.chat else prompts
-    texts = pipe(inputs, max_new_tokens=arguments.max_new_tokens, key=key, **sampling)
+    options = {"key": key, "decoder": decoder(arguments)}
+    texts = pipe(inputs, max_new_tokens=arguments.max_new_tokens, **options, **sampling)
     figures = [
         {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
     ]
     return figures, "\n\n".join(f"{each['prompt']}{each['text']}" for each in figures)
+
+
+def decoder(arguments: argparse.Namespace) -> JacobiDecoding | None:
+    """The decoder that was asked for."""
+    return None if arguments.decoder is None else read_decoder(arguments.decoder)
 
 
 def asked(

@@ -9,15 +9,21 @@ decide how keys and values are kept. A forward without a cache gets a dense one.
 from __future__ import annotations
 
 from effjax.generate.arguments import Prompts
+from effjax.generate.decoders import DECODERS, read_decoder
 from effjax.generate.decoding import Generated, Streamer, generate
+from effjax.generate.grid import Grid
 from effjax.generate.installed import CacheBytes, cached, caches, has_cache, sequence_bytes
+from effjax.generate.jacobi import JacobiDecoding
 from effjax.generate.prefix_cache import PrefixCache, cache_bytes, extend, prefill
 from effjax.generate.sampling import Sampling, process_logits
 from effjax.generate.scoring import Reading, perplexity, score
 
 __all__ = [
+    "DECODERS",
     "CacheBytes",
     "Generated",
+    "Grid",
+    "JacobiDecoding",
     "PrefixCache",
     "Prompts",
     "Reading",
@@ -32,6 +38,7 @@ __all__ = [
     "perplexity",
     "prefill",
     "process_logits",
+    "read_decoder",
     "score",
     "sequence_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,8 +16,11 @@ from jaxtyping import Array, Key
 from effjax.buckets import POWERS, Buckets
 from effjax.executables import Program
 from effjax.finite import NotFiniteWarning
-from effjax.forward import Forward, Params
-from effjax.generate.arguments import Prompts, check_count, check_tokens, padded
+from effjax.forward import Forward, Params, StateDict
+from effjax.generate.arguments import Prompts, check_count, check_tokens, padded, rows_of
+from effjax.generate.installed import check_rollback
+from effjax.generate.jacobi import Drafts, Drawn, JacobiDecoding, begin, decode
+from effjax.generate.made import Made
 from effjax.generate.prefix_cache import (
     ADVICE,
     PrefixCache,
@@ -25,6 +29,7 @@ from effjax.generate.prefix_cache import (
     extend,
     prefill,
     read,
+    with_room,
 )
 from effjax.generate.sampling import Sampling, process_logits
 from effjax.samplers import sample_keys
@@ -57,11 +62,13 @@ class Generated(NamedTuple):
         lengths: int32[B], number of new tokens of each row, including an end-of-sequence token.
         log_probs: float32[B, N], log-probabilities of the tokens by the model itself, before
             `Sampling`; 0 beyond the length of a row.
+        calls: int32[B], network calls that made them, that of the prompt included.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     log_probs: np.ndarray
+    calls: np.ndarray
 
     def rows(self) -> list[list[int]]:
         """The new tokens of every row."""
@@ -88,6 +95,7 @@ def generate(
     prefix: PrefixCache | None = None,
     chunk: int | None = None,
     buckets: Buckets = POWERS,
+    decoder: JacobiDecoding | None = None,
 ) -> Generated:
     """Continue sequences of tokens.
 
@@ -111,10 +119,12 @@ def generate(
         stop: function of the new tokens of a row. The row ends as soon as it returns True.
         prefix: sequences that `prefill` has read with this model.
         chunk, buckets: see `prefill`.
+        decoder: how several tokens are found in one call; None finds one. The distribution of texts
+            is the same.
 
     Raises:
         ValueError: for numbers out of range, a temperature without a key, a prefix cache of another
-            model, and as `prefill`.
+            model, a decoder with a cache that cannot go back, and as `prefill`.
 
     Warns:
         NotFiniteWarning: if logits were NaN or infinite.
@@ -138,13 +148,20 @@ def generate(
         raise ValueError(f"a streamer has the functions put and end, got {streamer!r}")
     ends = np.atleast_1d(np.asarray(eos, np.int32))
     check_tokens(forward, ends)
+    if decoder is not None:
+        decoder.check(forward.config.vocab_size, max_new_tokens)
     given: Any = {"inputs_embeds": inputs_embeds, "positions": positions, "buckets": buckets}
     if prefix is None:
         if prompts is None and inputs_embeds is None:
             raise ValueError("give prompts, or a prefix cache that has read some")
+        if decoder is not None:
+            longest = rows_of(forward, prompts, inputs_embeds, positions).columns
+            check_rollback(with_room(forward, longest, max_new_tokens, buckets), params)
         prefix = prefill(forward, params, prompts, new=max_new_tokens, chunk=chunk, **given)
     else:
         check_maker(prefix, forward)
+        if decoder is not None:
+            check_rollback(prefix.forward, params)
         if prompts is not None or inputs_embeds is not None:
             prefix = extend(params, prefix, prompts, **given)
         check_room(prefix, max_new_tokens)
@@ -155,14 +172,28 @@ def generate(
         streamer.put(_shown_prompts(prompts, rows))
     stepwise = streamer is not None or stop is not None
     seen, stride = 0, STRIDE if stepwise else max_new_tokens
-    made = _Made.nothing(prefix)
-    made = _begin(made, prefix.logits, prefix.occurred, sampling, keys, ends)
+    cache_length = prefix.forward.cache_length
+    assert cache_length is not None
+    made = Made.nothing(np.asarray(prefix.lengths) == 0, cache_length.new)
+    drawing, drafts = (sampling, keys, ends), None
+    begun = made, prefix.logits, prefix.occurred, *drawing
+    if decoder is None:
+        made = _begin(*begun)
+    else:
+        drawing = *drawing, np.int32(max_new_tokens)
+        made, drafts = _begin_drafting(decoder, *begun, drawing[-1])
     while seen < max_new_tokens:
         limit = np.int32(min(seen + stride, max_new_tokens))
-        prefix, made = _decode(params, prefix, made, sampling, keys, ends, limit)
+        if drafts is None:
+            prefix, made = _decode(params, prefix, made, *drawing, limit)
+        else:
+            prefix, made, drafts = _decode_drafting(
+                decoder, params, prefix, made, drafts, *drawing, limit
+            )
         count = int(made.count)
         if stop is not None:
             made = _stopped(made, stop, seen)
+            count = int(np.max(made.lengths)) if np.all(made.done) else count
         if streamer is not None:
             _show(streamer, made, rows, seen, count)
         seen = max_new_tokens if np.all(made.done) else count
@@ -172,7 +203,9 @@ def generate(
     lengths = np.asarray(made.lengths)[:rows]
     used = int(lengths.max())
     tokens, log_probs = (np.asarray(each)[:rows, :used] for each in (made.tokens, made.log_probs))
-    return Generated(tokens, lengths, log_probs)
+    last = np.asarray(made.last)[:rows, None]
+    tokens = np.where(np.arange(used) < lengths[:, None], tokens, last)
+    return Generated(tokens, lengths, log_probs, np.asarray(made.calls)[:rows])
 
 
 def _copied(prefix: PrefixCache) -> PrefixCache:
@@ -199,7 +232,7 @@ def _shown_prompts(prompts: Prompts | None, batch: int) -> np.ndarray:
     return np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, -1)
 
 
-def _show(streamer: Streamer, made: _Made, rows: int, start: int, stop: int) -> None:
+def _show(streamer: Streamer, made: Made, rows: int, start: int, stop: int) -> None:
     """Put the columns of tokens in which some row goes on."""
     tokens, lengths = (np.asarray(each)[:rows] for each in (made.tokens, made.lengths))
     for column in range(start, min(stop, lengths.max())):
@@ -216,40 +249,14 @@ def _warn_of_rows(rows: np.ndarray, batch: int) -> None:
         )
 
 
-class _Made(NamedTuple):
-    """New tokens of a batch so far, in buffers that are as wide as the prefix cache's room."""
-
-    tokens: Array
-    log_probs: Array
-    lengths: Array
-    done: Array
-    finite: Array
-    count: Array
-
-    @staticmethod
-    def nothing(prefix: PrefixCache) -> _Made:
-        cache_length, batch = prefix.forward.cache_length, len(prefix.lengths)
-        assert cache_length is not None
-        # Of numpy: arrays of JAX would be a program for each of their shapes.
-        arrays: tuple[Any, ...] = (
-            np.zeros((batch, cache_length.new), np.int32),
-            np.zeros((batch, cache_length.new), np.float32),
-            np.zeros(batch, np.int32),
-            np.asarray(prefix.lengths) == 0,  # padding
-            np.ones(batch, bool),
-            np.int32(0),
-        )
-        return _Made(*arrays)
-
-
 def _choose(
-    made: _Made,
+    made: Made,
     logits: Array,
     occurred: Array,
     sampling: Sampling,
     keys: Array | None,
     ends: Array,
-) -> _Made:
+) -> Made:
     """Take the next token of every row that is not done."""
     changed = process_logits(logits, sampling, occurred)
     if sampling.temperature is None:
@@ -259,22 +266,10 @@ def _choose(
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, made.count)
         token = jax.vmap(jax.random.categorical)(own, changed)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    log_prob = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
-    token = jnp.where(made.done, _last(made), token.astype(jnp.int32))
-    return _Made(
-        made.tokens.at[:, made.count].set(token),
-        made.log_probs.at[:, made.count].set(jnp.where(made.done, 0.0, log_prob)),
-        made.lengths + jnp.where(made.done, 0, 1),
-        made.done | jnp.any(token[:, None] == ends, axis=1),
-        made.finite & (made.done | jnp.all(jnp.isfinite(logits), axis=-1)),
-        made.count + 1,
-    )
-
-
-def _last(made: _Made) -> Array:
-    """The last token that was chosen for every row."""
-    place = jnp.maximum(made.lengths - 1, 0)
-    return jnp.take_along_axis(made.tokens, place[:, None], axis=1)[:, 0]
+    token = token[:, None].astype(jnp.int32)
+    log_prob = jnp.take_along_axis(log_probs, token, axis=-1)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return made.added(token, log_prob, jnp.ones_like(made.lengths), finite, ends)
 
 
 _begin = Program(_choose)  # needs no model: one program, whatever room there is
@@ -284,31 +279,84 @@ _begin = Program(_choose)  # needs no model: one program, whatever room there is
 def _decode(
     params: Params,
     prefix: PrefixCache,
-    made: _Made,
+    made: Made,
     sampling: Sampling,
     keys: Array | None,
     ends: Array,
     limit: Array,
-) -> tuple[PrefixCache, _Made]:
+) -> tuple[PrefixCache, Made]:
     """Make tokens until `limit`, or until every row is done."""
 
-    def step(carry: tuple[PrefixCache, _Made]) -> tuple[PrefixCache, _Made]:
+    def step(carry: tuple[PrefixCache, Made]) -> tuple[PrefixCache, Made]:
         prefix, made = carry
         positions = jnp.where(made.done, -1, prefix.lengths)[:, None]
         if prefix.shift is not None:
             angles = (prefix.lengths + prefix.shift)[:, None]
             positions = jnp.stack([positions, angles], axis=1)
-        prefix = read(1, params, prefix, _last(made)[:, None], positions)
+        prefix = read(1, params, prefix, made.last[:, None], positions)
         return prefix, _choose(made, prefix.logits, prefix.occurred, sampling, keys, ends)
 
-    def going(carry: tuple[PrefixCache, _Made]) -> Array:
+    def going(carry: tuple[PrefixCache, Made]) -> Array:
         _, made = carry
         return (made.count < limit) & ~jnp.all(made.done)
 
     return jax.lax.while_loop(going, step, (prefix, made))
 
 
-def _stopped(made: _Made, stop: Callable[[list[int]], bool], seen: int) -> _Made:
+@partial(Program, static_argnums=(0,))
+def _begin_drafting(
+    decoder: JacobiDecoding,
+    made: Made,
+    logits: Array,
+    occurred: Array,
+    sampling: Sampling,
+    keys: Array | None,
+    ends: Array,
+    most: Array,
+) -> tuple[Made, Drafts]:
+    drawn = Drawn(sampling, keys, ends, most, logits.shape[-1])
+    return begin(decoder, made, logits, occurred, drawn)
+
+
+@partial(Program, static_argnums=(0,), donate_argnums=(2, 3, 4))
+def _decode_drafting(
+    decoder: JacobiDecoding,
+    params: Params,
+    prefix: PrefixCache,
+    made: Made,
+    drafts: Drafts,
+    sampling: Sampling,
+    keys: Array | None,
+    ends: Array,
+    most: Array,
+    limit: Array,
+) -> tuple[PrefixCache, Made, Drafts]:
+    """Make tokens until every row has `limit` of them or is done, several in a call."""
+
+    def call(state: StateDict, tokens: Array, positions: Array) -> tuple[Array, StateDict]:
+        rows = positions
+        if prefix.shift is not None:
+            angles = jnp.where(positions >= 0, positions + prefix.shift[:, None], -1)
+            rows = jnp.stack([positions, angles], axis=1)
+        return prefix.forward(params, state, tokens, rows, step=1)
+
+    drawn = Drawn(sampling, keys, ends, most, prefix.logits.shape[-1])
+    state, made, drafts, occurred = decode(
+        decoder,
+        call,
+        prefix.state,
+        made,
+        drafts,
+        drawn,
+        before=prefix.lengths,
+        limit=limit,
+        occurred=None if sampling.repetition_penalty is None else prefix.occurred,
+    )
+    occurred = prefix.occurred if occurred is None else occurred
+    return dataclasses.replace(prefix, state=state, occurred=occurred), made, drafts
+
+
+def _stopped(made: Made, stop: Callable[[list[int]], bool], seen: int) -> Made:
     """End the rows for which `stop` holds after one of the tokens since `seen`."""
     tokens, log_probs, lengths, done = (np.array(array) for array in made[:4])
     for row in range(len(tokens)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +53,25 @@ def check_shortest(forward: Forward, tokens: int) -> None:
     for patch in forward.patches:
         if isinstance(patch, Caches):
             patch.check(tokens)
+
+
+def check_rollback(forward: Forward, params: Params) -> None:
+    """Raise ValueError if a cache of this room cannot forget the last of several tokens."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    leaves, structure = jax.tree.flatten(shapes)
+    if unable := _without_rollback(forward, structure, tuple(leaves)):
+        raise ValueError(
+            f"{', '.join(unable)} cannot go back to a shorter sequence, as a decoder with drafts "
+            f"does where one is rejected. Decode with decoder=None, or use a cache that keeps all "
+            f"new tokens: the dense one, or one that drops tokens of the prompt only."
+        )
+
+
+@lru_cache(maxsize=64)  # shaping caches traces the whole model
+def _without_rollback(forward: Forward, structure: Any, leaves: tuple) -> tuple[str, ...]:
+    found = caches(forward, jax.tree.unflatten(structure, leaves)).values()
+    able = {type(each).__name__: each.rollback and each.multi_token_append for each in found}
+    return tuple(sorted(name for name, holds in able.items() if not holds))
 
 
 class CacheBytes(NamedTuple):

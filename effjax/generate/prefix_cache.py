@@ -129,20 +129,28 @@ def prefill(
     forward = cached(forward)
     check_shortest(forward, int(rows.lengths.min()) + new)
     end = np.int32(longest + new)
-    prompt, new = (min(bucket(size, buckets, least=LEAST), limit) for size in (longest, new))
-    columns = prompt
+    sized = with_room(forward, longest, new, buckets)
+    assert sized.cache_length is not None
+    columns = sized.cache_length.prompt
     if chunk is not None and chunk < longest:
         _check_chunks(forward.with_cache_length(longest, int(end) - longest), params)
         columns = longest if sizes_of(buckets) is None else -(-longest // chunk) * chunk
     batch = bucket(len(rows.lengths), POWERS if sizes_of(buckets) is not None else None)
     rows = rows.wider(batch, columns)
-    forward = forward.with_cache_length(prompt, new, limit)
+    forward = sized
     first, *others = rows.split(chunk or columns)
     ends = np.where(rows.lengths > 0, rows.lengths + (end - longest), 0).astype(np.int32)
     prefix = _read_first(forward, params, *first[:2], ends, end, *first[2:])
     for piece in others:
         prefix = _read_on(params, prefix, *piece)
     return prefix
+
+
+def with_room(forward: Forward, longest: int, new: int, buckets: Buckets) -> Forward:
+    """A forward with caches for prompts of so many tokens and so many new ones, rounded up."""
+    limit = forward.config.max_length
+    prompt, new = (min(bucket(size, buckets, least=LEAST), limit) for size in (longest, new))
+    return cached(forward).with_cache_length(prompt, new, limit)
 
 
 def _check_chunks(forward: Forward, params: Params) -> None:

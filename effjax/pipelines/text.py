@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from effjax import generate as generation
-from effjax.generate import PrefixCache, Streamer
+from effjax.generate import JacobiDecoding, PrefixCache, Streamer
 from effjax.pipelines.arguments import check_characters
 from effjax.pipelines.base import BasePipeline, runs_executables
 from effjax.pipelines.loading import Components
@@ -93,6 +93,7 @@ class TextPipeline(BasePipeline):
         stop: str | Sequence[str] = (),
         streamer: Streamer | None = None,
         prefix: PrefixCache | None = None,
+        decoder: JacobiDecoding | None = None,
         **options: Any,
     ) -> Any:
         """Continue a text, or answer in a chat.
@@ -110,6 +111,8 @@ class TextPipeline(BasePipeline):
             streamer: an object that receives tokens as they are made, such as transformers'
                 `TextStreamer`. It also receives the tokens of a stop.
             prefix: result of `prefill`; the prompts continue its text.
+            decoder: how several tokens are found in one call, such as `JacobiDecoding(window=8)`;
+                None finds one. The distribution of texts is the same.
             options: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` of
                 `effjax.generate.Sampling`; the defaults are those of the settings, else none. For
                 chats also the arguments of transformers' `apply_chat_template`: `tools`,
@@ -140,6 +143,7 @@ class TextPipeline(BasePipeline):
             stop=self._stop(stops) if stops else None,
             prefix=prefix,
             buckets=self.buckets,
+            decoder=decoder,
             **self.sampling(options, drawn=key is not None),
         )
         texts = [self.decode(row, stops) for row in out.rows()]
