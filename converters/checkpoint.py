@@ -72,7 +72,12 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds for bad files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"torch cannot read {path} as weights: {reason}") from error
-    for key in ("ema", "state_dict", "model"):  # averaged weights first, as their authors sample
+    for key in (
+        "ema",
+        "state_dict",
+        "model",
+        "module",
+    ):  # averaged weights first, as their authors sample
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
     if not isinstance(held, Mapping):

@@ -10,6 +10,7 @@ Whatever is traced counts, also results that the compiler would find unused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -24,6 +25,7 @@ from effjax import compat
 from effjax.context import PyTree
 from effjax.forward import Forward, Params
 from effjax.quant import QTensor
+from pallas_kernels import use_implementation
 from pallas_kernels.marks import Work, declared_work, useful_fraction
 
 Branch = str | int | float | Callable[[int, str], int]
@@ -163,11 +165,10 @@ def sampler_cost(
     which of them to count.
 
     Args:
-        sampler: an object with `calls`, `init`, `unconditional` and `network` as in
-            `effjax.samplers.Sampler`.
+        sampler: a `Loop`.
         forward, params, cond, uncond: what the sampler is called with; arrays or shapes.
         distinct: function of a step that returns a key. Steps with equal keys cost the same and are
-            traced once.
+            traced once. None takes the sampler's own (`Loop.alike`).
         branch, while_trips, platform: as in `cost`.
     """
     carry = jax.eval_shape(
@@ -188,8 +189,10 @@ def sampler_cost(
         options = {"branch": branch, "while_trips": while_trips, "platform": platform}
         return cost(network, *inputs, **options)
 
-    keys = [step if distinct is None else distinct(step) for step in range(sampler.calls)]
-    return sum((call(keys.index(key)) * times for key, times in Counter(keys).items()), Cost())
+    keys = [(distinct or sampler.alike)(step) for step in range(sampler.calls)]
+    counted = sampler.counted_by
+    with contextlib.nullcontext() if counted is None else use_implementation(counted):
+        return sum((call(keys.index(key)) * times for key, times in Counter(keys).items()), Cost())
 
 
 def array_bytes(array: Any) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import abc
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +53,21 @@ class Loop(abc.ABC):
 
     `cond` is the condition that each sample is made from. `uncond` is its unconditional counterpart
     (or `Branches`), or None for a loop without guidance.
+
+    Attributes:
+        counted_by: implementation of the kernels whose costs are counted; None for those that run.
     """
+
+    counted_by: ClassVar[str | None] = None
 
     @property
     def apart(self) -> tuple[int, ...]:
         """Calls whose shapes differ from others': each is traced by itself, at a static step."""
         return ()
+
+    def alike(self, step: int) -> Hashable:
+        """A key that is the same for calls of the same cost."""
+        return step
 
     @property
     @abc.abstractmethod

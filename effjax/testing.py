@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.autoregression import NextScale
+from effjax.autoregression import NextScale, NextToken
 from effjax.calibration import Answers, Sequences, Trajectory
 from effjax.context import PyTree
 from effjax.forward import (
@@ -27,9 +27,11 @@ from effjax.layers.joint import PooledEmbeddings
 from effjax.models.dit import DiT, DiTConfig
 from effjax.models.flux import Flux, FluxConfig
 from effjax.models.llama import Llama, LlamaConfig
+from effjax.models.llamagen import Caption, LlamaGen, LlamaGenConfig
 from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
 from effjax.models.sd3 import SD3, SD3Config
 from effjax.models.var import VAR, VARConfig
+from effjax.models.vq_model import VQModel, VQModelConfig
 from effjax.models.vqvae import VQVAE, VQVAEConfig
 from effjax.samplers import DDIM, DPMSolver, FlowMatchEuler, Sampler
 
@@ -47,7 +49,7 @@ class Subject:
 
     forward: Forward
     params: Params
-    sampler: Sampler | NextScale | Reading
+    sampler: Sampler | NextScale | NextToken | Reading
     cond: PyTree
     uncond: PyTree = None
 
@@ -249,6 +251,55 @@ def tiny_var(*, batch: int = 2, **options: Any) -> Subject:
     codes = {"vocab_size": config.vocab_size, "latent_channels": config.code_channels}
     loop = NextScale(tiny_vqvae(**codes), config.patch_nums, guidance=2.0, top_k=20, top_p=0.9)
     cond = jnp.arange(batch, dtype=jnp.int32) % config.num_classes
+    return Subject(forward, random_params(shapes), loop, cond)
+
+
+def tiny_vq_model(**options: Any) -> tuple[Forward, Params]:
+    """A VQ model of two levels: 40 codes of 4 channels, images twice as wide as latents.
+
+    Args:
+        options: fields of `VQModelConfig` to change.
+    """
+    shape = {
+        "latent_channels": 4,
+        "encoder_channels": 6,
+        "vocab_size": 40,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_groups": 4,
+    }
+    forward, shapes = abstract(VQModel, VQModelConfig(**{**shape, **options}))
+    return forward, random_params(shapes)
+
+
+def tiny_llamagen(*, batch: int = 2, **options: Any) -> Subject:
+    """A LlamaGen of two layers and 4 x 4 tokens with `tiny_vq_model` and a guided loop.
+
+    Args:
+        batch: images to sample.
+        options: fields of `LlamaGenConfig` to change; with `caption_channels` it is a text-to-image
+            model.
+    """
+    shape = {
+        "grid": 4,
+        "num_layers": 2,
+        "num_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "vocab_size": 40,
+        "num_classes": 0 if options.get("caption_channels") else 5,
+        "caption_tokens": 6,
+    }
+    config = LlamaGenConfig(**{**shape, **options})
+    forward, shapes = abstract(LlamaGen, config)
+    codes = tiny_vq_model(vocab_size=config.vocab_size)
+    loop = NextToken(codes, (config.grid, config.grid), guidance=2.0, top_k=20, top_p=0.9)
+    cond: PyTree = jnp.arange(batch, dtype=jnp.int32) % max(config.num_classes, 1)
+    if config.caption_channels:
+        size = batch, config.caption_tokens, config.caption_channels
+        states = np.random.default_rng(4).standard_normal(size).astype(np.float32)
+        mask = np.arange(size[1]) >= 1 + 2 * (np.arange(batch)[:, None] % 3)
+        cond = Caption(jnp.asarray(states), jnp.asarray(mask), jnp.zeros(batch, bool))
     return Subject(forward, random_params(shapes), loop, cond)
 
 

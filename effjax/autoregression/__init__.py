@@ -1,10 +1,20 @@
 """Images as sequences of tokens: the loops that sample them.
 
 next_scale    VAR: one call for each map of tokens, from coarse to fine
+next_token    LlamaGen: one call for each token, row by row
 flow_map      tokens as functions of noise, by which one call can be trained to make them all
 """
 
 from effjax.autoregression.flow_map import FlowSolver, flow_map
 from effjax.autoregression.next_scale import NextScale, codes_of, teacher_forced
+from effjax.autoregression.next_token import NextToken, logits_of
 
-__all__ = ["FlowSolver", "NextScale", "codes_of", "flow_map", "teacher_forced"]
+__all__ = [
+    "FlowSolver",
+    "NextScale",
+    "NextToken",
+    "codes_of",
+    "flow_map",
+    "logits_of",
+    "teacher_forced",
+]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from effjax.fields import Count, Natural, NotNegative, Share, parse
+from effjax.fields import Count, Natural, NotNegative, Positive, Share, parse
 
 COUNT, NATURAL, NOT_NEGATIVE = parse(Count), parse(Natural), parse(NotNegative)
+POSITIVE = parse(Positive)
 NUMBER, SHARE = parse(float), parse(Share)
 LENGTHS = parse(tuple[Count, ...])
 
@@ -29,15 +30,23 @@ def sampler_arguments(command: Arguments) -> None:
     )
     command.add_argument("--top-p", type=SHARE, help="share of their probability; 1 for all")
     command.add_argument(
+        "--temperature", type=POSITIVE, help="divides the logits of codes, of a model of tokens"
+    )
+    command.add_argument(
+        "--guidance-interval", type=COUNT, help="first tokens that are guided; all if left out"
+    )
+    command.add_argument(
         "--more-smooth", action="store_true", default=None, help="mix codes, for pictures"
     )
 
+
+_SAME = ("height", "width", "top_k", "top_p", "temperature", "guidance_interval", "more_smooth")
 
 # Options by the argument of a pipeline's `sampler` that they are.
 SETTINGS = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
-    **{name: name for name in ("height", "width", "top_k", "top_p", "more_smooth")},
+    **{name: name for name in _SAME},
 }
 
 

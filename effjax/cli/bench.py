@@ -19,12 +19,7 @@ from effjax.cli.running import asked, load, settings
 from effjax.cost import memory_of, sampler_cost, state_bytes, weight_bytes
 from effjax.generate import Reading, generate, perplexity, prefill, score
 from effjax.metrics import psnr
-from effjax.pipelines import (
-    ClassConditionalPipeline,
-    NextScalePipeline,
-    PromptPipeline,
-    TextPipeline,
-)
+from effjax.pipelines import TextPipeline
 from effjax.pipelines.base import BasePipeline
 from effjax.pipelines.reference import Reference, reference
 from effjax.pipelines.summary import Watch, summarize
@@ -54,7 +49,7 @@ def run(arguments: argparse.Namespace) -> Figures:
 
 
 def images(
-    pipe: ClassConditionalPipeline | PromptPipeline | NextScalePipeline,
+    pipe: Any,
     reference: Reference,
     wanted: Sequence[str],
     options: Mapping[str, Any],
@@ -73,7 +68,10 @@ def images(
     cond, uncond = pipe.conditions(list(wanted) * arguments.batch)
     uncond = uncond if sampler.guided else None
     key = jax.random.key(arguments.seed)
-    pairs = {reference.kind: reference.pair, "compressed": (pipe.forward, pipe.params)}
+    pairs: dict[str, Pair] = {
+        reference.kind: reference.pair,
+        "compressed": (pipe.forward, pipe.params),
+    }
     figures: dict[str, Any] = {}
     programs = {}
     for name, pair in pairs.items():

@@ -29,6 +29,7 @@ from effjax.cli.arguments import (
 from effjax.cli.running import asked, settings
 from effjax.fields import naming
 from effjax.pipelines import TextPipeline
+from effjax.pipelines.next_token import RasterPipeline
 from effjax.transform import Method, Pair
 
 
@@ -48,6 +49,21 @@ class Source:
     def domain(self) -> str:
         """As a method's declaration names it."""
         return "language models" if isinstance(self.pipe, TextPipeline) else "images"
+
+    def check(self, chosen: Method) -> None:
+        """Raise ValueError for a method that is not for this model.
+
+        What is for language models, and looks at no texts, is for models that predict codes one
+        after the other too.
+        """
+        allowed = {"any", self.domain}
+        if isinstance(self.pipe, RasterPipeline):
+            allowed.add("language models")
+        if chosen.domain not in allowed:
+            raise ValueError(
+                f"{chosen.name} is for {chosen.domain}; {self.arguments.source} is for "
+                f"{self.domain}. See `effjax methods`."
+            )
 
     @property
     def tokens(self) -> int | None:

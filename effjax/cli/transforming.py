@@ -135,11 +135,7 @@ def _source(chosen: Method, arguments: argparse.Namespace) -> Source:
     """
     storage.check_destination(arguments.destination)
     source = Source(load(arguments), arguments)
-    if chosen.domain not in ("any", source.domain):
-        raise ValueError(
-            f"{chosen.name} is for {chosen.domain}; {arguments.source} is for {source.domain}. "
-            f"See `effjax methods`."
-        )
+    source.check(chosen)
     return source
 
 

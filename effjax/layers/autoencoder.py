@@ -1,8 +1,8 @@
 """Parts of convolutional autoencoders of images: residual blocks by level (arXiv 2012.09841).
 
 Encoders and decoders of latent diffusion (`AutoencoderKL`) and of models whose latents are codes
-(`VQVAE`) are made of the same parts. They differ in widths, in where they attend, and in what
-stands between the two.
+(`VQVAE`, `VQModel`) are made of the same parts. They differ in widths, in where they attend, and in
+what stands between the two.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from effjax.context import Layout, Model
 from effjax.layers.attention import SelfAttention
 from effjax.layers.convolution import Conv2d, upsample_nearest_2x
 from effjax.layers.norms import GroupNorm
@@ -222,6 +223,64 @@ class Decoder(nnx.Module):
     def __call__(self, z: Float[Array, "B Y X Z"]) -> Float[Array, "B H W O"]:
         x = self.levels(self.mid(self.conv_in(z)))
         return self.conv_out(nnx.silu(self.norm_out(x)))
+
+
+class CodeAutoencoder(Model):
+    """Base of autoencoders whose latents are codes: they encode images, and decode latents.
+
+    Attributes:
+        encoder, quant_conv: images to latents that are not yet codes.
+        post_quant_conv, decoder: latents to images.
+    """
+
+    encoder: Encoder
+    quant_conv: Conv2d
+    post_quant_conv: Conv2d
+    decoder: Decoder
+
+    def layout(self, latents: Array | None, images: Array | None = None) -> Layout:
+        """Token layout of the attention at the lowest resolution."""
+        if images is None:
+            _, rows, columns, _ = image_shape("latents", latents)
+            return Layout(grid=(1, rows, columns))
+        _, height, width, _ = image_shape("images", images)
+        factor = self.config.downscale
+        return Layout(grid=(1, height // factor, width // factor))
+
+    def __call__(
+        self, latents: Float[Array, "B Y X Z"] | None, images: Float[Array, "B H W I"] | None = None
+    ) -> Float[Array, "B _ _ _"]:
+        """Decode latents to images, or encode images to latents that are not yet codes.
+
+        Exactly one of the two is given, and the other is None, which passes `jax.jit` as structure.
+        Images have values in -1 ... 1. For tokens see `encode` and `latents_of` of the model's
+        module.
+
+        Returns:
+            Images [B, H, W, out_channels] in `config.dtype`, or latents float32[B, Y, X, Z].
+
+        Raises:
+            ValueError: for another number of channels, or sizes that `downscale` does not divide.
+        """
+        config = self.config
+        if images is None and latents is not None:
+            check_latents(latents, config.latent_channels)
+            return self.decoder(self.post_quant_conv(latents.astype(config.dtype)))
+        if latents is None and images is not None:
+            check_images(images, config.in_channels, config.downscale)
+            made = self.quant_conv(self.encoder(images.astype(config.dtype)))
+            return made.astype(jnp.float32)
+        raise ValueError(
+            "give either latents to decode or images to encode: forward(params, state, latents) "
+            "or forward(params, state, None, images)"
+        )
+
+
+def nearest(vectors: Float[Array, "B N C"], codes: Float[Array, "V C"]) -> Int[Array, "B N"]:
+    """The tokens whose codes are nearest to vectors; the first of several."""
+    products = jnp.einsum("bnc,vc->bnv", vectors, codes, precision=jax.lax.Precision.HIGHEST)
+    distances = jnp.sum(codes**2, axis=1) - 2 * products  # and |vector|^2, the same for all
+    return jnp.argmin(distances, axis=-1).astype(jnp.int32)
 
 
 def check_widths(widths: Sequence[int], groups: int) -> None:

@@ -59,12 +59,13 @@ class MLP(FeedForward):
         *,
         outputs: int | None = None,
         activation: str = "gelu_tanh",
+        bias: bool = True,
         roles: tuple[Role, Role] = ("up", "down"),
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"bias": bias, "param_dtype": param_dtype, "rngs": rngs}
         self.fc1 = Linear(hidden_size, intermediate_size, role=roles[0], **options)
         self.fc2 = Linear(intermediate_size, outputs or hidden_size, role=roles[1], **options)
 

@@ -103,6 +103,58 @@ class Rotary(nnx.Module):
         return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
+class RasterRotary(Rotary):
+    """Turns adjacent channels by the row and the column of a token of an image (LlamaGen).
+
+    A sequence is a condition and then an image, row by row. The first half of the pairs of channels
+    goes by the row, the other half by the column, each with frequencies theta^(-4 i / D). Heads of
+    the condition become zero: their queries and keys have the score 0 with everything.
+
+    Args:
+        head_dim: D, a multiple of 4.
+        theta: base of the frequencies.
+        condition: tokens of the condition.
+        columns: tokens of a row of the image.
+    """
+
+    def __init__(self, head_dim: int, *, theta: float, condition: int, columns: int):
+        rates, self.factor = frequencies(head_dim // 2, theta)
+        self.frequencies = (*rates.tolist(), *rates.tolist())
+        self.sections, self.rows = (), ()
+        self.condition = condition
+        self.columns = columns
+
+    def __call__(
+        self, x: Float[Array, "B S H D"], positions: Int[Array, "#B S"] | Int[Array, "#B R S"]
+    ) -> Float[Array, "B S H D"]:
+        """Rotate heads; float32 products, the input's dtype.
+
+        Args:
+            x: heads.
+            positions: of tokens in the sequence, in which the condition has its whole length.
+
+        Raises:
+            ValueError: for positions with several rows.
+        """
+        if positions.ndim == 3:
+            if positions.shape[1] != 1:
+                raise ValueError(
+                    f"tokens of an image are rotated by one number, and positions have "
+                    f"{positions.shape[1]} rows of them"
+                )
+            positions = positions[:, 0]
+        place = positions - self.condition
+        row, column = (x.astype(jnp.float32) for x in (place // self.columns, place % self.columns))
+        axes = jnp.repeat(jnp.stack([row, column], axis=-1), len(self.frequencies) // 2, axis=-1)
+        angles = (axes * np.asarray(self.frequencies, np.float32))[:, :, None]
+        image = (place >= 0).astype(jnp.float32)[:, :, None, None]
+        cos, sin = image * jnp.cos(angles), image * jnp.sin(angles)
+        pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return turned.reshape(x.shape).astype(x.dtype)
+
+
 def section_rows(
     head_dim: int, sections: tuple[int, ...], *, interleaved: bool = False
 ) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ Parity target: transformers' `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2For
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,12 @@ class LlamaConfig(Checked):
 
 
 class LlamaBlock(nnx.Module):
-    """Attention and gated MLP, each behind an RMS norm."""
+    """Attention and gated MLP, each behind an RMS norm.
+
+    Args:
+        layer: its number, from 0.
+        rotary: turns queries and keys; as the configuration says, if None.
+    """
 
     folds = (
         Fold(QKV, "norm1", "norm"),
@@ -129,9 +134,11 @@ class LlamaBlock(nnx.Module):
         Fold(("mlp.down",), "mlp.up", "linear"),
     )
 
-    def __init__(self, config: LlamaConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, layer: int, *, rotary: Rotary | None = None, rngs: nnx.Rngs
+    ):
         hidden_size, eps, dtype = config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)
-        rotary = Rotary(
+        rotary = rotary or Rotary(
             config.head_dim,
             theta=config.rope_theta,
             scaling=config.rope_scaling,
@@ -170,16 +177,21 @@ class LlamaBlock(nnx.Module):
 
 
 class Llama(Model):
-    """The network: computes the logits of the next token from token ids."""
+    """The network: computes the logits of the next token from token ids.
 
-    Config = LlamaConfig
+    Models that are made of the same parts say in `decoder` what their configuration is to these,
+    and in `block` what a layer is.
+    """
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    Config: ClassVar[type] = LlamaConfig
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
         self.config = config
+        config = self.decoder
         hidden_size, dtype = config.hidden_size, jnp.dtype(config.param_dtype)
         init = nnx.initializers.normal(0.02)
         self.embed_tokens = nnx.Param(init(rngs.params(), (config.vocab_size, hidden_size), dtype))
-        self.blocks = Stack([LlamaBlock(config, i, rngs=rngs) for i in range(config.num_layers)])
+        self.blocks = Stack([self.block(i, rngs) for i in range(config.num_layers)])
         self.norm = RMSNorm(hidden_size, eps=config.norm_eps, param_dtype=dtype)
         self.lm_head = (
             None
@@ -193,6 +205,15 @@ class Llama(Model):
                 rngs=rngs,
             )
         )
+
+    @property
+    def decoder(self) -> LlamaConfig:
+        """The configuration of the language model."""
+        return self.config
+
+    def block(self, layer: int, rngs: nnx.Rngs) -> LlamaBlock:
+        """A new layer."""
+        return LlamaBlock(self.decoder, layer, rngs=rngs)
 
     def example_inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         return (jax.ShapeDtypeStruct((2, 8), jnp.int32),)

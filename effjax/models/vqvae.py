@@ -22,22 +22,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from effjax.context import Layout, Model, PyTree
+from effjax.context import PyTree
 from effjax.fields import Checked, Count, FloatName, Share
 from effjax.layers.autoencoder import (
+    CodeAutoencoder,
     CoderShape,
     Decoder,
     Encoder,
-    check_images,
-    check_latents,
     check_widths,
-    image_shape,
+    nearest,
 )
 from effjax.layers.convolution import Conv2d
 from effjax.layers.resize import resize
@@ -120,10 +118,7 @@ class MultiScaleQuantizer(nnx.Module):
 
     def nearest(self, vectors: Float[Array, "B N C"]) -> Int[Array, "B N"]:
         """The tokens whose codes are nearest to vectors; the first of several."""
-        codes = self.codes()
-        products = jnp.einsum("bnc,vc->bnv", vectors, codes, precision=jax.lax.Precision.HIGHEST)
-        distances = jnp.sum(codes**2, axis=1) - 2 * products  # and |vector|^2, the same for all
-        return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+        return nearest(vectors, self.codes())
 
     def enlarged(
         self, vectors: Float[Array, "B N C"], scale: int, patch_nums: Sides
@@ -176,7 +171,7 @@ def averaged(latents: Float[Array, "B S S C"], side: int) -> Float[Array, "B N C
     return small.reshape(small.shape[0], side**2, -1)
 
 
-class VQVAE(Model):
+class VQVAE(CodeAutoencoder):
     """The network: encodes images to latents, and decodes latents that are sums of codes."""
 
     Config = VQVAEConfig
@@ -205,42 +200,6 @@ class VQVAE(Model):
         self.quant_conv = conv()
         self.post_quant_conv = conv()
         self.quantizer = MultiScaleQuantizer(config, rngs=rngs)
-
-    def layout(self, latents: Array | None, images: Array | None = None) -> Layout:
-        """Token layout of the attention at the lowest resolution."""
-        if images is None:
-            _, rows, columns, _ = image_shape("latents", latents)
-            return Layout(grid=(1, rows, columns))
-        _, height, width, _ = image_shape("images", images)
-        factor = self.config.downscale
-        return Layout(grid=(1, height // factor, width // factor))
-
-    def __call__(
-        self, latents: Float[Array, "B Y X Z"] | None, images: Float[Array, "B H W I"] | None = None
-    ) -> Float[Array, "B _ _ _"]:
-        """Decode latents to images, or encode images to latents that are not yet codes.
-
-        Exactly one of the two is given, and the other is None, which passes `jax.jit` as structure.
-        Images have values in -1 ... 1. For tokens see `encode` and `latents_of`.
-
-        Returns:
-            Images [B, H, W, out_channels] in `config.dtype`, or latents float32[B, Y, X, Z].
-
-        Raises:
-            ValueError: for another number of channels, or sizes that `downscale` does not divide.
-        """
-        config = self.config
-        if images is None and latents is not None:
-            check_latents(latents, config.latent_channels)
-            return self.decoder(self.post_quant_conv(latents.astype(config.dtype)))
-        if latents is None and images is not None:
-            check_images(images, config.in_channels, config.downscale)
-            made = self.quant_conv(self.encoder(images.astype(config.dtype)))
-            return made.astype(jnp.float32)
-        raise ValueError(
-            "give either latents to decode or images to encode: forward(params, state, latents) "
-            "or forward(params, state, None, images)"
-        )
 
 
 def quantizer_of(forward: Any, params: PyTree) -> MultiScaleQuantizer:

@@ -27,12 +27,14 @@ from effjax.pipelines.diffusion import Pipeline
 from effjax.pipelines.images import to_pil
 from effjax.pipelines.loading import Components, refuse_file
 from effjax.pipelines.next_scale import NextScalePipeline
+from effjax.pipelines.next_token import NextTokenPipeline
 from effjax.pipelines.prompts import PromptPipeline, TextToImagePipeline, TextToVideoPipeline
 from effjax.pipelines.text import TextPipeline
 
 __all__ = [
     "ClassConditionalPipeline",
     "NextScalePipeline",
+    "NextTokenPipeline",
     "Pipeline",
     "PromptPipeline",
     "TextPipeline",
@@ -146,6 +148,7 @@ _CLASSES: dict[str, Any] = {
     for each in (
         ClassConditionalPipeline,
         NextScalePipeline,
+        NextTokenPipeline,
         TextPipeline,
         TextToImagePipeline,
         TextToVideoPipeline,

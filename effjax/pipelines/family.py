@@ -73,8 +73,8 @@ class PipelineFamily:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScaleFamily(PipelineFamily):
-    """A pipeline class around a model that predicts maps of codes, from coarse to fine.
+class CodesFamily(PipelineFamily):
+    """A pipeline class around a model that predicts codes.
 
     Attributes:
         vae: the component whose codes they are.

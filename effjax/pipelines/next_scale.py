@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,33 +14,24 @@ import numpy as np
 from jaxtyping import Array
 
 from effjax.autoregression import NextScale, teacher_forced
-from effjax.buckets import by_parts, cut, joined, rows
+from effjax.buckets import by_parts
 from effjax.executables import Program
 from effjax.fields import naming
-from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
 from effjax.layers.scales import Sides, whole_scales
 from effjax.models import vqvae
 from effjax.pipelines import arguments
-from effjax.pipelines.base import INDEX, BasePipeline, runs_executables
+from effjax.pipelines.base import INDEX, runs_executables
+from effjax.pipelines.codes import CodesPipeline, OutputType, check_output, check_same
 from effjax.pipelines.diffusion import Images, OnStepEnd
-from effjax.pipelines.family import ScaleFamily
-from effjax.pipelines.images import finished, prepared
+from effjax.pipelines.family import CodesFamily
 from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
 from effjax.pipelines.loading import Components
-from effjax.samplers import check_keys, keys_of
 from effjax.transform import Pair
-
-OutputType = Literal["pil", "np", "latent", "tokens"]
-
-_ADVICE = (
-    'Load the pipeline with dtype="float32" or "bfloat16", or with check_finite=True, which finds '
-    "damaged weights."
-)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class NextScalePipeline(OfClasses, BasePipeline):
+class NextScalePipeline(OfClasses, CodesPipeline):
     """A class-conditional model of scales (VAR) with the VQVAE of its codes.
 
     Call it with class indices or names to get images of these classes.
@@ -55,34 +45,20 @@ class NextScalePipeline(OfClasses, BasePipeline):
         names: see `OfClasses`.
     """
 
-    vae: Pair
     names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
-    family: ScaleFamily = dataclasses.field(default=cast(Any, None), kw_only=True, repr=False)
 
     TASK = "unconditional-image-generation"  # hubs know no classes
-    MAKES: ClassVar[str] = "images"
     SETTINGS: ClassVar[tuple[str, ...]] = ("guidance_scale", "top_k", "top_p", "more_smooth")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self.names, self.forward.config.num_classes)
-        NextScale(self.vae, self.patch_nums).check(self.forward)
 
-    def transform(self, *transforms: Callable[[Forward, Params], Pair]) -> NextScalePipeline:
-        """Return a copy of this pipeline with a transformed model.
+    def loop(self, **options: Any) -> NextScale:
+        return NextScale(self.vae, self.patch_nums, **options)
 
-        Args:
-            transforms: functions `(forward, params) -> (forward, params)`, applied in order.
-
-        Raises:
-            ValueError: for methods that keep tokens of a call for the next one.
-        """
-        made = super().transform(*transforms)
-        if made.forward.patches:  # shapes alone are traced
-            labels, loop = jnp.zeros(1, jnp.int32), made.sampler()
-            forward, key = made.forward, jax.random.key(0)
-            jax.eval_shape(lambda params: loop.init(forward, params, labels, key), made.params)
-        return made
+    def example_condition(self) -> jax.Array:
+        return jnp.zeros(1, jnp.int32)
 
     @classmethod
     def of(cls, found: Components) -> NextScalePipeline:
@@ -92,7 +68,7 @@ class NextScalePipeline(OfClasses, BasePipeline):
             ValueError: for components that are missing or belong to different models.
         """
         family = found.family
-        assert isinstance(family, ScaleFamily)
+        assert isinstance(family, CodesFamily)
         found.require(family.model, family.vae)
         with naming(INDEX):
             names = read_names((found.index or {}).get("id2label"))
@@ -127,24 +103,13 @@ class NextScalePipeline(OfClasses, BasePipeline):
         Raises:
             ValueError: for numbers out of range.
         """
-        family = self.family
-        scale = family.guidance if guidance_scale is None else guidance_scale
+        scale = self.family.guidance if guidance_scale is None else guidance_scale
         scale = arguments.scale("guidance_scale", scale)
-        codes = self.forward.config.vocab_size
-        top_k = min(family.top_k, codes) if top_k is None else top_k
-        if top_k != 0 or isinstance(top_k, bool):
-            top_k = arguments.count("top_k", top_k)
-        top_p = arguments.scale("top_p", family.top_p if top_p is None else top_p)
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {top_p}")
-        loop = NextScale(
-            self.vae,
-            self.patch_nums,
+        loop = self.loop(
             guidance=scale or None,
-            top_k=top_k or None,
-            top_p=None if top_p == 1 else top_p,
             temperature=self._temperature(temperature),
             more_smooth=more_smooth,
+            **self.drawing(top_k, top_p),
         )
         loop.check(self.forward)
         return loop
@@ -215,9 +180,7 @@ class NextScalePipeline(OfClasses, BasePipeline):
             ValueError: for unknown labels, and numbers out of range.
             TypeError: if `key` is not a key.
         """
-        types = get_args(OutputType)
-        if not isinstance(output_type, str) or output_type not in types:
-            raise ValueError(f"output_type must be one of {', '.join(types)}; got {output_type!r}")
+        check_output(output_type)
         if output_type == "tokens" and more_smooth:
             raise ValueError("more_smooth mixes codes, so that no tokens stand for the images")
         if not (callback_on_step_end is None or callable(callback_on_step_end)):
@@ -233,45 +196,21 @@ class NextScalePipeline(OfClasses, BasePipeline):
             temperature=temperature,
             more_smooth=more_smooth,
         )
-        repeats = arguments.count("num_images_per_prompt", num_images_per_prompt)
-        check_keys(key, repeats * len(asked))
-        cond = jnp.asarray(np.repeat(np.asarray(self.conditions(asked)[0]), repeats))
-        if callback_on_step_end is not None:
+
+        def stepwise(cond: Any) -> tuple[Array, Array]:
             pair = self.forward, self.params
-            x, tokens = loop.stepwise(*pair, cond, key, callback=callback_on_step_end)
-        else:
-            x, tokens = self._sampled(loop, cond, key, progress)
-        if output_type == "tokens":
-            return tokens
-        outputs = x if output_type == "latent" else self.decode(x)
-        warn_unless_finite("sampled images", outputs, _ADVICE)
-        return finished(outputs, output_type)
+            return loop.stepwise(*pair, cond, key, callback=callback_on_step_end)
 
-    def _sampled(
-        self, loop: NextScale, cond: jax.Array, key: jax.Array, progress: bool
-    ) -> tuple[jax.Array, jax.Array]:
-        """Latents and tokens, in parts of a few sizes."""
-        from tqdm.auto import tqdm
-
-        batch = len(cond)
-        sizes = cut(batch, self.buckets, cond, key)
-        starts = itertools.accumulate(sizes, initial=0)
-        parts = [
-            _sample(
-                loop,
-                self.forward,
-                self.params,
-                rows(cond, start, size) if len(sizes) > 1 else cond,
-                keys_of(key, batch, start, size),
-            )
-            for start, size in tqdm(list(zip(starts, sizes)), "sampling", disable=not progress)
-        ]
-        x, tokens = zip(*parts)
-        return joined(x, batch), joined(tokens, batch)
-
-    def decode(self, x: jax.Array) -> jax.Array:
-        """Decode latents [B, S, S, Z] into images, float32 in about -1 ... 1."""
-        return by_parts(partial(_decode, *self.vae), self.buckets, x)
+        return self.drawn(
+            loop,
+            lambda: self.conditions(asked)[0],
+            len(asked),
+            key=key,
+            repeats=num_images_per_prompt,
+            output_type=output_type,
+            progress=progress,
+            run=None if callback_on_step_end is None else stepwise,
+        )
 
     def encode(self, images: Any) -> jax.Array:
         """Encode images to the tokens int32[B, L] of all scales.
@@ -283,10 +222,8 @@ class NextScalePipeline(OfClasses, BasePipeline):
         Raises:
             ValueError: for other arrays.
         """
-        many = isinstance(images, list | tuple) or getattr(images, "ndim", 3) == 4
-        pixels = prepared("images", images, len(images) if many else 1, self.size)
         run = partial(_encode, self.patch_nums, *self.vae)
-        return by_parts(run, self.buckets, pixels)
+        return by_parts(run, self.buckets, self.pixels(images))
 
     def latents(self, tokens: jax.Array | np.ndarray) -> jax.Array:
         """The latents float32[B, S, S, Z] of tokens [B, L], which may be of the first scales alone.
@@ -312,36 +249,17 @@ class NextScalePipeline(OfClasses, BasePipeline):
             ValueError: for what is no tokens of whole scales, and unknown labels.
         """
         tokens, (cond, _) = self._tokens(tokens), self.conditions(labels)
-        if len(cond) != len(tokens):
-            raise ValueError(f"there are tokens of {len(tokens)} images and {len(cond)} labels")
+        check_same(tokens, cond, "labels")
         run = partial(_read, self.forward, self.params, self.vae)
         return by_parts(run, self.buckets, tokens, cond)
 
     def _tokens(self, given: Any) -> jax.Array:
-        tokens, codes = np.asarray(given), self.vae[0].config.vocab_size
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
-            raise ValueError(f"tokens must be whole numbers [images, L], got {given!r:.200}")
+        tokens = self.checked_tokens(given)
         whole_scales(self.patch_nums, tokens.shape[1])
-        if tokens.min() < 0 or tokens.max() >= codes:
-            raise ValueError(
-                f"tokens are codes 0 ... {codes - 1}, got {tokens.min()} ... {tokens.max()}"
-            )
-        return jnp.asarray(tokens, jnp.int32)
+        return tokens
 
     def _components(self, directory: Path) -> dict[str, Any]:
         return {**super()._components(directory), **self.names_as_json()}
-
-
-@Program
-def _sample(
-    loop: NextScale, forward: Forward, params: Params, labels: Array, key: Array
-) -> tuple[Array, Array]:
-    return loop.sample(forward, params, labels, key)
-
-
-@Program
-def _decode(forward: Forward, params: Params, latents: Array) -> Array:
-    return vqvae.decode(forward, params, latents).astype(jnp.float32)
 
 
 @partial(Program, static_argnums=(0,))

@@ -1,9 +1,9 @@
 """VAR: images of classes, scale by scale; two files and an index that names them."""
 
-from effjax.pipelines.family import ScaleFamily
+from effjax.pipelines.family import CodesFamily
 
 FAMILIES = (
-    ScaleFamily(
+    CodesFamily(
         name="VARPipeline",
         pipeline="NextScalePipeline",
         models=("VAR",),

@@ -20,8 +20,10 @@ from effjax.forward import METHODS, Forward, Params, flatten_params
 from effjax.layers.attention import CausalAttention, CausalCore
 from effjax.layers.folding import check_unlearned
 from effjax.layers.linear import dot
+from effjax.layers.rotary import Rotary
 from effjax.methods.cache.cskv.plan import CSKVPlan, Factors
 from effjax.quant import QTensor
+from effjax.targets import original
 
 
 def magnitudes(
@@ -73,6 +75,12 @@ def factors(
             raise ValueError(
                 "this model normalizes keys after their projection (qk_norm), which low-rank "
                 "features do not rebuild; use kivi or snap_kv"
+            )
+        core = original(attn.core)
+        if isinstance(core, CausalCore) and type(core.rotary) is not Rotary:
+            raise ValueError(
+                "cskv rotates rebuilt keys by their places in a text, and the rotary positions of "
+                "this model have other axes; use kivi, or a method that chooses tokens"
             )
         if magnitudes is None:
             weights = None

@@ -1,0 +1,350 @@
+"""Sampling token by token, row by row (LlamaGen, arXiv 2406.06525): one call for each token.
+
+    z_0 = model(condition)                            what the sequence begins with
+    for i in 1 ... N - 1:
+        z_i = model(token i - 1)                      all before it is in a KV cache
+        z = z_uncond + guidance (z_cond - z_uncond)
+        token i = draw(top_p(top_k(z / temperature)))
+
+Guidance 1 means none. With a `guidance_interval` n only the first n tokens are guided, and those
+after them are drawn from the conditional branch.
+
+All calls are one program: the first one reads the condition, the others are a scan. The forward's
+patches say how keys and values are kept, as for language models; without one they are dense.
+
+FLOPs of an image, with d layers of width C, MLPs of width F, b branches of guidance, T tokens of
+the condition and N of the image: 2 b (T + N - 1) d (4 C^2 + 3 C F) for linear layers,
+4 b C d (T^2 + (N - 1) (T + N - 1)) for attention to all slots of a dense cache, and 2 b N C V for
+the head. Kernels leave out slots that are not filled yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.caches import Caches, DenseCache, KVCache
+from effjax.caches.pressed import PressedCache
+from effjax.caches.shared import SharedCache
+from effjax.context import PyTree, Step, is_static
+from effjax.executables import Program
+from effjax.forward import Forward, Params, StateDict
+from effjax.generate import Sampling, process_logits
+from effjax.generate.installed import cached, caches, check_shortest, empty_state
+from effjax.guidance import Guidance
+from effjax.loops import Carry, Loop
+from effjax.models.llamagen import LlamaGenConfig, condition_tokens, positions_of
+from effjax.models.vq_model import VQModelConfig, latents_of
+from effjax.samplers import sample_keys
+from effjax.transform import Pair
+
+_DATA = ("vae", "guidance", "guidance_interval", "top_p", "temperature")
+_STATIC = ("grid", "top_k")
+
+Tokens = Int[Array, "B N"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_STATIC)
+@dataclasses.dataclass(frozen=True, eq=False)
+class NextToken(Loop):
+    """The loop that samples the tokens of an image one after the other, row by row.
+
+    `jax.jit(loop)(forward, params, labels, key)` gives the latents of images, float32[B, rows,
+    columns, Z]. Numbers that are data (guidance and its interval, top_p, temperature) do not
+    compile again where the loop is an argument of a program.
+
+    Attributes:
+        vae: forward and parameters of the VQ model whose codes the model predicts.
+        grid: rows and columns of tokens, those of the model.
+        guidance: of classifier-free guidance; None for none, which halves the cost.
+        guidance_interval: how many of the first tokens are guided; None for all.
+        top_k: draw among the k likeliest tokens, and those as likely as the last; None for all.
+        top_p: draw among the likeliest tokens whose probabilities reach this sum; None for all.
+        temperature: divides the logits; None for 1.
+    """
+
+    counted_by: ClassVar[str | None] = (
+        "reference"  # others' steps follow from lengths, which are data
+    )
+
+    vae: Pair
+    grid: tuple[int, int]
+    guidance: float | Array | None = None
+    guidance_interval: int | Array | None = None
+    top_k: int | None = None
+    top_p: float | Array | None = None
+    temperature: float | Array | None = None
+
+    @property
+    def calls(self) -> int:
+        """Number of tokens."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        return (0,)
+
+    def alike(self, step: int) -> Hashable:
+        return min(step, 1)
+
+    @property
+    def joined(self) -> Guidance | None:
+        return None if self.guidance is None else Guidance()
+
+    @property
+    def guided(self) -> bool:
+        """True if every call runs both branches."""
+        return self.guidance is not None
+
+    def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
+        if not self.guided:
+            return None
+        return forward.config.null_condition(cond) if uncond is None else uncond
+
+    def __call__(
+        self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
+    ) -> Float[Array, "B Y X Z"]:
+        """Sample latents.
+
+        Args:
+            forward: the network, possibly patched.
+            params: its parameters.
+            cond: labels int32[B], or captions.
+            key: one key, or keys [B]. Sample i depends on the key and on i, not on how many
+                samples there are; what is drawn for a token does not depend on what was for others.
+            uncond: the unconditional counterpart; the model's null condition if None.
+        """
+        return self.sample(forward, params, cond, key, uncond=uncond)[0]
+
+    def sample(
+        self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
+    ) -> tuple[Float[Array, "B Y X Z"], Tokens]:
+        """Sample latents, and the tokens that they stand for."""
+        carry = self.init(forward, params, cond, key, uncond=uncond)
+        tokens = self.run(forward, params, carry, cond, uncond).x
+        return latents_of(*self.vae, tokens, self.grid), tokens
+
+    def stepwise(
+        self,
+        forward: Forward,
+        params: Params,
+        cond: PyTree,
+        key: Array,
+        *,
+        uncond: PyTree = None,
+        watch: Callable[[int, Sequence[StateDict]], Any] | None = None,
+        progress: bool = False,
+    ) -> tuple[Float[Array, "B Y X Z"], Tokens]:
+        """The same in a loop on the host: a program for the first token, one for all others.
+
+        Args:
+            watch: called as `watch(token, [state])` after every token; the next one overwrites it.
+            progress: show a bar over the tokens.
+        """
+        from tqdm.auto import tqdm
+
+        uncond = self.unconditional(forward, cond, uncond)
+        x, _, state, keys = _compiled_init(self, forward, params, cond, key, uncond)
+        for token in tqdm(range(self.calls), desc="tokens", disable=not progress):
+            step = {} if token == 0 else {"step": jnp.int32(token)}
+            inputs = self, forward, params, cond, uncond, x, keys
+            x, _, state, keys = _compiled_step(*inputs, state=state, **step)
+            if watch is not None:
+                watch(token, [state])
+        return latents_of(*self.vae, x, self.grid), x
+
+    def init(
+        self,
+        forward: Forward,
+        params: Params,
+        cond: PyTree,
+        key: Any = None,
+        *,
+        uncond: PyTree = None,
+    ) -> Carry:
+        """No tokens, empty caches and the keys.
+
+        Raises:
+            ValueError: if model and VQ model do not belong together, for a `top_k` above the number
+                of codes, and for methods that do not apply.
+        """
+        self.check(forward)
+        forward.check_calls(self.calls)
+        condition = condition_tokens(cond)
+        ready = self._ready(forward, condition)
+        batch = jax.tree.leaves(cond)[0].shape[0]
+        rows = batch if self.joined is None else len(self.joined.branches) * batch
+        state = empty_state(ready, params, rows)
+        if forward.patches:
+            check_shortest(ready, condition + self.calls - 1)
+            check_kept(ready, params, state, condition)
+        tokens = jnp.zeros((batch, self.calls), jnp.int32)
+        return Carry(
+            tokens, (), state, sample_keys(jax.random.key(0) if key is None else key, batch)
+        )
+
+    def check(self, forward: Forward) -> None:
+        """Raise what `init` raises of the loop and the model."""
+        config, codes = forward.config, self.vae[0].config
+        if not isinstance(config, LlamaGenConfig) or not isinstance(codes, VQModelConfig):
+            raise ValueError(
+                f"tokens are sampled of a LlamaGen with its VQModel, got {forward.model.__name__} "
+                f"and {self.vae[0].model.__name__}"
+            )
+        if (config.grid, config.grid) != self.grid:
+            raise ValueError(
+                f"the model has {config.grid} rows and columns of tokens, and the loop is for "
+                f"{self.grid}: give grid=(forward.config.grid, forward.config.grid)"
+            )
+        if codes.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the VQ model has {codes.vocab_size} codes, and the model predicts "
+                f"{config.vocab_size}: they belong to different models"
+            )
+        if self.top_k is not None and not 1 <= self.top_k <= config.vocab_size:
+            raise ValueError(
+                f"top_k must be 1 ... {config.vocab_size}, the number of codes, or None for all; "
+                f"got {self.top_k}"
+            )
+
+    def inputs(self, x: Tokens, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
+        """The condition in the first call, the last token in others; positions, and the column."""
+        first, condition = is_static(step) and int(step) == 0, condition_tokens(cond)
+        start: Step = 0 if first else condition + step - 1
+        count = condition if first else 1
+        positions = positions_of(cond, start, count, condition + self.calls)
+        tokens = None if first else jax.lax.dynamic_slice_in_dim(x, step - 1, 1, axis=1)
+        if self.joined is not None:
+            tokens, positions = self.joined.duplicate((tokens, positions))
+            cond = self.joined.join({"cond": cond, "uncond": uncond})
+        last = jnp.full((positions.shape[0], 1), count - 1)
+        return (tokens, positions, last, None, None, cond if first else None)
+
+    def output(self, raw: Float[Array, "R 1 V"], x: Tokens, step: Step) -> Float[Array, "B 1 V"]:
+        """The guided logits of a token."""
+        return self.guide(raw, step)
+
+    def guide(self, raw: Float[Array, "R T V"], step: Step) -> Float[Array, "B T V"]:
+        """The guided logits uncond + guidance (cond - uncond), or cond after the interval.
+
+        Args:
+            raw: logits of both branches.
+            step: number of the (first) token that they are of.
+        """
+        if self.joined is None:
+            return raw
+        parts = self.joined.split(raw.astype(jnp.float32))
+        scale = jnp.asarray(self.guidance, jnp.float32)
+        guided = parts["uncond"] + scale * (parts["cond"] - parts["uncond"])
+        if self.guidance_interval is None:
+            return guided
+        numbers = (step + jnp.arange(raw.shape[1]))[:, None]
+        return jnp.where(numbers < self.guidance_interval, guided, parts["cond"])
+
+    def log_probs(self, out: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+        """Log-probabilities that tokens are drawn by, from guided logits; -inf where never."""
+        return process_logits(out, Sampling(self.temperature, self.top_k, self.top_p))
+
+    def update(self, carry: Carry, out: Float[Array, "B 1 V"], step: Step) -> Carry:
+        """Draw a token."""
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(carry.keys)
+        drawn = jax.vmap(jax.random.categorical)(keys, self.log_probs(out)[:, 0])
+        drawn = drawn.astype(jnp.int32)[:, None]
+        return carry._replace(x=jax.lax.dynamic_update_slice_in_dim(carry.x, drawn, step, axis=1))
+
+    def network(
+        self,
+        forward: Forward,
+        params: Params,
+        state: StateDict,
+        x: Tokens,
+        cond: PyTree,
+        uncond: PyTree,
+        step: Step,
+    ) -> tuple[Array, Array, StateDict]:
+        forward = self._ready(forward, condition_tokens(cond))
+        return super().network(forward, params, state, x, cond, uncond, step)
+
+    def _ready(self, forward: Forward, condition: int) -> Forward:
+        """The forward with a cache for a condition of so many tokens and an image."""
+        return cached(forward).with_cache_length(condition, self.calls - 1)
+
+
+def check_kept(forward: Forward, params: Params, state: StateDict, condition: int) -> None:
+    """Check that a forward keeps keys and values alone from call to call.
+
+    Args:
+        forward: with its caches.
+        state: that it begins with.
+        condition: tokens that are read at once.
+
+    Raises:
+        ValueError: for methods that keep something else, which was another token's, and for those
+            that drop tokens of a prompt where there is one.
+    """
+    held = caches(forward, params)
+    methods = ", ".join(dict.fromkeys(name for name, _ in forward.recipe)) or "a patch"
+    for name in state:
+        if not any(name.startswith(f"{path}.") for path in held):
+            raise ValueError(
+                f"{methods} keeps what a call computed for the next one ({name}), but the next "
+                f"call of this model is another token: this kind of method does not apply"
+            )
+    chosen = any(isinstance(patch, Caches) and patch.plan is not None for patch in forward.patches)
+    if chosen and condition == 1 and all(_keeps_prompt(cache) for cache in held.values()):
+        raise ValueError(
+            f"{methods} drops tokens of a prompt, and the prompt of this model is one label: take "
+            f"a method that drops or quantizes later tokens too, such as streaming_llm or kivi"
+        )
+
+
+def _keeps_prompt(cache: KVCache) -> bool:
+    """Whether a cache holds a prompt of one token, and all that follow, as floats."""
+    whole = isinstance(cache, DenseCache | PressedCache | SharedCache)
+    return whole and not cache.tokens.quantized
+
+
+@Program
+def _compiled_init(
+    loop: NextToken, forward: Forward, params: Params, cond: PyTree, key: Array, uncond: PyTree
+) -> Carry:
+    return loop.init(forward, params, cond, key, uncond=uncond)
+
+
+@partial(Program, donate_argnames=("state",))
+def _compiled_step(
+    loop: NextToken,
+    forward: Forward,
+    params: Params,
+    cond: PyTree,
+    uncond: PyTree,
+    x: Array,
+    keys: Array,
+    *,
+    state: StateDict,
+    step: Step = 0,
+) -> Carry:
+    step = 0 if is_static(step) else step
+    return loop.step(forward, params, Carry(x, (), state, keys), cond, uncond, step)
+
+
+def logits_of(
+    forward: Forward, params: Params, tokens: Tokens, cond: PyTree
+) -> Float[Array, "B N V"]:
+    """Logits of given tokens, all in one call (teacher forcing), without guidance.
+
+    Args:
+        forward: a LlamaGen without caches.
+        params: its parameters.
+        tokens: the first ones of an image, or all.
+        cond: labels, or captions.
+    """
+    first = condition_tokens(cond) - 1
+    columns = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
+    return forward(params, {}, tokens[:, :-1], None, columns, None, None, cond)[0]

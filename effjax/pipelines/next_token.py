@@ -1,0 +1,298 @@
+"""Pipelines of models that predict codes one after the other, row by row: LlamaGen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from effjax.autoregression import NextToken, logits_of
+from effjax.buckets import by_parts
+from effjax.context import PyTree
+from effjax.executables import Program
+from effjax.fields import naming
+from effjax.forward import Forward, Params, abstract
+from effjax.models import vq_model
+from effjax.models.vq_model import VQModelConfig
+from effjax.pipelines import arguments
+from effjax.pipelines.base import INDEX, runs_executables
+from effjax.pipelines.codes import CodesPipeline, OutputType, check_output, check_same
+from effjax.pipelines.diffusion import Images
+from effjax.pipelines.family import CodesFamily
+from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
+from effjax.pipelines.loading import Components
+from effjax.transform import Pair
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RasterPipeline(CodesPipeline):
+    """A model that predicts the codes of a `VQModel` row by row: the base of its pipelines."""
+
+    SETTINGS: ClassVar[tuple[str, ...]] = (
+        "guidance_scale",
+        "guidance_interval",
+        "top_k",
+        "top_p",
+        "temperature",
+    )
+
+    def loop(self, **options: Any) -> NextToken:
+        return NextToken(self.vae, self.grid, **options)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image."""
+        return (self.forward.config.grid,) * 2
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image in pixels."""
+        config, (rows, columns) = self.vae[0].config, self.grid
+        return config.downscale * rows, config.downscale * columns, config.in_channels
+
+    def sampler(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+    ) -> NextToken:
+        """Make the loop that a call uses.
+
+        The arguments are those of a call.
+
+        Raises:
+            ValueError: for numbers out of range.
+        """
+        scale = self.family.guidance if guidance_scale is None else guidance_scale
+        scale = arguments.scale("guidance_scale", scale)
+        if temperature is not None and arguments.scale("temperature", temperature) == 0:
+            raise ValueError("temperature must be above 0 (top_k=1 takes the likeliest tokens)")
+        if guidance_interval is not None:
+            guidance_interval = arguments.count("guidance_interval", guidance_interval)
+        loop = self.loop(
+            guidance=None if scale == 1 else scale,
+            guidance_interval=guidance_interval,
+            temperature=temperature,
+            **self.drawing(top_k, top_p),
+        )
+        loop.check(self.forward)
+        return loop
+
+    def encode(self, images: Any) -> jax.Array:
+        """Encode images to tokens int32[B, N], row by row.
+
+        Args:
+            images: PIL images, which are resized; or arrays [H, W, C] or [B, H, W, C] of the
+                pipeline's `size`, uint8 or floats in 0 ... 1.
+
+        Raises:
+            ValueError: for other arrays.
+        """
+        return by_parts(partial(_encode, *self.vae), self.buckets, self.pixels(images))
+
+    def latents(self, tokens: jax.Array | np.ndarray) -> jax.Array:
+        """The latents float32[B, rows, columns, Z] of tokens [B, N].
+
+        Raises:
+            ValueError: for what is no tokens of whole images.
+        """
+        tokens, (rows, columns) = self.checked_tokens(tokens), self.grid
+        if tokens.shape[1] != rows * columns:
+            raise ValueError(
+                f"an image has {rows} x {columns} = {rows * columns} tokens, got {tokens.shape[1]}"
+            )
+        return by_parts(partial(_latents, self.grid, *self.vae), self.buckets, tokens)
+
+    def read(self, tokens: Any, cond: PyTree, what: str) -> jax.Array:
+        """Logits of given tokens, the first ones of each image or all."""
+        tokens = self.checked_tokens(tokens)
+        most = self.grid[0] * self.grid[1]
+        if tokens.shape[1] > most:
+            raise ValueError(f"an image has {most} tokens, got {tokens.shape[1]}")
+        check_same(tokens, cond, what)
+        return by_parts(partial(_read, self.forward, self.params), self.buckets, tokens, cond)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class NextTokenPipeline(OfClasses, RasterPipeline):
+    """A class-conditional model of tokens (LlamaGen) with the VQ model of its codes.
+
+    Call it with class indices or names to get images of these classes.
+
+        pipe = effjax.pipeline("llamagen-b", dtype="bfloat16")
+        images = pipe([207, 980], key=jax.random.key(0))
+
+    Attributes:
+        forward, params: the model, possibly transformed.
+        vae: forward and parameters of the VQ model.
+        names: see `OfClasses`.
+    """
+
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    TASK = "unconditional-image-generation"  # hubs know no classes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.names, self.forward.config.num_classes)
+
+    def example_condition(self) -> jax.Array:
+        return jnp.zeros(1, jnp.int32)
+
+    @classmethod
+    def of(cls, found: Components) -> NextTokenPipeline:
+        """Load from components.
+
+        Raises:
+            ValueError: for components that are missing or belong to different models.
+        """
+        family = found.family
+        assert isinstance(family, CodesFamily)
+        found.require(family.model, family.vae)
+        with naming(INDEX):
+            names = read_names((found.index or {}).get("id2label"))
+        vae = found.model(family.vae)
+        pair = sized(found, vae)
+        return cls(*pair, vae, names=names, origin=found.origin, family=family)
+
+    @runs_executables
+    def __call__(
+        self,
+        labels: Label | Sequence[Label] | np.ndarray | jax.Array,
+        *,
+        key: jax.Array,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Images:
+        """Generate images of classes.
+
+        Args:
+            labels: one or more class indices or names.
+            key: PRNG key, `jax.random.key(seed)`. The same key gives the same image at its place.
+            num_images_per_prompt: images of each label. All of the first label come first, then all
+                of the second, ...
+            guidance_scale: of classifier-free guidance; 1 means none, which halves the cost. None
+                takes the family's (2).
+            guidance_interval: how many of the first tokens are guided; None for all.
+            top_k: draw among so many of the likeliest tokens; 0 for all. None takes the family's
+                (all).
+            top_p: draw among the likeliest tokens whose probabilities reach this sum; 1 for all.
+                None takes the family's (1).
+            temperature: divides the logits; None is 1.
+            output_type: "pil" for PIL images, "np" for float32[images, H, W, C] in 0 ... 1,
+                "latent" for the latents float32[images, rows, columns, Z] before they are decoded,
+                "tokens" for the tokens int32[images, N].
+            progress: show a bar over the parts of a batch.
+
+        Returns:
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for images that are NaN or infinite.
+
+        Raises:
+            ValueError: for unknown labels, and numbers out of range.
+            TypeError: if `key` is not a key.
+        """
+        check_output(output_type)
+        asked = arguments.listed("labels", labels)
+        loop = self.sampler(
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+        )
+        return self.drawn(
+            loop,
+            lambda: self.conditions(asked)[0],
+            len(asked),
+            key=key,
+            repeats=num_images_per_prompt,
+            output_type=output_type,
+            progress=progress,
+        )
+
+    def logits(
+        self,
+        tokens: jax.Array | np.ndarray,
+        labels: Label | Sequence[Label] | np.ndarray | jax.Array,
+    ) -> jax.Array:
+        """Logits float32[B, L, V] of given tokens [B, L], all in one call, without guidance.
+
+        Args:
+            tokens: the first ones of each image, or all.
+            labels: class of each image.
+
+        Raises:
+            ValueError: for what is no tokens of an image, and unknown labels.
+        """
+        return self.read(tokens, self.conditions(labels)[0], "labels")
+
+    def _components(self, directory: Path) -> dict[str, Any]:
+        return {**super()._components(directory), **self.names_as_json()}
+
+
+def sized(found: Components, vae: Pair) -> Pair:
+    """The model of a directory, for images of the size that its index says.
+
+    The released files do not tell the size; what this library saves does.
+
+    Raises:
+        ValueError: for a released file without a size, or a size of no whole tokens.
+    """
+    family, index = found.family, found.index or {}
+    pair, codes = found.model(family.model), vae[0].config
+    if not isinstance(codes, VQModelConfig):
+        raise ValueError(
+            f"the vae of {found.folder.source} must be a VQModel, got a {vae[0].model.__name__}"
+        )
+    unit = codes.downscale
+    given = index.get("image_size")
+    if given is None:
+        if found.file(family.model) is None:
+            return pair
+        raise ValueError(
+            f"{INDEX} of {found.folder.source} must say image_size, in pixels (256, 384 or 512 of "
+            f"the released models): {index[family.model]} does not tell it"
+        )
+    with naming(f"{found.folder.source}/{INDEX}"):
+        side = arguments.count("image_size", given)
+        if side % unit:
+            raise ValueError(f"image_size must be a multiple of {unit} pixels, got {side}")
+    forward, params = pair
+    if forward.patches:
+        return pair
+    config = dataclasses.replace(forward.config, grid=side // unit)
+    return abstract(forward.model, config)[0], params
+
+
+@Program
+def _encode(forward: Forward, params: Params, images: Array) -> Array:
+    return vq_model.encode(forward, params, images)
+
+
+@partial(Program, static_argnums=(0,))
+def _latents(grid: tuple[int, int], forward: Forward, params: Params, tokens: Array) -> Array:
+    return vq_model.latents_of(forward, params, tokens, grid)
+
+
+@Program
+def _read(forward: Forward, params: Params, tokens: Array, cond: PyTree) -> Array:
+    return logits_of(forward, params, tokens, cond)
