@@ -9,8 +9,10 @@ Teacher forcing: all tokens of all scales in one call, cross entropy (arXiv 2404
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,18 @@ TINY = VARConfig(
 )
 
 
+def read(
+    forward: Forward, params: Params, vae: Pair, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens of images, and the logits of all of them in one call."""
+    tokens = vqvae.encode(*vae, images, forward.config.patch_nums)
+    return tokens, teacher_forced(forward, params, vae, tokens, labels)
+
+
 def train(
-    config: VARConfig,
+    model: Any,
+    config: Any,
+    read: Callable[..., tuple[jax.Array, jax.Array]],
     vae: Pair,
     *,
     steps: int,
@@ -60,14 +72,13 @@ def train(
     checkpoints: Path,
 ) -> tuple[Forward, Params, dict]:
     """Train from the last checkpoint on; return forward, averaged parameters and the log."""
-    forward, params = functional(VAR(config, rngs=nnx.Rngs(seed)))
+    forward, params = functional(model(config, rngs=nnx.Rngs(seed)))
 
     def loss(params: Params, batch: PyTree, key: jax.Array, codes: Params) -> jax.Array:
         images, labels = batch
-        tokens = vqvae.encode(vae[0], codes, images, config.patch_nums)
         dropped = jax.random.bernoulli(key, 0.1, labels.shape)
         seen = jnp.where(dropped, config.null_condition(labels), labels)
-        logits = teacher_forced(forward, params, (vae[0], codes), tokens, seen)
+        tokens, logits = read(forward, params, (vae[0], codes), images, seen)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens))
 
     trained = train_params(
@@ -83,13 +94,14 @@ def train(
     return forward, trained.average, trained.log
 
 
-def export(path: Path, forward: Forward, params: Params, vae: Path) -> None:
-    """Write the model as a pipeline with its VQVAE, bfloat16, replacing an older one."""
+def export(path: Path, name: str, forward: Forward, params: Params, vae: Path) -> None:
+    """Write the model as a pipeline with its tokenizer, bfloat16, replacing an older one."""
+    config = json.loads((vae / "config.json").read_text())
     index = {
-        "_class_name": "VARPipeline",
+        "_class_name": name,
         "id2label": {str(number): name for number, name in enumerate(glyphs.CLASSES)},
-        "transformer": ["effjax", "VAR"],
-        "vae": ["effjax", "VQVAE"],
+        "transformer": ["effjax", forward.model.__name__],
+        "vae": ["effjax", config["_class_name"]],
     }
     with training.replacing(path) as new:
         small = training.bfloat16(params)
@@ -130,19 +142,31 @@ def passes(figures: dict[str, Any]) -> bool:
     return figures["judge_accuracy"] >= 0.95
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(
+    module: str,
+    argv: list[str] | None,
+    *,
+    about: str,
+    pipeline: str,
+    model: Any,
+    config: Any,
+    read: Callable[..., tuple[jax.Array, jax.Array]],
+    vae: Path,
+    guidance: float,
+) -> int:
+    """The command line of a script that trains a model of codes of classes."""
+
     def make(arguments: argparse.Namespace) -> dict[str, Any]:
-        vae = converters.from_pretrained(train_vqvae.WEIGHTS, dtype="float32", progress=False)
+        tokenizer = converters.from_pretrained(vae, dtype="float32", progress=False)
         forward, params, log = train(
-            TINY,
-            vae,
+            *(model, config, read, tokenizer),
             steps=arguments.steps,
             batch=arguments.batch,
             seed=arguments.seed,
             learning_rate=arguments.learning_rate,
             checkpoints=arguments.checkpoints,
         )
-        export(arguments.output, forward, params, train_vqvae.WEIGHTS)
+        export(arguments.output, pipeline, forward, params, vae)
         return log
 
     def judged(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -154,15 +178,29 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     return training.command(
-        "experiments.train_var",
+        module,
         argv,
-        about=__doc__.splitlines()[0],
-        output=WEIGHTS,
-        steps=6000,
-        options=training.judged_images(guidance=1.5),
+        about=about,
+        output=vae.parent,
+        steps=4500,
+        options=training.judged_images(guidance=guidance),
         make=make,
         evaluate=judged,
         passes=passes,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(
+        "experiments.train_var",
+        argv,
+        about=__doc__.splitlines()[0],
+        pipeline="VARPipeline",
+        model=VAR,
+        config=TINY,
+        read=read,
+        vae=train_vqvae.WEIGHTS,
+        guidance=1.5,
     )
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,27 +47,53 @@ TINY = VQVAEConfig(
 )
 
 
-def quantized(
-    forward: Forward, params: Params, latents: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Latents of codes, the error of all partial sums, and the distance of codes from vectors."""
+class Quantized(NamedTuple):
+    """Latents, the codes nearest to them, and the losses of both.
+
+    Attributes:
+        latents: as the decoder would take them without codes.
+        made: of codes.
+        error: of codes, and the commitment of latents to them.
+        distance: of every code from the nearest vector of the batch.
+    """
+
+    latents: jax.Array
+    made: jax.Array
+    error: jax.Array
+    distance: jax.Array
+
+
+def errors(latents: jax.Array, made: jax.Array) -> jax.Array:
+    """The error of codes, and the commitment of latents to them."""
+    goal, fixed = jax.lax.stop_gradient(latents), jax.lax.stop_gradient(made)
+    return jnp.mean(jnp.square(made - goal)) + COMMITMENT * jnp.mean(jnp.square(latents - fixed))
+
+
+def distances(codes: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Squared distance of every code from the nearest of vectors."""
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    squares = jnp.sum(codes**2, 1)[:, None] - 2 * codes @ flat.T + jnp.sum(flat**2, 1)
+    return jnp.min(squares, axis=1)
+
+
+def quantized(forward: Forward, params: Params, latents: jax.Array) -> Quantized:
+    """Latents as sums of codes, with the errors of all partial sums."""
     quantizer, goal = quantizer_of(forward, params), jax.lax.stop_gradient(latents)
-    made, errors, distances = jnp.zeros_like(goal), [], []
+    made, found, far = jnp.zeros_like(goal), [], []
     for scale, side in enumerate(PATCH_NUMS):
         vectors = averaged(goal - jax.lax.stop_gradient(made), side)
         tokens = quantizer.nearest(vectors)
         made = made + quantizer.enlarged(quantizer.vectors(tokens), scale, PATCH_NUMS)
-        committed = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(made)))
-        errors.append(jnp.mean(jnp.square(made - goal)) + COMMITMENT * committed)
-        codes, flat = quantizer.codes(), vectors.reshape(-1, vectors.shape[-1])
-        products = codes @ flat.T
-        squares = jnp.sum(codes**2, 1)[:, None] - 2 * products + jnp.sum(flat**2, 1)
-        distances.append(jnp.min(squares, axis=1))
-    return made, jnp.mean(jnp.stack(errors)), jnp.mean(jnp.min(jnp.stack(distances), axis=0))
+        found.append(errors(latents, made))
+        far.append(distances(quantizer.codes(), vectors))
+    nearest = jnp.min(jnp.stack(far), axis=0)
+    return Quantized(latents, made, jnp.mean(jnp.stack(found)), jnp.mean(nearest))
 
 
 def train(
-    config: VQVAEConfig,
+    model: Any,
+    config: Any,
+    quantized: Callable[[Forward, Params, jax.Array], Quantized],
     *,
     steps: int,
     batch: int,
@@ -75,15 +102,16 @@ def train(
     checkpoints: Path,
 ) -> tuple[Forward, Params, dict]:
     """Train from the last checkpoint on; return forward, averaged parameters and the log."""
-    forward, params = functional(VQVAE(config, rngs=nnx.Rngs(seed)))
+    forward, params = functional(model(config, rngs=nnx.Rngs(seed)))
 
     def loss(params: Params, batch: PyTree, key: jax.Array) -> jax.Array:
         images, _ = batch
         latents = forward(params, {}, None, images)[0].astype(jnp.float32)
-        made, error, distance = quantized(forward, params, latents)
-        straight = latents + jax.lax.stop_gradient(made - latents)
+        found = quantized(forward, params, latents)
+        straight = found.latents + jax.lax.stop_gradient(found.made - found.latents)
         again = forward(params, {}, straight)[0]
-        return jnp.mean(jnp.square(again - images)) + error + ALIVE * distance
+        error = jnp.mean(jnp.square(again - images))
+        return error + found.error + ALIVE * found.distance
 
     faces = (*glyphs.FONTS, *glyphs.JUDGE_FONTS)
     trained = train_params(
@@ -105,21 +133,26 @@ def export(path: Path, forward: Forward, params: Params) -> None:
         converters.save_pretrained(forward, small, new, layout="original", progress=False)
 
 
-def evaluate(path: Path, *, images: int, seed: int) -> dict[str, Any]:
+def coded(forward: Forward, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens of images, and the latents that they stand for."""
+    tokens = vqvae.encode(forward, params, images, PATCH_NUMS)
+    return tokens, vqvae.latents_of(forward, params, tokens, PATCH_NUMS)
+
+
+def evaluate(path: Path, coded: Any, *, images: int, seed: int) -> dict[str, Any]:
     """PSNR of images that are encoded to tokens and decoded, and how many codes they use."""
     forward, params = converters.from_pretrained(path, dtype="float32", progress=False)
 
     @jax.jit
-    def coded(params: Params, given: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = vqvae.encode(forward, params, given, PATCH_NUMS)
-        latents = vqvae.latents_of(forward, params, tokens, PATCH_NUMS)
-        return tokens, jnp.clip(vqvae.decode(forward, params, latents), -1, 1)
+    def again(params: Params, given: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tokens, latents = coded(forward, params, given)
+        return tokens, jnp.clip(forward(params, {}, latents)[0], -1, 1)
 
     figures: dict[str, Any] = {"images": images}
     for name, faces in (("seen", glyphs.FONTS), ("unseen", glyphs.HELD_OUT_FONTS)):
         given, _ = glyphs.batch(np.random.default_rng([seed, 1]), images, faces)
-        tokens, again = coded(params, given)
-        figures[f"psnr_{name}"] = round(float(psnr(given, again)), 2)
+        tokens, made = again(params, given)
+        figures[f"psnr_{name}"] = round(float(psnr(given, made)), 2)
         figures[f"codes_used_{name}"] = len(np.unique(tokens))
     return figures
 
@@ -129,10 +162,22 @@ def passes(figures: dict[str, Any]) -> bool:
     return figures["psnr_unseen"] >= 22
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(
+    module: str,
+    argv: list[str] | None,
+    *,
+    about: str,
+    model: Any,
+    config: Any,
+    quantized: Any,
+    coded: Any,
+    output: Path,
+) -> int:
+    """The command line of a script that trains a tokenizer."""
+
     def make(arguments: argparse.Namespace) -> dict[str, Any]:
         forward, params, log = train(
-            TINY,
+            *(model, config, quantized),
             steps=arguments.steps,
             batch=arguments.batch,
             seed=arguments.seed,
@@ -143,18 +188,31 @@ def main(argv: list[str] | None = None) -> int:
         return log
 
     def judge(arguments: argparse.Namespace) -> dict[str, Any]:
-        return evaluate(arguments.output, images=arguments.images, seed=arguments.seed)
+        return evaluate(arguments.output, coded, images=arguments.images, seed=arguments.seed)
 
     return training.command(
-        "experiments.train_vqvae",
+        module,
         argv,
-        about=__doc__.splitlines()[0],
-        output=WEIGHTS,
-        steps=3000,
+        about=about,
+        output=output,
+        steps=2600,
         options={"batch": (32, "images of a batch"), "images": (512, "images to judge")},
         make=make,
         evaluate=judge,
         passes=passes,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(
+        "experiments.train_vqvae",
+        argv,
+        about=__doc__.splitlines()[0],
+        model=VQVAE,
+        config=TINY,
+        quantized=quantized,
+        coded=coded,
+        output=WEIGHTS,
     )
 
 
