@@ -99,3 +99,18 @@ class Adapters:
 
     factors: Mapping[str, Mapping[str, tuple[Any, Any]]]
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples of a model, as many as a method wants.
+
+    Attributes:
+        sampler: the loop that calls the model.
+        conditions: (count, number) -> conditions of a batch; other numbers give others.
+        seed: of all that is drawn.
+    """
+
+    sampler: Any
+    conditions: Callable[[int, int], PyTree]
+    seed: int = 0

@@ -103,7 +103,7 @@ class Loop(abc.ABC):
         """The forward that is called: with caches, for a loop that needs them."""
         return forward
 
-    def output(self, raw: Array, x: Array, step: Step) -> Array:
+    def output(self, raw: PyTree, x: Array, step: Step) -> PyTree:
         """What a call's raw output becomes, such as guided by its branches."""
         return raw
 
@@ -116,7 +116,7 @@ class Loop(abc.ABC):
         cond: PyTree,
         uncond: PyTree,
         step: Step,
-    ) -> tuple[Array, Array, StateDict]:
+    ) -> tuple[PyTree, PyTree, StateDict]:
         """Call the network.
 
         Returns:
@@ -127,7 +127,7 @@ class Loop(abc.ABC):
         return self.output(raw, x, step), raw, state
 
     @abc.abstractmethod
-    def update(self, carry: Carry, out: Array, step: Step) -> Carry:
+    def update(self, carry: Carry, out: PyTree, step: Step) -> Carry:
         """Update the carry with an output. `carry.state` must be the new state."""
 
     def step(

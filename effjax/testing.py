@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.autoregression import NextScale, NextToken
-from effjax.calibration import Answers, Sequences, Trajectory
+from effjax.calibration import Answers, Samples, Sequences, Trajectory
 from effjax.context import PyTree
 from effjax.forward import (
     Forward,
@@ -59,6 +59,8 @@ class Subject:
             return None
         if kind is Trajectory:
             return Trajectory(self.sampler, self.cond, jax.random.key(0), self.uncond)
+        if kind is Samples:
+            return Samples(self.sampler, lambda count, number: jnp.resize(self.cond, count))
         texts = np.asarray(self.cond)
         if kind is Sequences:
             count, tokens = texts.shape

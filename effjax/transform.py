@@ -200,6 +200,9 @@ class Method:
         read: data -> (plan, learned), for methods whose plan follows from files, as adapters.
         given: (plan, forward, params) -> learned, something that stands for what a file gives, for
             methods that neither calibrate nor train.
+        loop: (loop, forward) -> the loop that samples what the model became, for methods that put
+            another model in its place; None for those that keep the model and its loop. No plan of
+            such a method changes nothing; `identity` is the mildest.
 
     Raises:
         ValueError: for a search without goals, training without options, or the other way round,
@@ -228,6 +231,7 @@ class Method:
     exact: bool = False
     read: Callable[[Any], tuple[Plan, Any]] | None = None
     given: Callable[..., Any] | None = None
+    loop: Callable[[Any, Forward], Any] | None = None
 
     def __post_init__(self) -> None:
         for what, how in (("goals", "search"), ("fitting", "fit")):

@@ -3,18 +3,23 @@
 next_scale    VAR: one call for each map of tokens, from coarse to fine
 next_token    LlamaGen: one call for each token, row by row
 flow_map      tokens as functions of noise, by which one call can be trained to make them all
+few_step      students of VAR that are so trained: all tokens in one call, or in two
 """
 
+from effjax.autoregression.few_step import FewStep, MappedScales, noise_of_slots
 from effjax.autoregression.flow_map import FlowSolver, flow_map
 from effjax.autoregression.next_scale import NextScale, codes_of, teacher_forced
 from effjax.autoregression.next_token import NextToken, logits_of
 
 __all__ = [
+    "FewStep",
     "FlowSolver",
+    "MappedScales",
     "NextScale",
     "NextToken",
     "codes_of",
     "flow_map",
     "logits_of",
+    "noise_of_slots",
     "teacher_forced",
 ]

@@ -37,9 +37,9 @@ from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate import Sampling, process_logits
 from effjax.guidance import Guidance
-from effjax.layers.scales import Scales, Sides, token_starts
+from effjax.layers.scales import Scales, Sides, token_starts, whole_scales
 from effjax.loops import Carry, Loop
-from effjax.models.var import VARConfig
+from effjax.models.var import VAR
 from effjax.models.vqvae import MultiScaleQuantizer, VQVAEConfig, averaged, quantizer_of
 from effjax.samplers import sample_keys
 from effjax.transform import Pair
@@ -202,6 +202,52 @@ class NextScale(Loop):
         tokens = jnp.zeros((batch, token_starts(self.patch_nums)[-1]), jnp.int32)
         return Carry(x, tokens, state, sample_keys(key, batch))
 
+    def after(
+        self,
+        forward: Forward,
+        params: Params,
+        tokens: Int[Array, "B P"],
+        cond: Int[Array, " B"],
+        key: Array,
+        *,
+        uncond: Int[Array, " B"] | None = None,
+        stop: int | None = None,
+    ) -> Carry:
+        """Sample what follows given tokens, which are read in the first call.
+
+        Args:
+            tokens: of the first scales; none of them, [B, 0], to begin at the first.
+            stop: the scale before which to stop; all are sampled if None.
+
+        Raises:
+            ValueError: for a number of tokens that whole scales do not have, or if nothing is left
+                to sample.
+        """
+        stop = self.calls if stop is None else stop
+        carry = self.init(forward, params, cond, key, uncond=uncond)
+        if not tokens.shape[1]:
+            return self.run(forward, params, carry, cond, uncond, stop=stop)
+        scale = whole_scales(self.patch_nums, tokens.shape[1])
+        if not scale < stop <= self.calls:
+            raise ValueError(
+                f"tokens of {scale} scales are given, and sampling stops before scale {stop} of "
+                f"{self.calls}: nothing is left to sample"
+            )
+        uncond = self.unconditional(forward, cond, uncond)
+        quantizer = quantizer_of(*self.vae)
+        x = quantizer.partial_sums(tokens, self.patch_nums)[-1]
+        read = codes_of(quantizer, tokens, self.patch_nums)
+        codes = jnp.concatenate([read, averaged(x, self.patch_nums[scale])], axis=1)
+        codes, labels = self._branches(codes, cond, uncond)
+        inputs = codes, labels, Scales(self.patch_nums, 0, scale + 1)
+        ready, options = self.ready(forward), {"step": 0, "guidance": self.joined}
+        raw, state = ready(params, carry.state, *inputs, **options)
+        memory = jax.lax.dynamic_update_slice_in_dim(carry.memory, tokens, 0, axis=1)
+        carry = carry._replace(x=x, memory=memory, state=state)
+        out = self.output(raw[:, tokens.shape[1] :], x, scale)
+        carry = self.update(carry, out, scale)
+        return self.run(forward, params, carry, cond, uncond, start=scale + 1, stop=stop)
+
     def _state(
         self, forward: Forward, params: Params, x: Array, cond: Array, uncond: Any, scale: int
     ) -> StateDict:
@@ -212,7 +258,7 @@ class NextScale(Loop):
     def check(self, forward: Forward) -> None:
         """Raise what `init` raises of the loop and the model."""
         config, codes = forward.config, self.vae[0].config
-        if not isinstance(config, VARConfig) or not isinstance(codes, VQVAEConfig):
+        if not issubclass(forward.model, VAR) or not isinstance(codes, VQVAEConfig):
             raise ValueError(
                 f"scales are sampled of a VAR with its VQVAE, got {forward.model.__name__} and "
                 f"{self.vae[0].model.__name__}"
@@ -293,7 +339,7 @@ class NextScale(Loop):
         scale, quantizer = int(step), quantizer_of(*self.vae)
         logits = process_logits(out, Sampling(top_k=self.top_k, top_p=self.top_p))
         keys = jax.vmap(lambda key: jax.random.fold_in(key, scale))(carry.keys)
-        tokens = _draw(keys, self.tempered(logits, scale))
+        tokens = self.draw(keys, self.tempered(logits, scale))
         vectors = quantizer.vectors(tokens)
         if self.more_smooth:
             vectors = self._mixed(keys, logits, scale, quantizer)
@@ -301,6 +347,10 @@ class NextScale(Loop):
         memory = jax.lax.dynamic_update_slice_in_dim(carry.memory, tokens, start, axis=1)
         x = carry.x + quantizer.enlarged(vectors, scale, self.patch_nums)
         return carry._replace(x=x, memory=memory)
+
+    def draw(self, keys: Array, logits: Float[Array, "B T V"]) -> Int[Array, "B T"]:
+        """Draw the tokens of a scale; the keys are its own, one for each sample."""
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
     def tempered(self, logits: Float[Array, "B T V"], scale: int) -> Float[Array, "B T V"]:
         """Logits divided by the temperature of a scale."""
@@ -347,10 +397,6 @@ def check_kept(forward: Forward, first: StateDict, last: StateDict) -> None:
             f"{methods} keeps tokens of a call for the next one ({wrong[0]}), but calls of a model "
             f"of scales have different numbers of tokens: this kind of method does not apply"
         )
-
-
-def _draw(keys: Array, logits: Float[Array, "B T V"]) -> Int[Array, "B T"]:
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 @Program

@@ -20,11 +20,16 @@ def sampler_arguments(command: Arguments) -> None:
     command.add_argument(
         "--steps", type=COUNT, help="denoising steps; those of the plan, else the model's"
     )
+    command.add_argument("--height", type=COUNT, help="pixels, of a text-to-image model's images")
+    command.add_argument("--width", type=COUNT, help="pixels")
+    drawing_arguments(command)
+
+
+def drawing_arguments(command: Arguments) -> None:
+    """Settings of a pipeline's sampler, other than how many steps of which size it takes."""
     command.add_argument(
         "--guidance", type=NOT_NEGATIVE, help="scale; that of the plan, else the model's"
     )
-    command.add_argument("--height", type=COUNT, help="pixels, of a text-to-image model's images")
-    command.add_argument("--width", type=COUNT, help="pixels")
     command.add_argument(
         "--top-k", type=NATURAL, help="codes to draw among, of a model of codes; 0 for all"
     )

@@ -17,18 +17,20 @@ import jax
 import numpy as np
 
 from effjax.bundled import texts
-from effjax.calibration import Adapters, Answers, Sequences, Trajectory
+from effjax.calibration import Adapters, Answers, Samples, Sequences, Trajectory
 from effjax.cli.arguments import (
     COUNT,
     NATURAL,
     NUMBER,
     condition_arguments,
+    drawing_arguments,
     sampler_arguments,
     text_arguments,
 )
 from effjax.cli.running import asked, settings
 from effjax.fields import naming
 from effjax.pipelines import TextPipeline
+from effjax.pipelines.labels import OfClasses
 from effjax.pipelines.next_token import RasterPipeline
 from effjax.transform import Method, Pair
 
@@ -128,6 +130,23 @@ def _trajectory(pipe: Any, arguments: argparse.Namespace) -> Trajectory:
     return Trajectory(sampler, cond, jax.random.key(arguments.seed), uncond)
 
 
+def _samples_options(group: Any) -> None:
+    drawing_arguments(group)
+    _seed_option(group)
+
+
+def _samples(pipe: Any, arguments: argparse.Namespace) -> Samples:
+    if not isinstance(pipe, OfClasses):
+        raise ValueError("samples are drawn of all classes, and this pipeline takes prompts")
+    classes = pipe.forward.config.num_classes
+
+    def draw(count: int, number: int) -> Any:
+        rng = np.random.default_rng((arguments.seed, number))
+        return pipe.conditions(rng.integers(0, classes, count).tolist())[0]
+
+    return Samples(pipe.sampler(**settings(pipe, arguments)), draw, arguments.seed)
+
+
 def _sequences_options(group: Any) -> None:
     _answers_options(group)
     group.add_argument("--tokens", type=COUNT, default=512, help="of a text")
@@ -198,6 +217,7 @@ def _adapters(pipe: Any, arguments: argparse.Namespace) -> Adapters:
 
 KINDS = {
     Trajectory: Kind("trajectories of a sampler", "images", _trajectory_options, _trajectory),
+    Samples: Kind("the model's own samples", "images", _samples_options, _samples),
     Sequences: Kind("texts", "language models", _sequences_options, _sequences),
     Adapters: Kind(
         "files of adapters", "any", _adapters_options, _adapters, " --file style.safetensors"

@@ -142,7 +142,7 @@ def settings(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: for options that this kind of pipeline does not take.
     """
-    given = {name: getattr(arguments, option) for name, option in SETTINGS.items()}
+    given = {name: getattr(arguments, option, None) for name, option in SETTINGS.items()}
     given = {name: value for name, value in given.items() if value is not None}
     wrong = [name for name in given if name not in pipe.SETTINGS]
     if wrong and set(wrong) <= {"height", "width"}:

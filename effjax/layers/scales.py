@@ -133,6 +133,14 @@ class ScaleCore(nnx.Module):
             return block_sparse_attention(q, k, v, Levels(scales.sizes, scales.start))
 
 
+class SlotCore(nnx.Module):
+    """softmax(q k^T / sqrt(D)) v of tokens to themselves and all scales before their own."""
+
+    def __call__(self, q: Heads, k: KeyHeads, v: KeyHeads, scales: Scales) -> Heads:
+        with jax.named_scope("attention"):
+            return block_sparse_attention(q, k, v, Levels(scales.sizes, whole=False))
+
+
 class ScaleAttention(OneStream):
     """Self-attention of maps of tokens, with queries and keys of unit length.
 

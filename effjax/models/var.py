@@ -232,12 +232,28 @@ class Head(nnx.Module):
         return self.proj(modulate(self.norm(x.astype(jnp.float32)), shift, scale))
 
 
-class VAR(Model):
-    """The network: computes the logits of the codes of scales from the latents before them."""
+class VARParts(Model):
+    """What a VAR is made of, for sequences of any length.
+
+    Args:
+        start: tokens that are made of the label.
+        positions: tokens of a sequence.
+        levels: its levels.
+        blocks: classes of blocks with a modulation of their own, and with a shared one.
+    """
 
     Config = VARConfig
 
-    def __init__(self, config: VARConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: VARConfig,
+        *,
+        start: int,
+        positions: int,
+        levels: int,
+        blocks: tuple[type[SharedModulationBlock], type[SharedModulationBlock]],
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         hidden_size, dtype = config.hidden_size, jnp.dtype(config.param_dtype)
         init = _normal(config)
@@ -245,9 +261,9 @@ class VAR(Model):
         def table(rows: int) -> nnx.Param:
             return nnx.Param(init(rngs.params(), (rows, hidden_size), dtype))
 
-        self.start = table(config.patch_nums[0] ** 2)
-        self.positions = table(config.tokens)
-        self.level_embed = table(len(config.patch_nums))
+        self.start = table(start)
+        self.positions = table(positions)
+        self.level_embed = table(levels)
         self.label = ClassEmbedding(config.num_classes, hidden_size, param_dtype=dtype, rngs=rngs)
         self.word_embed = Linear(
             config.code_channels,
@@ -259,7 +275,7 @@ class VAR(Model):
         )
         shared = config.shared_modulation
         self.modulation = _modulation(config, _SIX, rngs) if shared else None
-        block = SharedModulationBlock if shared else VARBlock
+        block = blocks[shared]
         self.blocks = Stack([block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.head = Head(config, rngs=rngs)
         for layer in self.blocks:  # what is added to the residual stream
@@ -268,6 +284,32 @@ class VAR(Model):
                 assert linear is not None
                 value = linear.kernel.get_value()
                 linear.kernel.set_value(value * (2 * config.num_layers) ** -0.5)
+
+    def tables(self) -> tuple[Float[Array, "_ C"], Float[Array, "_ C"], Float[Array, "_ C"]]:
+        """Positions, levels and start, float32."""
+        params = self.positions, self.level_embed, self.start
+        positions, levels, start = (each.get_value().astype(jnp.float32) for each in params)
+        return positions, levels, start
+
+    def for_blocks(self, c: Float[Array, "B C"]) -> Float[Array, "B ... C"]:
+        """What blocks make their shifts, scales and gates of."""
+        if self.modulation is None:
+            return c
+        return self.modulation(nnx.silu(c)).reshape(c.shape[0], 6, -1)
+
+
+class VAR(VARParts):
+    """The network: computes the logits of the codes of scales from the latents before them."""
+
+    def __init__(self, config: VARConfig, *, rngs: nnx.Rngs):
+        super().__init__(
+            config,
+            start=config.patch_nums[0] ** 2,
+            positions=config.tokens,
+            levels=len(config.patch_nums),
+            blocks=(VARBlock, SharedModulationBlock),
+            rngs=rngs,
+        )
 
     def example_inputs(self) -> tuple[Any, ...]:
         config = self.config
@@ -314,20 +356,14 @@ class VAR(Model):
         embedded = self.label(labels)
         x = self.embedded(codes.astype(jnp.float32), embedded, read).astype(config.dtype)
         c = embedded.astype(config.dtype)
-        shared = c
-        if self.modulation is not None:
-            shared = self.modulation(nnx.silu(c)).reshape(c.shape[0], 6, -1)
-        return self.head(self.blocks(x, shared, read), c)
+        return self.head(self.blocks(x, self.for_blocks(c), read), c)
 
     def embedded(
         self, codes: Float[Array, "B S Z"], label: Float[Array, "B C"], scales: Scales
     ) -> Float[Array, "B S C"]:
         """Tokens with their positions, float32."""
         given = scales.before, scales.before + scales.tokens
-        positions, by_level, start = (
-            param.get_value().astype(jnp.float32)
-            for param in (self.positions, self.level_embed, self.start)
-        )
+        positions, by_level, start = self.tables()
         positions = positions[slice(*given)] + by_level[np.asarray(levels(scales))]
         if scales.start > 0:
             return self.word_embed(codes) + positions

@@ -158,9 +158,15 @@ class MultiScaleQuantizer(nnx.Module):
         Raises:
             ValueError: for a number of tokens that whole scales do not have.
         """
+        return self.sums_of_vectors(self.vectors(tokens), patch_nums)
+
+    def sums_of_vectors(
+        self, vectors: Float[Array, "B L C"], patch_nums: Sides
+    ) -> list[Float[Array, "B S S C"]]:
+        """The same of vectors, which may lie between codes."""
         starts, found = token_starts(patch_nums), [jnp.zeros((), jnp.float32)]
-        for scale in range(whole_scales(patch_nums, tokens.shape[1])):
-            own = self.vectors(tokens[:, starts[scale] : starts[scale + 1]])
+        for scale in range(whole_scales(patch_nums, vectors.shape[1])):
+            own = vectors[:, starts[scale] : starts[scale + 1]]
             found.append(found[-1] + self.enlarged(own, scale, patch_nums))
         return found[1:]
 

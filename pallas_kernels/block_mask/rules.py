@@ -199,10 +199,12 @@ class Levels(Rule):
     Attributes:
         sizes: tokens of each level.
         first: level of the first query; the levels before it are cached keys.
+        whole: False if a query sees itself alone of its own level.
     """
 
     sizes: tuple[int, ...]
     first: int = 0
+    whole: bool = True
 
     def __post_init__(self) -> None:
         at_least(1, sizes=self.sizes)
@@ -213,9 +215,13 @@ class Levels(Rule):
         starts = [0, *accumulate(self.sizes)]
         position = row + starts[self.first]
         stop = 0 * row
-        for start, size in zip(starts, self.sizes):
-            stop = stop + _where(position >= start, size, 0)
-        return ((0 * row, _minimum(stop, keys)),)
+        for level, (start, size) in enumerate(zip(starts, self.sizes)):
+            added = size if self.whole else self.sizes[level - 1] if level else 0
+            stop = stop + _where(position >= start, added, 0)
+        before = (0 * row, _minimum(stop, keys))
+        if self.whole:
+            return (before,)
+        return before, (_minimum(position, keys), _minimum(position + 1, keys))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,6 +57,10 @@ RULES = [
         Levels((1, 4, 9, 16, 11)),
         [np.repeat(np.cumsum((1, 4, 9, 16, 11)), (1, 4, 9, 16, 11))[:, None] > COLUMN],
     ),
+    (
+        Levels((1, 4, 9, 16, 11), whole=False),
+        [(np.repeat((0, 1, 5, 14, 30), (1, 4, 9, 16, 11))[:, None] > COLUMN) | (NEAR == 0)],
+    ),
 ]
 
 

@@ -98,6 +98,7 @@ def test_reference_is_masked_softmax():
         Arrow((20, 0, -1, 3), text=40, text_first=True),
         Levels((1, 4, 20, 75, 60)),
         MultiDiagonal((8, 60, 160), (8, (3, 0, 60, 9), (20, 160, 0, 5))),
+        Levels((1, 4, 20, 75, 60), whole=False),
     ],
     ids=lambda rule: type(rule).__name__,
 )

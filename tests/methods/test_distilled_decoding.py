@@ -9,9 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.autoregression import FlowSolver, flow_map
+from effjax import testing
+from effjax.autoregression import (
+    FewStep,
+    FlowSolver,
+    MappedScales,
+    flow_map,
+    noise_of_slots,
+    teacher_forced,
+)
 from effjax.autoregression.flow_map import posterior_mean
+from effjax.cost import cost
+from effjax.forward import abstract, flatten_params
 from effjax.generate import Sampling, process_logits
+from effjax.loops import Carry
+from effjax.methods import distilled_decoding, round_to_nearest
+from effjax.methods.distillation.distilled_decoding import DistilledPlan
+from effjax.models.distilled_var import DistilledVAR, DistilledVARConfig
+from effjax.models.vqvae import quantizer_of
+from effjax.targets import Wrapper
+from pallas_kernels import use_implementation
+from pallas_kernels.block_mask import Levels, visible_pairs
 
 # --- the flow map -------------------------------------------------------------------------------
 
@@ -95,3 +113,222 @@ def test_what_does_not_belong_together_is_refused(untyped):
     for name, wrong in {"steps": 0, "kind": "heun", "tile": 0}.items():
         with pytest.raises(ValueError, match=f"FlowSolver: {name} must be"):
             dataclasses.replace(FlowSolver(), **{name: wrong})
+
+
+# --- the student --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return testing.tiny_var()
+
+
+@pytest.fixture(scope="module")
+def student(subject):
+    """What training begins with, but for weights that would be alike in all slots."""
+    plan = DistilledPlan((0, 2), split=2)
+    forward, params = distilled_decoding.transform(plan)(subject.forward, subject.params)
+    return forward, testing.random_params(params)
+
+
+def test_a_student_begins_as_a_copy(subject):
+    """Tables: the start is the model's; slots of the first scale are new; all others are its."""
+    plan = DistilledPlan((0, 2), split=2)
+    forward, params = distilled_decoding.transform(plan)(subject.forward, subject.params)
+    assert (forward.model, forward.config.starts) == (DistilledVAR, (0, 2))
+    assert forward.recipe == ((distilled_decoding.NAME, plan),)
+    own, given = flatten_params(params), flatten_params(subject.params)
+    grown = {"start", "positions", "level_embed"}
+    for name in given.keys() - grown:
+        chex.assert_trees_all_equal(own[name], given[name])
+    for name, rows in (("positions", 15), ("level_embed", 4)):
+        assert own[name].shape[0] == rows
+        chex.assert_trees_all_equal(own[name][0], given[name][0])
+        chex.assert_trees_all_equal(own[name][2:], given[name][1:])
+        assert 0 < float(jnp.abs(own[name][1]).max()) <= 0.04
+    assert own["blocks.1.mark.kernel"].shape == (16, 16)
+    four = testing.tiny_var(patch_nums=(2, 3))  # several tokens at the first scale
+    _, params = distilled_decoding.transform(DistilledPlan((0,), 2))(four.forward, four.params)
+    given = four.params["positions"]
+    chex.assert_trees_all_equal(params["positions"][jnp.array([0, 5])], given[jnp.array([0, 4])])
+
+
+def test_a_slot_sees_itself_and_the_scales_before(student):
+    rule = Levels((1, 1, 4, 9, 16), whole=False)
+    assert (
+        visible_pairs(rule, 31)
+        == 334
+        == 1 + sum(n * (1 + s) for n, s in zip((1, 4, 9, 16), (1, 2, 6, 15)))
+    )
+    forward, params = student
+    slots = jnp.asarray(np.random.default_rng(0).normal(size=(14, 4)), jnp.float32)
+    changed = slots + jnp.eye(14)[:, :, None]  # one slot in every row
+    given = jnp.concatenate([slots[None], changed])
+    run = jax.jit(lambda known: forward(params, {}, given, jnp.full(15, 3), known)[0])
+    scale = np.repeat([0, 1, 2], [1, 4, 9])
+    seen = (scale[:, None] < scale) | np.eye(14, dtype=bool)
+    for known in (0, 5):
+        for out in run(jnp.full(15, known)):
+            assert out.shape[:2] == (15, 14)
+            moved = np.asarray(jnp.abs(out[1:] - out[0]).max(-1))
+            np.testing.assert_array_equal(moved > 1e-6, seen)
+    # What is data is told from noise, and neither head is blind to that.
+    for none, some in zip(run(jnp.full(15, 0)), run(jnp.full(15, 5))):
+        assert float(jnp.abs(none - some)[0].max(-1).min()) > 1e-6
+
+
+def test_cost_is_that_of_the_formulas():
+    """A layer of VAR-d16's student; half of what VAR's layers take with guidance."""
+    config = DistilledVARConfig(num_layers=1)
+    forward, params = abstract(DistilledVAR, config)
+    width, slots, channels = config.hidden_size, 1 + config.tokens, config.code_channels
+    pairs = visible_pairs(Levels(tuple(p**2 for p in config.slot_sides), whole=False), slots)
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+    shape = jax.ShapeDtypeStruct((1, slots - 1, channels), jnp.float32)
+    with use_implementation("xla"):
+        found = cost(
+            lambda *given: forward(params_of(params), {}, *given)[0], shape, labels, labels
+        )
+    linear = 24 * slots * width**2
+    heads = 2 * (slots - 1) * width * (config.vocab_size + channels)
+    embedding = 2 * (slots - 1) * channels * width
+    marks = 2 * 2 * 2 * width**2  # of noise and data, for the block and the heads
+    modulation = 2 * (6 + 2) * width**2
+    attention = found.scope("attention")
+    assert attention.useful_flops == 4 * pairs * width
+    assert found.flops - attention.flops == linear + heads + embedding + marks + modulation
+    assert 16 * linear == pytest.approx(274e9, rel=2e-3)
+    assert 16 * linear / 547.608e9 == pytest.approx(0.5, rel=2e-3)
+
+
+def params_of(shapes):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+# --- loops --------------------------------------------------------------------------------------
+
+
+def perfect(subject, loop):
+    """A patch to a student that knows the map: it predicts a teacher's tokens, if all before are.
+
+    Those after them are of no use, and another call predicts them.
+    """
+
+    class Perfect(Wrapper):
+        def __call__(self, slots, labels, known):
+            codes = quantizer_of(*loop.vae)
+            pair = subject.forward, subject.params
+            raw = teacher_forced(*pair, loop.vae, codes.nearest(slots), labels)
+            law = process_logits(raw, Sampling(top_k=loop.top_k, top_p=loop.top_p))
+            tokens, _ = flow_map(slots, law, codes.codes(), loop.solver)
+            return jax.nn.one_hot(tokens, len(codes.codes())), 0 * slots
+
+    return lambda module, context: Perfect(module)
+
+
+def test_a_perfect_student_is_the_teacher(subject, student):
+    """Call by call, with the noise of the beginning: tokens are those of the map."""
+    loop = dataclasses.replace(subject.sampler, guidance=None)
+    loop = MappedScales.of(loop, FlowSolver(steps=10))
+    few = FewStep(loop.vae, loop.patch_nums, (0, 1, 2), split=3)
+    knows = student[0].patch(perfect(subject, loop))
+
+    @jax.jit
+    def both(keys):
+        x, tokens = loop.sample(subject.forward, subject.params, subject.cond, keys)
+        own, found = few.sample(knows, student[1], subject.cond, keys)
+        noise = noise_of_slots(keys, loop.patch_nums, 4)
+        return x, tokens, own, found, noise
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, tokens, own, found, noise = both(keys)
+    chex.assert_trees_all_equal(found, tokens)
+    chex.assert_trees_all_close(own, x, atol=1e-5)
+    assert float(jnp.abs(noise[0] - noise[1]).min()) > 0
+    swapped = both(keys[::-1])[4]
+    chex.assert_trees_all_equal(swapped[0], noise[1])
+    with pytest.raises(ValueError, match="more_smooth mixes codes"):
+        MappedScales.of(dataclasses.replace(subject.sampler, more_smooth=True), FlowSolver())
+
+
+def test_what_a_call_takes(subject, student):
+    """Codes before split, vectors from there on; what is given stays; then the same noise again."""
+    rng = np.random.default_rng(0)
+    x, noise, vectors = (jnp.asarray(rng.normal(size=(2, 14, 4)), jnp.float32) for _ in range(3))
+    logits = jnp.asarray(rng.normal(size=(2, 14, 40)), jnp.float32)
+    loop = FewStep(subject.sampler.vae, (1, 2, 3), (0, 1), split=2)
+    codes = quantizer_of(*loop.vae).vectors(logits.argmax(-1))
+    carry = Carry(x, noise, {}, jax.random.split(jax.random.key(0), 2))
+    first = loop.update(carry, (logits, vectors), 0).x
+    chex.assert_trees_all_equal(first[:, :1], codes[:, :1])
+    chex.assert_trees_all_equal(first[:, 1:], noise[:, 1:])
+    second = loop.update(carry, (logits, vectors), 1).x
+    for part, wanted in ((np.s_[:, :1], x), (np.s_[:, 1:5], codes), (np.s_[:, 5:], vectors)):
+        chex.assert_trees_all_equal(second[part], wanted[part])
+    # A call that is given everything changes nothing.
+    chex.assert_trees_all_equal(loop.update(carry, (logits, vectors), 2).x, x)
+
+
+def test_one_program_for_all_calls(subject, student):
+    """Where calls start and vectors begin are data; a teacher goes on from a student's codes."""
+    traces = []
+
+    @jax.jit
+    def run(loop, params, labels, keys):
+        traces.append(None)
+        return loop.sample(student[0], params, labels, keys)
+
+    loop = FewStep(subject.sampler.vae, (1, 2, 3), (0, 2), split=3)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, _ = run(loop, student[1], subject.cond, keys)
+    later, _ = run(
+        dataclasses.replace(loop, starts=(0, 1), split=2), student[1], subject.cond, keys
+    )
+    swapped, _ = run(loop, student[1], subject.cond[::-1], keys[::-1])
+    assert len(traces) == 1
+    assert float(jnp.abs(later - x).max()) > 0
+    chex.assert_trees_all_close(swapped[::-1], x, atol=1e-5)
+
+    teacher = subject.forward, subject.params
+
+    @jax.jit
+    def shared(params, keys):
+        (student_, own), given = student, (subject.sampler, subject.cond, keys)
+        whole = subject.sampler.sample(subject.forward, params, subject.cond, keys)[1]
+        rest = subject.sampler.after(subject.forward, params, whole[:, :5], subject.cond, keys)
+        mixed = loop.with_teacher((student_, own), (subject.forward, params), *given, start=1)
+        return whole, rest.memory, mixed
+
+    whole, rest, mixed = shared(teacher[1], keys)
+    chex.assert_trees_all_equal(rest, whole)
+    assert mixed.shape == x.shape
+    calls = FewStep(loop.vae, (1, 2, 3), (0, 5))
+    assert [calls.teacher_calls(start) for start in (4, 3, 0)] == [3, 4, 6]
+    with pytest.raises(ValueError, match=r"start is 0 ... t - 1; got 2"):
+        loop.with_teacher(student, teacher, subject.sampler, subject.cond, keys, start=2)
+
+
+def test_errors(untyped, subject, student):
+    forward, params = subject.forward, subject.params
+    for starts in ((), (1,), (0, 2, 1), (0, 0), (0, 3)):
+        with pytest.raises(ValueError, match=r"starts are the first .* and below 3; got"):
+            distilled_decoding.transform(DistilledPlan(starts, split=3))(forward, params)
+    with pytest.raises(ValueError, match="split is at most 3"):
+        distilled_decoding.transform(DistilledPlan((0,), split=4))(forward, params)
+    with pytest.warns(UserWarning, match="take a split of at least 2"):
+        distilled_decoding.transform(DistilledPlan((0, 2), split=1))(forward, params)
+    dit = testing.tiny_dit()
+    with pytest.raises(ValueError, match="made of a VAR without other methods, got a DiT"):
+        distilled_decoding.transform(DistilledPlan((0,), 2))(dit.forward, dit.params)
+    small = round_to_nearest.transform(round_to_nearest.uniform(8, 8))
+    with pytest.raises(ValueError, match="is quantized: load the model in floats"):
+        distilled_decoding.transform(DistilledPlan((0,), split=2))(*small(forward, params))
+    with pytest.raises(ValueError, match="scales are sampled of a VAR with its VQVAE, got Dist"):
+        subject.sampler.check(student[0])
+    loop = FewStep(subject.sampler.vae, (1, 2, 3), (0,), split=2)
+    with pytest.raises(ValueError, match="a few calls sample a DistilledVAR"):
+        loop.check(forward)
+    with pytest.raises(ValueError, match="they belong to different models"):
+        dataclasses.replace(loop, vae=testing.tiny_vqvae(vocab_size=41)).check(student[0])
+    with pytest.raises(ValueError, match=r"a slot of 4 channels for each of 14 tokens; got \[2, 9"):
+        student[0](student[1], {}, jnp.zeros((2, 9, 4)), subject.cond, subject.cond)
