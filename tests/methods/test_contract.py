@@ -189,7 +189,9 @@ def check_dtype(method, dtype):
         carry.x,
     )
     # Logits of codes are float32, whatever the blocks compute in.
-    assert raw.dtype == jnp.dtype("float32" if isinstance(sampler, NextScale) else dtype)
+    of_codes = isinstance(sampler, NextScale) or method.loop is not None
+    wanted = jnp.dtype("float32" if of_codes else dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(raw)} == {wanted}
     assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(
         lambda s: (s.shape, s.dtype), carry.state
     )
@@ -253,6 +255,8 @@ def test_cost_falls_along_the_ladder(method, subject):
             return weight_bytes(params)
         if method.exact:  # what the program of a call holds
             return compiled_memory(_one_call(subject, forward), params)["temp_bytes"]
+        if method.loop is not None:  # how often another model is called
+            return sampler_of(subject, forward).calls
         if method.domain == "language models":  # what a cache holds
             state = subject.sampler.init(forward, params, subject.cond).state
             return state_bytes(state)

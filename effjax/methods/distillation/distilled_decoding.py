@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -372,7 +373,7 @@ def student_loop(loop: NextScale, forward: Forward) -> FewStep:
 
 
 def _ladder(subject: testing.Subject) -> tuple[DistilledPlan, ...]:
-    return tuple(DistilledPlan(starts, split=2) for starts in ((0, 1, 2), (0, 2), (0,)))
+    return tuple(DistilledPlan(starts, split=3) for starts in ((0, 1, 2), (0, 2), (0,)))
 
 
 METHOD = Method(
@@ -383,9 +384,9 @@ METHOD = Method(
     domain="images",
     plan=DistilledPlan,
     transform=transform,
-    identity=lambda subject: DistilledPlan((0, 1, 2), split=3),
+    identity=lambda subject: DistilledPlan((0, 1, 2, 3), split=4),
     ladder=_ladder,
-    tiny=testing.tiny_var,
+    tiny=partial(testing.tiny_var, patch_nums=(1, 2, 2, 3)),
     data=Samples,
     fitting=Fitting,
     fit=_fit,
