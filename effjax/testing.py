@@ -60,7 +60,7 @@ class Subject:
         if kind is Trajectory:
             return Trajectory(self.sampler, self.cond, jax.random.key(0), self.uncond)
         if kind is Samples:
-            return Samples(self.sampler, lambda count, number: jnp.resize(self.cond, count))
+            return Samples(self.sampler, lambda count, number: jnp.resize(self.cond, (count,)))
         texts = np.asarray(self.cond)
         if kind is Sequences:
             count, tokens = texts.shape

@@ -196,9 +196,9 @@ class FewStep(Loop):
                 f"channels at the scales {config.patch_nums}, and the VQVAE and the loop have "
                 f"{theirs[0]} of {theirs[1]} at {theirs[2]}: they belong to different models"
             )
-        given = *self.starts, self.split
-        if all(isinstance(each, int) for each in given):
-            check_starts(self.starts, self.split, len(self.patch_nums), "scales")
+        known = tuple(each for each in self.starts if isinstance(each, int))
+        if len(known) == self.calls and isinstance(self.split, int):
+            check_starts(known, self.split, len(self.patch_nums), "scales")
 
     def slots(self, scale: int | Int[Array, ""]) -> Int[Array, ""]:
         """The first slot of a scale."""

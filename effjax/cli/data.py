@@ -136,6 +136,7 @@ def _samples_options(group: Any) -> None:
 
 
 def _samples(pipe: Any, arguments: argparse.Namespace) -> Samples:
+    loop = pipe.sampler(**settings(pipe, arguments))
     if not isinstance(pipe, OfClasses):
         raise ValueError("samples are drawn of all classes, and this pipeline takes prompts")
     classes = pipe.forward.config.num_classes
@@ -144,7 +145,7 @@ def _samples(pipe: Any, arguments: argparse.Namespace) -> Samples:
         rng = np.random.default_rng((arguments.seed, number))
         return pipe.conditions(rng.integers(0, classes, count).tolist())[0]
 
-    return Samples(pipe.sampler(**settings(pipe, arguments)), draw, arguments.seed)
+    return Samples(loop, draw, arguments.seed)
 
 
 def _sequences_options(group: Any) -> None:
