@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -135,15 +135,27 @@ def cost(
         ValueError: for a branch that does not exist, a while loop without trips, a kernel that
             declares no cost, or an unknown primitive that contains products.
     """
+    return _traced(function, args, kwargs, branch, while_trips, platform)[0]
+
+
+def _traced(
+    function: Callable[..., PyTree],
+    args: tuple[PyTree, ...],
+    kwargs: Mapping[str, PyTree],
+    branch: Branch,
+    while_trips: Trips | None,
+    platform: str | None,
+) -> tuple[Cost, PyTree]:
+    """The cost of a function, and the shapes of its results."""
     known = not isinstance(branch, str) or branch in ("max", "min")
     if not known or (isinstance(branch, float) and not 0 <= branch <= 1):
         raise ValueError(
             f'branch must be "max", "min", a probability 0.0 ... 1.0, an index or a function, got '
             f"{branch!r}"
         )
-    jaxpr = jax.make_jaxpr(function)(*args, **kwargs)
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
     platform = platform or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    return _Walk(branch, while_trips, platform).program(jaxpr, "")
+    return _Walk(branch, while_trips, platform).program(jaxpr, ""), shapes
 
 
 def sampler_cost(
@@ -180,19 +192,24 @@ def sampler_cost(
         uncond,
     )
 
-    def call(step: int) -> Cost:
+    def call(step: int, state: PyTree) -> tuple[Cost, PyTree]:
+        """The cost of a call, and the shapes of the state that it leaves."""
+
         def network(params: Params, state: PyTree, x: PyTree, cond: PyTree, uncond: PyTree):
             uncond = sampler.unconditional(forward, cond, uncond)
             return sampler.network(forward, params, state, x, cond, uncond, step)
 
-        inputs = params, carry.state, carry.x, cond, uncond
-        options = {"branch": branch, "while_trips": while_trips, "platform": platform}
-        return cost(network, *inputs, **options)
+        inputs = params, state, carry.x, cond, uncond
+        counted, (_, _, state) = _traced(network, inputs, {}, branch, while_trips, platform)
+        return counted, state
 
     keys = [(distinct or sampler.alike)(step) for step in range(sampler.calls)]
-    counted = sampler.counted_by
-    with contextlib.nullcontext() if counted is None else use_implementation(counted):
-        return sum((call(keys.index(key)) * times for key, times in Counter(keys).items()), Cost())
+    program, total, state = sampler.counted_by, Cost(), carry.state
+    with contextlib.nullcontext() if program is None else use_implementation(program):
+        for key, times in Counter(keys).items():
+            counted, state = call(keys.index(key), state)
+            total += counted * times
+    return total
 
 
 def array_bytes(array: Any) -> int:

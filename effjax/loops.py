@@ -70,6 +70,11 @@ class Loop(abc.ABC):
         return step
 
     @property
+    def alone(self) -> Loop:
+        """The loop in which one model makes all calls, for searches and calibrations of it."""
+        return self
+
+    @property
     @abc.abstractmethod
     def calls(self) -> int:
         """Number of network calls of a whole run."""
@@ -125,6 +130,17 @@ class Loop(abc.ABC):
         inputs = self.inputs(x, cond, uncond, step)
         raw, state = self.ready(forward)(params, state, *inputs, step=step, guidance=self.joined)
         return self.output(raw, x, step), raw, state
+
+    def whole(self, carry: Carry, cond: PyTree, uncond: PyTree) -> tuple[PyTree, ...]:
+        """The inputs of one call that stands for all of a run, without what calls keep.
+
+        For loops whose calls differ in shape (`apart`) and read what earlier ones kept.
+
+        Args:
+            carry: after the run.
+            cond, uncond: its conditions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no call that stands for all")
 
     @abc.abstractmethod
     def update(self, carry: Carry, out: PyTree, step: Step) -> Carry:

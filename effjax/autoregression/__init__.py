@@ -1,25 +1,30 @@
 """Images as sequences of tokens: the loops that sample them.
 
-next_scale    VAR: one call for each map of tokens, from coarse to fine
-next_token    LlamaGen: one call for each token, row by row
-flow_map      tokens as functions of noise, by which one call can be trained to make them all
-few_step      students of VAR that are so trained: all tokens in one call, or in two
+next_scale       VAR: one call for each map of tokens, from coarse to fine
+collaborative    CoDe: a large VAR drafts the first maps, a small one makes the rest
+next_token       LlamaGen: one call for each token, row by row
+flow_map         tokens as functions of noise, by which one call can be trained to make them all
+few_step         students of VAR that are so trained: all tokens in one call, or in two
 """
 
+from effjax.autoregression.collaborative import Collaborative, call_flops, peak_cache
 from effjax.autoregression.few_step import FewStep, MappedScales, noise_of_slots
 from effjax.autoregression.flow_map import FlowSolver, flow_map
 from effjax.autoregression.next_scale import NextScale, codes_of, teacher_forced
 from effjax.autoregression.next_token import NextToken, logits_of
 
 __all__ = [
+    "Collaborative",
     "FewStep",
     "FlowSolver",
     "MappedScales",
     "NextScale",
     "NextToken",
+    "call_flops",
     "codes_of",
     "flow_map",
     "logits_of",
     "noise_of_slots",
+    "peak_cache",
     "teacher_forced",
 ]

@@ -44,11 +44,11 @@ from effjax.models.vqvae import MultiScaleQuantizer, VQVAEConfig, averaged, quan
 from effjax.samplers import sample_keys
 from effjax.transform import Pair
 
-_DATA = ("vae", "guidance", "top_p", "temperature")
-_STATIC = ("patch_nums", "top_k", "more_smooth")
+DATA = ("vae", "guidance", "top_p", "temperature")  # of the fields of the loop
+STATIC = ("patch_nums", "top_k", "more_smooth")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_STATIC)
+@partial(jax.tree_util.register_dataclass, data_fields=DATA, meta_fields=STATIC)
 @dataclasses.dataclass(frozen=True, eq=False)
 class NextScale(Loop):
     """The loop that samples latents scale by scale.
@@ -84,6 +84,11 @@ class NextScale(Loop):
     @property
     def apart(self) -> tuple[int, ...]:
         return tuple(range(self.calls))
+
+    @property
+    def kept_scales(self) -> int:
+        """Scales whose keys and values the model keeps that the loop is called with."""
+        return self.calls
 
     @property
     def joined(self) -> Guidance | None:
@@ -161,7 +166,7 @@ class NextScale(Loop):
         uncond = self.unconditional(forward, cond, uncond)
         x, tokens, state, keys = _compiled_init(self, forward, params, cond, key, uncond)
         for scale in tqdm(range(self.calls), desc="scales", disable=not progress):
-            inputs = params, cond, uncond, x, tokens, keys
+            inputs, state = (params, cond, uncond, x, tokens, keys), self.handed(state, scale)
             x, tokens, state, keys = _compiled_step(scale, self, forward, *inputs, state=state)
             if watch is not None:
                 watch(scale, [state])
@@ -197,7 +202,7 @@ class NextScale(Loop):
         uncond = self.unconditional(forward, cond, uncond)
         state = self._state(forward, params, x, cond, uncond, 0)
         if forward.patches:
-            last = self._state(forward, params, x, cond, uncond, self.calls - 1)
+            last = self._state(forward, params, x, cond, uncond, self.kept_scales - 1)
             check_kept(forward, state, last)
         tokens = jnp.zeros((batch, token_starts(self.patch_nums)[-1]), jnp.int32)
         return Carry(x, tokens, state, sample_keys(key, batch))
@@ -287,6 +292,10 @@ class NextScale(Loop):
                 f"{self.temperature}"
             )
 
+    def handed(self, state: StateDict, scale: int) -> StateDict:
+        """What the call of a scale is given of the state that the one before left."""
+        return state
+
     def inputs(
         self,
         x: Float[Array, "B S S Z"],
@@ -298,20 +307,21 @@ class NextScale(Loop):
         if not is_static(step):
             raise ValueError("scales differ in their numbers of tokens: a call's step is static")
         scale = int(step)
-        codes, labels = self._branches(averaged(x, self.patch_nums[scale]), cond, uncond)
-        return codes, labels, Scales(self.patch_nums, scale, scale + 1)
+        codes, labels = self.branches(averaged(x, self.patch_nums[scale]), cond, uncond)
+        kept = self.kept_scales if scale < self.kept_scales < self.calls else None
+        return codes, labels, Scales(self.patch_nums, scale, scale + 1, kept=kept)
 
     def whole(
-        self, tokens: Int[Array, "B L"], cond: Int[Array, " B"], uncond: Int[Array, " B"] | None
+        self, carry: Carry, cond: Int[Array, " B"], uncond: Int[Array, " B"] | None
     ) -> tuple[Float[Array, "N L Z"], Int[Array, " N"], Scales]:
-        """The inputs of one call without caches, of all tokens that the loop drew."""
-        codes = codes_of(quantizer_of(*self.vae), tokens, self.patch_nums)
-        codes, labels = self._branches(codes, cond, uncond)
+        codes = codes_of(quantizer_of(*self.vae), carry.memory, self.patch_nums)
+        codes, labels = self.branches(codes, cond, uncond)
         return codes, labels, Scales(self.patch_nums, 0, self.calls)
 
-    def _branches(
+    def branches(
         self, codes: Float[Array, "B T Z"], cond: Int[Array, " B"], uncond: Int[Array, " B"] | None
     ) -> tuple[Float[Array, "N T Z"], Int[Array, " N"]]:
+        """Codes and labels of all branches of guidance."""
         if self.joined is None:
             return codes, cond
         return self.joined.duplicate(codes), self.joined.join({"cond": cond, "uncond": uncond})

@@ -43,9 +43,15 @@ def drawing_arguments(command: Arguments) -> None:
     command.add_argument(
         "--more-smooth", action="store_true", default=None, help="mix codes, for pictures"
     )
+    command.add_argument(
+        "--draft-scales", type=COUNT, help="maps that a model of codes makes before its refiner"
+    )
 
 
-_SAME = ("height", "width", "top_k", "top_p", "temperature", "guidance_interval", "more_smooth")
+_SAME = (
+    *("height", "width", "top_k", "top_p", "temperature", "guidance_interval", "more_smooth"),
+    "draft_scales",
+)
 
 # Options by the argument of a pipeline's `sampler` that they are.
 SETTINGS = {

@@ -6,6 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.hub import open_folder
+from effjax.autoregression import Collaborative, NextScale
 from effjax.bundled.retrieval import right
 from effjax.cli.data import passages, questions, world
 from effjax.cli.running import asked, load, settings
 from effjax.cost import memory_of, sampler_cost, state_bytes, weight_bytes
 from effjax.generate import Reading, generate, perplexity, prefill, score
 from effjax.metrics import psnr
-from effjax.pipelines import TextPipeline
+from effjax.pipelines import NextScalePipeline, TextPipeline
 from effjax.pipelines.base import BasePipeline
 from effjax.pipelines.reference import Reference, reference
 from effjax.pipelines.summary import Watch, summarize
@@ -36,7 +38,8 @@ def run(arguments: argparse.Namespace) -> Figures:
         ValueError: for a pipeline that is not compressed.
     """
     pipe = load(arguments)
-    if not pipe.forward.recipe:
+    refined = isinstance(pipe, NextScalePipeline) and pipe.refiner is not None
+    if not (pipe.forward.recipe or refined):
         raise ValueError(
             f"{arguments.source} is not compressed, there is nothing to compare. Make a compressed "
             f"model with `effjax search`, `effjax apply` or `effjax fit`."
@@ -64,7 +67,7 @@ def images(
         options: of its sampler.
         arguments: source, batch, repeats and seed.
     """
-    sampler = pipe.sampler(**options)
+    sampler: Any = pipe.sampler(**options)
     cond, uncond = pipe.conditions(list(wanted) * arguments.batch)
     uncond = uncond if sampler.guided else None
     key = jax.random.key(arguments.seed)
@@ -72,17 +75,25 @@ def images(
         reference.kind: reference.pair,
         "compressed": (pipe.forward, pipe.params),
     }
+    loops = {reference.kind: sampler.alone, "compressed": sampler}
+    given: dict[str, tuple] = dict(pairs)
+    # The models that a loop holds are arguments: their weights are no part of the program.
+    holds = isinstance(sampler, NextScale)
+    if holds:
+        given = {name: (jax.tree.leaves(loop), *pairs[name]) for name, loop in loops.items()}
     figures: dict[str, Any] = {}
     programs = {}
     for name, pair in pairs.items():
-        began = time.perf_counter()
-        programs[name] = jax.jit(sampler).lower(*pair, cond, key, uncond=uncond).compile()
+        loop, began = loops[name], time.perf_counter()
+        run = jax.jit(partial(_sampled, jax.tree.structure(loop)) if holds else loop)
+        programs[name] = run.lower(*given[name], cond, key, uncond=uncond).compile()
         compiled = time.perf_counter() - began
-        cost = sampler_cost(sampler, *pair, cond, uncond=uncond)
+        cost = sampler_cost(loop, *pair, cond, uncond=uncond)
+        models = [pair, loop.refiner] if isinstance(loop, Collaborative) else [pair]
         figures[name] = {
             "compile_seconds": compiled,
-            "block_programs": len(example_runs(*pair)),
-            "weight_bytes": weight_bytes(pair[1]),
+            "block_programs": sum(len(example_runs(*model)) for model in models),
+            "weight_bytes": sum(weight_bytes(model[1]) for model in models),
             "peak_bytes": memory_of(programs[name])["peak_bytes"],
             "flops": cost.flops,
             "attention_flops": cost.scope("attention").flops,
@@ -92,7 +103,7 @@ def images(
     for _ in range(arguments.repeats + 1):
         for name, program in programs.items():
             began = time.perf_counter()
-            samples[name] = jax.block_until_ready(program(*pairs[name], cond, key, uncond=uncond))
+            samples[name] = jax.block_until_ready(program(*given[name], cond, key, uncond=uncond))
             seconds = time.perf_counter() - began
             figures[name]["seconds"] = min(figures[name]["seconds"], seconds)
     distance = float(psnr(*(pipe.decode(samples[name]) for name in pairs)))
@@ -113,6 +124,10 @@ def images(
         lines += str(said).splitlines()
     lines.append(f"PSNR of its images to those of {reference.sentence()}: {distance:.1f} dB")
     return figures, "\n".join(lines)
+
+
+def _sampled(loop: Any, leaves: Sequence[jax.Array], *inputs: Any, uncond: Any) -> Any:
+    return jax.tree.unflatten(loop, leaves)(*inputs, uncond=uncond)
 
 
 def texts(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespace) -> Figures:

@@ -176,6 +176,7 @@ def _running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     generate.add_argument("--temperature", type=NOT_NEGATIVE, help="with a seed; 0 is greedy")
     decoder_argument(generate)
     _loading_arguments(generate)
+    _refiner_argument(sample)
     for command in (sample, generate):
         command.add_argument(
             "--executables", action="store_true", help="run what `effjax compile` saved in it"
@@ -198,6 +199,7 @@ def _running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     bench.add_argument(
         "--reference", metavar="MODEL", help="what it was made of; what it remembers if left out"
     )
+    _refiner_argument(bench)
     condition_arguments(bench, "to run on")
     bench.add_argument("--batch", type=COUNT, default=4, help="images at a time")
     bench.add_argument("--repeats", type=COUNT, default=3, help="the fastest one counts")
@@ -212,6 +214,12 @@ def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
     sampler_arguments(command)
     command.add_argument("--seed", type=NATURAL, default=0, help="of all that is drawn")
     _loading_arguments(command)
+
+
+def _refiner_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--refiner", metavar="MODEL", help="a smaller model of codes, which makes the last maps"
+    )
 
 
 def _loading_arguments(command: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 import effjax
 from effjax.cli.arguments import SETTINGS
 from effjax.generate import JacobiDecoding, read_decoder
-from effjax.pipelines import Pipeline, PromptPipeline, TextPipeline
+from effjax.pipelines import NextScalePipeline, Pipeline, PromptPipeline, TextPipeline
 
 Figures = tuple[Any, str]
 
@@ -24,15 +24,28 @@ def load(arguments: argparse.Namespace) -> Any:
     """The pipeline of a command."""
     if arguments.cache:
         effjax.compilation_cache(arguments.cache)
-    return effjax.pipeline(
+    options: dict[str, Any] = {
+        "dtype": arguments.dtype,
+        "compute_dtype": arguments.compute_dtype,
+        "check_finite": arguments.check_finite,
+    }
+    pipe = effjax.pipeline(
         arguments.source,
         variant=arguments.variant,
         revision=arguments.revision,
-        dtype=arguments.dtype,
-        compute_dtype=arguments.compute_dtype,
-        check_finite=arguments.check_finite,
         executables=getattr(arguments, "executables", False),
+        **options,
     )
+    refiner = getattr(arguments, "refiner", None)
+    if refiner is None:
+        return pipe
+    second = effjax.pipeline(refiner, **options)
+    if not (isinstance(pipe, NextScalePipeline) and isinstance(second, NextScalePipeline)):
+        raise ValueError(
+            f"--refiner is for two models that predict maps of codes (VAR), got a "
+            f"{type(pipe).__name__} and a {type(second).__name__}"
+        )
+    return pipe.with_refiner(second)
 
 
 def sample(arguments: argparse.Namespace) -> Figures:

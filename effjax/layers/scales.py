@@ -60,7 +60,11 @@ def whole_scales(patch_nums: Sides, tokens: int) -> int:
     return starts.index(tokens)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("sides", "start", "stop"))
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(),
+    meta_fields=("sides", "start", "stop", "kept", "wanted"),
+)
 @dataclasses.dataclass(frozen=True)
 class Scales:
     """The scales start ... stop - 1 of a sequence, static.
@@ -68,11 +72,15 @@ class Scales:
     Attributes:
         sides: of all scales, those that are not meant included.
         start, stop: the first scale, and the one after the last.
+        kept: how many scales the calls of this sequence have together, for caches; None for all.
+        wanted: the first of these scales whose logits are wanted; None for all of them.
     """
 
     sides: Sides
     start: int
     stop: int
+    kept: int | None = None
+    wanted: int | None = None
 
     def __post_init__(self) -> None:
         token_starts(self.sides)
@@ -80,6 +88,12 @@ class Scales:
             raise ValueError(
                 f"scales start ... stop - 1 are some of {len(self.sides)}, got {self.start} ... "
                 f"{self.stop - 1}"
+            )
+        kept, wanted = self.kept or len(self.sides), self.wanted or self.start
+        if not (self.stop <= kept <= len(self.sides) and self.start <= wanted < self.stop):
+            raise ValueError(
+                f"of the scales {self.start} ... {self.stop - 1} of {len(self.sides)} some are "
+                f"wanted, and all are kept; got wanted={self.wanted}, kept={self.kept}"
             )
 
     @property
@@ -99,8 +113,13 @@ class Scales:
 
     @property
     def all_tokens(self) -> int:
-        """Tokens of the whole sequence."""
-        return token_starts(self.sides)[-1]
+        """Tokens of the whole sequence, as far as it is kept."""
+        return token_starts(self.sides)[self.kept or len(self.sides)]
+
+    @property
+    def unwanted(self) -> int:
+        """Tokens before the first one whose logits are wanted."""
+        return sum(self.sizes[self.start : self.wanted or self.start])
 
 
 class ScaleCore(nnx.Module):

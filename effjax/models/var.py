@@ -328,7 +328,7 @@ class VAR(VARParts):
         codes: Float[Array, "B S Z"],
         labels: Int[Array, " B"],
         scales: Scales | None = None,
-    ) -> Float[Array, "B S V"]:
+    ) -> Float[Array, "B N V"]:
         """Run the network.
 
         Args:
@@ -339,7 +339,7 @@ class VAR(VARParts):
                 None. Those before come from a cache.
 
         Returns:
-            Logits float32[B, S, vocab_size].
+            Logits float32[B, S, vocab_size]; of the wanted tokens alone, if `scales` says which.
 
         Raises:
             ValueError: for codes that are not those of the scales.
@@ -356,7 +356,7 @@ class VAR(VARParts):
         embedded = self.label(labels)
         x = self.embedded(codes.astype(jnp.float32), embedded, read).astype(config.dtype)
         c = embedded.astype(config.dtype)
-        return self.head(self.blocks(x, self.for_blocks(c), read), c)
+        return self.head(self.blocks(x, self.for_blocks(c), read)[:, read.unwanted :], c)
 
     def embedded(
         self, codes: Float[Array, "B S Z"], label: Float[Array, "B C"], scales: Scales

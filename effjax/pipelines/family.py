@@ -78,17 +78,21 @@ class CodesFamily(PipelineFamily):
 
     Attributes:
         vae: the component whose codes they are.
+        refiner: a second model, which makes the last maps and may be missing; None where there is
+            never one.
         guidance, top_k, top_p: defaults of a call.
     """
 
     vae: str = "vae"
+    refiner: str | None = None
     guidance: float
     top_k: int
     top_p: float
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        return {self.model: "model", self.vae: "model"}
+        found: dict[str, Kind] = {self.model: "model", self.vae: "model"}
+        return found if self.refiner is None else {**found, self.refiner: "model"}
 
 
 # --- what conditions are made of ------------------------------------------------------------------

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from effjax.autoregression import NextScale, teacher_forced
+from effjax.autoregression import Collaborative, NextScale, teacher_forced
 from effjax.buckets import by_parts
 from effjax.executables import Program
 from effjax.fields import naming
@@ -43,19 +43,47 @@ class NextScalePipeline(OfClasses, CodesPipeline):
         forward, params: the model, possibly transformed.
         vae: forward and parameters of the VQVAE.
         names: see `OfClasses`.
+        refiner: forward and parameters of a second model, which makes the last maps; None for none.
     """
 
+    refiner: Pair | None = dataclasses.field(default=None, kw_only=True)
     names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
 
     TASK = "unconditional-image-generation"  # hubs know no classes
-    SETTINGS: ClassVar[tuple[str, ...]] = ("guidance_scale", "top_k", "top_p", "more_smooth")
+    SETTINGS: ClassVar[tuple[str, ...]] = (
+        *("guidance_scale", "top_k", "top_p", "more_smooth", "draft_scales"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self.names, self.forward.config.num_classes)
 
-    def loop(self, **options: Any) -> NextScale:
-        return NextScale(self.vae, self.patch_nums, **options)
+    def with_refiner(self, refiner: NextScalePipeline | Pair | None) -> NextScalePipeline:
+        """Return a copy whose last maps a second, smaller model makes (CoDe).
+
+        Args:
+            refiner: a pipeline of the same codes, maps and classes, or forward and parameters of
+                its model; None for no second model.
+
+        Raises:
+            ValueError: for a model of other codes, maps or classes.
+        """
+        if isinstance(refiner, NextScalePipeline):
+            refiner = refiner.forward, refiner.params
+        return dataclasses.replace(self, refiner=refiner, executables=None)
+
+    def loop(self, *, draft_scales: int | None = None, **options: Any) -> NextScale:
+        if self.refiner is None:
+            if draft_scales is not None:
+                raise ValueError(
+                    f"draft_scales={draft_scales} is for two models, and this pipeline has no "
+                    f"refiner: give one, `pipe.with_refiner(...)` or --refiner"
+                )
+            return NextScale(self.vae, self.patch_nums, **options)
+        given = max(len(self.patch_nums) - 2, 1) if draft_scales is None else draft_scales
+        options |= {"refiner": self.refiner}
+        options |= {"draft_scales": arguments.count("draft_scales", given)}
+        return Collaborative(self.vae, self.patch_nums, **options)
 
     def example_condition(self) -> jax.Array:
         return jnp.zeros(1, jnp.int32)
@@ -73,7 +101,10 @@ class NextScalePipeline(OfClasses, CodesPipeline):
         with naming(INDEX):
             names = read_names((found.index or {}).get("id2label"))
         pairs = found.model(family.model), found.model(family.vae)
-        return cls(*pairs[0], pairs[1], names=names, origin=found.origin, family=family)
+        options: dict[str, Any] = {"names": names, "origin": found.origin, "family": family}
+        if family.refiner is not None and found.has(family.refiner):
+            options["refiner"] = found.model(family.refiner)
+        return cls(*pairs[0], pairs[1], **options)
 
     @property
     def patch_nums(self) -> Sides:
@@ -95,6 +126,7 @@ class NextScalePipeline(OfClasses, CodesPipeline):
         top_p: float | None = None,
         temperature: float | Sequence[float] | None = None,
         more_smooth: bool = False,
+        draft_scales: int | None = None,
     ) -> NextScale:
         """Make the loop that a call uses.
 
@@ -106,6 +138,7 @@ class NextScalePipeline(OfClasses, CodesPipeline):
         scale = self.family.guidance if guidance_scale is None else guidance_scale
         scale = arguments.scale("guidance_scale", scale)
         loop = self.loop(
+            draft_scales=draft_scales,
             guidance=scale or None,
             temperature=self._temperature(temperature),
             more_smooth=more_smooth,
@@ -141,6 +174,7 @@ class NextScalePipeline(OfClasses, CodesPipeline):
         top_p: float | None = None,
         temperature: float | Sequence[float] | None = None,
         more_smooth: bool = False,
+        draft_scales: int | None = None,
         output_type: OutputType = "pil",
         progress: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
@@ -162,6 +196,8 @@ class NextScalePipeline(OfClasses, CodesPipeline):
             temperature: divides the logits of the tokens that are left; one number, or one for each
                 scale. None is 1.
             more_smooth: mix codes by their probabilities in place of drawing them: for pictures.
+            draft_scales: of a pipeline with a refiner, how many scales its model makes before that
+                goes on; None for all but two, all for the model alone.
             output_type: "pil" for PIL images, "np" for float32[images, H, W, C] in 0 ... 1,
                 "latent" for the latents float32[images, S, S, Z] before they are decoded, "tokens"
                 for the tokens int32[images, L] of all scales.
@@ -195,6 +231,7 @@ class NextScalePipeline(OfClasses, CodesPipeline):
             top_p=top_p,
             temperature=temperature,
             more_smooth=more_smooth,
+            draft_scales=draft_scales,
         )
 
         def stepwise(cond: Any) -> tuple[Array, Array]:
@@ -259,7 +296,10 @@ class NextScalePipeline(OfClasses, CodesPipeline):
         return tokens
 
     def _components(self, directory: Path) -> dict[str, Any]:
-        return {**super()._components(directory), **self.names_as_json()}
+        found = {**super()._components(directory), **self.names_as_json()}
+        if self.refiner is None and self.family.refiner is not None:
+            found.pop(self.family.refiner, None)
+        return found
 
 
 @partial(Program, static_argnums=(0,))

@@ -23,6 +23,7 @@ from effjax.methods import litevar
 from effjax.methods.attention.litevar.patch import SharedAttention, WindowedCore
 from effjax.methods.attention.litevar.search import diagonal_masses, half_widths, measured
 from effjax.methods.quantization import round_to_nearest
+from effjax.methods.quantization.blocks import along
 from effjax.models.var import PATCH_NUMS
 from effjax.pipelines import NextScalePipeline
 from effjax.quant import QTensor
@@ -327,9 +328,8 @@ def test_sensitivity_and_mixed_precision(subject):
     rules = (("role:down", 4, 4), *litevar.mixed_precision(8, 8))
     rounded = round_to_nearest.transform(round_to_nearest.RoundToNearestPlan(rules))
     loop = subject.sampler
-    uncond = loop.unconditional(subject.forward, subject.cond)
-    tokens = jax.jit(loop.sample)(subject.forward, subject.params, subject.cond, data.key)[1]
-    inputs = loop.whole(tokens, subject.cond, uncond)
+    (inputs,) = along(subject.forward, subject.params, data)
+    assert inputs[0].shape == (4, STARTS[-1], 4)
     run = jax.jit(lambda forward, params: forward(params, {}, *inputs, guidance=loop.joined)[0])
     dense, noisy = (
         run(forward, params)

@@ -157,12 +157,16 @@ def texts(rows: Prompts) -> tuple[PyTree, ...]:
 def along(forward: Forward, params: Params, data: Trajectory) -> Batches:
     """What a sampler gives a model, at each of its calls.
 
+    Of a loop whose calls read what earlier ones kept it is one call of the whole run.
+
     Args:
         forward, params: the model.
         data: what is sampled.
     """
-    sampler, cond = data.sampler, data.cond
+    sampler, cond = data.sampler.alone, data.cond
     uncond = sampler.unconditional(forward, cond, data.uncond)
+    if sampler.apart:
+        return [_whole(sampler, forward, params, cond, data.key, uncond)]
     carry = sampler.init(forward, params, cond, data.key, uncond=uncond)
     step = jax.jit(sampler.step)
     found = []
@@ -170,6 +174,14 @@ def along(forward: Forward, params: Params, data: Trajectory) -> Batches:
         found.append(sampler.inputs(carry.x, cond, uncond, number))
         carry = step(forward, params, carry, cond, uncond, number)
     return found
+
+
+@jax.jit
+def _whole(
+    sampler: Any, forward: Forward, params: Params, cond: PyTree, key: Array, uncond: PyTree
+) -> tuple[PyTree, ...]:
+    carry = sampler.init(forward, params, cond, key, uncond=uncond)
+    return sampler.whole(sampler.run(forward, params, carry, cond, uncond), cond, uncond)
 
 
 def _entering(

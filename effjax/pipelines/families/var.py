@@ -7,6 +7,7 @@ FAMILIES = (
         name="VARPipeline",
         pipeline="NextScalePipeline",
         models=("VAR",),
+        refiner="refiner",
         guidance=1.5,
         top_k=900,
         top_p=0.96,

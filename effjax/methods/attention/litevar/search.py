@@ -32,6 +32,7 @@ from effjax.methods.attention.litevar.plan import (
     mixed_precision,
     windowed_pairs,
 )
+from effjax.methods.quantization.blocks import along
 from effjax.quant.notation import read_bits
 from effjax.search.sensitivity import Preparation, Rounding, fidelity
 from effjax.search.sensitivity import sensitivity as scores_of
@@ -230,11 +231,12 @@ def measured(
 
 def _loop(data: Trajectory, forward: Forward, params: Params) -> NextScale:
     described(forward, params)
-    if not isinstance(data.sampler, NextScale):
+    loop = data.sampler.alone
+    if not isinstance(loop, NextScale):
         raise ValueError(
-            f"{NAME} is calibrated on samples of a NextScale, got a {type(data.sampler).__name__}"
+            f"{NAME} is calibrated on samples of a NextScale, got a {type(loop).__name__}"
         )
-    return data.sampler
+    return loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,9 +324,7 @@ def sensitivity(
         ValueError: for a model without scales.
     """
     loop = _loop(data, forward, params)
-    uncond = loop.unconditional(forward, data.cond, data.uncond)
-    _, tokens = jax.jit(loop.sample)(forward, params, data.cond, data.key, uncond=uncond)
-    inputs = loop.whole(tokens, data.cond, uncond)
+    (inputs,) = along(forward, params, data)
     targets = [
         target for target in forward.target_modules(params, Linear) if target.role in LAYER_TYPES
     ]
