@@ -139,8 +139,14 @@ class Loop(abc.ABC):
         Args:
             carry: after the run.
             cond, uncond: its conditions.
+
+        Raises:
+            ValueError: for a loop that has no such call.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no call that stands for all")
+        raise ValueError(
+            f"calls of a {type(self).__name__} read what earlier ones kept, and no single one "
+            f"stands for all of them: calibrate on inputs of your own"
+        )
 
     @abc.abstractmethod
     def update(self, carry: Carry, out: PyTree, step: Step) -> Carry:

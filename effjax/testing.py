@@ -53,8 +53,11 @@ class Subject:
     cond: PyTree
     uncond: PyTree = None
 
-    def data(self, kind: type | None) -> Any:
+    def data(self, kind: type | tuple[type, ...] | None) -> Any:
         """What a method with this `Method.data` looks at; None if it looks at nothing."""
+        if isinstance(kind, tuple):
+            reads = isinstance(self.sampler, Reading)
+            kind = next(each for each in kind if (each is not Trajectory) == reads)
         if kind is None:
             return None
         if kind is Trajectory:

@@ -187,8 +187,8 @@ class Method:
             for all samples of a batch; None if it does not.
         systems: names of the published systems that it is, as the page on coverage lists them.
         shorthands: other ways to say a plan.
-        data: what it looks at: `Trajectory`, `Sequences` or `Answers` of `effjax.calibration`; None
-            if it looks at nothing but the model.
+        data: what it looks at: `Trajectory`, `Sequences` or `Answers` of `effjax.calibration`, or
+            several of these, of which a model has one; None if it looks at nothing but the model.
         calibrate: (plan, forward, params, data) -> learned, without training.
         goals: what a search aims at.
         search: (goals, forward, params, data) -> plan.
@@ -220,7 +220,7 @@ class Method:
     tiny: Callable[[], Any]
     systems: tuple[str, ...] = ()
     shorthands: tuple[type[Shorthand], ...] = ()
-    data: type | None = None
+    data: type | tuple[type, ...] | None = None
     calibrate: Callable[..., Any] | None = None
     decides: Literal["batch", "row"] | None = None
     goals: type[Checked] | None = None
@@ -232,6 +232,13 @@ class Method:
     read: Callable[[Any], tuple[Plan, Any]] | None = None
     given: Callable[..., Any] | None = None
     loop: Callable[[Any, Forward], Any] | None = None
+
+    @property
+    def data_kinds(self) -> tuple[type, ...]:
+        """The kinds of data that it may look at; () for none."""
+        if self.data is None:
+            return ()
+        return self.data if isinstance(self.data, tuple) else (self.data,)
 
     def __post_init__(self) -> None:
         for what, how in (("goals", "search"), ("fitting", "fit")):

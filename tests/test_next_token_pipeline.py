@@ -140,7 +140,7 @@ def test_methods_that_do_not_apply_are_refused(pipe, tmp_path, capsys):
     pipe.save(tmp_path / "copy")
     source, small = str(tmp_path / "copy"), str(tmp_path / "small")
     for command, message in (
-        (["apply", source, small, "gptq", "--samples", "1"], "texts, which are for language"),
+        (["apply", source, small, "gptq", "--samples", "1"], "--samples is for language models"),
         (["sample", source, "--labels", "1", "--more-smooth"], "takes no --more-smooth"),
         (["sample", source, "--prompt", "a fox"], "conditioned on classes"),
     ):

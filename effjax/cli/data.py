@@ -8,8 +8,9 @@ keys (or, where the tokenizer has a token for every word, lookups) that were tol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -78,15 +79,35 @@ class Source:
         Raises:
             ValueError: for a model that has no such data.
         """
-        if chosen.data is None:
+        kinds = [KINDS[each] for each in chosen.data_kinds]
+        if not kinds:
             return None
-        kind = KINDS[chosen.data]
-        if kind.domain not in ("any", self.domain):
+        own = [kind for kind in kinds if kind.domain in ("any", self.domain)]
+        if not own:
             raise ValueError(
-                f"{chosen.name} looks at {kind.about}, which are for {kind.domain}; this is a "
-                f"pipeline for {self.domain}"
+                f"{chosen.name} looks at {' or '.join(kind.about for kind in kinds)}, which are "
+                f"for {' and '.join(kind.domain for kind in kinds)}; this is a pipeline for "
+                f"{self.domain}"
             )
-        return kind.make(self.pipe, self.arguments)
+        self._check_unused(own[0], [kind for kind in kinds if kind is not own[0]])
+        return own[0].make(self.pipe, self.arguments)
+
+    def _check_unused(self, own: Kind, others: Sequence[Kind]) -> None:
+        """Check that no option was given of data that this model does not have.
+
+        Raises:
+            ValueError: for one that was.
+        """
+        used = own.defaults()
+        for kind in others:
+            unused = {name: value for name, value in kind.defaults().items() if name not in used}
+            given = [n for n, value in unused.items() if getattr(self.arguments, n) != value]
+            if given:
+                words = ", ".join(f"--{name}".replace("_", "-") for name in given)
+                raise ValueError(
+                    f"{words} is for {kind.domain}, and this is a pipeline for {self.domain}: "
+                    f"leave it out"
+                )
 
 
 class Kind(NamedTuple):
@@ -106,16 +127,22 @@ class Kind(NamedTuple):
     make: Callable[[Any, argparse.Namespace], Any]
     words: str = ""
 
+    def defaults(self) -> dict[str, Any]:
+        """Its options with their defaults."""
+        parser = argparse.ArgumentParser(add_help=False)
+        self.options(parser)
+        return vars(parser.parse_args(self.words.split()))
 
-def add_arguments(command: argparse.ArgumentParser, data: type) -> None:
-    """Add the options that make a kind of data."""
-    kind = KINDS[data]
-    group = command.add_argument_group(f"to look at: {kind.about}")
-    kind.options(group)
+
+def add_arguments(command: argparse.ArgumentParser, kinds: Sequence[type]) -> None:
+    """Add the options that make some kinds of data."""
+    for kind in (KINDS[each] for each in kinds):
+        kind.options(command.add_argument_group(f"to look at: {kind.about}"))
 
 
 def _seed_option(group: Any) -> None:
-    group.add_argument("--seed", type=NATURAL, default=0, help="of all that is drawn")
+    with contextlib.suppress(argparse.ArgumentError):  # another kind of data has it
+        group.add_argument("--seed", type=NATURAL, default=0, help="of all that is drawn")
 
 
 def _trajectory_options(group: Any) -> None:

@@ -44,7 +44,7 @@ def looks_at(method: Method) -> str | None:
     """What its calibration, search and training take, besides the model."""
     from effjax.cli.data import KINDS
 
-    return None if method.data is None else KINDS[method.data].about
+    return " or ".join(KINDS[kind].about for kind in method.data_kinds) or None
 
 
 def parts(method: Method) -> Iterator[tuple[str, type]]:
@@ -72,7 +72,7 @@ def examples(method: Method) -> list[str]:
     from effjax.cli.data import KINDS
 
     if method.read is not None and method.data is not None:
-        return [f"effjax apply MODEL SMALLER {method.name}{KINDS[method.data].words}"]
+        return [f"effjax apply MODEL SMALLER {method.name}{KINDS[method.data_kinds[0]].words}"]
     said = next((kind for kind in (*method.shorthands, method.plan) if _speakable(kind)), None)
     plan = " --plan plan.json" if said is None else _words(said)
     found = [f"effjax apply MODEL SMALLER {method.name}{plan}"]

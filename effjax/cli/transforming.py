@@ -36,8 +36,8 @@ def add_options(command: argparse.ArgumentParser, verb: str, name: str) -> None:
         raise ValueError(f"{error}; what a method takes stands behind its name") from None
     _check(chosen, verb)
     calibrates = chosen.calibrate is not None or chosen.read is not None
-    if chosen.data is not None and (verb != "apply" or calibrates):
-        add_arguments(command, chosen.data)
+    if verb != "apply" or calibrates:
+        add_arguments(command, chosen.data_kinds)
     if chosen.read is not None:
         return
     if verb == "search":

@@ -190,6 +190,29 @@ def attentions(module: nnx.Module, *kinds: AttentionKind) -> tuple[TargetModule,
     )
 
 
+def required_attentions(
+    module: nnx.Module, *kinds: AttentionKind, needed_by: str
+) -> tuple[TargetModule, ...]:
+    """The same, of a model that must have some.
+
+    Raises:
+        ValueError: for a model without them, with the name of what needs them.
+    """
+    found = attentions(module, *kinds)
+    if not found:
+        own = [
+            target.module.kind
+            for target in target_modules(module)
+            if isinstance(target.module, Attention)
+        ]
+        raise ValueError(
+            f"{needed_by} is for models with {' or '.join(kinds)} attention; that of "
+            f"{type(original(module)).__name__} is {', '.join(dict.fromkeys(own)) or 'none'}. "
+            f"`effjax methods` lists methods for other models."
+        )
+    return found
+
+
 class OneStream(Projections, Attention):
     """Attention of one stream of tokens [B, S, C]."""
 

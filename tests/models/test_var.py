@@ -14,17 +14,20 @@ import effjax
 from converters import convert, from_pretrained
 from effjax import testing
 from effjax.autoregression import NextScale, codes_of, teacher_forced
+from effjax.calibration import Trajectory
 from effjax.capture import tap
+from effjax.cli import main
 from effjax.context import Layout
 from effjax.cost import sampler_cost, state_bytes
 from effjax.forward import abstract, flatten_params, nest_params, parameter_count
 from effjax.layers.folding import fold, folds
 from effjax.layers.linear import Linear
 from effjax.loops import Carry
-from effjax.methods.quantization import round_to_nearest, vidit_q
+from effjax.methods.quantization import awq, blocks, gptq, round_to_nearest, vidit_q
 from effjax.models.var import VAR, VARConfig
 from effjax.models.vqvae import VQVAE, VQVAEConfig, latents_of, quantizer_of
 from effjax.parallel import device_mesh, shardings, tensor_parallel
+from effjax.pipelines import NextScalePipeline
 from effjax.quant import QTensor
 from effjax.registry import methods
 from pallas_kernels import use_implementation
@@ -325,6 +328,55 @@ def test_weights_are_quantized_and_saved(tmp_path):
     again = effjax.load(tmp_path / "small")
     assert again[0] == small[0]
     chex.assert_trees_all_equal(again[1], small[1])
+
+
+@pytest.mark.parametrize("method", [awq, gptq], ids=["awq", "gptq"])
+def test_weights_are_fitted_to_samples(method, tmp_path):
+    """On all scales of samples in one call, nearer than rounding; and by a command."""
+    subject = testing.tiny_var(patch_nums=(1, 2))
+    pair = subject.forward, subject.params
+    data = dataclasses.replace(subject.data(Trajectory), cond=jnp.arange(5, dtype=jnp.int32))
+    (batch,) = blocks.along(*pair, data)
+    assert batch[0].shape == (10, 5, 4)  # both branches of guidance
+    assert batch[2] == subject.forward.config.scales()
+    plan = method.uniform(3)
+    learned = method.METHOD.calibrate(plan, *pair, data)
+    run = jax.jit(lambda params: pair[0](params, {}, *batch)[0])
+    nearest, fitted = (
+        jnp.mean(jnp.square(run(method.transform(plan, given)(*pair)[1]) - run(pair[1])))
+        for given in (None, learned)
+    )
+    assert fitted < 0.97 * nearest
+    if method is gptq:
+        pipe = NextScalePipeline(*pair, subject.sampler.vae)
+        pipe.save(tmp_path / "var")
+        command = ["apply", str(tmp_path / "var"), str(tmp_path / "small"), "gptq", "--labels", "1"]
+        assert main([*command, "--tokens", "9"]) == 1
+        assert main(command) == 0
+        small = effjax.pipeline(tmp_path / "small", progress=False)
+        assert small.forward.recipe[0][0] == "gptq"
+
+
+def test_methods_for_other_attention_are_refused(untyped, subject):
+    """By name, before work: whatever a method searches, calibrates or trains."""
+    others = {"litevar", "vidit_q", "gptq", "awq"}  # run on VAR
+    for name, method in methods().items():
+        ways = [way for way in (method.search, method.calibrate, method.fit) if way is not None]
+        if name in others or method.read is not None or not ways:
+            continue
+        own = method.tiny()
+        data = (subject if method.data is Trajectory else own).data(method.data)
+        pair, plan = (subject.forward, subject.params), method.ladder(own)[-1]
+        if method.search is not None:
+            with pytest.raises(ValueError, match=r"is for models with|trajectories|times of"):
+                method.search(method.goals(), *pair, data)
+        if method.fit is not None:
+            with pytest.raises(ValueError, match="is for models with"):
+                method.fit(plan, method.fitting(), *pair, data, checkpoints=None)
+    for name in ("moa", "cskv"):
+        method = methods()[name]
+        with pytest.raises(ValueError, match="is for models with causal attention; that of VAR is"):
+            method.transform(method.ladder(method.tiny())[0])(subject.forward, subject.params)
 
 
 def test_ranges_of_inputs_are_those_of_all_calls():

@@ -2,7 +2,7 @@
 
 Use it for weights of 3 and 4 bits. The error is smaller where inputs are large, and it costs
 nothing when the model runs: the factors stand in the norm or the layer that makes the inputs. It
-needs a few sequences of tokens to calibrate on.
+needs a few sequences of tokens, or samples of a model of images, to calibrate on.
 
     s = max(mean|x|^a, 1e-4) / sqrt(max s min s)          for a = 0, 1/n, ... (n - 1)/n
     loss(a) = |f(x; W) - f(x; Q(s W) / s)|^2              Q rounds to nearest
@@ -35,7 +35,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from effjax import testing
-from effjax.calibration import Sequences
+from effjax.calibration import Sequences, Trajectory
 from effjax.capture import Call, calls
 from effjax.context import Layout, PyTree, tokens_as
 from effjax.fields import Count
@@ -45,6 +45,7 @@ from effjax.layers.linear import Linear
 from effjax.methods.quantization.blocks import (
     Batches,
     BlockInputs,
+    inputs_of,
     valid_rows,
     walk,
     with_kernels,
@@ -360,9 +361,9 @@ def _places(plan: AWQPlan, forward: Forward, params: Params) -> list[Fold]:
 
 
 def _calibrate(
-    plan: AWQPlan, forward: Forward, params: Params, data: Sequences
+    plan: AWQPlan, forward: Forward, params: Params, data: Sequences | Trajectory
 ) -> dict[str, Array]:
-    return fit(plan, forward, params, [(jnp.asarray(data.calibration()),)])
+    return fit(plan, forward, params, inputs_of(forward, params, data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +391,7 @@ METHOD = Method(
     paper="AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, "
     "arXiv 2306.00978",
     seams=("leaves",),
-    domain="language models",
+    domain="any",
     plan=AWQPlan,
     transform=transform,
     identity=lambda subject: uniform(FLOAT),
@@ -398,6 +399,6 @@ METHOD = Method(
     tiny=testing.tiny_llama,
     systems=("AWQ",),
     shorthands=(Uniform,),
-    data=Sequences,
+    data=(Sequences, Trajectory),
     calibrate=_calibrate,
 )

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool
 from tqdm.auto import tqdm
 
-from effjax.calibration import Trajectory
+from effjax.calibration import Sequences, Trajectory
 from effjax.capture import stack_inputs
 from effjax.context import Layout, PyTree, tokens_as
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
@@ -174,6 +174,13 @@ def along(forward: Forward, params: Params, data: Trajectory) -> Batches:
         found.append(sampler.inputs(carry.x, cond, uncond, number))
         carry = step(forward, params, carry, cond, uncond, number)
     return found
+
+
+def inputs_of(forward: Forward, params: Params, data: Sequences | Trajectory) -> Batches:
+    """What a model is called with: texts of a language model, or what a sampler gives it."""
+    if isinstance(data, Trajectory):
+        return along(forward, params, data)
+    return [(jnp.asarray(data.calibration()),)]
 
 
 @jax.jit

@@ -2,7 +2,7 @@
 
 Use it for weights of 3 and 4 bits: the model is as fast and as small as with rounding to nearest,
 and the outputs of its layers are nearer to what they were, which restores much of the lost quality.
-It needs a few sequences of tokens to calibrate on.
+It needs a few sequences of tokens, or samples of a model of images, to calibrate on.
 
     H = mean x x^T + damp mean(diag) I          over all tokens' inputs x of the layer
     U = upper Cholesky factor of H^-1
@@ -34,7 +34,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int8
 
 from effjax import testing
-from effjax.calibration import Sequences
+from effjax.calibration import Sequences, Trajectory
 from effjax.capture import calls
 from effjax.context import Layout, PyTree, tokens_as
 from effjax.fields import Count, Positive
@@ -43,6 +43,7 @@ from effjax.layers.linear import Linear
 from effjax.methods.quantization.blocks import (
     Batches,
     BlockInputs,
+    inputs_of,
     stacks,
     valid_rows,
     walk,
@@ -298,9 +299,9 @@ def transform(plan: GPTQPlan, learned: Kernels | None = None) -> Transform:
 
 
 def _calibrate(
-    plan: GPTQPlan, forward: Forward, params: Params, data: Sequences
+    plan: GPTQPlan, forward: Forward, params: Params, data: Sequences | Trajectory
 ) -> dict[str, QTensor]:
-    return fit(plan, forward, params, [(jnp.asarray(data.calibration()),)])
+    return fit(plan, forward, params, inputs_of(forward, params, data))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +331,7 @@ METHOD = Method(
     paper="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, "
     "arXiv 2210.17323",
     seams=("leaves",),
-    domain="language models",
+    domain="any",
     plan=GPTQPlan,
     transform=transform,
     identity=lambda subject: uniform(FLOAT),
@@ -338,6 +339,6 @@ METHOD = Method(
     tiny=testing.tiny_llama,
     systems=("GPTQ",),
     shorthands=(Uniform,),
-    data=Sequences,
+    data=(Sequences, Trajectory),
     calibrate=_calibrate,
 )

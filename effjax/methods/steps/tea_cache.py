@@ -36,7 +36,7 @@ from effjax.methods.steps.cached import (
     relative,
     step_cache,
 )
-from effjax.methods.steps.watching import Added, watch
+from effjax.methods.steps.watching import Added, sampler_of, watch
 from effjax.targets import original
 from effjax.transform import Method, Transform
 
@@ -116,7 +116,7 @@ def search(goals: Goals, forward: Forward, params: Params, data: Trajectory) -> 
     Raises:
         ValueError: for fewer changes along the trajectory than the polynomial has coefficients.
     """
-    calls = data.sampler.calls
+    calls = sampler_of(data).calls
     if calls - 1 <= goals.degree:
         raise ValueError(
             f"a polynomial of degree {goals.degree} needs {goals.degree + 2} or more steps, got "

@@ -49,13 +49,18 @@ def layout_of(forward: Forward, params: Params, data: Trajectory) -> Layout | No
     Raises:
         ValueError: for a loop that is no sampler of a diffusion model.
     """
-    sampler = _sampler(data)
+    sampler = sampler_of(data)
     x = jnp.zeros((jax.tree.leaves(data.cond)[0].shape[0], *sampler.sample_shape(forward)))
     uncond = sampler.unconditional(forward, data.cond, data.uncond)
     return forward.layout(params, *sampler.inputs(x, data.cond, uncond, 0))
 
 
-def _sampler(data: Trajectory) -> Sampler:
+def sampler_of(data: Trajectory) -> Sampler:
+    """The sampler of a trajectory.
+
+    Raises:
+        ValueError: for a loop that is no sampler of a diffusion model.
+    """
     if not isinstance(data.sampler, Sampler):
         raise ValueError(
             f"this looks at trajectories of diffusion models, and {type(data.sampler).__name__} is "
@@ -86,7 +91,7 @@ def sampled(
     Raises:
         ValueError: for a loop that is no sampler of a diffusion model.
     """
-    sampler = _sampler(data)
+    sampler = sampler_of(data)
     uncond = sampler.unconditional(forward, data.cond, data.uncond)
     options = {} if data.uncond is None else {"uncond": data.uncond}
     carry = sampler.init(forward, params, data.cond, data.key, **options)

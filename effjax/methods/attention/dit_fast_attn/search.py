@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from effjax import metrics
 from effjax.context import Context, PyTree
 from effjax.forward import Forward, Params
-from effjax.layers.attention import attentions
+from effjax.layers.attention import attentions, required_attentions
 from effjax.loops import Carry
 from effjax.methods.attention.dit_fast_attn.patch import FastAttention, action_of
-from effjax.methods.attention.dit_fast_attn.plan import KINDS, DiTFastAttnPlan, Strategy
+from effjax.methods.attention.dit_fast_attn.plan import KINDS, NAME, DiTFastAttnPlan, Strategy
 from effjax.samplers import Sampler
 from effjax.targets import wrap
 
@@ -92,7 +92,7 @@ def search(
     Raises:
         ValueError: for a negative threshold, an unknown metric, or a model without self-attention.
     """
-    layers = len(attentions(forward.module(params), *KINDS))
+    layers = len(required_attentions(forward.module(params), *KINDS, needed_by=NAME))
     if threshold < 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
     if metric not in METRICS:
@@ -102,8 +102,8 @@ def search(
     uncond = sampler.unconditional(forward, cond, uncond)
     x = jnp.zeros((jax.tree.leaves(cond)[0].shape[0], *sampler.sample_shape(forward)))
     layout = forward.layout(params, *sampler.inputs(x, cond, uncond, 0))
-    if not layers or layout is None:
-        raise ValueError(f"{forward.model.__name__} has no self-attention layers to plan for")
+    if layout is None:
+        raise ValueError(f"{forward.model.__name__} says no layout of its tokens to plan for")
     tokens = layout.tokens
     reach = tokens // 8 if window is None else window
     windowed = any(strategy.windowed for strategy in candidates)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from effjax.context import Context, PyTree, State, Step
 from effjax.forward import Forward, Params
-from effjax.layers.attention import Attention, attentions
+from effjax.layers.attention import Attention, attentions, required_attentions
 from effjax.loops import Carry
 from effjax.methods.attention.dit_fast_attn_v2.patch import (
     Tokens,
@@ -36,6 +36,7 @@ from effjax.methods.attention.dit_fast_attn_v2.plan import (
     CANDIDATES,
     DENSE,
     KINDS,
+    NAME,
     DiTFastAttnV2Plan,
     half_width_of,
     saving,
@@ -229,7 +230,7 @@ def search(
         raise ValueError(f"delta must be at least 0 and c_head above it, got {delta} and {c_head}")
     if not candidates or len(set(candidates)) < len(candidates):
         raise ValueError(f"candidates must be different names, at least one; got {candidates}")
-    targets = attentions(forward.module(params), *KINDS)
+    targets = required_attentions(forward.module(params), *KINDS, needed_by=NAME)
     uncond = sampler.unconditional(forward, cond, uncond)
     x = jnp.zeros((jax.tree.leaves(cond)[0].shape[0], *sampler.sample_shape(forward)))
     layout = forward.layout(params, *sampler.inputs(x, cond, uncond, 0))

@@ -17,10 +17,12 @@ from tqdm.auto import tqdm
 from effjax.calibration import Trajectory
 from effjax.fields import Checked, Count, Natural, Positive, Range, Share
 from effjax.forward import Forward, Params
+from effjax.layers.attention import required_attentions
 from effjax.methods.attention.paro_attention import masks as block_masks
 from effjax.methods.attention.paro_attention.order import candidates
 from effjax.methods.attention.paro_attention.patch import layers_of
 from effjax.methods.attention.paro_attention.plan import (
+    KINDS,
     NAME,
     Bits,
     Blocks,
@@ -213,13 +215,15 @@ def calibrate(
 
 def _describe(forward: Forward, params: Params, data: Trajectory, block: int) -> _Model:
     """The layers of a model for the samples of a trajectory."""
-    layers = layers_of(forward.module(params))
+    module = forward.module(params)
+    required_attentions(module, *KINDS, needed_by=NAME)
+    layers = layers_of(module)
     samples = len(jax.tree.leaves(data.cond)[0])
     x = jnp.zeros((samples, *data.sampler.sample_shape(forward)))
     uncond = data.sampler.unconditional(forward, data.cond, data.uncond)
     layout = forward.layout(params, *data.sampler.inputs(x, data.cond, uncond, 0))
-    if not layers.paths or layout is None:
-        raise ValueError(f"{forward.model.__name__} has no self-attention layers to plan for")
+    if layout is None:
+        raise ValueError(f"{forward.model.__name__} says no layout of its tokens to plan for")
     blocks = tuple(
         Blocks(layout.image_tokens + text, text, layout.text_first, block)
         for text in (layout.text if each else 0 for each in layers.joint)

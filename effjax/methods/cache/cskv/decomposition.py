@@ -17,11 +17,11 @@ from jaxtyping import Array, Float
 from effjax import capture
 from effjax.context import PyTree
 from effjax.forward import METHODS, Forward, Params, flatten_params
-from effjax.layers.attention import CausalAttention, CausalCore
+from effjax.layers.attention import CausalAttention, CausalCore, required_attentions
 from effjax.layers.folding import check_unlearned
 from effjax.layers.linear import dot
 from effjax.layers.rotary import Rotary
-from effjax.methods.cache.cskv.plan import CSKVPlan, Factors
+from effjax.methods.cache.cskv.plan import NAME, CSKVPlan, Factors
 from effjax.quant import QTensor
 from effjax.targets import original
 
@@ -38,6 +38,7 @@ def magnitudes(
     Returns:
         float32[C] by the path of an attention core.
     """
+    attentions(forward, params)  # or there are none
     inputs = ((jnp.asarray(tokens),) for tokens in batches)
     found = capture.statistics(forward, params, inputs, kind=CausalCore, what="input3")
     return {path: each.absmean for path, each in found.items()}
@@ -137,11 +138,17 @@ def check_factors(given: Factors, shapes: PyTree) -> None:
 
 
 def attentions(forward: Forward, params: Params) -> dict[str, CausalAttention]:
-    """The attention layers, by path of their cores."""
-    found = {f"{s.path}.core": s.module for s in forward.target_modules(params, CausalAttention)}
-    if not found:
-        raise ValueError(f"{forward.model.__name__} has no causal attention")
-    return {path: attn for path, attn in found.items() if isinstance(attn, CausalAttention)}
+    """The attention layers, by path of their cores.
+
+    Raises:
+        ValueError: for a model without causal attention.
+    """
+    found = required_attentions(forward.module(params), "causal", needed_by=NAME)
+    return {
+        f"{target.path}.core": target.module
+        for target in found
+        if isinstance(target.module, CausalAttention)
+    }
 
 
 def features(

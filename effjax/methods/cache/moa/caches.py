@@ -28,7 +28,7 @@ from effjax.caches.slots import (
 from effjax.caches.storage import Storage
 from effjax.context import CacheLength, State
 from effjax.forward import Forward, Params
-from effjax.layers.attention import Heads, KeyHeads, Positions
+from effjax.layers.attention import Heads, KeyHeads, Positions, required_attentions
 from effjax.methods.cache.moa.plan import MoAPlan, Rule, check_fits
 from effjax.transform import Pair, Transform
 from pallas_kernels.block_mask import SinkLocal
@@ -42,6 +42,7 @@ def transform(plan: MoAPlan) -> Transform:
     """Give every attention layer heads of their own spans."""
 
     def apply(forward: Forward, params: Params) -> Pair:
+        required_attentions(forward.module(params), "causal", needed_by=NAME)
         config = forward.config
         check_fits(plan, config.num_layers, config.num_heads, config.num_kv_heads)
         return forward.patch(Caches(_choose, plan)), params

@@ -14,7 +14,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from effjax.forward import Forward, Params
-from effjax.methods.cache.moa.caches import transform
+from effjax.layers.attention import required_attentions
+from effjax.methods.cache.moa.caches import NAME, transform
 from effjax.methods.cache.moa.plan import MoAPlan, Rule
 from effjax.methods.cache.moa.profile import Samples, influence, response_loss
 from effjax.search.allocation import Allocation, Budget, allocate
@@ -54,6 +55,7 @@ def search(
     Raises:
         ValueError: if no choice of rules has the density at all lengths.
     """
+    required_attentions(forward.module(params), "causal", needed_by=NAME)
     options = {"block": block, "sink": sink, "floor": floor}
     plans = candidates(
         {
