@@ -243,7 +243,7 @@ class NextScale(Loop):
         x = quantizer.partial_sums(tokens, self.patch_nums)[-1]
         read = codes_of(quantizer, tokens, self.patch_nums)
         codes = jnp.concatenate([read, averaged(x, self.patch_nums[scale])], axis=1)
-        codes, labels = self._branches(codes, cond, uncond)
+        codes, labels = self.branches(codes, cond, uncond)
         inputs = codes, labels, Scales(self.patch_nums, 0, scale + 1)
         ready, options = self.ready(forward), {"step": 0, "guidance": self.joined}
         raw, state = ready(params, carry.state, *inputs, **options)
