@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from effjax import testing
+from effjax.autoregression import NextToken
 from effjax.generate import (
     Grid,
     JacobiDecoding,
@@ -24,6 +25,7 @@ from effjax.generate import (
 )
 from effjax.generate.made import Made
 from effjax.methods import kivi, snap_kv, streaming_llm, tova
+from effjax.pipelines import NextTokenPipeline
 from tests.test_generate import Seen
 
 PROMPTS = [[3, 4, 5, 6], [7, 8], [9]]
@@ -367,6 +369,42 @@ def test_new_drafts_of_images():
     assert (np.asarray(moved[1] - moved[0])[free] == 10).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"caption_channels": 12}], ids=["labels", "captions"])
+def test_images_under_guidance(options):
+    """Branches have the same drafts; prompts of other lengths are rotated from the same place."""
+    subject = testing.tiny_llamagen(batch=3, num_layers=1, **options)
+    loop = dataclasses.replace(subject.sampler, guidance_interval=9)
+    sample = jax.jit(partial(NextToken.tokens, forward=subject.forward, key=jax.random.key(0)))
+    given = {"params": subject.params, "cond": subject.cond}
+    want, calls = sample(loop, **given)
+    assert calls.tolist() == [16] * 3
+    equal = dataclasses.replace(SIX, acceptance="equal")
+    got, calls = sample(dataclasses.replace(loop, decoder=equal), **given)
+    chex.assert_trees_all_equal(got, want)
+    assert (calls < 16).all()
+    if options:
+        return
+    decoder = dataclasses.replace(SIX, initial="repeat_horizon")
+    got, calls = sample(dataclasses.replace(loop, decoder=decoder), **given)
+    assert (calls < 16).all()
+    again = sample(dataclasses.replace(loop, decoder=decoder, guidance=3.0), **given)[0]
+    assert (np.asarray(again) != np.asarray(got)).any()
+    assert sample._cache_size() == 3  # other guidance is no other program
+
+
+def test_decoders_that_do_not_fit_images():
+    subject = testing.tiny_llamagen(num_layers=1)
+    key, forward = jax.random.key(0), subject.forward
+    wrong = dataclasses.replace(subject.sampler, decoder=JacobiDecoding(grid=Grid(3, 3)))
+    with pytest.raises(ValueError, match="images have 4 x 4 tokens"):
+        wrong(forward, subject.params, subject.cond, key)
+    forward, params = streaming_llm.transform(streaming_llm.StreamingLLMPlan(capacity=8))(
+        forward, subject.params
+    )
+    with pytest.raises(ValueError, match="RingCache cannot go back"):
+        dataclasses.replace(subject.sampler, decoder=SIX)(forward, params, subject.cond, key)
+
+
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(model):
     """On the tiny model: an image of 3 x 4 of its tokens."""
@@ -374,21 +412,27 @@ def test_the_code_of_the_page_runs(model):
     code = re.findall(
         r"```python\n(.*?)```", page.partition("## Several tokens in a call")[2], re.DOTALL
     )
-    (code,) = (block for block in code if "Grid(" in block)
+    codes, texts = code
     small = "width=4, height=3, first=10, codes=30, row_end=2, tail=(3,)"
-    code = re.sub(r"width=32.*?,\)", small, code)
-    assert small in code
+    texts = re.sub(r"width=32.*?,\)", small, texts)
+    assert small in texts
     forward, params = model
     names = {"forward": forward, "params": params, "prompts": PROMPTS, "key": jax.random.key(0)}
-    exec(code, names)
+    exec(texts, names)
     assert names["out"].tokens.shape == (3, 16)
+    subject = testing.tiny_llamagen(num_layers=1)
+    pair, classes = (subject.forward, subject.params), {1: "golden retriever"}
+    pipe = NextTokenPipeline(*pair, subject.sampler.vae, names=classes)
+    names = {"pipe": pipe, "cond": subject.cond, "jax": jax}
+    exec(codes, names)
+    assert len(names["images"]) == 1
+    assert (names["calls"] < 16).all()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"window": 0}, "window must be a whole number of at least 1"),
-        ({"initial": "repeat_horizon"}, "give grid=Grid"),
         ({"initial": "vertical"}, "initial must be"),
         ({"acceptance": "greedy"}, "acceptance must be"),
     ],
@@ -402,6 +446,8 @@ def test_grids_that_do_not_fit(model):
     ask = partial(generate, *model, [[1]], max_new_tokens=12)
     with pytest.raises(ValueError, match="token 60, and the model knows 0"):
         ask(decoder=JacobiDecoding(grid=Grid(4, 3, row_end=60)))
+    with pytest.raises(ValueError, match="give the decoder grid=Grid"):
+        ask(decoder=JacobiDecoding(initial="repeat_horizon"))
     with pytest.raises(ValueError, match="3 x 3 has 9 tokens; got max_new_tokens=12"):
         ask(decoder=JacobiDecoding(grid=Grid(3, 3)))
 

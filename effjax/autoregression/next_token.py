@@ -29,14 +29,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from effjax.autoregression.drafted import drafted, on_grid
 from effjax.caches import Caches, DenseCache, KVCache
 from effjax.caches.pressed import PressedCache
 from effjax.caches.shared import SharedCache
 from effjax.context import PyTree, Step, is_static
 from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
-from effjax.generate import Sampling, process_logits
-from effjax.generate.installed import cached, caches, check_shortest, empty_state
+from effjax.generate import JacobiDecoding, Sampling, process_logits
+from effjax.generate.installed import cached as with_cache
+from effjax.generate.installed import caches, check_shortest, empty_state
 from effjax.guidance import Guidance
 from effjax.loops import Carry, Loop
 from effjax.models.llamagen import LlamaGenConfig, condition_tokens, positions_of
@@ -45,7 +47,7 @@ from effjax.samplers import sample_keys
 from effjax.transform import Pair
 
 _DATA = ("vae", "guidance", "guidance_interval", "top_p", "temperature")
-_STATIC = ("grid", "top_k")
+_STATIC = ("grid", "top_k", "decoder")
 
 Tokens = Int[Array, "B N"]
 
@@ -67,6 +69,8 @@ class NextToken(Loop):
         top_k: draw among the k likeliest tokens, and those as likely as the last; None for all.
         top_p: draw among the likeliest tokens whose probabilities reach this sum; None for all.
         temperature: divides the logits; None for 1.
+        decoder: how several tokens are found in one call; None finds one. The distribution of
+            images is the same. Costs and searches drive the calls of one token.
     """
 
     counted_by: ClassVar[str | None] = (
@@ -80,6 +84,7 @@ class NextToken(Loop):
     top_k: int | None = None
     top_p: float | Array | None = None
     temperature: float | Array | None = None
+    decoder: JacobiDecoding | None = None
 
     @property
     def calls(self) -> int:
@@ -126,9 +131,20 @@ class NextToken(Loop):
         self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
     ) -> tuple[Float[Array, "B Y X Z"], Tokens]:
         """Sample latents, and the tokens that they stand for."""
-        carry = self.init(forward, params, cond, key, uncond=uncond)
-        tokens = self.run(forward, params, carry, cond, uncond).x
+        tokens = self.tokens(forward, params, cond, key, uncond=uncond)[0]
         return latents_of(*self.vae, tokens, self.grid), tokens
+
+    def tokens(
+        self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
+    ) -> tuple[Tokens, Int[Array, " B"]]:
+        """Sample tokens, and say how many network calls each image took."""
+        carry = self.init(forward, params, cond, key, uncond=uncond)
+        if self.decoder is None:
+            tokens = self.run(forward, params, carry, cond, uncond).x
+            return tokens, jnp.full(tokens.shape[0], self.calls)
+        uncond = self.unconditional(forward, cond, uncond)
+        made = drafted(self, self.decoder, forward, params, carry, cond, uncond)
+        return made.tokens, made.calls
 
     def stepwise(
         self,
@@ -141,7 +157,7 @@ class NextToken(Loop):
         watch: Callable[[int, Sequence[StateDict]], Any] | None = None,
         progress: bool = False,
     ) -> tuple[Float[Array, "B Y X Z"], Tokens]:
-        """The same in a loop on the host: a program for the first token, one for all others.
+        """The same, one token in each call, in a loop on the host of two programs.
 
         Args:
             watch: called as `watch(token, [state])` after every token; the next one overwrites it.
@@ -177,7 +193,7 @@ class NextToken(Loop):
         self.check(forward)
         forward.check_calls(self.calls)
         condition = condition_tokens(cond)
-        ready = self._ready(forward, condition)
+        ready = self.cached(forward, condition)
         batch = jax.tree.leaves(cond)[0].shape[0]
         rows = batch if self.joined is None else len(self.joined.branches) * batch
         state = empty_state(ready, params, rows)
@@ -212,6 +228,8 @@ class NextToken(Loop):
                 f"top_k must be 1 ... {config.vocab_size}, the number of codes, or None for all; "
                 f"got {self.top_k}"
             )
+        if self.decoder is not None:
+            on_grid(self.decoder, self.grid)
 
     def inputs(self, x: Tokens, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
         """The condition in the first call, the last token in others; positions, and the column."""
@@ -230,12 +248,14 @@ class NextToken(Loop):
         """The guided logits of a token."""
         return self.guide(raw, step)
 
-    def guide(self, raw: Float[Array, "R T V"], step: Step) -> Float[Array, "B T V"]:
+    def guide(
+        self, raw: Float[Array, "R T V"], step: Step | Int[Array, "B T"]
+    ) -> Float[Array, "B T V"]:
         """The guided logits uncond + guidance (cond - uncond), or cond after the interval.
 
         Args:
             raw: logits of both branches.
-            step: number of the (first) token that they are of.
+            step: number of the (first) token that they are of, or of each [B, T].
         """
         if self.joined is None:
             return raw
@@ -244,8 +264,8 @@ class NextToken(Loop):
         guided = parts["uncond"] + scale * (parts["cond"] - parts["uncond"])
         if self.guidance_interval is None:
             return guided
-        numbers = (step + jnp.arange(raw.shape[1]))[:, None]
-        return jnp.where(numbers < self.guidance_interval, guided, parts["cond"])
+        numbers = step if jnp.ndim(step) else step + jnp.arange(raw.shape[1])
+        return jnp.where(numbers[..., None] < self.guidance_interval, guided, parts["cond"])
 
     def log_probs(self, out: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
         """Log-probabilities that tokens are drawn by, from guided logits; -inf where never."""
@@ -268,12 +288,12 @@ class NextToken(Loop):
         uncond: PyTree,
         step: Step,
     ) -> tuple[Array, Array, StateDict]:
-        forward = self._ready(forward, condition_tokens(cond))
+        forward = self.cached(forward, condition_tokens(cond))
         return super().network(forward, params, state, x, cond, uncond, step)
 
-    def _ready(self, forward: Forward, condition: int) -> Forward:
+    def cached(self, forward: Forward, condition: int) -> Forward:
         """The forward with a cache for a condition of so many tokens and an image."""
-        return cached(forward).with_cache_length(condition, self.calls - 1)
+        return with_cache(forward).with_cache_length(condition, self.calls - 1)
 
 
 def check_kept(forward: Forward, params: Params, state: StateDict, condition: int) -> None:

@@ -26,8 +26,19 @@ def decode(q: Heads, held: Held, lengths: Lengths) -> Heads:
 def decode_part(q: Heads, held: Held, lengths: Lengths) -> Part:
     """`decode` and its log-sum-exps, to be merged with attention to other slots."""
     attend = quantized_decode_attention if "k_scale" in held else decode_attention
-    out, log_sum_exps = attend(q, lengths=lengths, return_lse=True, **held)
-    return out, log_sum_exps
+    count, slots = q.shape[1], held["k"].shape[1]
+    if count == 1:
+        out, log_sum_exps = attend(q, lengths=lengths, return_lse=True, **held)
+        return out, log_sum_exps
+    # Queries of padding at the right may be those of slots that there are not. Kernels take the
+    # last query as that of the last slot: queries move on by so many columns, and back.
+    beyond = jnp.maximum(lengths - slots, 0)[:, None]
+    moved = (jnp.arange(count) - beyond) % count
+    turned = jnp.take_along_axis(q, moved[:, :, None, None], axis=1)
+    out, log_sum_exps = attend(turned, lengths=lengths - beyond[:, 0], return_lse=True, **held)
+    back = (jnp.arange(count) + beyond) % count
+    out = jnp.take_along_axis(out, back[:, :, None, None], axis=1)
+    return out, jnp.take_along_axis(log_sum_exps, back[:, :, None], axis=1)
 
 
 def attend_chunk(

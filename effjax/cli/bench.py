@@ -17,7 +17,7 @@ from converters.hub import open_folder
 from effjax.autoregression import Collaborative, NextScale
 from effjax.bundled.retrieval import right
 from effjax.cli.data import passages, questions, world
-from effjax.cli.running import asked, load, settings
+from effjax.cli.running import asked, decoder, load, settings
 from effjax.cost import memory_of, sampler_cost, state_bytes, weight_bytes
 from effjax.generate import Reading, generate, perplexity, prefill, score
 from effjax.metrics import psnr
@@ -158,7 +158,7 @@ def texts(pipe: TextPipeline, reference: Reference, arguments: argparse.Namespac
             prefix = prefill(*pair, prompts, new=new, buckets=None)
             jax.block_until_ready(prefix)
             read = time.perf_counter()
-            generate(*pair, prefix=prefix, max_new_tokens=new)
+            generate(*pair, prefix=prefix, max_new_tokens=new, decoder=decoder(arguments))
             done = time.perf_counter()
             if round_:
                 speeds = {

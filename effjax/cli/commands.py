@@ -190,7 +190,6 @@ def _running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("--tokens", type=LENGTHS, default="64", help="of prompts, with commas")
     group.add_argument("--new", type=COUNT, default=128, help="the most that follow")
     group.add_argument("--drawn", action="store_true", help="with a seed; else greedy")
-    decoder_argument(group)
 
     bench = add(
         "bench", "bench:run", "run a compressed pipeline against its dense model, side by side"
@@ -212,6 +211,7 @@ def _running_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _pipeline_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="pipeline directory or hub repository")
     sampler_arguments(command)
+    decoder_argument(command)
     command.add_argument("--seed", type=NATURAL, default=0, help="of all that is drawn")
     _loading_arguments(command)
 

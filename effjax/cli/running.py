@@ -112,7 +112,8 @@ def generate(arguments: argparse.Namespace) -> Figures:
 
 def decoder(arguments: argparse.Namespace) -> JacobiDecoding | None:
     """The decoder that was asked for."""
-    return None if arguments.decoder is None else read_decoder(arguments.decoder)
+    said = getattr(arguments, "decoder", None)  # commands that change models have none
+    return None if said is None else read_decoder(said)
 
 
 def asked(
@@ -156,13 +157,14 @@ def settings(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         ValueError: for options that this kind of pipeline does not take.
     """
     given = {name: getattr(arguments, option, None) for name, option in SETTINGS.items()}
+    given["decoder"] = decoder(arguments)
     given = {name: value for name, value in given.items() if value is not None}
     wrong = [name for name in given if name not in pipe.SETTINGS]
     if wrong and set(wrong) <= {"height", "width"}:
         raise ValueError("this model makes images of one size: leave out --height and --width")
     if wrong:
         words, taken = (
-            ", ".join(f"--{SETTINGS[name]}".replace("_", "-") for name in names)
+            ", ".join(f"--{SETTINGS.get(name, name)}".replace("_", "-") for name in names)
             for names in (wrong, pipe.SETTINGS)
         )
         raise ValueError(

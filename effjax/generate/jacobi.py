@@ -56,7 +56,7 @@ class JacobiDecoding(Checked):
             place draws now, which is plain Jacobi decoding. Without a temperature the two are one.
         noise: whether a place is drawn with the same noise in all calls, or with new one.
         start, stop: the numbers of tokens of a row between which calls have drafts; no end if None.
-        grid: of images, where structural tokens are; None for texts.
+        grid: of images, where structural tokens are; None for texts, and where the model says it.
     """
 
     window: Count = 16
@@ -69,14 +69,6 @@ class JacobiDecoding(Checked):
 
     systems = ("Speculative Jacobi decoding",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.initial != "random" and self.grid is None:
-            raise ValueError(
-                f"{self.initial} copies the left neighbor in a row of an image: give grid=Grid("
-                f'width, height), or initial="random"'
-            )
-
     @property
     def first(self) -> int:
         """The lowest token that is drawn."""
@@ -88,7 +80,12 @@ class JacobiDecoding(Checked):
         return vocabulary - self.first if grid is None or grid.codes is None else grid.codes
 
     def check(self, vocabulary: int, new: int) -> None:
-        """Raise ValueError for a grid that does not fit a model, or a row of so many tokens."""
+        """Raise ValueError for a grid that is missing, or that does not fit a model."""
+        if self.grid is None and self.initial != "random":
+            raise ValueError(
+                f"{self.initial} copies the left neighbor in a row of an image: give the decoder "
+                f'grid=Grid(width, height), or initial="random"'
+            )
         if self.grid is not None:
             self.grid.check(vocabulary, new)
 

@@ -19,6 +19,7 @@ from effjax.context import PyTree
 from effjax.executables import Program
 from effjax.fields import naming
 from effjax.forward import Forward, Params, abstract
+from effjax.generate import JacobiDecoding
 from effjax.models import vq_model
 from effjax.models.vq_model import VQModelConfig
 from effjax.pipelines import arguments
@@ -41,6 +42,7 @@ class RasterPipeline(CodesPipeline):
         "top_k",
         "top_p",
         "temperature",
+        "decoder",
     )
 
     def loop(self, **options: Any) -> NextToken:
@@ -65,6 +67,7 @@ class RasterPipeline(CodesPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float | None = None,
+        decoder: JacobiDecoding | None = None,
     ) -> NextToken:
         """Make the loop that a call uses.
 
@@ -83,6 +86,7 @@ class RasterPipeline(CodesPipeline):
             guidance=None if scale == 1 else scale,
             guidance_interval=guidance_interval,
             temperature=temperature,
+            decoder=decoder,
             **self.drawing(top_k, top_p),
         )
         loop.check(self.forward)
@@ -177,6 +181,7 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float | None = None,
+        decoder: JacobiDecoding | None = None,
         output_type: OutputType = "pil",
         progress: bool = True,
     ) -> Images:
@@ -195,6 +200,8 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
             top_p: draw among the likeliest tokens whose probabilities reach this sum; 1 for all.
                 None takes the family's (1).
             temperature: divides the logits; None is 1.
+            decoder: how several tokens are found in one call, such as `JacobiDecoding(window=16)`;
+                None finds one. The distribution of images is the same.
             output_type: "pil" for PIL images, "np" for float32[images, H, W, C] in 0 ... 1,
                 "latent" for the latents float32[images, rows, columns, Z] before they are decoded,
                 "tokens" for the tokens int32[images, N].
@@ -218,6 +225,7 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
             top_k=top_k,
             top_p=top_p,
             temperature=temperature,
+            decoder=decoder,
         )
         return self.drawn(
             loop,

@@ -30,13 +30,13 @@ def texts(rows=2, tokens=TEXT):
     return q, heads(1, rows, tokens, 2, 8), heads(2, rows, tokens, 2, 8), heads(3, rows, tokens, 16)
 
 
-def run(kind, calls, *, core_window=None, **options):
+def run(kind, calls, *, core_window=None, new=16, **options):
     """Outputs of a cache for calls (columns, positions) on `texts`; states are carried along."""
 
     @partial(jax.jit, static_argnums=0)
     def call(first, parts, positions, values):
         core = CausalCore(Rotary(8, theta=100.0), window=core_window)
-        cache = kind(core, first=first, cache_length=CacheLength(16, 16), **options)
+        cache = kind(core, first=first, cache_length=CacheLength(16, new), **options)
         held = states(cache)
         for path, state in held.items():
             state.set_metadata(path=str(path), creating=first)
@@ -179,6 +179,17 @@ def test_rolling_back_is_appending_earlier():
     rejected = (slice(15, 19), np.broadcast_to(np.arange(10, 14), (2, 4)))
     outputs, _ = run(DenseCache, [*calls, rejected, *pieces(10, 1, 1)[1:]])
     chex.assert_trees_all_close(outputs[-1], straight[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_padding_may_reach_beyond_the_last_slot(bits):
+    """Of 23 slots the last two are filled by a call of six columns."""
+    options = {"bits": bits, "new": 7}
+    straight, _ = run(DenseCache, pieces(16, 5, 2), **options)
+    columns = np.array([21, 22, 0, 1, 2, 3])
+    positions = np.broadcast_to([21, 22, -1, -1, -1, -1], (2, 6))
+    padded, _ = run(DenseCache, [*pieces(16, 5), (columns, positions)], **options)
+    chex.assert_trees_all_close(padded[-1][:, :2], straight[-1], atol=1e-5)
 
 
 def test_what_kinds_declare():
