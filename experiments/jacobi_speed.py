@@ -94,7 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.model is None:
         subject = testing.tiny_llamagen(grid=8)
-        pipe: Any = NextTokenPipeline(subject.forward, subject.params, subject.sampler.vae)
+        vae = testing.tiny_vq_model(vocab_size=subject.forward.config.vocab_size)
+        pipe: Any = NextTokenPipeline(subject.forward, subject.params, vae)
     else:
         pipe = effjax.pipeline(arguments.model)
     loop = pipe.sampler(guidance_scale=arguments.guidance, top_k=arguments.top_k)

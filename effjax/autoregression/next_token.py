@@ -264,7 +264,8 @@ class NextToken(Loop):
         guided = parts["uncond"] + scale * (parts["cond"] - parts["uncond"])
         if self.guidance_interval is None:
             return guided
-        numbers = step if jnp.ndim(step) else step + jnp.arange(raw.shape[1])
+        numbers = jnp.asarray(step)
+        numbers = numbers if numbers.ndim else numbers + jnp.arange(raw.shape[1])
         return jnp.where(numbers[..., None] < self.guidance_interval, guided, parts["cond"])
 
     def log_probs(self, out: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
