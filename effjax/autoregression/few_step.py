@@ -236,8 +236,8 @@ class FewStep(Loop):
         key: Array,
         *,
         start: int,
-    ) -> Float[Array, "B S S Z"]:
-        """Sample latents in two calls of the student, with a teacher's scales between them.
+    ) -> tuple[Float[Array, "B S S Z"], Int[Array, "B L"]]:
+        """Sample as `sample` does, in two calls, with a teacher's scales between them.
 
         The scales start ... starts[1] - 1 are the teacher's, one call for each. With start 0 the
         student's first call is left out.
@@ -252,11 +252,7 @@ class FewStep(Loop):
         Raises:
             ValueError: unless there are two calls, and start lies before the second one.
         """
-        if self.calls != 2 or not 0 <= start < int(self.starts[1]):
-            raise ValueError(
-                f"a teacher samples the scales start ... t - 1 between two calls, at 0 and t: "
-                f"start is 0 ... t - 1; got {start} for the calls at {self.starts}"
-            )
+        start = self.teacher_start(start)
         bounds, second = token_starts(self.patch_nums), int(self.starts[1])
         carry = self.init(*student, cond, key)
         noise, quantizer = carry.memory, quantizer_of(*self.vae)
@@ -266,7 +262,23 @@ class FewStep(Loop):
         drawn = loop.after(*teacher, known, cond, carry.keys, stop=second).memory
         codes = quantizer.vectors(drawn[:, : bounds[second]])
         x = jnp.concatenate([codes, noise[:, bounds[second] :]], axis=1)
-        return self.latents(self.run(*student, carry._replace(x=x), cond, start=1).x)
+        vectors = self.run(*student, carry._replace(x=x), cond, start=1).x
+        return self.latents(vectors), quantizer.nearest(vectors)
+
+    def teacher_start(self, start: int | None) -> int:
+        """A teacher's first scale; the last one before the second call if None.
+
+        Raises:
+            ValueError: unless there are two calls, and start lies before the second one.
+        """
+        second = int(self.starts[1]) if self.calls == 2 else 0
+        start = second - 1 if start is None else start
+        if not 0 <= start < second:
+            raise ValueError(
+                f"a teacher samples the scales start ... t - 1 between two calls, at 0 and t: "
+                f"start is 0 ... t - 1; got {start} for the calls at {self.starts}"
+            )
+        return start
 
     def teacher_calls(self, start: int) -> int:
         """Network calls of `with_teacher`, of both models together."""

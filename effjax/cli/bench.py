@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.hub import open_folder
-from effjax.autoregression import Collaborative, NextScale
+from effjax.autoregression import Collaborative, FewStep, NextScale
 from effjax.bundled.retrieval import right
 from effjax.cli.data import passages, questions, world
 from effjax.cli.running import asked, decoder, load, settings
@@ -68,23 +68,26 @@ def images(
         arguments: source, batch, repeats and seed.
     """
     sampler: Any = pipe.sampler(**options)
-    cond, uncond = pipe.conditions(list(wanted) * arguments.batch)
-    uncond = uncond if sampler.guided else None
+    cond, null = pipe.conditions(list(wanted) * arguments.batch)
     key = jax.random.key(arguments.seed)
     pairs: dict[str, Pair] = {
         reference.kind: reference.pair,
         "compressed": (pipe.forward, pipe.params),
     }
-    loops = {reference.kind: sampler.alone, "compressed": sampler}
+    # What it was made of may be another kind of model, which is sampled in another way.
+    dense = pipe.with_model(*reference.pair)
+    alone = sampler.alone if type(dense) is type(pipe) else dense.sampler()
+    loops = {reference.kind: alone, "compressed": sampler}
+    unconds = {name: null if loop.guided else None for name, loop in loops.items()}
     given: dict[str, tuple] = dict(pairs)
     # The models that a loop holds are arguments: their weights are no part of the program.
-    holds = isinstance(sampler, NextScale)
+    holds = isinstance(sampler, NextScale | FewStep)
     if holds:
         given = {name: (jax.tree.leaves(loop), *pairs[name]) for name, loop in loops.items()}
     figures: dict[str, Any] = {}
     programs = {}
     for name, pair in pairs.items():
-        loop, began = loops[name], time.perf_counter()
+        loop, uncond, began = loops[name], unconds[name], time.perf_counter()
         run = jax.jit(partial(_sampled, jax.tree.structure(loop)) if holds else loop)
         programs[name] = run.lower(*given[name], cond, key, uncond=uncond).compile()
         compiled = time.perf_counter() - began
@@ -103,7 +106,8 @@ def images(
     for _ in range(arguments.repeats + 1):
         for name, program in programs.items():
             began = time.perf_counter()
-            samples[name] = jax.block_until_ready(program(*given[name], cond, key, uncond=uncond))
+            made = program(*given[name], cond, key, uncond=unconds[name])
+            samples[name] = jax.block_until_ready(made)
             seconds = time.perf_counter() - began
             figures[name]["seconds"] = min(figures[name]["seconds"], seconds)
     distance = float(psnr(*(pipe.decode(samples[name]) for name in pairs)))
@@ -117,7 +121,7 @@ def images(
     lines += block_programs(pipe)
     if pipe.forward.patches:
         watch = Watch()
-        options = {"uncond": uncond, "progress": False, "watch": watch}
+        options = {"uncond": unconds["compressed"], "progress": False, "watch": watch}
         sampler.stepwise(*pairs["compressed"], cond, key, **options)
         said = summarize(watch, *pairs["compressed"])
         figures |= {"skipped": said.skipped, "cache_bytes": said.cache_bytes}

@@ -24,6 +24,7 @@ from effjax.pipelines import families
 from effjax.pipelines.base import INDEX
 from effjax.pipelines.class_conditional import ClassConditionalPipeline
 from effjax.pipelines.diffusion import Pipeline
+from effjax.pipelines.few_step import FewStepPipeline
 from effjax.pipelines.images import to_pil
 from effjax.pipelines.loading import Components, refuse_file
 from effjax.pipelines.next_scale import NextScalePipeline
@@ -33,6 +34,7 @@ from effjax.pipelines.text import TextPipeline
 
 __all__ = [
     "ClassConditionalPipeline",
+    "FewStepPipeline",
     "NextScalePipeline",
     "NextTokenPipeline",
     "Pipeline",
@@ -147,6 +149,7 @@ _CLASSES: dict[str, Any] = {
     each.__name__: each
     for each in (
         ClassConditionalPipeline,
+        FewStepPipeline,
         NextScalePipeline,
         NextTokenPipeline,
         TextPipeline,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -93,7 +93,26 @@ class BasePipeline:
         forward, params = self.forward, self.params
         for each in transforms:
             forward, params = each(forward, params)
-        return dataclasses.replace(self, forward=forward, params=params, executables=None)
+        return self.with_model(forward, params)
+
+    def with_model(self, forward: Forward, params: Params) -> Any:
+        """A copy with another model; a pipeline of the class that the table has for its class.
+
+        Raises:
+            ValueError: for a model that no entry names.
+        """
+        if forward.model is self.forward.model:
+            return dataclasses.replace(self, forward=forward, params=params, executables=None)
+        family = families.of_model(forward.model.__name__)
+        known = {each.__name__: each for each in _subclasses(BasePipeline)}
+        if family is None or family.pipeline not in known:
+            raise ValueError(
+                f"no pipeline class of effjax.pipelines.families is of a {forward.model.__name__}"
+            )
+        made = known[family.pipeline]
+        own = {field.name for field in dataclasses.fields(made)} - {"executables"}
+        held = {name: getattr(self, name) for name in own if hasattr(self, name)}
+        return made(**{**held, "forward": forward, "params": params, "family": family})
 
     def save(self, path: str | os.PathLike) -> None:
         """Save all components as one directory, which `effjax.pipeline` reads.
@@ -196,6 +215,12 @@ class BasePipeline:
             f"{parameter_count(self.params):,} parameters in {config.param_dtype}, computed in "
             f"{config.dtype}, methods: {methods})"
         )
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _subclasses(each)
 
 
 def runs_executables(method: Method) -> Method:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from effjax.autoregression import NextScale, NextToken
 from effjax.buckets import by_parts, cut, joined, rows
 from effjax.context import PyTree
 from effjax.executables import Program
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
+from effjax.loops import Loop
 from effjax.pipelines import arguments
 from effjax.pipelines.base import AnyPipeline, BasePipeline
 from effjax.pipelines.diffusion import Images
@@ -100,7 +100,7 @@ class CodesPipeline(BasePipeline, abc.ABC):
 
     def drawn(
         self,
-        loop: NextScale | NextToken,
+        loop: Loop,
         conditions: Callable[[], PyTree],
         count: int,
         *,
@@ -134,7 +134,7 @@ class CodesPipeline(BasePipeline, abc.ABC):
         return finished(outputs, output_type)
 
     def _sampled(
-        self, loop: NextScale | NextToken, cond: PyTree, key: jax.Array, progress: bool
+        self, loop: Loop, cond: PyTree, key: jax.Array, progress: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Latents and tokens."""
         from tqdm.auto import tqdm

@@ -80,14 +80,14 @@ class CodesFamily(PipelineFamily):
         vae: the component whose codes they are.
         refiner: a second model, which makes the last maps and may be missing; None where there is
             never one.
-        guidance, top_k, top_p: defaults of a call.
+        guidance, top_k, top_p: defaults of a call; of no meaning for models that draw nothing.
     """
 
     vae: str = "vae"
     refiner: str | None = None
-    guidance: float
-    top_k: int
-    top_p: float
+    guidance: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
 
     @property
     def kinds(self) -> dict[str, Kind]:

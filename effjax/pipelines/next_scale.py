@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from effjax.autoregression import Collaborative, NextScale, teacher_forced
 from effjax.buckets import by_parts
 from effjax.executables import Program
-from effjax.fields import naming
 from effjax.forward import Forward, Params
-from effjax.layers.scales import Sides, whole_scales
-from effjax.models import vqvae
 from effjax.pipelines import arguments
-from effjax.pipelines.base import INDEX, runs_executables
-from effjax.pipelines.codes import CodesPipeline, OutputType, check_output, check_same
+from effjax.pipelines.base import runs_executables
+from effjax.pipelines.codes import OutputType, check_output, check_same
 from effjax.pipelines.diffusion import Images, OnStepEnd
-from effjax.pipelines.family import CodesFamily
-from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
-from effjax.pipelines.loading import Components
+from effjax.pipelines.labels import Label
+from effjax.pipelines.scales import ScalePipeline
 from effjax.transform import Pair
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class NextScalePipeline(OfClasses, CodesPipeline):
+class NextScalePipeline(ScalePipeline):
     """A class-conditional model of scales (VAR) with the VQVAE of its codes.
 
     Call it with class indices or names to get images of these classes.
@@ -47,16 +42,10 @@ class NextScalePipeline(OfClasses, CodesPipeline):
     """
 
     refiner: Pair | None = dataclasses.field(default=None, kw_only=True)
-    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
 
-    TASK = "unconditional-image-generation"  # hubs know no classes
     SETTINGS: ClassVar[tuple[str, ...]] = (
         *("guidance_scale", "top_k", "top_p", "more_smooth", "draft_scales"),
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names(self.names, self.forward.config.num_classes)
 
     def with_refiner(self, refiner: NextScalePipeline | Pair | None) -> NextScalePipeline:
         """Return a copy whose last maps a second, smaller model makes (CoDe).
@@ -84,39 +73,6 @@ class NextScalePipeline(OfClasses, CodesPipeline):
         options |= {"refiner": self.refiner}
         options |= {"draft_scales": arguments.count("draft_scales", given)}
         return Collaborative(self.vae, self.patch_nums, **options)
-
-    def example_condition(self) -> jax.Array:
-        return jnp.zeros(1, jnp.int32)
-
-    @classmethod
-    def of(cls, found: Components) -> NextScalePipeline:
-        """Load from components.
-
-        Raises:
-            ValueError: for components that are missing or belong to different models.
-        """
-        family = found.family
-        assert isinstance(family, CodesFamily)
-        found.require(family.model, family.vae)
-        with naming(INDEX):
-            names = read_names((found.index or {}).get("id2label"))
-        pairs = found.model(family.model), found.model(family.vae)
-        options: dict[str, Any] = {"names": names, "origin": found.origin, "family": family}
-        if family.refiner is not None and found.has(family.refiner):
-            options["refiner"] = found.model(family.refiner)
-        return cls(*pairs[0], pairs[1], **options)
-
-    @property
-    def patch_nums(self) -> Sides:
-        """Sides of the maps of tokens, from coarse to fine."""
-        return self.forward.config.patch_nums
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """(height, width, channels) of an image in pixels."""
-        config = self.vae[0].config
-        side = config.downscale * self.patch_nums[-1]
-        return side, side, config.in_channels
 
     def sampler(
         self,
@@ -249,28 +205,6 @@ class NextScalePipeline(OfClasses, CodesPipeline):
             run=None if callback_on_step_end is None else stepwise,
         )
 
-    def encode(self, images: Any) -> jax.Array:
-        """Encode images to the tokens int32[B, L] of all scales.
-
-        Args:
-            images: PIL images, which are resized; or arrays [H, W, C] or [B, H, W, C] of the
-                pipeline's `size`, uint8 or floats in 0 ... 1.
-
-        Raises:
-            ValueError: for other arrays.
-        """
-        run = partial(_encode, self.patch_nums, *self.vae)
-        return by_parts(run, self.buckets, self.pixels(images))
-
-    def latents(self, tokens: jax.Array | np.ndarray) -> jax.Array:
-        """The latents float32[B, S, S, Z] of tokens [B, L], which may be of the first scales alone.
-
-        Raises:
-            ValueError: for what is no tokens of whole scales.
-        """
-        tokens = self._tokens(tokens)
-        return by_parts(partial(_latents, self.patch_nums, *self.vae), self.buckets, tokens)
-
     def logits(
         self,
         tokens: jax.Array | np.ndarray,
@@ -290,26 +224,11 @@ class NextScalePipeline(OfClasses, CodesPipeline):
         run = partial(_read, self.forward, self.params, self.vae)
         return by_parts(run, self.buckets, tokens, cond)
 
-    def _tokens(self, given: Any) -> jax.Array:
-        tokens = self.checked_tokens(given)
-        whole_scales(self.patch_nums, tokens.shape[1])
-        return tokens
-
     def _components(self, directory: Path) -> dict[str, Any]:
-        found = {**super()._components(directory), **self.names_as_json()}
+        found = super()._components(directory)
         if self.refiner is None and self.family.refiner is not None:
             found.pop(self.family.refiner, None)
         return found
-
-
-@partial(Program, static_argnums=(0,))
-def _encode(patch_nums: Sides, forward: Forward, params: Params, images: Array) -> Array:
-    return vqvae.encode(forward, params, images, patch_nums)
-
-
-@partial(Program, static_argnums=(0,))
-def _latents(patch_nums: Sides, forward: Forward, params: Params, tokens: Array) -> Array:
-    return vqvae.latents_of(forward, params, tokens, patch_nums)
 
 
 @Program

@@ -61,7 +61,11 @@ def reference(pipe: BasePipeline, model: str | None = None) -> Reference:
 
 def _with_additions(pipe: BasePipeline, forward: Forward, params: Params) -> Pair:
     added = [(name, plan) for name, plan in pipe.forward.recipe if not method(name).saves]
-    if not added or len(added) == len(pipe.forward.recipe):
+    if (
+        forward.model is not pipe.forward.model
+        or not added
+        or len(added) == len(pipe.forward.recipe)
+    ):
         return forward, params
     transforms = [method(name).transform(plan) for name, plan in added]
     forward, _ = on_shapes(transforms, forward, params)
@@ -84,10 +88,20 @@ def _without_methods(pipe: BasePipeline, model: str | None) -> Reference:
             return _loaded(pipe, pipe.origin)
         except (ValueError, OSError, ImportError) as error:
             reason = f"{pipe.origin.model} cannot be loaded: {str(error).splitlines()[0]}"
-    elif not changing:
+    if _replaced(pipe):
+        raise ValueError(
+            f"a {pipe.forward.model.__name__} is compared with the model that it was made of, and "
+            f"{reason}"
+        )
+    if not changing:
         reason = "it was quantized when it was loaded"
     restored = restore(own, pipe.forward.config.param_dtype)
     return Reference((bare, restored), "dequantized", None, reason)
+
+
+def _replaced(pipe: BasePipeline) -> bool:
+    """Whether a method put another model in the place of the one that it was given."""
+    return any(method(name).loop is not None for name, _ in pipe.forward.recipe)
 
 
 def _bare(pipe: BasePipeline) -> Forward:
@@ -105,9 +119,11 @@ def _loaded(pipe: BasePipeline, origin: Origin) -> Reference:
     if forward.recipe:
         raise ValueError(f"{origin.model} is compressed itself; give the model that it was made of")
     given, own = dataclasses.asdict(forward.config), dataclasses.asdict(config)
-    bare = _bare(pipe)
+    bare = forward if _replaced(pipe) else _bare(pipe)
+    if _replaced(pipe):  # the new model's fields are those of the old one, and more
+        own = {name: value for name, value in own.items() if name in given}
     other = [name for name in own if name != "param_dtype" and given.get(name) != own[name]]
-    if other or forward.model is not pipe.forward.model:
+    if other or bare.model is not forward.model:
         other = other or ["its class"]
         raise ValueError(f"{origin.model} is another model: it differs in {', '.join(other)}")
     if _is_quantized(params):

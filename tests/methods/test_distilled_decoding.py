@@ -1,7 +1,9 @@
 """Distilled Decoding: the flow map, pairs, students, sampling in few steps, the pipeline."""
 
 import dataclasses
+import itertools
 import math
+from typing import NamedTuple
 
 import chex
 import jax
@@ -19,14 +21,16 @@ from effjax.autoregression import (
     teacher_forced,
 )
 from effjax.autoregression.flow_map import posterior_mean
+from effjax.calibration import Samples
 from effjax.cost import cost
 from effjax.forward import abstract, flatten_params
 from effjax.generate import Sampling, process_logits
 from effjax.loops import Carry
 from effjax.methods import distilled_decoding, round_to_nearest
-from effjax.methods.distillation.distilled_decoding import DistilledPlan
+from effjax.methods.distillation.distilled_decoding import DistilledPlan, Fitting
 from effjax.models.distilled_var import DistilledVAR, DistilledVARConfig
-from effjax.models.vqvae import quantizer_of
+from effjax.models.vqvae import decode, quantizer_of
+from effjax.samplers import sample_keys
 from effjax.targets import Wrapper
 from pallas_kernels import use_implementation
 from pallas_kernels.block_mask import Levels, visible_pairs
@@ -301,7 +305,7 @@ def test_one_program_for_all_calls(subject, student):
 
     whole, rest, mixed = shared(teacher[1], keys)
     chex.assert_trees_all_equal(rest, whole)
-    assert mixed.shape == x.shape
+    assert (mixed[0].shape, mixed[1].shape) == (x.shape, (2, 14))
     calls = FewStep(loop.vae, (1, 2, 3), (0, 5))
     assert [calls.teacher_calls(start) for start in (4, 3, 0)] == [3, 4, 6]
     with pytest.raises(ValueError, match=r"start is 0 ... t - 1; got 2"):
@@ -332,3 +336,138 @@ def test_errors(untyped, subject, student):
         dataclasses.replace(loop, vae=testing.tiny_vqvae(vocab_size=41)).check(student[0])
     with pytest.raises(ValueError, match=r"a slot of 4 channels for each of 14 tokens; got \[2, 9"):
         student[0](student[1], {}, jnp.zeros((2, 9, 4)), subject.cond, subject.cond)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+class Taught(NamedTuple):
+    """A teacher whose tokens depend on each other, its student, and samples of both."""
+
+    subject: testing.Subject
+    plan: DistilledPlan
+    learned: dict
+    tokens: dict
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A teacher of 5 tokens of 16 codes with sharp logits; half a minute of training in pieces."""
+    subject = testing.tiny_var(
+        patch_nums=(1, 2), vocab_size=16, code_channels=2, head_dim=16, intermediate_size=64
+    )
+    loop = dataclasses.replace(subject.sampler, guidance=None, top_k=None, top_p=None)
+    codes = loop.vae[1]["quantizer"]
+    for tree in (codes, subject.params["head"]["proj"], subject.params["word_embed"]):
+        tree |= {name: 3 * leaf for name, leaf in tree.items() if name in ("codebook", "kernel")}
+
+    def labels(count, number):
+        rng = np.random.default_rng(number)
+        return jnp.asarray(rng.integers(0, 5, count), jnp.int32)
+
+    data = Samples(loop, labels)
+    plan = DistilledPlan((0, 1), split=2, solver_steps=25)
+    fitting = Fitting(pairs=4096, steps=400, batch=128, learning_rate=3e-3, distance="codes")
+    folder = tmp_path_factory.mktemp("distilled")
+    options = {"checkpoints": folder, "progress": False}
+    pair = subject.forward, subject.params
+    # Another run finds pairs and the last step.
+    distilled_decoding.fit(plan, dataclasses.replace(fitting, steps=2), *pair, data, **options)
+    made = {file.name: file.stat().st_mtime_ns for file in (folder / "pairs").iterdir()}
+    learned, log = distilled_decoding.fit(plan, fitting, *pair, data, **options)
+    assert len(made) == 64
+    assert {f.name: f.stat().st_mtime_ns for f in (folder / "pairs").iterdir()} == made
+    assert [run["first_step"] for run in log["runs"]] == [0, 2]
+
+    student, _ = distilled_decoding.transform(plan, learned)(*pair)
+    cond, keys = jnp.arange(1000, dtype=jnp.int32) % 5, sample_keys(jax.random.key(9), 1000)
+    mapped, two = MappedScales.of(loop, plan.solver), FewStep(loop.vae, (1, 2), (0, 1), split=2)
+
+    @jax.jit
+    def sample(params):
+        one, other = (
+            dataclasses.replace(two, starts=(0,)),
+            jax.random.split(jax.random.key(3), 1000),
+        )
+        carry = two.init(student, learned, cond, keys)
+        again = carry._replace(memory=noise_of_slots(other, (1, 2), 2))
+        return {
+            "teacher": mapped.sample(subject.forward, params, cond, keys)[1],
+            "one call": one.sample(student, learned, cond, keys)[1],
+            "two calls": two.sample(student, learned, cond, keys)[1],
+            "other noise": quantizer_of(*loop.vae).nearest(
+                two.run(student, learned, again, cond).x
+            ),
+        }
+
+    tokens = {name: np.asarray(each) for name, each in sample(subject.params).items()}
+    return Taught(dataclasses.replace(subject, sampler=loop, cond=cond), plan, learned, tokens)
+
+
+def test_orderings(taught):
+    """One call is better than independent tokens, two are than one, and noise is to be kept."""
+    subject, tokens = taught.subject, dict(taught.tokens)
+    rng, mixed = np.random.default_rng(0), tokens["teacher"].copy()
+    for label, place in itertools.product(range(5), range(5)):  # each from its own distribution
+        rows = np.arange(label, 1000, 5)
+        mixed[rows, place] = tokens["teacher"][rng.permutation(rows), place]
+    tokens["independent"] = mixed
+
+    @jax.jit
+    def entropies(own):
+        pair = subject.forward, subject.params
+        logits = teacher_forced(*pair, subject.sampler.vae, own, subject.cond)
+        own = jnp.take_along_axis(jax.nn.log_softmax(logits), own[..., None], axis=-1)
+        return -jnp.mean(own)
+
+    nats = {name: float(entropies(jnp.asarray(own))) for name, own in tokens.items()}
+    right = {name: np.mean(own == tokens["teacher"]) for name, own in tokens.items()}
+    assert nats["independent"] - nats["teacher"] > 0.5
+    assert nats["one call"] - nats["teacher"] < 0.3 * (nats["independent"] - nats["teacher"])
+    assert nats["two calls"] <= nats["one call"]
+    assert right["two calls"] > right["one call"] > 0.7
+    assert right["other noise"] < 0.6 * right["two calls"]
+    # The student keeps its model's variety.
+    assert len(np.unique(tokens["one call"], axis=0)) > 0.7 * len(
+        np.unique(tokens["teacher"], axis=0)
+    )
+
+
+def test_losses_are_those_of_the_formulas(taught):
+    """Only what is not given counts; distances of codes, latents and images."""
+    subject, learned = taught.subject, taught.learned
+    student, _ = distilled_decoding.transform(taught.plan, learned)(subject.forward, subject.params)
+    vae, rng = subject.sampler.vae, np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 16, (2, 5)), jnp.int32)
+    noise = jnp.asarray(rng.normal(size=(2, 5, 2)), jnp.float32)
+    labels, known = jnp.array([0, 3]), jnp.array([0, 1])
+
+    @jax.jit
+    def all_of(params, noise):
+        codes = quantizer_of(*vae)
+        data = codes.vectors(tokens)
+        slots = jnp.where(jnp.arange(5)[:, None] < known[:, None, None], data, noise)
+        out = student(params, {}, slots, labels, known)[0]
+        given = vae, tokens, noise, labels, known
+        options = {"weight": 2.0}
+        found = [
+            distilled_decoding.student_loss(student, params, *given, distance=each, **options)
+            for each in ("codes", "latents", "images")
+        ]
+        made = jnp.where(jnp.arange(5)[:, None] < known[:, None, None], data, out[1])
+        sums = [codes.sums_of_vectors(each, (1, 2))[-1] for each in (made, data)]
+        return *found, *out, data, *sums, *(decode(*vae, each) for each in sums)
+
+    *found, logits, vectors, data, x, y, a, b = map(np.asarray, all_of(learned, noise))
+    asked = np.arange(5) >= np.asarray(known)[:, None]
+    chances = jax.nn.log_softmax(logits)[np.arange(2)[:, None], np.arange(5), tokens]
+    entropy = -np.asarray(chances)[asked].mean()
+    distances = (
+        np.square(vectors - data)[asked].mean(),
+        np.square(x - y).mean(),
+        np.square(a - b).mean(),
+    )
+    np.testing.assert_allclose(found, [entropy + 2 * each for each in distances], rtol=1e-4)
+    # The noise of what is given is not read.
+    other = all_of(learned, noise.at[1, 0].add(1.0))[:3]
+    np.testing.assert_allclose(other, found, rtol=1e-6)

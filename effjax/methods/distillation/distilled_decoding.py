@@ -387,6 +387,7 @@ METHOD = Method(
     identity=lambda subject: DistilledPlan((0, 1, 2, 3), split=4),
     ladder=_ladder,
     tiny=partial(testing.tiny_var, patch_nums=(1, 2, 2, 3)),
+    systems=("Distilled Decoding",),
     data=Samples,
     fitting=Fitting,
     fit=_fit,

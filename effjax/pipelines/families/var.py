@@ -1,4 +1,7 @@
-"""VAR: images of classes, scale by scale; two files and an index that names them."""
+"""VAR: images of classes, scale by scale; two files and an index that names them.
+
+Its students (Distilled Decoding) make all scales in a call or two.
+"""
 
 from effjax.pipelines.family import CodesFamily
 
@@ -12,4 +15,5 @@ FAMILIES = (
         top_k=900,
         top_p=0.96,
     ),
+    CodesFamily(name="DistilledVARPipeline", pipeline="FewStepPipeline", models=("DistilledVAR",)),
 )

@@ -1,0 +1,144 @@
+"""Pipelines of students of Distilled Decoding: images of classes in one or two calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from effjax.autoregression import FewStep, NextScale
+from effjax.executables import Program
+from effjax.pipelines import arguments
+from effjax.pipelines.base import runs_executables
+from effjax.pipelines.codes import OutputType, check_output
+from effjax.pipelines.diffusion import Images
+from effjax.pipelines.labels import Label
+from effjax.pipelines.next_scale import NextScalePipeline
+from effjax.pipelines.scales import ScalePipeline
+from effjax.transform import Pair
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FewStepPipeline(ScalePipeline):
+    """A student of a class-conditional model of scales, with the VQVAE of its codes.
+
+    Call it with class indices or names to get images of these classes.
+
+        pipe = effjax.pipeline("var-d16-distilled", dtype="bfloat16")
+        images = pipe([207, 980], key=jax.random.key(0), num_inference_steps=1)
+    """
+
+    SETTINGS: ClassVar[tuple[str, ...]] = ("num_inference_steps",)
+
+    def loop(self, **options: Any) -> FewStep:
+        config = self.forward.config
+        held = {"starts": config.starts, "split": config.split, **options}
+        return FewStep(self.vae, self.patch_nums, **held)
+
+    def sampler(self, *, num_inference_steps: int | None = None) -> FewStep:
+        """Make the loop that a call uses.
+
+        Args:
+            num_inference_steps: see a call.
+
+        Raises:
+            ValueError: for calls that the student was not trained for.
+        """
+        starts = self.forward.config.starts
+        steps = len(starts) if num_inference_steps is None else num_inference_steps
+        steps = arguments.count("num_inference_steps", steps)
+        if steps > len(starts):
+            raise ValueError(
+                f"this student was trained for calls that start at the scales {starts}: "
+                f"num_inference_steps is 1 ... {len(starts)}, got {steps}"
+            )
+        return self.loop(starts=starts[:steps])
+
+    @runs_executables
+    def __call__(
+        self,
+        labels: Label | Sequence[Label] | np.ndarray | jax.Array,
+        *,
+        key: jax.Array,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        teacher: NextScalePipeline | None = None,
+        teacher_start: int | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Images:
+        """Generate images of classes.
+
+        Args:
+            labels: one or more class indices or names.
+            key: PRNG key, `jax.random.key(seed)`. The same key gives the same image at its place,
+                with one call and with two much the same one.
+            num_images_per_prompt: images of each label. All of the first label come first, then all
+                of the second, ...
+            num_inference_steps: network calls; None for as many as the student was trained for.
+            teacher: the model that the student learned from, to sample some scales between two
+                calls, with the settings of its `sampler()`.
+            teacher_start: the first of these scales; the last one is that before the second call.
+                None for that one alone.
+            output_type: "pil" for PIL images, "np" for float32[images, H, W, C] in 0 ... 1,
+                "latent" for the latents float32[images, S, S, Z] before they are decoded, "tokens"
+                for the tokens int32[images, L] next to what was sampled, which lies between codes
+                at the last scales.
+            progress: show a bar over the parts of a batch.
+
+        Returns:
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for images that are NaN or infinite.
+
+        Raises:
+            ValueError: for unknown labels, calls that the student was not trained for, and a
+                teacher's scales that are not between two calls.
+            TypeError: if `key` is not a key.
+        """
+        check_output(output_type)
+        asked = arguments.listed("labels", labels)
+        loop = self.sampler(num_inference_steps=num_inference_steps)
+        run = None
+        if teacher is not None:
+            start = loop.teacher_start(teacher_start)
+            run = partial(self._with_teacher, loop, start, teacher, key)
+        elif teacher_start is not None:
+            raise ValueError("teacher_start is a scale of a teacher: give teacher= too")
+        return self.drawn(
+            loop,
+            lambda: self.conditions(asked)[0],
+            len(asked),
+            key=key,
+            repeats=num_images_per_prompt,
+            output_type=output_type,
+            progress=progress,
+            run=run,
+        )
+
+    def _with_teacher(
+        self, loop: FewStep, start: int, teacher: NextScalePipeline, key: Array, cond: Any
+    ) -> tuple[Array, Array]:
+        student, pair = (self.forward, self.params), (teacher.forward, teacher.params)
+        return _sample(loop.starts, start, loop, student, pair, teacher.sampler(), cond, key)
+
+
+@partial(Program, static_argnums=(0, 1))
+def _sample(
+    starts: tuple[int, ...],
+    start: int,
+    loop: FewStep,
+    student: Pair,
+    teacher: Pair,
+    own: NextScale,
+    labels: Array,
+    key: Array,
+) -> tuple[Array, Array]:
+    known = dataclasses.replace(loop, starts=starts)
+    return known.with_teacher(student, teacher, own, labels, key, start=start)

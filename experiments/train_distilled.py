@@ -1,0 +1,199 @@
+"""Distill the tiny VAR of glyphs into one or two calls (Distilled Decoding, arXiv 2412.17153).
+
+    python -m experiments.train_distilled --checkpoints DIR
+
+The teacher makes pairs of noise and tokens, then a student is trained on them:
+`effjax.methods.distilled_decoding`. `experiments.train_var` comes first. Pairs and checkpoints are
+kept in the folder; a second run resumes. The student is written with weights of 8 bits.
+
+What is judged beside one call and two: the teacher with the flow map; a teacher's scales between
+the two calls; tokens that are drawn independently of each other, each from its own distribution
+given the class; two calls with other noise in the second one. "nats_per_token" are the teacher's,
+of the tokens next to what is sampled; "as_the_map" is the share of tokens that are the teacher's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import effjax
+from effjax.autoregression import FewStep, MappedScales, noise_of_slots
+from effjax.autoregression.next_scale import teacher_forced
+from effjax.bundled import glyphs, judge
+from effjax.calibration import Samples
+from effjax.forward import Forward, Params
+from effjax.methods import distilled_decoding, round_to_nearest
+from effjax.methods.distillation.distilled_decoding import DistilledPlan, Fitting
+from effjax.models.vqvae import quantizer_of
+from effjax.samplers import sample_keys
+from effjax.storage import write_json
+from experiments import train_var, training
+
+WEIGHTS = train_var.WEIGHTS.parent / "distilled_var_glyphs"
+PLAN = DistilledPlan(starts=(0, 3), split=3)
+PART = 64  # images that are judged together
+
+
+def data_of(teacher: Any, guidance: float, seed: int) -> Samples:
+    """The teacher's samples of all classes."""
+
+    def labels(count: int, number: int) -> jax.Array:
+        rng = np.random.default_rng((seed, number))
+        return jnp.asarray(rng.integers(0, len(glyphs.CLASSES), count), jnp.int32)
+
+    return Samples(teacher.sampler(guidance_scale=guidance), labels, seed)
+
+
+def export(path: Path, forward: Forward, params: Params) -> None:
+    """Write the student as a pipeline with its VQVAE, weights of 8 bits, replacing an older one."""
+    index = {
+        "_class_name": "DistilledVARPipeline",
+        "id2label": {str(number): name for number, name in enumerate(glyphs.CLASSES)},
+        "transformer": ["effjax", "DistilledVAR"],
+        "vae": ["effjax", "VQVAE"],
+    }
+    packed = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
+    with training.replacing(path) as new:
+        small = packed(forward, training.bfloat16(params))
+        effjax.save(new / "transformer", *small, progress=False)
+        shutil.copytree(train_var.WEIGHTS / "vae", new / "vae")
+        write_json(new / "model_index.json", index)
+
+
+def evaluate(path: Path, *, images: int, guidance: float, seed: int) -> dict[str, Any]:
+    """Judge images of the exported student, and the orderings of the paper."""
+    teacher = effjax.pipeline(train_var.WEIGHTS, dtype="float32", progress=False)
+    forward, params = effjax.load(path / "transformer", dtype="float32", progress=False)
+    given = teacher.sampler(guidance_scale=guidance)
+    mapped = MappedScales.of(given, PLAN.solver)
+    pair, scales = (teacher.forward, teacher.params), teacher.patch_nums
+    two = FewStep(teacher.vae, scales, PLAN.starts, PLAN.split)
+    one = dataclasses.replace(two, starts=(0,))
+    labels = jnp.asarray(np.arange(images) % len(glyphs.CLASSES), jnp.int32)
+    keys = sample_keys(jax.random.key(seed + 1), images)  # none that a pair was made with
+    quantizer = quantizer_of(*teacher.vae)
+
+    @jax.jit
+    def other_noise(params: Params, labels: jax.Array, keys: jax.Array) -> Any:
+        again = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        carry = two.init(forward, params, labels, keys)
+        noise = noise_of_slots(again, scales, forward.config.code_channels)
+        first = two.run(forward, params, carry._replace(memory=noise), labels)
+        return two.latents(first.x), quantizer.nearest(first.x)
+
+    @jax.jit
+    def helped(params: Params, own: Params, labels: jax.Array, keys: jax.Array) -> Any:
+        options = {"start": PLAN.starts[1] - 1}
+        return two.with_teacher((forward, params), (pair[0], own), given, labels, keys, **options)
+
+    @jax.jit
+    def sampled(loop: Any, forward: Forward, params: Params, labels: Any, keys: Any) -> Any:
+        return loop.sample(forward, params, labels, keys)
+
+    ways = {
+        "teacher": lambda *own: sampled(mapped, *pair, *own),
+        "one_call": lambda *own: sampled(one, forward, params, *own),
+        "two_calls": lambda *own: sampled(two, forward, params, *own),
+        "teacher_between": lambda *own: helped(params, pair[1], *own),
+        "other_noise": lambda *own: other_noise(params, *own),
+    }
+    made: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, way in ways.items():
+        parts = [way(labels[i : i + PART], keys[i : i + PART]) for i in range(0, images, PART)]
+        x, tokens = (np.concatenate(each) for each in zip(*parts))
+        made[name] = x, tokens
+    independent = _shuffled(made["teacher"][1], np.asarray(labels), seed)
+    made["independent"] = np.asarray(teacher.latents(independent)), independent
+    reader = judge.load()
+    real = judge.features(reader, glyphs.batch(np.random.default_rng([seed, 0]), images)[0])
+    figures: dict[str, Any] = {"images": images, "guidance": guidance}
+    for name, (x, tokens) in made.items():
+        pixels = np.clip(np.asarray(teacher.decode(jnp.asarray(x))), -1, 1)
+        figures[name] = {
+            "judge_accuracy": judge.accuracy(reader, pixels, np.asarray(labels)),
+            "frechet": judge.frechet(judge.features(reader, pixels), real),
+            "nats_per_token": _nats(teacher, tokens, labels),
+            "as_the_map": round(float(np.mean(tokens == made["teacher"][1])), 4),
+        }
+    return figures
+
+
+def _shuffled(tokens: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """Tokens of each place, exchanged between images of a class."""
+    rng, mixed = np.random.default_rng(seed), tokens.copy()
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        for place in range(tokens.shape[1]):
+            mixed[rows, place] = tokens[rng.permutation(rows), place]
+    return mixed
+
+
+def _nats(teacher: Any, tokens: np.ndarray, labels: jax.Array) -> float:
+    """Mean over tokens of what they surprise the teacher, without guidance."""
+    read = jax.jit(teacher_forced, static_argnums=0)
+    found = []
+    for i in range(0, len(tokens), PART):
+        own = jnp.asarray(tokens[i : i + PART], jnp.int32)
+        part = teacher.vae, own, labels[i : i + PART]
+        logits = read(teacher.forward, teacher.params, *part)
+        found.append(optax.softmax_cross_entropy_with_integer_labels(logits, own))
+    return round(float(jnp.mean(jnp.concatenate(found))), 4)
+
+
+def passes(figures: dict[str, Any]) -> bool:
+    """The gate: legible."""
+    one, two = (figures[name]["judge_accuracy"] for name in ("one_call", "two_calls"))
+    return one >= 0.85 and two >= 0.92
+
+
+def main(argv: list[str] | None = None) -> int:
+    def make(arguments: argparse.Namespace) -> dict[str, Any]:
+        teacher = effjax.pipeline(train_var.WEIGHTS, dtype="float32", progress=False)
+        pair = teacher.forward, teacher.params
+        fitting = Fitting(
+            pairs=arguments.pairs,
+            steps=arguments.steps,
+            learning_rate=arguments.learning_rate,
+            batch=arguments.batch,
+            distance="latents",
+            weight=arguments.weight,
+        )
+        data = data_of(teacher, arguments.guidance, arguments.seed)
+        folder = arguments.checkpoints
+        learned, log = distilled_decoding.fit(PLAN, fitting, *pair, data, checkpoints=folder)
+        export(arguments.output, *distilled_decoding.transform(PLAN, learned)(*pair))
+        return log
+
+    def judged(arguments: argparse.Namespace) -> dict[str, Any]:
+        options = {"guidance": arguments.guidance, "seed": arguments.seed}
+        return evaluate(arguments.output, images=arguments.images, **options)
+
+    return training.command(
+        "experiments.train_distilled",
+        argv,
+        about=__doc__.splitlines()[0],
+        output=WEIGHTS,
+        steps=6000,
+        options={
+            **training.judged_images(guidance=1.5),
+            "pairs": (30_000, "pairs that the teacher makes"),
+            "weight": (1.0, "of the distance of latents, beside the cross entropy"),
+        },
+        make=make,
+        evaluate=judged,
+        passes=passes,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
