@@ -119,11 +119,9 @@ def cut(size: int, buckets: Buckets, *trees: Any) -> list[int]:
     return parts(size, buckets)
 
 
-def by_parts(
-    function: Callable[..., Tree], buckets: Buckets, *arrays: jax.Array | np.ndarray
-) -> Tree:
-    """Apply a function of arrays [B, ...], which acts on each row, in batches of a few sizes."""
-    size = len(arrays[0])
+def by_parts(function: Callable[..., Tree], buckets: Buckets, *arrays: Any) -> Tree:
+    """Apply a function of (trees of) arrays [B, ...] to each row, in batches of a few sizes."""
+    size = len(jax.tree.leaves(arrays)[0])
     sizes = cut(size, buckets, *arrays)
     if sizes == [size]:
         return function(*arrays)

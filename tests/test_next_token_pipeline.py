@@ -16,9 +16,12 @@ from converters import convert
 from effjax import testing
 from effjax.autoregression import logits_of
 from effjax.cli import main
+from effjax.forward import abstract
 from effjax.methods import even_steps, kivi, knorm, round_to_nearest
-from effjax.pipelines import NextTokenPipeline, to_pil
+from effjax.models.t5 import T5Config, T5Encoder
+from effjax.pipelines import NextTokenPipeline, TextNextTokenPipeline, to_pil
 from effjax.pipelines.description import describe
+from experiments import train_pixart
 from pallas_kernels import use_implementation
 
 
@@ -111,6 +114,62 @@ def test_images_tokens_and_back(pipe, tmp_path):
     assert main(["apply", source, small, "kivi", "--group", "4"]) == 0
     assert effjax.pipeline(small, progress=False).forward.recipe[0][0] == "kivi"
     assert main(["bench", small, "--labels", "1", "--repeats", "1"]) == 0
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """A model of prompts with a T5 of one layer and a tokenizer of eight tokens at most."""
+    subject = testing.tiny_llamagen(caption_channels=12, caption_tokens=8)
+    config = T5Config(
+        vocab_size=64, hidden_size=12, intermediate_size=24, num_layers=1, num_heads=3, head_dim=4
+    )
+    forward, shapes = abstract(T5Encoder, config)
+    tokenizer = train_pixart.tokenizer()
+    tokenizer.model_max_length = 6
+    return TextNextTokenPipeline(
+        subject.forward,
+        subject.params,
+        subject.sampler.vae,
+        text_encoder=(forward, testing.random_params(shapes, seed=3)),
+        tokenizer=tokenizer,
+    )
+
+
+def test_prompts_stand_at_the_right(texts, tmp_path):
+    """Conditions by hand; images of the same prompts, alone and together, after a round trip."""
+    options = {"key": jax.random.split(jax.random.key(0)), "output_type": "tokens"}
+    prompts = ["a red A", "a 7"]
+    cond, _ = texts.conditions(prompts)
+    read = texts.tokenizer([each.lower() for each in prompts], padding="max_length", max_length=6)
+    ids, mask = (np.asarray(read[name]) for name in ("input_ids", "attention_mask"))
+    forward, params = texts.text_encoder
+    states = np.asarray(forward(params, {}, jnp.asarray(ids), jnp.asarray(mask, bool))[0])
+    for row, count in enumerate(mask.sum(axis=1)):
+        assert np.asarray(cond.mask[row]).tolist() == [False] * (8 - count) + [True] * count
+        np.testing.assert_allclose(cond.states[row, 8 - count :], states[row, :count], atol=1e-5)
+        assert not np.asarray(cond.states[row, : 8 - count]).any()
+    assert not np.asarray(cond.null).any()
+    tokens = texts(prompts, **options)
+    texts.save(tmp_path / "copy")
+    again = effjax.pipeline(tmp_path / "copy", progress=False)
+    assert (type(again), again.family, again.forward) == (
+        TextNextTokenPipeline,
+        texts.family,
+        texts.forward,
+    )
+    chex.assert_trees_all_equal(
+        again(prompts[1:], **{**options, "key": options["key"][1:]}), tokens[1:]
+    )
+    logits = texts.logits(tokens, prompts)
+    assert logits.shape == (2, 16, 40)
+    source, folder = str(tmp_path / "copy"), tmp_path / "images"
+    assert main(["sample", source, "--prompt", "a red A", "-o", str(folder)]) == 0
+    assert [path.name for path in folder.iterdir()] == ["000_a_red_A.png"]
+    index = json.loads((tmp_path / "copy" / "model_index.json").read_text())
+    index["_class_name"] = "LlamaGenPipeline"
+    (tmp_path / "copy" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"conditioned on prompts: .* must name a LlamaGenText"):
+        effjax.pipeline(tmp_path / "copy", progress=False)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from effjax.forward import abstract
 from effjax.methods import dit_fast_attn, round_to_nearest
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from effjax.models.t5 import T5Config, T5Encoder
-from effjax.pipelines import diffusion, prompts, to_pil
+from effjax.pipelines import diffusion, text_encoders, to_pil
 from effjax.pipelines.images import prepared
 from effjax.samplers import DDIM, DPMSolver, FlowMatchEuler
 from experiments import train_pixart
@@ -320,7 +320,7 @@ def test_captions_are_remembered(text_pipe, monkeypatch):
     assert first.mask.sum(1).tolist() == [4, 1, 4]
     assert first.embeds.shape == (3, 10, 12)
     fresh.encode([f"a {i}" for i in range(100)])
-    assert len(fresh._captions) == prompts._REMEMBERED
+    assert len(fresh._captions) == text_encoders._REMEMBERED
 
 
 def test_a_text_pipeline_is_saved_whole(text_pipe, tmp_path):

@@ -16,6 +16,7 @@ import effjax
 from effjax.cli.arguments import SETTINGS
 from effjax.generate import JacobiDecoding, read_decoder
 from effjax.pipelines import NextScalePipeline, Pipeline, PromptPipeline, TextPipeline
+from effjax.pipelines.text_encoders import OfPrompts
 
 Figures = tuple[Any, str]
 
@@ -57,7 +58,8 @@ def sample(arguments: argparse.Namespace) -> Figures:
     options = settings(pipe, arguments)
     if arguments.negative_prompt is not None:
         if not isinstance(pipe, PromptPipeline):
-            raise ValueError("this pipeline is conditioned on classes: leave out --negative-prompt")
+            what = "guided by no text" if isinstance(pipe, OfPrompts) else "conditioned on classes"
+            raise ValueError(f"this pipeline is {what}: leave out --negative-prompt")
         options["negative_prompt"] = arguments.negative_prompt
     changes = arguments.image is not None or arguments.strength is not None
     if changes and not isinstance(pipe, Pipeline):
@@ -123,7 +125,7 @@ def asked(
 
     If none are given: `texts`, or `default` of all classes.
     """
-    takes_prompts = isinstance(pipe, PromptPipeline)
+    takes_prompts = isinstance(pipe, OfPrompts)
     given, other = arguments.prompt, arguments.labels
     if not takes_prompts:
         given, other = other and _comma_separated(other), given

@@ -28,7 +28,7 @@ from effjax.pipelines.few_step import FewStepPipeline
 from effjax.pipelines.images import to_pil
 from effjax.pipelines.loading import Components, refuse_file
 from effjax.pipelines.next_scale import NextScalePipeline
-from effjax.pipelines.next_token import NextTokenPipeline
+from effjax.pipelines.next_token import NextTokenPipeline, TextNextTokenPipeline
 from effjax.pipelines.prompts import PromptPipeline, TextToImagePipeline, TextToVideoPipeline
 from effjax.pipelines.text import TextPipeline
 
@@ -39,6 +39,7 @@ __all__ = [
     "NextTokenPipeline",
     "Pipeline",
     "PromptPipeline",
+    "TextNextTokenPipeline",
     "TextPipeline",
     "TextToImagePipeline",
     "TextToVideoPipeline",
@@ -152,6 +153,7 @@ _CLASSES: dict[str, Any] = {
         FewStepPipeline,
         NextScalePipeline,
         NextTokenPipeline,
+        TextNextTokenPipeline,
         TextPipeline,
         TextToImagePipeline,
         TextToVideoPipeline,

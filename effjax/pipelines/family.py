@@ -72,29 +72,6 @@ class PipelineFamily:
         return tuple(name for name in self.kinds if name not in fixed)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CodesFamily(PipelineFamily):
-    """A pipeline class around a model that predicts codes.
-
-    Attributes:
-        vae: the component whose codes they are.
-        refiner: a second model, which makes the last maps and may be missing; None where there is
-            never one.
-        guidance, top_k, top_p: defaults of a call; of no meaning for models that draw nothing.
-    """
-
-    vae: str = "vae"
-    refiner: str | None = None
-    guidance: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    @property
-    def kinds(self) -> dict[str, Kind]:
-        found: dict[str, Kind] = {self.model: "model", self.vae: "model"}
-        return found if self.refiner is None else {**found, self.refiner: "model"}
-
-
 # --- what conditions are made of ------------------------------------------------------------------
 
 
@@ -151,6 +128,45 @@ def only_condition(
     """The condition of a family with one text encoder: what is read from it."""
     (condition,) = encoded.values()
     return condition
+
+
+def encoder_kinds(encoders: tuple[TextEncoder, ...]) -> dict[str, Kind]:
+    """Text encoders and tokenizers by name."""
+    found: dict[str, Kind] = {}
+    for each in encoders:
+        found |= {each.name: "model", each.tokenizer: "tokenizer"}
+    return found
+
+
+# --- codes ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodesFamily(PipelineFamily):
+    """A pipeline class around a model that predicts codes.
+
+    Attributes:
+        vae: the component whose codes they are.
+        refiner: a second model, which makes the last maps and may be missing; None where there is
+            never one.
+        guidance, top_k, top_p: defaults of a call; of no meaning for models that draw nothing.
+        text_encoders, clean, condition: of models of prompts, see `DiffusionFamily`.
+    """
+
+    vae: str = "vae"
+    refiner: str | None = None
+    guidance: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    text_encoders: tuple[TextEncoder, ...] = ()
+    clean: Callable[[str], str] = stripped
+    condition: Callable[[Mapping[str, PyTree], Any, Mapping[str, int]], PyTree] = only_condition
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        found: dict[str, Kind] = {self.model: "model", **encoder_kinds(self.text_encoders)}
+        found[self.vae] = "model"
+        return found if self.refiner is None else {**found, self.refiner: "model"}
 
 
 # --- samples and outputs --------------------------------------------------------------------------
@@ -305,9 +321,7 @@ class DiffusionFamily(PipelineFamily):
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        found: dict[str, Kind] = {self.model: "model"}
-        for each in self.text_encoders:
-            found |= {each.name: "model", each.tokenizer: "tokenizer"}
+        found: dict[str, Kind] = {self.model: "model", **encoder_kinds(self.text_encoders)}
         found |= dict.fromkeys(self.processors, "processor")
         return {**found, self.vae: "model", "scheduler": "scheduler"}
 

@@ -21,6 +21,7 @@ from effjax.fields import naming
 from effjax.forward import Forward, Params, abstract
 from effjax.generate import JacobiDecoding
 from effjax.models import vq_model
+from effjax.models.llamagen import Caption
 from effjax.models.vq_model import VQModelConfig
 from effjax.pipelines import arguments
 from effjax.pipelines.base import INDEX, runs_executables
@@ -29,6 +30,7 @@ from effjax.pipelines.diffusion import Images
 from effjax.pipelines.family import CodesFamily
 from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
 from effjax.pipelines.loading import Components
+from effjax.pipelines.text_encoders import OfPrompts
 from effjax.transform import Pair
 
 
@@ -148,6 +150,10 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.forward.config.num_classes:
+            raise ValueError(
+                f"this LlamaGen is conditioned on prompts: {INDEX} must name a LlamaGenTextPipeline"
+            )
         check_names(self.names, self.forward.config.num_classes)
 
     def example_condition(self) -> jax.Array:
@@ -255,6 +261,118 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
 
     def _components(self, directory: Path) -> dict[str, Any]:
         return {**super()._components(directory), **self.names_as_json()}
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TextNextTokenPipeline(OfPrompts, RasterPipeline):
+    """A text-to-image model of tokens (LlamaGen) with its text encoder and the VQ model.
+
+    Call it with prompts.
+
+        pipe = effjax.pipeline("llamagen-t2i", dtype="bfloat16")
+        images = pipe("a fox in the snow", key=jax.random.key(0))
+
+    Attributes:
+        forward, params: the model, possibly transformed.
+        vae: forward and parameters of the VQ model.
+    """
+
+    TASK = "text-to-image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.forward.config.caption_channels:
+            raise ValueError(
+                f"this LlamaGen is conditioned on classes: {INDEX} must name a LlamaGenPipeline"
+            )
+
+    def example_condition(self) -> PyTree:
+        config = self.forward.config
+        shape = 1, config.caption_tokens, config.caption_channels
+        return Caption(jnp.zeros(shape), jnp.ones(shape[:2], bool), jnp.zeros(1, bool))
+
+    @classmethod
+    def of(cls, found: Components) -> TextNextTokenPipeline:
+        """Load from components.
+
+        Raises:
+            ValueError: for components that are missing or belong to different models.
+        """
+        family = found.family
+        assert isinstance(family, CodesFamily)
+        found.require(family.model, family.vae)
+        vae = found.model(family.vae)
+        pair = sized(found, vae)
+        encoders = cls.encoders_of(found, pair[0].config)
+        return cls(*pair, vae, **encoders, origin=found.origin, family=family)
+
+    def conditions(self, prompts: str | Sequence[str]) -> tuple[Caption, None]:
+        """Make the conditions `cond` and `uncond` that a sampler takes for these prompts.
+
+        Raises:
+            ValueError: for what is no text.
+        """
+        prompts = arguments.texts("prompt", prompts)
+        return self._encoded([(each,) for each in prompts], self._lengths(None)), None
+
+    @runs_executables
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        key: jax.Array,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Images:
+        """Generate images of prompts.
+
+        Args:
+            prompt: one or more. What is beyond 120 tokens is cut, with a warning.
+            key, num_images_per_prompt, guidance_interval, top_p, temperature, output_type,
+                progress: as for `NextTokenPipeline`.
+            guidance_scale: of classifier-free guidance; 1 means none. None takes the family's
+                (7.5).
+            top_k: draw among so many of the likeliest tokens; 0 for all. None takes the family's
+                (1000).
+
+        Returns:
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for images that are NaN or infinite.
+
+        Raises:
+            ValueError: for what is no text, and numbers out of range.
+            TypeError: if `key` is not a key.
+        """
+        check_output(output_type)
+        prompts = arguments.texts("prompt", prompt)
+        loop = self.sampler(
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+        )
+        return self.drawn(
+            loop,
+            lambda: self.conditions(prompts)[0],
+            len(prompts),
+            key=key,
+            repeats=num_images_per_prompt,
+            output_type=output_type,
+            progress=progress,
+        )
+
+    def logits(self, tokens: jax.Array | np.ndarray, prompts: str | Sequence[str]) -> jax.Array:
+        """Logits float32[B, L, V] of given tokens [B, L], see `NextTokenPipeline.logits`."""
+        return self.read(tokens, self.conditions(prompts)[0], "prompts")
 
 
 def sized(found: Components, vae: Pair) -> Pair:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -14,20 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from effjax.buckets import by_parts
 from effjax.context import PyTree
-from effjax.executables import Program
-from effjax.forward import Forward, Params
 from effjax.pipelines import arguments
 from effjax.pipelines.base import runs_executables
 from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline, strength_of
-from effjax.pipelines.family import DiffusionFamily, TextEncoder
+from effjax.pipelines.family import DiffusionFamily
 from effjax.pipelines.loading import Components
-from effjax.pipelines.recent import Recent
-from effjax.transform import Pair
-
-_REMEMBERED = 64  # conditions of prompts: 300 x 4096 values each
-_TOKENIZING = threading.Lock()  # tokenizers, which pipelines may share, are not for two threads
+from effjax.pipelines.text_encoders import OfPrompts
 
 Texts = str | Sequence[str]
 Negative = str | Sequence[str | None]
@@ -35,70 +26,20 @@ Videos = list[list[Image.Image]] | np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class PromptPipeline(Pipeline):
+class PromptPipeline(OfPrompts, Pipeline):
     """A diffusion model that is conditioned on prompts: the base of its pipelines.
 
     Several threads may call it at the same time.
-
-    Attributes:
-        text_encoder, text_encoder_2, text_encoder_3: forward and parameters of the text encoders
-            that the family has; None for an optional one that is missing.
-        tokenizer, tokenizer_2, tokenizer_3: tokenizers of transformers, one for each encoder.
-
-    Raises:
-        ValueError: for text encoders that are missing, or that the family does not have.
     """
 
-    text_encoder: Pair | None = dataclasses.field(default=None, kw_only=True)
-    tokenizer: Any = dataclasses.field(default=None, kw_only=True)
-    text_encoder_2: Pair | None = dataclasses.field(default=None, kw_only=True)
-    tokenizer_2: Any = dataclasses.field(default=None, kw_only=True)
-    text_encoder_3: Pair | None = dataclasses.field(default=None, kw_only=True)
-    tokenizer_3: Any = dataclasses.field(default=None, kw_only=True)
     SETTINGS: ClassVar[tuple[str, ...]] = (*Pipeline.SETTINGS, "height", "width")
-
-    _captions: Recent[tuple[str, ...], PyTree] = dataclasses.field(
-        default_factory=lambda: Recent(_REMEMBERED), init=False, repr=False, compare=False
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        encoders = self.family.text_encoders
-        known = {name for each in encoders for name in (each.name, each.tokenizer)}
-        needed = {
-            name for each in encoders if not each.optional for name in (each.name, each.tokenizer)
-        }
-        fields = [field.name for field in dataclasses.fields(PromptPipeline)]
-        given = {name for name in fields if name.startswith(("text_encoder", "tokenizer"))}
-        given = {name for name in given if getattr(self, name) is not None}
-        if missing := sorted(needed - given):
-            raise ValueError(f"a {self.family.name} needs its {', '.join(missing)}")
-        if unknown := sorted(given - known):
-            raise ValueError(f"a {self.family.name} has no {', '.join(unknown)}")
 
     @classmethod
     def of(cls, found: Components) -> PromptPipeline:
         """Load from components."""
-        family = found.family
-        assert isinstance(family, DiffusionFamily)
-        encoders = [
-            each for each in family.text_encoders if not each.optional or found.has(each.name)
-        ]
-        for each in encoders:
-            found.require(each.name, each.tokenizer)
+        assert isinstance(found.family, DiffusionFamily)
         shared = cls.shared(found)
-        for each in encoders:
-            shared[each.name] = encoder = found.model(each.name)
-            if each.channels is not None:
-                width = encoder[0].config.hidden_size
-                read = getattr(shared["forward"].config, each.channels)
-                if width != read:
-                    raise ValueError(
-                        f"the {each.name.replace('_', ' ')} gives {width} channels and the "
-                        f"transformer reads {read}: they belong to different models"
-                    )
-            shared[each.tokenizer] = found.tokenizer(each.tokenizer, each.tokenizer)
-        return cls(**shared)
+        return cls(**shared, **cls.encoders_of(found, shared["forward"].config))
 
     def conditions(
         self,
@@ -159,45 +100,6 @@ class PromptPipeline(Pipeline):
         scale = self.guidance_scale(guidance_scale)
         return tuple(embed(each, scale, self.forward.config) for each in (cond, uncond))
 
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of a prompt, padding included, for the text encoder that reads most."""
-        lengths = self._lengths(None)
-        return max(lengths[each.name] for each in self._encoders)
-
-    @property
-    def _encoders(self) -> list[TextEncoder]:
-        """The family's, without those that are missing."""
-        return [each for each in self.family.text_encoders if getattr(self, each.name) is not None]
-
-    @property
-    def _encoder_names(self) -> list[str]:
-        return [each.name for each in self.family.text_encoders]
-
-    def _lengths(self, asked: int | None) -> dict[str, int]:
-        """Tokens of a prompt for each text encoder of the family.
-
-        Raises:
-            ValueError: for a number that no encoder takes.
-        """
-        encoders = self.family.text_encoders
-        if asked is not None:
-            most = max((each.longest or 0 for each in encoders), default=0)
-            if arguments.count("max_sequence_length", asked) > most:
-                raise ValueError(
-                    f"max_sequence_length must be at most {most} tokens for a {self.family.name}, "
-                    f"got {asked}"
-                    if most
-                    else f"a {self.family.name} takes no max_sequence_length; leave it out"
-                )
-        found = {}
-        for each in encoders:
-            tokenizer = getattr(self, each.tokenizer)
-            own = each.max_length if tokenizer is None else tokenizer.model_max_length
-            adjusts = asked is not None and each.longest is not None
-            found[each.name] = asked if adjusts else min(own, each.max_length)
-        return found
-
     def encode(self, prompts: Sequence[str]) -> PyTree:
         """Encode prompts into conditions [B, ...]. Those of the last few prompts are remembered.
 
@@ -205,55 +107,6 @@ class PromptPipeline(Pipeline):
             ValueError: for prompts that are too long.
         """
         return self._encoded([(each,) * 3 for each in prompts], self._lengths(None))
-
-    def _encoded(self, rows: Sequence[tuple[str, ...]], lengths: Mapping[str, int]) -> PyTree:
-        """Conditions of prompts: a text for each encoder of each row."""
-        said = ",".join(map(str, lengths.values()))
-        keys = [(*map(self.family.clean, row), said) for row in rows]
-        found = self._captions.get(keys, lambda new: self._each(new, lengths))
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
-
-    def _each(self, keys: Sequence[tuple[str, ...]], lengths: Mapping[str, int]) -> list[PyTree]:
-        encoded = dict.fromkeys(self._encoder_names)
-        cut, whole = set(), set()  # texts of which an encoder reads a part, and all
-        for place, each in enumerate(self.family.text_encoders):
-            if getattr(self, each.name) is not None:
-                texts = [key[place] for key in keys]
-                encoded[each.name], parts = self._read(each, texts, lengths[each.name])
-                cut |= parts
-                whole |= set(texts) - parts
-        for text in cut - whole:
-            warnings.warn(
-                f"no text encoder reads the end of a prompt, which is cut: {text[:60]!r}...",
-                stacklevel=2,
-            )
-        condition = self.family.condition(encoded, self.forward.config, lengths)
-        leaves, structure = jax.tree.flatten(condition)
-        return [structure.unflatten(each) for each in zip(*leaves, strict=True)]
-
-    def _read(
-        self, encoder: TextEncoder, prompts: Sequence[str], length: int
-    ) -> tuple[PyTree, set[str]]:
-        """What the condition takes from one text encoder, and which prompts were cut."""
-        texts = [encoder.template.replace("{}", prompt) for prompt in prompts]
-        tokenizer = getattr(self, encoder.tokenizer)
-        options = {"padding": "max_length", "max_length": length}
-        with _TOKENIZING:
-            read = tokenizer(texts, truncation=encoder.truncates, **options)
-            full = [row for row, mask in enumerate(read["attention_mask"]) if all(mask)]
-            whole = tokenizer([texts[row] for row in full], verbose=False) if full else None
-        longest = max(range(len(texts)), key=lambda row: len(read["input_ids"][row]))
-        if (tokens := len(read["input_ids"][longest])) > length:
-            raise ValueError(
-                f"a prompt has {tokens} tokens, this model reads {length}; shorten "
-                f"{prompts[longest][:60]!r}..."
-            )
-        read_in_full = [] if whole is None else whole["input_ids"]
-        cut = {prompts[row] for row, ids in zip(full, read_in_full) if len(ids) > length}
-        ids = np.asarray(read["input_ids"], np.int32)
-        mask = np.asarray(read["attention_mask"], bool)
-        run = functools.partial(_read, encoder.read, encoder.masked, *getattr(self, encoder.name))
-        return by_parts(run, self.buckets, ids, mask), cut
 
     def _prompted(
         self,
@@ -473,16 +326,3 @@ def _rows_of(chosen: np.ndarray, yes: PyTree, no: PyTree) -> PyTree:
         return jnp.where(chosen.reshape(-1, *(1,) * (first.ndim - 1)), first, second)
 
     return jax.tree.map(one, yes, no)
-
-
-@functools.partial(Program, static_argnums=(0, 1))
-def _read(
-    read: Callable[[Any, jax.Array], PyTree],
-    masked: bool,
-    forward: Forward,
-    params: Params,
-    ids: jax.Array,
-    mask: jax.Array,
-) -> PyTree:
-    inputs = (ids, mask) if masked else (ids,)
-    return read(forward(params, {}, *inputs)[0], mask)
