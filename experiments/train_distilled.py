@@ -62,7 +62,8 @@ def export(path: Path, forward: Forward, params: Params) -> None:
         "transformer": ["effjax", "DistilledVAR"],
         "vae": ["effjax", "VQVAE"],
     }
-    packed = round_to_nearest.transform(round_to_nearest.uniform(8, 16))
+    rules = (("role:qkv|out|up|down|modulation", 8, 16),)
+    packed = round_to_nearest.transform(round_to_nearest.RoundToNearestPlan(rules))
     with training.replacing(path) as new:
         small = packed(forward, training.bfloat16(params))
         effjax.save(new / "transformer", *small, progress=False)
