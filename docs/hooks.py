@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 from effjax.cli import declarations
 from effjax.generate import DECODERS
-from effjax.registry import methods, module_of
+from effjax.registry import methods, models, module_of
 from effjax.transform import Method
 
 SYSTEMS = Path(__file__).parent / "systems.toml"
@@ -103,43 +103,44 @@ def coverage() -> list[dict[str, str]]:
         ValueError: for a system that stands twice, has another state, no paper, or no reason for
             being impossible.
     """
-    built = {system: method for method in methods().values() for system in method.systems}
-    decoders = {system: name for name, decoder in DECODERS.items() for system in decoder.systems}
+    built = {
+        kind: {system: name for name, each in found.items() for system in each.systems}
+        for kind, found in {
+            "method": {method.name: method for method in methods().values()},
+            "decoder": DECODERS,
+            "model": models(),
+        }.items()
+    }
     listed = tomllib.loads(SYSTEMS.read_text(encoding="utf-8"))["systems"]
     names = [row["name"] for row in listed]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{SYSTEMS.name} has systems twice: {', '.join(twice)}")
-    rows = [_row(row, built.get(row["name"]), decoders.get(row["name"])) for row in listed]
-    for system, method in built.items():
-        if system not in names:
-            entry = {"name": system, "family": "others", "paper": method.paper}
-            rows.append(_row(entry, method))
-    return rows
+    for method in methods().values():
+        for system in (each for each in method.systems if each not in names):
+            listed.append({"name": system, "family": "others", "paper": method.paper})
+    return [_row(row, {k: of.get(row["name"], "") for k, of in built.items()}) for row in listed]
 
 
-def _row(
-    entry: Mapping[str, str], method: Method | None, decoder: str | None = None
-) -> dict[str, str]:
-    row = {"state": STATES[0], "reason": "", **entry, "method": "", "decoder": ""}
+def _row(entry: Mapping[str, str], built: Mapping[str, str]) -> dict[str, str]:
+    """A system, and the method, decoder or model that it is."""
+    row = {"state": STATES[0], "reason": "", **entry, **built}
     if row["state"] not in STATES or not row["paper"]:
         raise ValueError(f"{row['name']} needs a paper and one of the states {STATES}; got {row}")
     if (row["state"] == STATES[1]) != bool(row["reason"]):
         raise ValueError(f"{row['name']}: what is {STATES[1]} has a reason, and nothing else has")
-    if decoder is not None:
-        return {**row, "state": "built", "decoder": decoder, "reason": ""}
-    return row if method is None else {**row, "state": "built", "method": method.name, "reason": ""}
+    return {**row, "state": "built", "reason": ""} if any(built.values()) else row
 
 
 def coverage_page() -> str:
-    """Published systems by family: which are built, by what method, and why others cannot be."""
+    """Published systems by family: which are built, by what, and why others cannot be."""
     rows = coverage()
     count = sum(row["state"] == "built" for row in rows)
     lines = [
         "# Coverage",
         "",
         f"{count} of {len(rows)} published systems are built. A system is built when the "
-        "declaration of a method or a decoder names it; what is not possible here lacks a source, "
-        "a model, data or a device.",
+        "declaration of a method, a decoder or a model names it; what is not possible here lacks a "
+        "source, a model, data or a device.",
     ]
     for family in dict.fromkeys(row["family"] for row in rows):
         lines += [
@@ -155,6 +156,8 @@ def coverage_page() -> str:
                 state = f"[`{row['method']}`](methods.md#{row['method']})"
             elif row["decoder"]:
                 state = f"[decoder `{row['decoder']}`]({DECODING})"
+            elif row["model"]:
+                state = f"[model `{row['model']}`](api/models.md)"
             elif row["reason"]:
                 state = f"{state}: {row['reason']}"
             lines.append(f"| {row['name']} | {state} | {row['paper']} |")

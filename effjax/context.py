@@ -181,11 +181,13 @@ class Model(nnx.Module):
             `param_dtype`.
         counts: fields of the configuration that say how many parts a model has, with the path
             of their list: a file without these parts must not make a model of that size.
+        systems: the published systems that it is, as `docs/systems.toml` names them.
         config: the configuration.
     """
 
     Config: ClassVar[type]
     counts: ClassVar[Mapping[str, str]] = {"num_layers": "blocks"}
+    systems: ClassVar[tuple[str, ...]] = ()
     config: Any
 
     def __init__(self, config: Any, *, rngs: nnx.Rngs):

@@ -152,6 +152,20 @@ class Loop(abc.ABC):
     def update(self, carry: Carry, out: PyTree, step: Step) -> Carry:
         """Update the carry with an output. `carry.state` must be the new state."""
 
+    def last(self, start: int, stop: int | None) -> int:
+        """The call after the last one of a run, which is `stop` if that is given.
+
+        Raises:
+            ValueError: for calls that the loop does not make.
+        """
+        stop = self.calls if stop is None else stop
+        if not 0 <= start <= stop <= self.calls:
+            raise ValueError(
+                f"a segment of a {self.calls}-call trajectory needs 0 <= start <= stop <= "
+                f"{self.calls}; got start={start}, stop={stop}"
+            )
+        return stop
+
     def step(
         self,
         forward: Forward,
@@ -184,12 +198,7 @@ class Loop(abc.ABC):
         Raises:
             ValueError: for calls that the loop does not make.
         """
-        stop = self.calls if stop is None else stop
-        if not 0 <= start <= stop <= self.calls:
-            raise ValueError(
-                f"a segment of a {self.calls}-call trajectory needs 0 <= start <= stop <= "
-                f"{self.calls}; got start={start}, stop={stop}"
-            )
+        stop = self.last(start, stop)
         uncond = self.unconditional(forward, cond, uncond)
         for own, first, last in forward.segments(start, stop):
             cuts = {first, last, *self.apart, *(call + 1 for call in self.apart)}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.autoregression import NextScale, NextToken
+from effjax.autoregression import NextScale, NextStage, NextToken
 from effjax.calibration import Answers, Samples, Sequences, Trajectory
 from effjax.context import PyTree
 from effjax.forward import (
@@ -25,6 +25,7 @@ from effjax.generate import Reading
 from effjax.guidance import Guidance
 from effjax.layers.joint import PooledEmbeddings
 from effjax.models.dit import DiT, DiTConfig
+from effjax.models.ecar import ECAR, ECARConfig
 from effjax.models.flux import Flux, FluxConfig
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.models.llamagen import Caption, LlamaGen, LlamaGenConfig
@@ -49,7 +50,7 @@ class Subject:
 
     forward: Forward
     params: Params
-    sampler: Sampler | NextScale | NextToken | Reading
+    sampler: Sampler | NextScale | NextStage | NextToken | Reading
     cond: PyTree
     uncond: PyTree = None
 
@@ -305,6 +306,34 @@ def tiny_llamagen(*, batch: int = 2, **options: Any) -> Subject:
         states = np.random.default_rng(4).standard_normal(size).astype(np.float32)
         mask = np.arange(size[1]) >= 1 + 2 * (np.arange(batch)[:, None] % 3)
         cond = Caption(jnp.asarray(states), jnp.asarray(mask), jnp.zeros(batch, bool))
+    return Subject(forward, random_params(shapes), loop, cond)
+
+
+def tiny_ecar(*, batch: int = 2, **options: Any) -> Subject:
+    """An ECAR of three stages (21 tokens) with two layers in both parts, and a guided loop.
+
+    Args:
+        batch: images to sample.
+        options: fields of `ECARConfig` to change.
+    """
+    shape = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 1,
+        "num_layers": 2,
+        "num_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "head_layers": 2,
+        "head_width": 24,
+        "head_intermediate_size": 32,
+        "num_classes": 5,
+    }
+    config = ECARConfig(**{**shape, **options})
+    forward, shapes = abstract(ECAR, config)
+    steps = tuple(range(2, 2 + config.num_stages))
+    loop = NextStage(config.stages, config.in_channels, steps, guidance=3.0)
+    cond = jnp.arange(batch, dtype=jnp.int32) % config.num_classes
     return Subject(forward, random_params(shapes), loop, cond)
 
 

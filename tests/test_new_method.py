@@ -232,6 +232,9 @@ def test_every_system_has_a_state_and_every_declared_one_a_row():
     for name, decoder in DECODERS.items():
         for system in decoder.systems:
             assert (rows[system]["state"], rows[system]["decoder"]) == ("built", name)
+    for name, model in registry.models().items():
+        for system in model.systems:
+            assert (rows[system]["state"], rows[system]["model"]) == ("built", name)
     assert {row["state"] for row in rows.values()} == {"built", *made.STATES}
 
 

@@ -2,6 +2,8 @@
 
 next_scale       VAR: one call for each map of tokens, from coarse to fine
 collaborative    CoDe: a large VAR drafts the first maps, a small one makes the rest
+next_stage       ECAR: a flow for each stage of resolution, from coarse to fine
+maps             what the loops of VAR and ECAR share
 next_token       LlamaGen: one call for each token, row by row
 flow_map         tokens as functions of noise, by which one call can be trained to make them all
 few_step         students of VAR that are so trained: all tokens in one call, or in two
@@ -10,15 +12,19 @@ few_step         students of VAR that are so trained: all tokens in one call, or
 from effjax.autoregression.collaborative import Collaborative, call_flops, peak_cache
 from effjax.autoregression.few_step import FewStep, MappedScales, noise_of_slots
 from effjax.autoregression.flow_map import FlowSolver, flow_map
+from effjax.autoregression.maps import MapLoop
 from effjax.autoregression.next_scale import NextScale, codes_of, teacher_forced
+from effjax.autoregression.next_stage import NextStage, stage_loss
 from effjax.autoregression.next_token import NextToken, logits_of
 
 __all__ = [
     "Collaborative",
     "FewStep",
     "FlowSolver",
+    "MapLoop",
     "MappedScales",
     "NextScale",
+    "NextStage",
     "NextToken",
     "call_flops",
     "codes_of",
@@ -26,5 +32,6 @@ __all__ = [
     "logits_of",
     "noise_of_slots",
     "peak_cache",
+    "stage_loss",
     "teacher_forced",
 ]

@@ -23,7 +23,6 @@ once (modulation).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,14 +30,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from effjax.autoregression.maps import MapLoop, check_kept
 from effjax.caches import ScaleCaches
 from effjax.context import Step, is_static
-from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate import Sampling, process_logits
-from effjax.guidance import Guidance
 from effjax.layers.scales import Scales, Sides, token_starts, whole_scales
-from effjax.loops import Carry, Loop
+from effjax.loops import Carry
 from effjax.models.var import VAR
 from effjax.models.vqvae import MultiScaleQuantizer, VQVAEConfig, averaged, quantizer_of
 from effjax.samplers import sample_keys
@@ -50,7 +48,7 @@ STATIC = ("patch_nums", "top_k", "more_smooth")
 
 @partial(jax.tree_util.register_dataclass, data_fields=DATA, meta_fields=STATIC)
 @dataclasses.dataclass(frozen=True, eq=False)
-class NextScale(Loop):
+class NextScale(MapLoop):
     """The loop that samples latents scale by scale.
 
     `jax.jit(loop)(forward, params, labels, key)` gives the latents of images, float32[B, s, s, Z].
@@ -82,103 +80,9 @@ class NextScale(Loop):
         return len(self.patch_nums)
 
     @property
-    def apart(self) -> tuple[int, ...]:
-        return tuple(range(self.calls))
-
-    @property
     def kept_scales(self) -> int:
         """Scales whose keys and values the model keeps that the loop is called with."""
         return self.calls
-
-    @property
-    def joined(self) -> Guidance | None:
-        return None if self.guidance is None else Guidance()
-
-    @property
-    def guided(self) -> bool:
-        """True if every call runs both branches."""
-        return self.guidance is not None
-
-    def unconditional(
-        self, forward: Forward, cond: Int[Array, " B"], uncond: Int[Array, " B"] | None = None
-    ) -> Int[Array, " B"] | None:
-        if not self.guided:
-            return None
-        return forward.config.null_condition(cond) if uncond is None else uncond
-
-    def __call__(
-        self,
-        forward: Forward,
-        params: Params,
-        cond: Int[Array, " B"],
-        key: Array,
-        *,
-        uncond: Int[Array, " B"] | None = None,
-    ) -> Float[Array, "B S S Z"]:
-        """Sample latents.
-
-        Args:
-            forward: the network, possibly patched.
-            params: its parameters.
-            cond: labels.
-            key: one key, or keys [B]. Sample i depends on the key and on i, not on how many
-                samples there are; what is drawn for a scale does not depend on other scales.
-            uncond: labels of the unconditional branch; the null class if None.
-        """
-        return self.sample(forward, params, cond, key, uncond=uncond)[0]
-
-    def sample(
-        self,
-        forward: Forward,
-        params: Params,
-        cond: Int[Array, " B"],
-        key: Array,
-        *,
-        uncond: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B S S Z"], Int[Array, "B L"]]:
-        """Sample latents, and the tokens of all scales that were drawn."""
-        carry = self.init(forward, params, cond, key, uncond=uncond)
-        carry = self.run(forward, params, carry, cond, uncond)
-        return carry.x, carry.memory
-
-    def stepwise(
-        self,
-        forward: Forward,
-        params: Params,
-        cond: Int[Array, " B"],
-        key: Array,
-        *,
-        uncond: Int[Array, " B"] | None = None,
-        callback: Callable[[int, Array], Any] | None = None,
-        watch: Callable[[int, Sequence[StateDict]], Any] | None = None,
-        progress: bool = False,
-    ) -> tuple[Float[Array, "B S S Z"], Int[Array, "B L"]]:
-        """The same in a loop on the host, one program for each scale.
-
-        Args:
-            callback: called as `callback(scale, latents)` after every scale. If it returns latents,
-                sampling goes on from those.
-            watch: called as `watch(scale, [state])` after every scale; the next one overwrites it.
-            progress: show a bar over the scales.
-        """
-        from tqdm.auto import tqdm
-
-        uncond = self.unconditional(forward, cond, uncond)
-        x, tokens, state, keys = _compiled_init(self, forward, params, cond, key, uncond)
-        for scale in tqdm(range(self.calls), desc="scales", disable=not progress):
-            inputs, state = (params, cond, uncond, x, tokens, keys), self.handed(state, scale)
-            x, tokens, state, keys = _compiled_step(scale, self, forward, *inputs, state=state)
-            if watch is not None:
-                watch(scale, [state])
-            changed = None if callback is None else callback(scale, x)
-            if changed is not None:
-                if getattr(changed, "shape", None) != x.shape:
-                    raise ValueError(
-                        f"a callback returns latents float{list(x.shape)} or None, got "
-                        f"{getattr(changed, 'shape', changed)!r}"
-                    )
-                x = jnp.asarray(changed, x.dtype)
-        return x, tokens
 
     def init(
         self,
@@ -292,10 +196,6 @@ class NextScale(Loop):
                 f"{self.temperature}"
             )
 
-    def handed(self, state: StateDict, scale: int) -> StateDict:
-        """What the call of a scale is given of the state that the one before left."""
-        return state
-
     def inputs(
         self,
         x: Float[Array, "B S S Z"],
@@ -384,53 +284,6 @@ class NextScale(Loop):
         if any(isinstance(patch, ScaleCaches) for patch in forward.patches):
             return forward
         return forward.patch(ScaleCaches())
-
-
-def check_kept(forward: Forward, first: StateDict, last: StateDict) -> None:
-    """Check that what patches keep has the same shapes in all calls.
-
-    Args:
-        forward: for the names of its methods.
-        first, last: states as the calls of two scales shape them.
-
-    Raises:
-        ValueError: for methods that keep tokens of a call for the next one.
-    """
-    wrong = [
-        name
-        for name in sorted({*first, *last})
-        if name not in first or name not in last or first[name].shape != last[name].shape
-    ]
-    if wrong:
-        methods = ", ".join(dict.fromkeys(name for name, _ in forward.recipe)) or "a patch"
-        raise ValueError(
-            f"{methods} keeps tokens of a call for the next one ({wrong[0]}), but calls of a model "
-            f"of scales have different numbers of tokens: this kind of method does not apply"
-        )
-
-
-@Program
-def _compiled_init(
-    loop: NextScale, forward: Forward, params: Params, cond: Array, key: Array, uncond: Any
-) -> Carry:
-    return loop.init(forward, params, cond, key, uncond=uncond)
-
-
-@partial(Program, static_argnums=(0,), donate_argnames=("state",))
-def _compiled_step(
-    scale: int,
-    loop: NextScale,
-    forward: Forward,
-    params: Params,
-    cond: Array,
-    uncond: Any,
-    x: Array,
-    tokens: Array,
-    keys: Array,
-    *,
-    state: StateDict,
-) -> Carry:
-    return loop.step(forward, params, Carry(x, tokens, state, keys), cond, uncond, scale)
 
 
 def codes_of(

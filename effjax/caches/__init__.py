@@ -35,7 +35,7 @@ from effjax.caches.pressed import PressedCache
 from effjax.caches.protocol import KVCache
 from effjax.caches.residual_buffer import ResidualBufferCache
 from effjax.caches.ring import RingCache
-from effjax.caches.scales import ScaleCaches
+from effjax.caches.scales import ScaleCaches, StageCaches
 from effjax.caches.slots import Lengths
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "RingCache",
     "ScaleCaches",
     "Sizes",
+    "StageCaches",
     "as_it_is",
     "budgets",
     "check_budget",

@@ -1,8 +1,9 @@
-"""What a model of scales keeps from call to call: keys, values, and what the label alone decides.
+"""What a model of scales keeps from call to call: keys, values, and what calls have in common.
 
-A call has whole scales, and the number of its tokens differs from that of others. Which scales
-they are is static, and so is where their keys and values go: a call writes what is new, and reads
-what its tokens attend to.
+VAR computes once what the label alone decides, ECAR the token maps of a stage. A call has whole
+scales, and the number of its tokens differs from that of others. Which scales they are is static,
+and so is where their keys and values go: a call writes what is new, and reads what its tokens
+attend to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from effjax.context import Context, State, is_static
 from effjax.layers.attention import Heads, KeyHeads
 from effjax.layers.linear import Linear
 from effjax.layers.scales import Outputs, ScaleCore, Scales, Values
-from effjax.targets import Wrapper, target_modules, wrap
+from effjax.layers.stages import TokenMaps
+from effjax.targets import Wrapper, original, target_modules, wrap
 
 
 class ScaleCache(Wrapper):
@@ -34,7 +36,7 @@ class ScaleCache(Wrapper):
         return self.inner(q, k[:, :keys], v[:, :keys], scales)
 
 
-def _held(state: State, new: KeyHeads, scales: Scales) -> Float[Array, "B L K D"]:
+def _held(state: State, new: Float[Array, "B S *K"], scales: Scales) -> Float[Array, "B L *K"]:
     """What is held of the tokens of all scales, the new ones among them."""
     held = state.read((new.shape[0], scales.all_tokens, *new.shape[2:]), new.dtype)
     held = jax.lax.dynamic_update_slice_in_dim(held, new, scales.before, axis=1)
@@ -67,6 +69,46 @@ class FirstCall(Wrapper):
                 "step=0 for the first one, 1 for the next"
             )
         return self.outputs.read((x.shape[0], self.width), x.dtype)
+
+
+class KeptMaps(Wrapper):
+    """Token maps of all stages, around a `TokenMaps`: calls that make none read what was made."""
+
+    def __init__(self, inner: nnx.Module):
+        super().__init__(inner)
+        self.maps = State()
+
+    def __call__(
+        self, x: Float[Array, "B S C"] | None, scales: Scales, rows: int
+    ) -> Float[Array, "B S D"]:
+        if x is not None:
+            maps = self.inner(x, scales, rows)
+            _held(self.maps, maps, scales)
+            return maps
+        made = original(self)
+        assert isinstance(made, TokenMaps)
+        held = self.maps.read((rows, scales.all_tokens, made.width), made.dtype)
+        return held[:, scales.before : scales.before + scales.tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageCaches:
+    """Patch: a cache at every core of scales, and at what the backbone hands to the head.
+
+    A call that is given what the stages before have made runs the backbone and keeps its token
+    maps; a call without that runs the head alone, on the maps that are held.
+    """
+
+    caches: ClassVar[bool] = True
+
+    def __call__(self, module: nnx.Module, context: Context) -> None:
+        maps = target_modules(module, TokenMaps)
+        if not maps:
+            raise ValueError(f"{type(module).__name__} makes no token maps to cache")
+        for target in target_modules(module, ScaleCore):
+            wrap(module, target.path, ScaleCache)
+        for target in maps:
+            wrap(module, target.path, KeptMaps)
 
 
 @dataclasses.dataclass(frozen=True)

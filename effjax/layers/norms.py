@@ -15,11 +15,13 @@ def _standardize(x: Float[Array, "..."], axes: tuple[int, ...], eps: float) -> F
 
 
 def modulate(
-    x: Float[Array, "B S C"], shift: Float[Array, "B C"], scale: Float[Array, "B C"]
+    x: Float[Array, "B S C"], shift: Float[Array, "B *S C"], scale: Float[Array, "B *S C"]
 ) -> Float[Array, "B S C"]:
-    """Adaptive norm's affine map x (1 + scale) + shift, one shift and scale per sample."""
+    """Adaptive norm's affine map x (1 + scale) + shift, one of each for a sample or for a token."""
     wide, shift, scale = (y.astype(jnp.float32) for y in (x, shift, scale))
-    return (wide * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+    if shift.ndim < x.ndim:
+        shift, scale = shift[:, None], scale[:, None]
+    return (wide * (1 + scale) + shift).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

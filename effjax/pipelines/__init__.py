@@ -28,6 +28,7 @@ from effjax.pipelines.few_step import FewStepPipeline
 from effjax.pipelines.images import to_pil
 from effjax.pipelines.loading import Components, refuse_file
 from effjax.pipelines.next_scale import NextScalePipeline
+from effjax.pipelines.next_stage import NextStagePipeline
 from effjax.pipelines.next_token import NextTokenPipeline, TextNextTokenPipeline
 from effjax.pipelines.prompts import PromptPipeline, TextToImagePipeline, TextToVideoPipeline
 from effjax.pipelines.text import TextPipeline
@@ -36,6 +37,7 @@ __all__ = [
     "ClassConditionalPipeline",
     "FewStepPipeline",
     "NextScalePipeline",
+    "NextStagePipeline",
     "NextTokenPipeline",
     "Pipeline",
     "PromptPipeline",
@@ -152,6 +154,7 @@ _CLASSES: dict[str, Any] = {
         ClassConditionalPipeline,
         FewStepPipeline,
         NextScalePipeline,
+        NextStagePipeline,
         NextTokenPipeline,
         TextNextTokenPipeline,
         TextPipeline,

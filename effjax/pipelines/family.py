@@ -72,6 +72,24 @@ class PipelineFamily:
         return tuple(name for name in self.kinds if name not in fixed)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageFamily(PipelineFamily):
+    """A pipeline class around a model of stages of resolution.
+
+    Attributes:
+        vae: component that decodes latents. It may be missing where samples are pixels.
+        steps, guidance: defaults of a call; the steps are those of each stage.
+    """
+
+    vae: str = "vae"
+    steps: int
+    guidance: float
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {self.model: "model", self.vae: "model"}
+
+
 # --- what conditions are made of ------------------------------------------------------------------
 
 

@@ -1,0 +1,137 @@
+"""What pipelines share whose models have a loop of their own: token by token, or in maps."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from effjax.buckets import cut, joined, rows
+from effjax.context import PyTree
+from effjax.executables import Program
+from effjax.finite import warn_unless_finite
+from effjax.forward import Forward, Params
+from effjax.loops import Loop
+from effjax.pipelines import arguments
+from effjax.pipelines.base import AnyPipeline, BasePipeline
+from effjax.pipelines.diffusion import Images
+from effjax.pipelines.images import finished
+from effjax.samplers import check_keys, keys_of
+from effjax.transform import Pair
+
+_ADVICE = (
+    'Load the pipeline with dtype="float32" or "bfloat16", or with check_finite=True, which finds '
+    "damaged weights."
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoopPipeline(BasePipeline, abc.ABC):
+    """A model and the loop that samples its latents.
+
+    Attributes:
+        forward, params: the model, possibly transformed.
+    """
+
+    MAKES: ClassVar[str] = "images"
+
+    @abc.abstractmethod
+    def example_condition(self) -> PyTree:
+        """A condition of one image."""
+
+    @abc.abstractmethod
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Decode latents [B, Y, X, Z] into images, float32 in about -1 ... 1."""
+
+    def transform(self: AnyPipeline, *transforms: Callable[[Forward, Params], Pair]) -> AnyPipeline:
+        """Return a copy of this pipeline with a transformed model.
+
+        Args:
+            transforms: functions `(forward, params) -> (forward, params)`, applied in order.
+
+        Raises:
+            ValueError: for methods that do not apply to such a model.
+        """
+        made: Any = super().transform(*transforms)
+        if made.forward.patches:  # shapes alone are traced
+            cond, loop, forward = made.example_condition(), made.sampler(), made.forward
+            key = jax.random.key(0)
+            jax.eval_shape(lambda params: loop.init(forward, params, cond, key), made.params)
+        return made
+
+    def drawn(
+        self,
+        loop: Loop,
+        conditions: Callable[[], PyTree],
+        count: int,
+        *,
+        key: jax.Array,
+        repeats: int,
+        output_type: str,
+        progress: bool,
+        run: Callable[[PyTree], tuple[Array, PyTree]] | None = None,
+    ) -> Images:
+        """Images of conditions, in parts of a few sizes.
+
+        Args:
+            loop: what samples.
+            conditions: makes the conditions [B, ...].
+            count: how many there are.
+            key: as it was given.
+            repeats: images of each.
+            output_type: "pil", "np", "latent" or "tokens".
+            progress: show a bar over the parts.
+            run: makes latents and tokens of repeated conditions in place of the loop's program.
+        """
+        repeats = arguments.count("num_images_per_prompt", repeats)
+        check_keys(key, repeats * count)
+        made = conditions()
+        cond = jax.tree.map(lambda x: jnp.asarray(np.repeat(np.asarray(x), repeats, axis=0)), made)
+        x, tokens = self._sampled(loop, cond, key, progress) if run is None else run(cond)
+        if output_type == "tokens":
+            return tokens
+        outputs = x if output_type == "latent" else self.decode(x)
+        warn_unless_finite("sampled images", outputs, _ADVICE)
+        return finished(outputs, output_type)
+
+    def _sampled(
+        self, loop: Loop, cond: PyTree, key: jax.Array, progress: bool
+    ) -> tuple[jax.Array, PyTree]:
+        """Latents, and tokens if there are any."""
+        from tqdm.auto import tqdm
+
+        batch = len(jax.tree.leaves(cond)[0])
+        sizes = cut(batch, self.buckets, cond, key)
+        starts = itertools.accumulate(sizes, initial=0)
+        parts = [
+            _sample(
+                loop,
+                self.forward,
+                self.params,
+                rows(cond, start, size) if len(sizes) > 1 else cond,
+                keys_of(key, batch, start, size),
+            )
+            for start, size in tqdm(list(zip(starts, sizes)), "sampling", disable=not progress)
+        ]
+        x, tokens = zip(*parts)
+        return joined(x, batch), jax.tree.map(lambda *each: joined(each, batch), *tokens)
+
+
+def check_one_of(output_type: Any, types: Sequence[str]) -> None:
+    """Raise ValueError for an `output_type` that is none of these."""
+    if not isinstance(output_type, str) or output_type not in types:
+        raise ValueError(f"output_type must be one of {', '.join(types)}; got {output_type!r}")
+
+
+@Program
+def _sample(
+    loop: Any, forward: Forward, params: Params, cond: PyTree, key: Array
+) -> tuple[Array, PyTree]:
+    return loop.sample(forward, params, cond, key)

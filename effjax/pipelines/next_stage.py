@@ -1,0 +1,201 @@
+"""Pipelines of models that make images in stages of resolution: ECAR."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from effjax.autoregression import NextStage
+from effjax.buckets import by_parts
+from effjax.executables import Program
+from effjax.fields import naming
+from effjax.forward import Forward, Params
+from effjax.pipelines import arguments
+from effjax.pipelines.base import INDEX, runs_executables
+from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType
+from effjax.pipelines.family import StageFamily, decode_latents
+from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
+from effjax.pipelines.loading import Components
+from effjax.pipelines.looped import LoopPipeline, check_one_of
+from effjax.transform import Pair
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class NextStagePipeline(OfClasses, LoopPipeline):
+    """A class-conditional model of stages (ECAR), with the VAE of its latents if it has one.
+
+    Call it with class indices or names to get images of these classes.
+
+        pipe = effjax.pipeline("experiments/weights/ecar_glyphs")
+        images = pipe(["A", 7], key=jax.random.key(0))
+
+    Attributes:
+        forward, params: the model, possibly transformed.
+        vae: forward and parameters of the decoder of its latents; None for a model of pixels.
+        names: see `OfClasses`.
+    """
+
+    vae: Pair | None = None
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
+    family: StageFamily = dataclasses.field(default=cast(Any, None), kw_only=True, repr=False)
+
+    TASK = "unconditional-image-generation"  # hubs know no classes
+    SETTINGS: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.names, self.forward.config.num_classes)
+        channels = self.forward.config.in_channels
+        if self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"this model makes latents of {channels} channels, no pixels: give the VAE that "
+                f"decodes them, such as vae=converters.from_pretrained(...)"
+            )
+        if self.vae is not None and self.vae[0].config.latent_channels != channels:
+            raise ValueError(
+                f"the VAE decodes {self.vae[0].config.latent_channels} channels and the model "
+                f"makes {channels}: they belong to different models"
+            )
+
+    @classmethod
+    def of(cls, found: Components) -> NextStagePipeline:
+        """Load from components.
+
+        Raises:
+            ValueError: for components that are missing or belong to different models.
+        """
+        family = found.family
+        assert isinstance(family, StageFamily)
+        found.require(family.model)
+        with naming(INDEX):
+            names = read_names((found.index or {}).get("id2label"))
+        pair = found.model(family.model)
+        vae = found.model(family.vae) if found.has(family.vae) else None
+        return cls(*pair, vae=vae, names=names, origin=found.origin, family=family)
+
+    def sampler(
+        self,
+        *,
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+    ) -> NextStage:
+        """Make the loop that a call uses.
+
+        The arguments are those of a call.
+
+        Raises:
+            ValueError: for numbers out of range, or of another number of stages.
+        """
+        config, family = self.forward.config, self.family
+        steps = self._by_stage(
+            "num_inference_steps", family.steps, num_inference_steps, arguments.count
+        )
+        scales = self._by_stage("guidance_scale", family.guidance, guidance_scale, arguments.scale)
+        if isinstance(scales, tuple):
+            guidance = None if all(scale == 1 for scale in scales) else scales
+        else:
+            guidance = None if scales == 1 else scales
+        steps = steps if isinstance(steps, tuple) else (steps,) * config.num_stages
+        loop = NextStage(config.stages, config.in_channels, steps, guidance=guidance)
+        loop.check(self.forward)
+        return loop
+
+    def _by_stage(self, name: str, default: Any, given: Any, read: Any) -> Any:
+        """A number, or a tuple of one for each stage."""
+        count = self.forward.config.num_stages
+        if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str):
+            return read(name, default if given is None else given)
+        if len(given) != count:
+            raise ValueError(
+                f"{name} is a number, or one for each of {count} stages; got {given!r}"
+            )
+        return tuple(read(name, each) for each in given)
+
+    @runs_executables
+    def __call__(
+        self,
+        labels: Label | Sequence[Label] | np.ndarray | jax.Array,
+        *,
+        key: jax.Array,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | Sequence[int] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> Images:
+        """Generate images of classes.
+
+        Args:
+            labels: one or more class indices or names.
+            key: PRNG key, `jax.random.key(seed)`. The same key gives the same image at its place.
+            num_images_per_prompt: images of each label. All of the first label come first, then all
+                of the second, ...
+            num_inference_steps: steps of the flow of each stage: one number for all, or one for
+                each. None takes the family's (8).
+            guidance_scale: strength of guidance of the last stage; it grows from 1 (none) at the
+                first one. Several numbers are those of the stages. 1 means no guidance, at half the
+                cost. None takes the family's (3).
+            output_type: "pil" for PIL images, "np" for float32[images, H, W, C] in 0 ... 1,
+                "latent" for the samples float32[images, H, W, C] before they are decoded.
+            progress: show a bar over the parts of a batch.
+            callback_on_step_end: called as `callback_on_step_end(call, latents)` after every call
+                of the backbone and of the head; if it returns latents, sampling goes on from those.
+                Latents have their full size all the time.
+
+        Returns:
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for images that are NaN or infinite.
+
+        Raises:
+            ValueError: for unknown labels, and numbers out of range.
+            TypeError: if `key` is not a key.
+        """
+        check_one_of(output_type, get_args(OutputType))
+        if not (callback_on_step_end is None or callable(callback_on_step_end)):
+            raise ValueError(
+                f"callback_on_step_end must be a function of a call and latents, got "
+                f"{callback_on_step_end!r}"
+            )
+        asked = arguments.listed("labels", labels)
+        loop = self.sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+
+        def stepwise(cond: Any) -> tuple[Array, Any]:
+            pair = self.forward, self.params
+            return loop.stepwise(*pair, cond, key, callback=callback_on_step_end)
+
+        return self.drawn(
+            loop,
+            lambda: self.conditions(asked)[0],
+            len(asked),
+            key=key,
+            repeats=num_images_per_prompt,
+            output_type=output_type,
+            progress=progress,
+            run=None if callback_on_step_end is None else stepwise,
+        )
+
+    def example_condition(self) -> jax.Array:
+        return jnp.zeros(1, jnp.int32)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Decode samples [B, H, W, C] into images, float32 in about -1 ... 1."""
+        return x if self.vae is None else by_parts(partial(_decode, *self.vae), self.buckets, x)
+
+    def _components(self, directory: Path) -> dict[str, Any]:
+        return {**super()._components(directory), **self.names_as_json()}
+
+
+@Program
+def _decode(forward: Forward, params: Params, latents: Array) -> Array:
+    return decode_latents(forward, params, latents).astype(jnp.float32)
