@@ -40,7 +40,7 @@ from effjax.storage import write_json
 from experiments import train_var, training
 
 WEIGHTS = train_var.WEIGHTS.parent / "distilled_var_glyphs"
-PLAN = DistilledPlan(starts=(0, 3), split=3)
+PLAN = DistilledPlan(starts=(0, 3), split=3, solver_steps=24)
 PART = 64  # images that are judged together
 
 
@@ -184,10 +184,10 @@ def main(argv: list[str] | None = None) -> int:
         argv,
         about=__doc__.splitlines()[0],
         output=WEIGHTS,
-        steps=6000,
+        steps=4000,
         options={
             **training.judged_images(guidance=1.5),
-            "pairs": (30_000, "pairs that the teacher makes"),
+            "pairs": (16_384, "pairs that the teacher makes"),
             "weight": (1.0, "of the distance of latents, beside the cross entropy"),
         },
         make=make,
