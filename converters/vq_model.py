@@ -1,19 +1,20 @@
-"""VQ models: LlamaGen's `vq_ds16_c2i.pt`, `vq_ds16_t2i.pt` and `vq_ds8_c2i.pt` as released.
+"""VQ models: LlamaGen's `vq_ds16_c2i.pt`, ..., and Chameleon's `vqgan.ckpt`, as released.
 
-The file tells all but the groups of the norms, which are 32 in every model of this code, and the
-length of codes, which is one there. Decoder levels are numbered from lowest to full resolution, as
-here.
+A file tells all but the groups of the norms, which are 32 in every model of this code, and the
+length of codes, which is one in LlamaGen's. Decoder levels are numbered from lowest to full
+resolution in LlamaGen's files, as here, and the other way in those of VQGAN's code (Chameleon's).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converters.family import Family, Json, Keys, read_keys, write_keys
 from converters.names import Rule, Shape, Table, affine
 from converters.sd3 import count
-from converters.vqvae import norm, residual_block
+from converters.vqvae import LEVELS, norm, residual_block
 from effjax.models.vq_model import VQModel, VQModelConfig
 
 _KEYS: Keys = {
@@ -38,6 +39,13 @@ def read_config(config: Json) -> VQModelConfig:
 def write_config(config: VQModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
     return write_keys(config, _KEYS)
+
+
+_SHARED = (
+    *affine("quant_conv", "quant_conv", "conv"),
+    *affine("post_quant_conv", "post_quant_conv", "conv"),
+    Rule("quantize.embedding.weight", "quantizer.codebook"),
+)
 
 
 def attention(source: str, target: str) -> tuple[Rule, ...]:
@@ -70,20 +78,64 @@ def _coder(coder: str, change: str, resample: str) -> tuple[Rule, ...]:
     )
 
 
+def _vqgan() -> tuple[Rule, ...]:
+    """The rules of encoder and decoder as VQGAN's code has them."""
+    rules: list[Rule] = []
+    for coder in ("encoder", "decoder"):
+        rules += [
+            *affine(f"{coder}.conv_in", f"{coder}.conv_in", "conv"),
+            *residual_block(f"{coder}.mid.block_1", f"{coder}.mid.block1"),
+            *attention(f"{coder}.mid.attn_1", f"{coder}.mid.attention"),
+            *residual_block(f"{coder}.mid.block_2", f"{coder}.mid.block2"),
+            *norm(f"{coder}.norm_out", f"{coder}.norm_out"),
+            *affine(f"{coder}.conv_out", f"{coder}.conv_out", "conv"),
+        ]
+    for level in range(LEVELS):
+        down, up, own = f"encoder.down.{level}", f"decoder.up.{level}", LEVELS - 1 - level
+        for source, target in ((down, f"encoder.levels.{level}"), (up, f"decoder.levels.{own}")):
+            block = f"{target}.blocks.{{j}}"
+            rules += residual_block(f"{source}.block.{{j}}", block)
+            rules += attention(f"{source}.attn.{{j}}", f"{block}.attention")
+        rules += affine(f"{down}.downsample.conv", f"encoder.levels.{level}.resample", "conv")
+        rules += affine(f"{up}.upsample.conv", f"decoder.levels.{own}.resample.conv", "conv")
+    return (*rules, *_SHARED)
+
+
+def _infer_vqgan(shapes: Mapping[str, Shape]) -> VQModelConfig:
+    levels = count(shapes, "encoder.down.")
+    if levels != LEVELS:
+        raise ValueError(f"VQ models of this code have {LEVELS} levels, got {levels}")
+    widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
+    return dataclasses.replace(
+        _common(shapes, widths),
+        layers_per_block=count(shapes, "encoder.down.0.block."),
+        level_attention=any(name.startswith("encoder.down.4.attn.") for name in shapes),
+        unit_codes=False,
+    )
+
+
 def _infer(shapes: Mapping[str, Shape]) -> VQModelConfig:
-    vocabulary, latents = shapes["quantize.embedding.weight"]
     levels = count(shapes, "encoder.conv_blocks.")
+    widths = [
+        shapes[f"encoder.conv_blocks.{level}.res.0.conv1.weight"][0] for level in range(levels)
+    ]
+    return dataclasses.replace(
+        _common(shapes, widths),
+        layers_per_block=count(shapes, "encoder.conv_blocks.0.res."),
+        level_attention=any(name.startswith("encoder.") and ".attn." in name for name in shapes),
+    )
+
+
+def _common(shapes: Mapping[str, Shape], widths: Sequence[int]) -> VQModelConfig:
+    """What both layouts tell in the same way."""
+    vocabulary, latents = shapes["quantize.embedding.weight"]
     return VQModelConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
         out_channels=shapes["decoder.conv_out.weight"][0],
         latent_channels=latents,
         encoder_channels=shapes["encoder.conv_out.weight"][0],
         vocab_size=vocabulary,
-        block_out_channels=tuple(
-            shapes[f"encoder.conv_blocks.{level}.res.0.conv1.weight"][0] for level in range(levels)
-        ),
-        layers_per_block=count(shapes, "encoder.conv_blocks.0.res."),
-        level_attention=any(".attn." in name for name in shapes),
+        block_out_channels=tuple(widths),
     )
 
 
@@ -91,14 +143,14 @@ ORIGINAL = Table(
     rules=(
         *_coder("encoder", "downsample", "resample"),
         *_coder("decoder", "upsample", "resample.conv"),
-        *affine("quant_conv", "quant_conv", "conv"),
-        *affine("post_quant_conv", "post_quant_conv", "conv"),
-        Rule("quantize.embedding.weight", "quantizer.codebook"),
+        *_SHARED,
     ),
     ignored=("quantize.codebook_used",),
     infer=_infer,
     stem="model",
 )
+
+VQGAN = Table(rules=_vqgan(), infer=_infer_vqgan, stem="model")
 
 FAMILY = Family(
     class_name="VQModel",
@@ -106,6 +158,6 @@ FAMILY = Family(
     config=VQModelConfig,
     read_config=read_config,
     write_config=write_config,
-    tables={"original": ORIGINAL},
+    tables={"original": ORIGINAL, "vqgan": VQGAN},
     library="effjax",
 )

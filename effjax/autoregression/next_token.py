@@ -23,11 +23,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from effjax.autoregression.drafted import drafted, on_grid
 from effjax.caches import Caches, DenseCache, KVCache
@@ -40,16 +40,35 @@ from effjax.generate import JacobiDecoding, Sampling, process_logits
 from effjax.generate.installed import cached as with_cache
 from effjax.generate.installed import caches, check_shortest, empty_state
 from effjax.guidance import Guidance
+from effjax.layers.attention import Positions
 from effjax.loops import Carry, Loop
-from effjax.models.llamagen import LlamaGenConfig, condition_tokens, positions_of
+from effjax.models.chameleon import ChameleonConfig
+from effjax.models.llamagen import LlamaGenConfig, condition_tokens, places_behind, positions_of
 from effjax.models.vq_model import VQModelConfig, latents_of
 from effjax.samplers import sample_keys
 from effjax.transform import Pair
 
-_DATA = ("vae", "guidance", "guidance_interval", "top_p", "temperature")
+_DATA = ("vae", "guidance", "guidance_interval", "top_p", "temperature", "ids")
 _STATIC = ("grid", "top_k", "decoder")
 
 Tokens = Int[Array, "B N"]
+
+
+class Prompt(NamedTuple):
+    """Tokens of a text: the condition of a model of texts and images (Chameleon, Anole).
+
+    They end with what begins an image. Shorter ones are padded at the left.
+
+    Attributes:
+        tokens: ids.
+        mask: False for padding.
+    """
+
+    tokens: Int[Array, "B S"]
+    mask: Bool[Array, "B S"]
+
+
+jax.export.register_namedtuple_serialization(Prompt, serialized_name="effjax.Prompt")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_STATIC)
@@ -71,6 +90,8 @@ class NextToken(Loop):
         temperature: divides the logits; None for 1.
         decoder: how several tokens are found in one call; None finds one. The distribution of
             images is the same. Costs and searches drive the calls of one token.
+        ids: int32[V], the model's token of each code, where the vocabulary holds others too: its
+            `image_ids`. Logits of others are left out.
     """
 
     counted_by: ClassVar[str | None] = (
@@ -85,6 +106,7 @@ class NextToken(Loop):
     top_p: float | Array | None = None
     temperature: float | Array | None = None
     decoder: JacobiDecoding | None = None
+    ids: Int[Array, " V"] | None = None
 
     @property
     def calls(self) -> int:
@@ -110,7 +132,14 @@ class NextToken(Loop):
     def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
         if not self.guided:
             return None
-        return forward.config.null_condition(cond) if uncond is None else uncond
+        if uncond is not None:
+            return uncond
+        if not hasattr(forward.config, "null_condition"):
+            raise ValueError(
+                f"a {forward.model.__name__} has no null condition: give uncond, a Prompt of as "
+                f"many columns that the images are led away from"
+            )
+        return forward.config.null_condition(cond)
 
     def __call__(
         self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
@@ -120,7 +149,7 @@ class NextToken(Loop):
         Args:
             forward: the network, possibly patched.
             params: its parameters.
-            cond: labels int32[B], or captions.
+            cond: labels int32[B], captions, or prompts.
             key: one key, or keys [B]. Sample i depends on the key and on i, not on how many
                 samples there are; what is drawn for a token does not depend on what was for others.
             uncond: the unconditional counterpart; the model's null condition if None.
@@ -191,8 +220,9 @@ class NextToken(Loop):
                 of codes, and for methods that do not apply.
         """
         self.check(forward)
+        self.unconditional(forward, cond, uncond)
         forward.check_calls(self.calls)
-        condition = condition_tokens(cond)
+        condition = _length(cond)
         ready = self.cached(forward, condition)
         batch = jax.tree.leaves(cond)[0].shape[0]
         rows = batch if self.joined is None else len(self.joined.branches) * batch
@@ -208,45 +238,65 @@ class NextToken(Loop):
     def check(self, forward: Forward) -> None:
         """Raise what `init` raises of the loop and the model."""
         config, codes = forward.config, self.vae[0].config
-        if not isinstance(config, LlamaGenConfig) or not isinstance(codes, VQModelConfig):
+        kinds = LlamaGenConfig | ChameleonConfig
+        if not isinstance(config, kinds) or not isinstance(codes, VQModelConfig):
             raise ValueError(
-                f"tokens are sampled of a LlamaGen with its VQModel, got {forward.model.__name__} "
-                f"and {self.vae[0].model.__name__}"
+                f"tokens are sampled of a LlamaGen or a Chameleon with its VQModel, got "
+                f"{forward.model.__name__} and {self.vae[0].model.__name__}"
             )
-        if (config.grid, config.grid) != self.grid:
+        known = config.vocab_size
+        if isinstance(config, ChameleonConfig):
+            known = len(config.image_ids)
+            if self.ids is None or self.ids.shape != (known,):
+                raise ValueError(
+                    f"this model has {known} codes among its tokens: give "
+                    f"ids=jnp.asarray(forward.config.image_ids)"
+                )
+        elif (config.grid, config.grid) != self.grid:
             raise ValueError(
                 f"the model has {config.grid} rows and columns of tokens, and the loop is for "
                 f"{self.grid}: give grid=(forward.config.grid, forward.config.grid)"
             )
-        if codes.vocab_size != config.vocab_size:
+        if codes.vocab_size != known:
             raise ValueError(
-                f"the VQ model has {codes.vocab_size} codes, and the model predicts "
-                f"{config.vocab_size}: they belong to different models"
+                f"the VQ model has {codes.vocab_size} codes, and the model predicts {known}: they "
+                f"belong to different models"
             )
-        if self.top_k is not None and not 1 <= self.top_k <= config.vocab_size:
+        if self.top_k is not None and not 1 <= self.top_k <= known:
             raise ValueError(
-                f"top_k must be 1 ... {config.vocab_size}, the number of codes, or None for all; "
+                f"top_k must be 1 ... {known}, the number of codes, or None for all; "
                 f"got {self.top_k}"
             )
         if self.decoder is not None:
+            if self.ids is not None:
+                raise ValueError(
+                    f"a decoder drafts codes, and a {forward.model.__name__} has other tokens too: "
+                    f"leave it out, or give it to effjax.generate with a Grid"
+                )
             on_grid(self.decoder, self.grid)
 
     def inputs(self, x: Tokens, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
         """The condition in the first call, the last token in others; positions, and the column."""
-        first, condition = is_static(step) and int(step) == 0, condition_tokens(cond)
+        first, condition = is_static(step) and int(step) == 0, _length(cond)
         start: Step = 0 if first else condition + step - 1
-        count = condition if first else 1
-        positions = positions_of(cond, start, count, condition + self.calls)
+        count, total = condition if first else 1, condition + self.calls
         tokens = None if first else jax.lax.dynamic_slice_in_dim(x, step - 1, 1, axis=1)
+        if tokens is not None and self.ids is not None:
+            tokens = self.ids[tokens]
+        positions = _positions(cond, start, count, total)
         if self.joined is not None:
-            tokens, positions = self.joined.duplicate((tokens, positions))
+            away = _positions(uncond, start, count, total)
+            positions = self.joined.join({"cond": positions, "uncond": away})
+            tokens = self.joined.duplicate(tokens)
             cond = self.joined.join({"cond": cond, "uncond": uncond})
         last = jnp.full((positions.shape[0], 1), count - 1)
+        if isinstance(cond, Prompt):
+            return (cond.tokens if first else tokens, positions, last)
         return (tokens, positions, last, None, None, cond if first else None)
 
-    def output(self, raw: Float[Array, "R 1 V"], x: Tokens, step: Step) -> Float[Array, "B 1 V"]:
-        """The guided logits of a token."""
-        return self.guide(raw, step)
+    def output(self, raw: Float[Array, "R 1 V"], x: Tokens, step: Step) -> Float[Array, "B 1 C"]:
+        """The guided logits of a token, those of codes."""
+        return self.guide(raw if self.ids is None else raw[..., self.ids], step)
 
     def guide(
         self, raw: Float[Array, "R T V"], step: Step | Int[Array, "B T"]
@@ -289,12 +339,24 @@ class NextToken(Loop):
         uncond: PyTree,
         step: Step,
     ) -> tuple[Array, Array, StateDict]:
-        forward = self.cached(forward, condition_tokens(cond))
+        forward = self.cached(forward, _length(cond))
         return super().network(forward, params, state, x, cond, uncond, step)
 
     def cached(self, forward: Forward, condition: int) -> Forward:
         """The forward with a cache for a condition of so many tokens and an image."""
         return with_cache(forward).with_cache_length(condition, self.calls - 1)
+
+
+def _length(cond: PyTree) -> int:
+    """Tokens of a condition, padding included."""
+    return cond.tokens.shape[1] if isinstance(cond, Prompt) else condition_tokens(cond)
+
+
+def _positions(cond: PyTree, start: Step, count: int, total: int) -> Positions:
+    """Positions of the tokens start ... start + count - 1 of sequences with this condition."""
+    if isinstance(cond, Prompt):
+        return places_behind(cond.mask, start, count, total)
+    return positions_of(cond, start, count, total)
 
 
 def check_kept(forward: Forward, params: Params, state: StateDict, condition: int) -> None:
@@ -366,6 +428,6 @@ def logits_of(
         tokens: the first ones of an image, or all.
         cond: labels, or captions.
     """
-    first = condition_tokens(cond) - 1
+    first = _length(cond) - 1
     columns = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
     return forward(params, {}, tokens[:, :-1], None, columns, None, None, cond)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -84,6 +84,7 @@ class Projections(nnx.Module):
         cross: whether keys and values come from another sequence, which the layers' roles say.
         norm_eps: of the RMS norms of queries' and keys' heads; None for no such norms.
         unit_norm: whether queries' and keys' heads have unit length instead, see `UnitNorm`.
+        norms: of queries' and of keys' heads, in place of these.
         output: False for tokens that are attended to and get no output.
     """
 
@@ -100,6 +101,7 @@ class Projections(nnx.Module):
         cross: bool = False,
         norm_eps: float | None = None,
         unit_norm: bool = False,
+        norms: tuple[nnx.Module, nnx.Module] | None = None,
         output: bool = True,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -120,12 +122,12 @@ class Projections(nnx.Module):
         out: Role = "cross_out" if cross else "out"
         bias = bias if out_bias is None else out_bias
         self.to_out = linear(heads * head_dim, hidden_size, out, bias) if output else None
-        norms: list[RMSNorm | UnitNorm | None] = [None, None]
+        of_heads: Sequence[Any] = norms or (None, None)
         if unit_norm:
-            norms = [UnitNorm(heads, param_dtype=param_dtype), UnitNorm()]
+            of_heads = UnitNorm(heads, param_dtype=param_dtype), UnitNorm()
         elif norm_eps is not None:
-            norms = [RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) for _ in range(2)]
-        self.q_norm, self.k_norm = norms
+            of_heads = [RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) for _ in range(2)]
+        self.q_norm, self.k_norm = of_heads
 
     def split(self, x: Float[Array, "B S I"]) -> Float[Array, "B S K D"]:
         """Part the heads."""

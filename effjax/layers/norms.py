@@ -73,6 +73,27 @@ class RMSNorm(nnx.Module):
         return (y * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
 
 
+class HeadLayerNorm(nnx.Module):
+    """Layer norm of each head over its own channels, with a learned scale and shift for each."""
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        eps: float = 1e-5,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+    ):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((heads, head_dim), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((heads, head_dim), param_dtype))
+
+    def __call__(self, x: Float[Array, "B S H D"]) -> Float[Array, "B S H D"]:
+        y = _standardize(x.astype(jnp.float32), (-1,), self.eps)
+        scale, bias = (p.get_value().astype(jnp.float32) for p in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)
+
+
 class UnitNorm(nnx.Module):
     """Heads of length 1: x / |x|; those of queries times exp(min(s, log 100)) sqrt(D).
 

@@ -125,6 +125,7 @@ class LlamaBlock(nnx.Module):
     Args:
         layer: its number, from 0.
         rotary: turns queries and keys; as the configuration says, if None.
+        norms: of the heads of queries and keys, likewise.
     """
 
     folds = (
@@ -135,7 +136,13 @@ class LlamaBlock(nnx.Module):
     )
 
     def __init__(
-        self, config: LlamaConfig, layer: int, *, rotary: Rotary | None = None, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        layer: int,
+        *,
+        rotary: Rotary | None = None,
+        norms: tuple[nnx.Module, nnx.Module] | None = None,
+        rngs: nnx.Rngs,
     ):
         hidden_size, eps, dtype = config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)
         rotary = rotary or Rotary(
@@ -154,6 +161,7 @@ class LlamaBlock(nnx.Module):
             rotary=rotary,
             window=config.layer_window(layer),
             norm_eps=eps if config.qk_norm else None,
+            norms=norms,
             bias=config.qkv_bias,
             out_bias=config.out_bias,
             param_dtype=dtype,

@@ -314,12 +314,25 @@ def positions_of(condition: Condition, start: Step, count: int, total: int) -> P
     """
     if not isinstance(condition, Caption):
         return jnp.broadcast_to(start + jnp.arange(count), (condition.shape[0], count))
-    batch, text = condition.mask.shape
-    counted = jnp.pad(condition.mask, ((0, 0), (0, total - text)), constant_values=True)
+    place = places_behind(condition.mask, start, count, total)
+    angles = jnp.broadcast_to(start + jnp.arange(count, dtype=jnp.int32), place.shape)
+    return jnp.stack([place, angles], axis=1)
+
+
+def places_behind(
+    mask: Bool[Array, "B T"], start: Step, count: int, total: int
+) -> Int[Array, "B {count}"]:
+    """Places of the tokens start ... start + count - 1, without the padding of their beginnings.
+
+    Args:
+        mask: of the first tokens, False for padding, whose place is -1.
+        start: number of the first token, padding counted in.
+        count: tokens.
+        total: that a sequence may have.
+    """
+    counted = jnp.pad(mask, ((0, 0), (0, total - mask.shape[1])), constant_values=True)
     place = jnp.where(counted, jnp.cumsum(counted, axis=1) - 1, -1).astype(jnp.int32)
-    angles = jnp.broadcast_to(jnp.arange(total), (batch, total))
-    whole = jnp.stack([place, angles.astype(jnp.int32)], axis=1)
-    return jax.lax.dynamic_slice_in_dim(whole, start, count, axis=2)
+    return jax.lax.dynamic_slice_in_dim(place, start, count, axis=1)
 
 
 MODEL = LlamaGen

@@ -219,7 +219,7 @@ def test_cached_calls_give_what_one_call_gives(kind, request):
         logits = jnp.concatenate([out, later[:, :, 0].swapaxes(0, 1)], axis=1)
         whole = logits_of(forward, params, last.x, cond)
         # Three drafts at once, of which the cache forgets two: then their places are read again.
-        ready = loop._ready(forward, loop_condition)
+        ready = loop.cached(forward, loop_condition)
         places = positions_of(cond, loop_condition, 3, 20)
         draft = last.x.at[:, 1:3].set(0)[:, :3]
         several, state = ready(params, state, draft, places, step=1)
@@ -361,7 +361,7 @@ def test_bad_input(subject, captioned):
 
     refuse(r"has 4 rows and columns of tokens, and the loop is for \(4, 5\)", grid=(4, 5))
     refuse(r"top_k must be 1 \.\.\. 40, the number of codes", top_k=41)
-    refuse("of a LlamaGen with its VQModel, got LlamaGen and LlamaGen", vae=(forward, params))
+    refuse("with its VQModel, got LlamaGen and LlamaGen", vae=(forward, params))
     refuse("the VQ model has 39 codes", vae=testing.tiny_vq_model(vocab_size=39))
     with pytest.raises(TypeError, match="key must come from"):
         loop.init(forward, params, labels, jnp.arange(2))
