@@ -14,8 +14,8 @@ def test_the_notebook_runs(path):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(path, as_version=4)
-    (cell,) = (cell for cell in notebook.cells if cell.source.count("STEPS = 8"))
-    cell.source = cell.source.replace("STEPS = 8", "STEPS = 3")
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("STEPS = 8", "STEPS = 3")
     nbclient.NotebookClient(notebook, timeout=600).execute(cwd=path.parent)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("kept" in output.get("text", "") for output in outputs)
