@@ -409,9 +409,8 @@ def test_decoders_that_do_not_fit_images():
 def test_the_code_of_the_page_runs(model):
     """On the tiny model: an image of 3 x 4 of its tokens."""
     page = (Path(__file__).parent.parent / "docs" / "autoregression.md").read_text()
-    code = re.findall(
-        r"```python\n(.*?)```", page.partition("## Several tokens in a call")[2], re.DOTALL
-    )
+    section = page.partition("## Several tokens in a call")[2].partition("\n## ")[0]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     codes, texts = code
     small = "width=4, height=3, first=10, codes=30, row_end=2, tail=(3,)"
     texts = re.sub(r"width=32.*?,\)", small, texts)

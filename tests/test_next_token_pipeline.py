@@ -178,7 +178,7 @@ def test_the_code_of_the_page_runs(pipe, tmp_path, monkeypatch):
     names = {1: "golden retriever"}
     dataclasses.replace(pipe, names=names).save(tmp_path / "llamagen-b")
     page = (Path(__file__).parent.parent / "docs" / "autoregression.md").read_text()
-    page = page[page.index("## LlamaGen") : page.index("## Several tokens in a call")]
+    page = page[page.index("## LlamaGen") : page.index("## Chameleon")]
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     for old, new in ((', dtype="bfloat16"', ""), ("980", "4"), ("top_k=2000", "top_k=20")):
         assert old in code
@@ -186,7 +186,8 @@ def test_the_code_of_the_page_runs(pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = {"effjax": effjax, "jax": jax, "round_to_nearest": round_to_nearest}
     exec(code, made)
-    assert (made["tokens"].shape, made["again"].shape) == ((2, 16), (2, 8, 8, 3))
+    assert (made["logits"].shape[:2], made["tokens"].shape) == ((2, 16), (1, 16))
+    assert made["again"].shape == (2, 8, 8, 3)
     assert [name for name, _ in made["small"].forward.recipe] == ["round_to_nearest", "kivi"]
 
 

@@ -359,7 +359,7 @@ def test_weights_are_fitted_to_samples(method, tmp_path):
 
 def test_methods_for_other_attention_are_refused(untyped, subject):
     """By name, before work: whatever a method searches, calibrates or trains."""
-    others = {"litevar", "vidit_q", "gptq", "awq"}  # run on VAR
+    others = {"litevar", "vidit_q", "gptq", "awq", "distilled_decoding"}  # run on VAR
     for name, method in methods().items():
         ways = [way for way in (method.search, method.calibrate, method.fit) if way is not None]
         if name in others or method.read is not None or not ways:
