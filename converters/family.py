@@ -28,7 +28,10 @@ class Family:
         write_config: the inverse, without `_class_name`.
         tables: layouts of its checkpoints by name.
         claims: whether a config.json with another `_class_name` belongs here (legacy classes).
-        keys: names in config.json of the fields that `model.counts` lists, where they differ.
+        keys: names in config.json of the fields that `model.counts` lists, where they differ; a dot
+            stands before one of a section.
+        parts: further models that its checkpoints hold, by name.
+        beside: files beside config.json whose keys it is read with.
         library: what has the class, as a model_index.json names it.
     """
 
@@ -40,6 +43,8 @@ class Family:
     tables: Mapping[str, Table]
     claims: Callable[[Json], bool] = lambda config: False
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, Family] = dataclasses.field(default_factory=dict)
+    beside: tuple[str, ...] = ()
     library: str = "diffusers"
 
     def layout(self, names: Iterable[str]) -> str:
@@ -54,7 +59,28 @@ class Family:
             ValueError: naming its key, before anything of that size is made.
         """
         counts = {self.keys.get(field, field): path for field, path in self.model.counts.items()}
-        check_counts(config, counts, self.tables[layout].paths(names))
+        said = {key: _held(config, key) for key in counts}
+        check_counts(said, counts, self.tables[layout].paths(names))
+
+    def part(self, name: str | None) -> Family:
+        """The family of a further model by its name; this one if None.
+
+        Raises:
+            ValueError: for a part that its checkpoints do not hold.
+        """
+        if name is None:
+            return self
+        if name not in self.parts:
+            held = f"they are {', '.join(self.parts)}" if self.parts else "it has none"
+            raise ValueError(f"a {self.class_name} has no part {name!r}: {held}")
+        return self.parts[name]
+
+
+def _held(config: Json, key: str) -> Any:
+    """The value of a key, or of one of a section; None where there is none."""
+    section, _, own = key.rpartition(".")
+    within = config.get(section) if section else config
+    return within.get(own) if isinstance(within, Mapping) else None
 
 
 @functools.cache
@@ -87,7 +113,7 @@ def family_of_json(config: Json) -> Family:
 def family_of_config(config: Any) -> Family:
     """The family of the models that have this configuration."""
     for family in families():
-        if isinstance(config, family.config):
+        if type(config) is family.config:
             return family
     raise ValueError(f"no converter for models with {type(config).__name__}; there are: {_known()}")
 

@@ -174,7 +174,7 @@ class Table:
     def recognized(self, names: Iterable[str]) -> int:
         """How many of these tensor names the table knows."""
         sources = [entry.source for entry in (*self.rules, *self.buffers)]
-        known = [_pattern(source) for source in (*sources, *self.aliases)]
+        known = [_pattern(source) for source in (*sources, *self.aliases, *self.ignored)]
         return sum(any(pattern.fullmatch(name) for pattern in known) for name in names)
 
     def paths(self, names: Iterable[str]) -> Iterator[str]:

@@ -54,6 +54,7 @@ def from_pretrained(
     sharding: Placement = None,
     progress: bool = True,
     check_finite: bool = False,
+    part: str | None = None,
 ) -> tuple[Forward, Params]:
     """Load one model and its parameters from PyTorch weights.
 
@@ -80,6 +81,7 @@ def from_pretrained(
             or shardings in the structure of the parameters; the default device if None.
         progress: show bars for what takes longer than a second.
         check_finite: refuse weights that are NaN or infinite.
+        part: a further model that the same files hold, such as "vqmodel" of a Janus.
 
     Returns:
         The forward and its parameters.
@@ -100,7 +102,7 @@ def from_pretrained(
         progress=progress,
     )
     weights = open_weights(
-        path, dtype=dtype, compute_dtype=compute_dtype, check_finite=check_finite
+        path, dtype=dtype, compute_dtype=compute_dtype, check_finite=check_finite, part=part
     )
     placements = _placements(sharding, weights.leaves)
     params = {}

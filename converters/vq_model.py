@@ -1,8 +1,9 @@
-"""VQ models: LlamaGen's `vq_ds16_c2i.pt`, ..., and Chameleon's `vqgan.ckpt`, as released.
+"""VQ models: LlamaGen's `vq_ds16_c2i.pt`, ..., Chameleon's `vqgan.ckpt`, and Janus' `JanusVQVAE`.
 
 A file tells all but the groups of the norms, which are 32 in every model of this code, and the
 length of codes, which is one in LlamaGen's. Decoder levels are numbered from lowest to full
-resolution in LlamaGen's files, as here, and the other way in those of VQGAN's code (Chameleon's).
+resolution in LlamaGen's files and in transformers' of Janus, as here, and the other way in those of
+VQGAN's code (Chameleon's). Those of Janus are a part of a whole model.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def write_config(config: VQModelConfig) -> dict[str, Any]:
     return write_keys(config, _KEYS)
 
 
+_WITHIN = "model.vqmodel."  # of a Janus
+
 _SHARED = (
     *affine("quant_conv", "quant_conv", "conv"),
     *affine("post_quant_conv", "post_quant_conv", "conv"),
@@ -78,18 +81,21 @@ def _coder(coder: str, change: str, resample: str) -> tuple[Rule, ...]:
     )
 
 
+def _ends(coder: str) -> tuple[Rule, ...]:
+    """The rules of what VQGAN's code has before and behind the levels of encoder or decoder."""
+    return (
+        *affine(f"{coder}.conv_in", f"{coder}.conv_in", "conv"),
+        *residual_block(f"{coder}.mid.block_1", f"{coder}.mid.block1"),
+        *attention(f"{coder}.mid.attn_1", f"{coder}.mid.attention"),
+        *residual_block(f"{coder}.mid.block_2", f"{coder}.mid.block2"),
+        *norm(f"{coder}.norm_out", f"{coder}.norm_out"),
+        *affine(f"{coder}.conv_out", f"{coder}.conv_out", "conv"),
+    )
+
+
 def _vqgan() -> tuple[Rule, ...]:
     """The rules of encoder and decoder as VQGAN's code has them."""
-    rules: list[Rule] = []
-    for coder in ("encoder", "decoder"):
-        rules += [
-            *affine(f"{coder}.conv_in", f"{coder}.conv_in", "conv"),
-            *residual_block(f"{coder}.mid.block_1", f"{coder}.mid.block1"),
-            *attention(f"{coder}.mid.attn_1", f"{coder}.mid.attention"),
-            *residual_block(f"{coder}.mid.block_2", f"{coder}.mid.block2"),
-            *norm(f"{coder}.norm_out", f"{coder}.norm_out"),
-            *affine(f"{coder}.conv_out", f"{coder}.conv_out", "conv"),
-        ]
+    rules: list[Rule] = [*_ends("encoder"), *_ends("decoder")]
     for level in range(LEVELS):
         down, up, own = f"encoder.down.{level}", f"decoder.up.{level}", LEVELS - 1 - level
         for source, target in ((down, f"encoder.levels.{level}"), (up, f"decoder.levels.{own}")):
@@ -99,6 +105,20 @@ def _vqgan() -> tuple[Rule, ...]:
         rules += affine(f"{down}.downsample.conv", f"encoder.levels.{level}.resample", "conv")
         rules += affine(f"{up}.upsample.conv", f"decoder.levels.{own}.resample.conv", "conv")
     return (*rules, *_SHARED)
+
+
+def _janus() -> tuple[Rule, ...]:
+    """The rules of `JanusVQVAE`, by the names that it has in a Janus."""
+    rules: list[Rule] = [*_ends("encoder"), *_ends("decoder"), *_SHARED]
+    for source, target, change, resample in (
+        ("encoder.down.{i}", "encoder.levels.{i}", "downsample", "resample"),
+        ("decoder.up.{i}", "decoder.levels.{i}", "upsample", "resample.conv"),
+    ):
+        block = f"{target}.blocks.{{j}}"
+        rules += residual_block(f"{source}.block.{{j}}", block)
+        rules += attention(f"{source}.attn.{{j}}", f"{block}.attention")
+        rules += affine(f"{source}.{change}.conv", f"{target}.{resample}", "conv")
+    return tuple(rule._replace(source=f"{_WITHIN}{rule.source}") for rule in rules)
 
 
 def _infer_vqgan(shapes: Mapping[str, Shape]) -> VQModelConfig:
@@ -123,6 +143,15 @@ def _infer(shapes: Mapping[str, Shape]) -> VQModelConfig:
         _common(shapes, widths),
         layers_per_block=count(shapes, "encoder.conv_blocks.0.res."),
         level_attention=any(name.startswith("encoder.") and ".attn." in name for name in shapes),
+    )
+
+
+def _infer_janus(shapes: Mapping[str, Shape]) -> VQModelConfig:
+    own = {name.removeprefix(_WITHIN): shape for name, shape in shapes.items()}
+    levels = range(count(own, "encoder.down."))
+    widths = [own[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in levels]
+    return dataclasses.replace(
+        _common(own, widths), layers_per_block=count(own, "encoder.down.0.block.")
     )
 
 
@@ -152,12 +181,14 @@ ORIGINAL = Table(
 
 VQGAN = Table(rules=_vqgan(), infer=_infer_vqgan, stem="model")
 
+JANUS = Table(rules=_janus(), infer=_infer_janus, stem="model")
+
 FAMILY = Family(
     class_name="VQModel",
     model=VQModel,
     config=VQModelConfig,
     read_config=read_config,
     write_config=write_config,
-    tables={"original": ORIGINAL, "vqgan": VQGAN},
+    tables={"original": ORIGINAL, "vqgan": VQGAN, "janus": JANUS},
     library="effjax",
 )

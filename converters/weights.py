@@ -74,6 +74,7 @@ def open_weights(
     dtype: DTypeLike | None = None,
     compute_dtype: DTypeLike | None = None,
     check_finite: bool = False,
+    part: str | None = None,
 ) -> Weights:
     """Recognize a checkpoint and check that it holds one model, completely.
 
@@ -83,6 +84,7 @@ def open_weights(
         compute_dtype: of the computation; that of `dtype` if None, and that of most parameters if
             that is None too.
         check_finite: collect tensors with NaN or infinite values while reading.
+        part: a further model in the files, see `Family.parts`.
 
     Raises:
         ValueError: for a configuration that no converter knows, and for missing, unexpected and
@@ -95,7 +97,7 @@ def open_weights(
     layers = {f"{name}.weight": layer for name, layer in layers.items()}
     within = {f"{layer.name}.{part}" for layer in layers.values() for part in layer.tensors}
     dense = {name: tensor for name, tensor in tensors.items() if name not in within}
-    family, layout, config = _identify(path, dense, layers)
+    family, layout, config = _identify(path, dense, layers, part)
     dtype = None if dtype is None else float_dtype(dtype)
     counts = dict.fromkeys(FLOATS, 0)
     for tensor in dense.values():
@@ -135,7 +137,7 @@ def _quantization(path: Path) -> Quantization | None:
 
 
 def _identify(
-    path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, Layer]
+    path: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, Layer], part: str | None
 ) -> tuple[Family, str, Any]:
     """Family, layout and configuration, from config.json or from the tensors alone."""
     names = [*tensors, *layers]
@@ -143,11 +145,14 @@ def _identify(
     if config_path.is_file():
         config = read_json(config_path)
         with naming(config_path):
-            family = family_of_json(config)
+            family = family_of_json(config).part(part)
+            for file in family.beside:
+                if (found := path.with_name(file)).is_file():
+                    config = {**read_json(found), **config}
             layout = family.layout(names)
             family.check_counts(config, layout, names)
             return family, layout, family.read_config(config)
-    family = family_of_names(names)
+    family = family_of_names(names).part(part)
     layout = family.layout(names)
     infer = family.tables[layout].infer
     if infer is None:

@@ -4,7 +4,7 @@ next_scale       VAR: one call for each map of tokens, from coarse to fine
 collaborative    CoDe: a large VAR drafts the first maps, a small one makes the rest
 next_stage       ECAR: a flow for each stage of resolution, from coarse to fine
 maps             what the loops of VAR and ECAR share
-next_token       LlamaGen, Chameleon: one call for each token, row by row
+next_token       LlamaGen, Chameleon, Janus: one call for each token, row by row
 flow_map         tokens as functions of noise, by which one call can be trained to make them all
 few_step         students of VAR that are so trained: all tokens in one call, or in two
 """
@@ -15,7 +15,8 @@ from effjax.autoregression.flow_map import FlowSolver, flow_map
 from effjax.autoregression.maps import MapLoop
 from effjax.autoregression.next_scale import NextScale, codes_of, teacher_forced
 from effjax.autoregression.next_stage import NextStage, stage_loss
-from effjax.autoregression.next_token import NextToken, Prompt, logits_of
+from effjax.autoregression.next_token import NextToken, logits_of
+from effjax.models.llamagen import Prompt
 
 __all__ = [
     "Collaborative",

@@ -23,11 +23,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from effjax.autoregression.drafted import drafted, on_grid
 from effjax.caches import Caches, DenseCache, KVCache
@@ -40,10 +40,10 @@ from effjax.generate import JacobiDecoding, Sampling, process_logits
 from effjax.generate.installed import cached as with_cache
 from effjax.generate.installed import caches, check_shortest, empty_state
 from effjax.guidance import Guidance
-from effjax.layers.attention import Positions
 from effjax.loops import Carry, Loop
 from effjax.models.chameleon import ChameleonConfig
-from effjax.models.llamagen import LlamaGenConfig, condition_tokens, places_behind, positions_of
+from effjax.models.janus import JanusConfig
+from effjax.models.llamagen import LlamaGenConfig, condition_tokens, positions_of
 from effjax.models.vq_model import VQModelConfig, latents_of
 from effjax.samplers import sample_keys
 from effjax.transform import Pair
@@ -52,23 +52,6 @@ _DATA = ("vae", "guidance", "guidance_interval", "top_p", "temperature", "ids")
 _STATIC = ("grid", "top_k", "decoder")
 
 Tokens = Int[Array, "B N"]
-
-
-class Prompt(NamedTuple):
-    """Tokens of a text: the condition of a model of texts and images (Chameleon, Anole).
-
-    They end with what begins an image. Shorter ones are padded at the left.
-
-    Attributes:
-        tokens: ids.
-        mask: False for padding.
-    """
-
-    tokens: Int[Array, "B S"]
-    mask: Bool[Array, "B S"]
-
-
-jax.export.register_namedtuple_serialization(Prompt, serialized_name="effjax.Prompt")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_STATIC)
@@ -217,12 +200,18 @@ class NextToken(Loop):
 
         Raises:
             ValueError: if model and VQ model do not belong together, for a `top_k` above the number
-                of codes, and for methods that do not apply.
+                of codes, for prompts that are too long, and for methods that do not apply.
         """
         self.check(forward)
         self.unconditional(forward, cond, uncond)
         forward.check_calls(self.calls)
-        condition = _length(cond)
+        condition, longest = condition_tokens(cond), forward.config.max_length
+        if condition + self.calls > longest:
+            raise ValueError(
+                f"a prompt of {condition} tokens, padding included, and an image of {self.calls} "
+                f"are more than the {longest} that this model was made for: shorten the prompt to "
+                f"{longest - self.calls}"
+            )
         ready = self.cached(forward, condition)
         batch = jax.tree.leaves(cond)[0].shape[0]
         rows = batch if self.joined is None else len(self.joined.branches) * batch
@@ -238,10 +227,10 @@ class NextToken(Loop):
     def check(self, forward: Forward) -> None:
         """Raise what `init` raises of the loop and the model."""
         config, codes = forward.config, self.vae[0].config
-        kinds = LlamaGenConfig | ChameleonConfig
+        kinds = LlamaGenConfig | ChameleonConfig | JanusConfig
         if not isinstance(config, kinds) or not isinstance(codes, VQModelConfig):
             raise ValueError(
-                f"tokens are sampled of a LlamaGen or a Chameleon with its VQModel, got "
+                f"tokens are sampled of a LlamaGen, a Chameleon or a Janus with its VQModel, got "
                 f"{forward.model.__name__} and {self.vae[0].model.__name__}"
             )
         known = config.vocab_size
@@ -277,20 +266,20 @@ class NextToken(Loop):
 
     def inputs(self, x: Tokens, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
         """The condition in the first call, the last token in others; positions, and the column."""
-        first, condition = is_static(step) and int(step) == 0, _length(cond)
+        first, condition = is_static(step) and int(step) == 0, condition_tokens(cond)
         start: Step = 0 if first else condition + step - 1
         count, total = condition if first else 1, condition + self.calls
         tokens = None if first else jax.lax.dynamic_slice_in_dim(x, step - 1, 1, axis=1)
         if tokens is not None and self.ids is not None:
             tokens = self.ids[tokens]
-        positions = _positions(cond, start, count, total)
+        positions = positions_of(cond, start, count, total)
         if self.joined is not None:
-            away = _positions(uncond, start, count, total)
+            away = positions_of(uncond, start, count, total)
             positions = self.joined.join({"cond": positions, "uncond": away})
             tokens = self.joined.duplicate(tokens)
             cond = self.joined.join({"cond": cond, "uncond": uncond})
         last = jnp.full((positions.shape[0], 1), count - 1)
-        if isinstance(cond, Prompt):
+        if self.ids is not None:  # the condition's tokens are of the same vocabulary
             return (cond.tokens if first else tokens, positions, last)
         return (tokens, positions, last, None, None, cond if first else None)
 
@@ -339,24 +328,12 @@ class NextToken(Loop):
         uncond: PyTree,
         step: Step,
     ) -> tuple[Array, Array, StateDict]:
-        forward = self.cached(forward, _length(cond))
+        forward = self.cached(forward, condition_tokens(cond))
         return super().network(forward, params, state, x, cond, uncond, step)
 
     def cached(self, forward: Forward, condition: int) -> Forward:
         """The forward with a cache for a condition of so many tokens and an image."""
         return with_cache(forward).with_cache_length(condition, self.calls - 1)
-
-
-def _length(cond: PyTree) -> int:
-    """Tokens of a condition, padding included."""
-    return cond.tokens.shape[1] if isinstance(cond, Prompt) else condition_tokens(cond)
-
-
-def _positions(cond: PyTree, start: Step, count: int, total: int) -> Positions:
-    """Positions of the tokens start ... start + count - 1 of sequences with this condition."""
-    if isinstance(cond, Prompt):
-        return places_behind(cond.mask, start, count, total)
-    return positions_of(cond, start, count, total)
 
 
 def check_kept(forward: Forward, params: Params, state: StateDict, condition: int) -> None:
@@ -428,6 +405,6 @@ def logits_of(
         tokens: the first ones of an image, or all.
         cond: labels, or captions.
     """
-    first = _length(cond) - 1
+    first = condition_tokens(cond) - 1
     columns = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
     return forward(params, {}, tokens[:, :-1], None, columns, None, None, cond)[0]

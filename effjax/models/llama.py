@@ -262,10 +262,12 @@ class Llama(Model):
         Raises:
             ValueError: if tokens and `inputs_embeds` are both given, or neither.
         """
-        if (tokens is None) == (inputs_embeds is None):
+        if tokens is not None and inputs_embeds is None:
+            x = self.embed(tokens)
+        elif tokens is None and inputs_embeds is not None:
+            x = inputs_embeds.astype(self.config.dtype)
+        else:
             raise ValueError("a language model takes tokens or inputs_embeds, one of them")
-        x = self.embed_tokens.get_value()[tokens] if inputs_embeds is None else inputs_embeds
-        x = x.astype(self.config.dtype)
         x = self.blocks(x, positions)
         if logits_to_keep is not None:
             x = jnp.take_along_axis(x, logits_to_keep[:, :, None], axis=1)
@@ -274,6 +276,10 @@ class Llama(Model):
             return self.logits(x)
         vocabulary = self.config.vocab_size
         return token_scores(self.logits, x, labels, vocabulary=vocabulary)
+
+    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S C"]:
+        """The embeddings of tokens."""
+        return self.embed_tokens.get_value()[tokens].astype(self.config.dtype)
 
     def logits(self, x: Float[Array, "B N C"]) -> Float[Array, "B N V"]:
         """What the head makes of normed tokens."""

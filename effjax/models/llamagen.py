@@ -57,9 +57,24 @@ class Caption(NamedTuple):
     null: Bool[Array, " B"]
 
 
-jax.export.register_namedtuple_serialization(Caption, serialized_name="effjax.Caption")
+class Prompt(NamedTuple):
+    """Tokens of a text: the condition of a model of texts and images (Janus, Chameleon).
 
-Condition = Int[Array, " B"] | Caption
+    They end with what begins an image. Shorter ones are padded at the left.
+
+    Attributes:
+        tokens: ids.
+        mask: False for padding.
+    """
+
+    tokens: Int[Array, "B S"]
+    mask: Bool[Array, "B S"]
+
+
+jax.export.register_namedtuple_serialization(Caption, serialized_name="effjax.Caption")
+jax.export.register_namedtuple_serialization(Prompt, serialized_name="effjax.Prompt")
+
+Condition = Int[Array, " B"] | Caption | Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +181,7 @@ class LlamaGenConfig(Checked):
             param_dtype=self.param_dtype,
         )
 
-    def null_condition(self, condition: Condition) -> Condition:
+    def null_condition(self, condition: Array | Caption) -> Array | Caption:
         """The unconditional input of classifier-free guidance: the null class, or no prompt."""
         if isinstance(condition, Caption):
             return condition._replace(null=jnp.ones_like(condition.null))
@@ -195,7 +210,74 @@ class CaptionEmbedding(nnx.Module):
         return self.proj(jnp.where(caption.null[:, None, None], null, caption.states.astype(dtype)))
 
 
-class LlamaGen(Llama):
+class ImageLlama(Llama):
+    """A Llama whose sequence is a condition and then an image, row by row: the base of LlamaGen.
+
+    Its configuration says the `grid` and the number of `image_tokens`.
+    """
+
+    def embedded(self, condition: Condition) -> Float[Array, "B T C"]:
+        """The tokens of a condition.
+
+        Raises:
+            ValueError: for a condition of another kind.
+        """
+        raise NotImplementedError
+
+    def layout(self, tokens: Array | None, *others: Any) -> Layout:
+        """A raster where a call has all tokens of the image."""
+        config, given = self.config, others[3] if tokens is None and len(others) > 3 else tokens
+        count = 0 if given is None else given.shape[1]
+        whole = count == config.image_tokens
+        condition = others[4] if len(others) > 4 else None
+        return Layout(
+            grid=(1, config.grid, config.grid) if whole else None,
+            text=0 if condition is None else condition_tokens(condition),
+            text_first=True,
+            loose=0 if whole else count,
+            changed_by="a call of a part of the image",
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"] | None,
+        positions: Positions | None = None,
+        logits_to_keep: Int[Array, "B N"] | None = None,
+        labels: Int[Array, "B N"] | None = None,
+        inputs_embeds: Float[Array, "B S C"] | None = None,
+        condition: Condition | None = None,
+    ) -> Float[Array, "B N V"] | Float[Array, "B N"]:
+        """Run the network.
+
+        Args:
+            tokens: codes, 0 ... vocab_size - 1; None for a condition alone.
+            positions: as for `Llama`, of condition and codes; see `positions_of`. None for those of
+                a sequence from its start.
+            logits_to_keep, labels: as for `Llama`; columns of the condition are the first ones.
+            inputs_embeds: in place of tokens.
+            condition: labels, captions or prompts that the sequence begins with; None if a cache
+                has them.
+
+        Returns:
+            Logits [B, N, vocab_size], or log-probabilities of `labels`: the logits of code i stand
+            in the column before its own, those of code 0 in the condition's last one.
+
+        Raises:
+            ValueError: for a condition of another kind, or of another number of tokens.
+        """
+        if condition is None:
+            return super().__call__(tokens, positions, logits_to_keep, labels, inputs_embeds)
+        parts = [self.embedded(condition)]
+        if tokens is not None:
+            parts.append(self.embed(tokens))
+        if positions is None:
+            columns = sum(part.shape[1] for part in parts)
+            positions = positions_of(condition, 0, columns, columns)
+        embeds = jnp.concatenate(parts, axis=1)
+        return super().__call__(None, positions, logits_to_keep, labels, embeds)
+
+
+class LlamaGen(ImageLlama):
     """The network: computes the logits of the next code from a condition and codes."""
 
     Config: ClassVar[type] = LlamaGenConfig
@@ -222,59 +304,7 @@ class LlamaGen(Llama):
         )
         return LlamaBlock(self.decoder, layer, rotary=rotary, rngs=rngs)
 
-    def layout(self, tokens: Array | None, *others: Any) -> Layout:
-        """A raster where a call has all tokens of the image."""
-        config, given = self.config, others[3] if tokens is None and len(others) > 3 else tokens
-        count = 0 if given is None else given.shape[1]
-        whole = count == config.image_tokens
-        text = config.condition_tokens if len(others) > 4 and others[4] is not None else 0
-        return Layout(
-            grid=(1, config.grid, config.grid) if whole else None,
-            text=text,
-            text_first=True,
-            loose=0 if whole else count,
-            changed_by="a call of a part of the image",
-        )
-
-    def __call__(
-        self,
-        tokens: Int[Array, "B S"] | None,
-        positions: Positions | None = None,
-        logits_to_keep: Int[Array, "B N"] | None = None,
-        labels: Int[Array, "B N"] | None = None,
-        inputs_embeds: Float[Array, "B S C"] | None = None,
-        condition: Condition | None = None,
-    ) -> Float[Array, "B N V"] | Float[Array, "B N"]:
-        """Run the network.
-
-        Args:
-            tokens: codes, 0 ... vocab_size - 1; None for a condition alone.
-            positions: as for `Llama`, of condition and codes; see `positions_of`. None for those of
-                a sequence from its start.
-            logits_to_keep, labels: as for `Llama`; columns of the condition are the first ones.
-            inputs_embeds: in place of tokens.
-            condition: labels or captions that the sequence begins with; None if a cache has them.
-
-        Returns:
-            Logits [B, N, vocab_size], or log-probabilities of `labels`: the logits of code i stand
-            in the column before its own, those of code 0 in the condition's last one.
-
-        Raises:
-            ValueError: for a condition of another kind, or of another number of tokens.
-        """
-        if condition is None:
-            return super().__call__(tokens, positions, logits_to_keep, labels, inputs_embeds)
-        parts = [self.embedded(condition)]
-        if tokens is not None:
-            parts.append(self.embed_tokens.get_value()[tokens].astype(self.config.dtype))
-        if positions is None:
-            columns = sum(part.shape[1] for part in parts)
-            positions = positions_of(condition, 0, columns, columns)
-        embeds = jnp.concatenate(parts, axis=1)
-        return super().__call__(None, positions, logits_to_keep, labels, embeds)
-
     def embedded(self, condition: Condition) -> Float[Array, "B T C"]:
-        """The tokens of a condition."""
         config = self.config
         if isinstance(condition, Caption):
             expected = (config.caption_tokens, config.caption_channels)
@@ -284,8 +314,9 @@ class LlamaGen(Llama):
                     f"{list(condition.states.shape[1:])}"
                 )
             return self.caption(condition, config.dtype)
-        if self.label is None:
-            raise ValueError(f"this LlamaGen is conditioned on {_what(config)}; got labels")
+        if self.label is None or isinstance(condition, Prompt):
+            given = "prompts" if isinstance(condition, Prompt) else "labels"
+            raise ValueError(f"this LlamaGen is conditioned on {_what(config)}; got {given}")
         return self.label(condition)[:, None].astype(config.dtype)
 
 
@@ -296,15 +327,15 @@ def _what(config: LlamaGenConfig) -> str:
 
 
 def condition_tokens(condition: Condition) -> int:
-    """Tokens of a condition: one for a label."""
-    return condition.mask.shape[1] if isinstance(condition, Caption) else 1
+    """Tokens of a condition, padding included: one for a label."""
+    return condition.mask.shape[1] if isinstance(condition, Caption | Prompt) else 1
 
 
 def positions_of(condition: Condition, start: Step, count: int, total: int) -> Positions:
     """Positions of the tokens start ... start + count - 1 of sequences that begin with a condition.
 
-    Captions leave out their padding: it has no place (-1) and the tokens after it come earlier,
-    while all are rotated to where they would stand with it.
+    Captions and prompts leave out their padding: it has no place (-1) and the tokens after it come
+    earlier. Those of captions are rotated to where they would stand with it.
 
     Args:
         condition: what the sequences begin with.
@@ -312,14 +343,16 @@ def positions_of(condition: Condition, start: Step, count: int, total: int) -> P
         count: tokens.
         total: that a sequence may have.
     """
-    if not isinstance(condition, Caption):
+    if not isinstance(condition, Caption | Prompt):
         return jnp.broadcast_to(start + jnp.arange(count), (condition.shape[0], count))
-    place = places_behind(condition.mask, start, count, total)
+    place = _places_behind(condition.mask, start, count, total)
+    if isinstance(condition, Prompt):
+        return place
     angles = jnp.broadcast_to(start + jnp.arange(count, dtype=jnp.int32), place.shape)
     return jnp.stack([place, angles], axis=1)
 
 
-def places_behind(
+def _places_behind(
     mask: Bool[Array, "B T"], start: Step, count: int, total: int
 ) -> Int[Array, "B {count}"]:
     """Places of the tokens start ... start + count - 1, without the padding of their beginnings.
