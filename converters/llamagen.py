@@ -17,7 +17,7 @@ from effjax.models.llamagen import LlamaGen, LlamaGenConfig
 # Of the released code, by hidden size; the last two are its larger configurations.
 _HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32, 2048: 32, 4096: 32}
 
-_KEYS: Keys = {
+KEYS: Keys = {
     "grid": ("grid", 16),
     "num_layers": ("num_layers", 12),
     "num_attention_heads": ("num_heads", 12),
@@ -34,29 +34,23 @@ _KEYS: Keys = {
 
 def read_config(config: Json) -> LlamaGenConfig:
     """config.json to the configuration; absent keys have LlamaGen-B's values."""
-    return LlamaGenConfig(**read_keys(config, LlamaGenConfig, _KEYS))
+    return LlamaGenConfig(**read_keys(config, LlamaGenConfig, KEYS))
 
 
 def write_config(config: LlamaGenConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    return write_keys(config, _KEYS)
+    return write_keys(config, KEYS)
 
 
-def _rules() -> tuple[Rule, ...]:
-    source, target = "layers.{i}", "blocks.{i}"
+def block_rules(source: str, target: str) -> tuple[Rule, ...]:
+    """The rules of a block."""
     linear = {
         "attention.wo": "attn.to_out",
         "feed_forward.w1": "mlp.gate",
         "feed_forward.w3": "mlp.up",
         "feed_forward.w2": "mlp.down",
     }
-    caption = "cls_embedding"
     return (
-        Rule("tok_embeddings.weight", "embed_tokens"),
-        Rule(f"{caption}.embedding_table.weight", "label.embedding_table"),
-        Rule(f"{caption}.uncond_embedding", "caption.null_states"),
-        Rule(f"{caption}.cap_proj.fc1.weight", "caption.proj.fc1.kernel", "linear"),
-        Rule(f"{caption}.cap_proj.fc2.weight", "caption.proj.fc2.kernel", "linear"),
         *(
             Rule(
                 f"{source}.attention.wqkv.weight",
@@ -71,12 +65,23 @@ def _rules() -> tuple[Rule, ...]:
         ),
         Rule(f"{source}.attention_norm.weight", f"{target}.norm1.scale"),
         Rule(f"{source}.ffn_norm.weight", f"{target}.norm2.scale"),
-        Rule("norm.weight", "norm.scale"),
-        Rule("output.weight", "lm_head.kernel", "linear"),
     )
 
 
-def _infer(shapes: Mapping[str, Shape]) -> LlamaGenConfig:
+RULES = (
+    Rule("tok_embeddings.weight", "embed_tokens"),
+    Rule("cls_embedding.embedding_table.weight", "label.embedding_table"),
+    Rule("cls_embedding.uncond_embedding", "caption.null_states"),
+    Rule("cls_embedding.cap_proj.fc1.weight", "caption.proj.fc1.kernel", "linear"),
+    Rule("cls_embedding.cap_proj.fc2.weight", "caption.proj.fc2.kernel", "linear"),
+    *block_rules("layers.{i}", "blocks.{i}"),
+    Rule("norm.weight", "norm.scale"),
+    Rule("output.weight", "lm_head.kernel", "linear"),
+)
+
+
+def infer(shapes: Mapping[str, Shape]) -> LlamaGenConfig:
+    """The configuration, from the tensors' shapes."""
     vocabulary, width = shapes["tok_embeddings.weight"]
     if width not in _HEADS:
         raise ValueError(
@@ -97,7 +102,7 @@ def _infer(shapes: Mapping[str, Shape]) -> LlamaGenConfig:
     )
 
 
-ORIGINAL = Table(rules=_rules(), infer=_infer, stem="model")
+ORIGINAL = Table(rules=RULES, infer=infer, stem="model")
 
 FAMILY = Family(
     class_name="LlamaGen",

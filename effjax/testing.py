@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.autoregression import NextScale, NextStage, NextToken
+from effjax.autoregression import NextBlock, NextDiagonal, NextScale, NextStage, NextToken
 from effjax.calibration import Answers, Samples, Sequences, Trajectory
 from effjax.context import PyTree
 from effjax.forward import (
@@ -29,6 +29,8 @@ from effjax.models.ecar import ECAR, ECARConfig
 from effjax.models.flux import Flux, FluxConfig
 from effjax.models.llama import Llama, LlamaConfig
 from effjax.models.llamagen import Caption, LlamaGen, LlamaGenConfig
+from effjax.models.nar import NAR, NARConfig
+from effjax.models.nbp import NBP, NBPConfig
 from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
 from effjax.models.sd3 import SD3, SD3Config
 from effjax.models.var import VAR, VARConfig
@@ -286,6 +288,27 @@ def tiny_llamagen(*, batch: int = 2, **options: Any) -> Subject:
         options: fields of `LlamaGenConfig` to change; with `caption_channels` it is a text-to-image
             model.
     """
+    return _of_codes(LlamaGen, LlamaGenConfig, NextToken, batch, options)
+
+
+def tiny_nar(*, batch: int = 2, **options: Any) -> Subject:
+    """A NAR of two layers and one more, 4 x 4 tokens, with `tiny_vq_model` and a guided loop."""
+    return _of_codes(NAR, NARConfig, NextDiagonal, batch, options)
+
+
+def tiny_nbp(*, batch: int = 2, **options: Any) -> Subject:
+    """An NBP of two layers and four rows of four tokens, as `tiny_nar`."""
+    options = {"block": (1, 1, 4), **options}
+    return _of_codes(NBP, NBPConfig, NextBlock, batch, options)
+
+
+def _of_codes(
+    model: type[LlamaGen],
+    kind: type[LlamaGenConfig],
+    loop: type[NextToken],
+    batch: int,
+    options: Any,
+) -> Subject:
     shape = {
         "grid": 4,
         "num_layers": 2,
@@ -296,17 +319,19 @@ def tiny_llamagen(*, batch: int = 2, **options: Any) -> Subject:
         "num_classes": 0 if options.get("caption_channels") else 5,
         "caption_tokens": 6,
     }
-    config = LlamaGenConfig(**{**shape, **options})
-    forward, shapes = abstract(LlamaGen, config)
+    config = kind(**{**shape, **options})
+    forward, shapes = abstract(model, config)
     codes = tiny_vq_model(vocab_size=config.vocab_size)
-    loop = NextToken(codes, (config.grid, config.grid), guidance=2.0, top_k=20, top_p=0.9)
+    grid = config.image_tokens // config.grid, config.grid
+    own = {"groups": config.groups} if isinstance(config, NARConfig | NBPConfig) else {}
+    sampler = loop(codes, grid, guidance=2.0, top_k=20, top_p=0.9, **own)
     cond: PyTree = jnp.arange(batch, dtype=jnp.int32) % max(config.num_classes, 1)
     if config.caption_channels:
         size = batch, config.caption_tokens, config.caption_channels
         states = np.random.default_rng(4).standard_normal(size).astype(np.float32)
         mask = np.arange(size[1]) >= 1 + 2 * (np.arange(batch)[:, None] % 3)
         cond = Caption(jnp.asarray(states), jnp.asarray(mask), jnp.zeros(batch, bool))
-    return Subject(forward, random_params(shapes), loop, cond)
+    return Subject(forward, random_params(shapes), sampler, cond)
 
 
 def tiny_ecar(*, batch: int = 2, **options: Any) -> Subject:

@@ -5,6 +5,9 @@ collaborative    CoDe: a large VAR drafts the first maps, a small one makes the 
 next_stage       ECAR: a flow for each stage of resolution, from coarse to fine
 maps             what the loops of VAR and ECAR share
 next_token       LlamaGen, Chameleon, Janus: one call for each token, row by row
+next_group       what the loops of NAR and NBP share: one call for each group of tokens
+next_diagonal    NAR: one call for each diagonal
+next_block       NBP: one call for each block, such as a row
 flow_map         tokens as functions of noise, by which one call can be trained to make them all
 few_step         students of VAR that are so trained: all tokens in one call, or in two
 """
@@ -13,6 +16,9 @@ from effjax.autoregression.collaborative import Collaborative, call_flops, peak_
 from effjax.autoregression.few_step import FewStep, MappedScales, noise_of_slots
 from effjax.autoregression.flow_map import FlowSolver, flow_map
 from effjax.autoregression.maps import MapLoop
+from effjax.autoregression.next_block import NextBlock, Started
+from effjax.autoregression.next_diagonal import NextDiagonal
+from effjax.autoregression.next_group import group_loss
 from effjax.autoregression.next_scale import NextScale, codes_of, teacher_forced
 from effjax.autoregression.next_stage import NextStage, stage_loss
 from effjax.autoregression.next_token import NextToken, logits_of
@@ -24,13 +30,17 @@ __all__ = [
     "FlowSolver",
     "MapLoop",
     "MappedScales",
+    "NextBlock",
+    "NextDiagonal",
     "NextScale",
     "NextStage",
     "NextToken",
     "Prompt",
+    "Started",
     "call_flops",
     "codes_of",
     "flow_map",
+    "group_loss",
     "logits_of",
     "noise_of_slots",
     "peak_cache",

@@ -48,13 +48,13 @@ from effjax.models.vq_model import VQModelConfig, latents_of
 from effjax.samplers import sample_keys
 from effjax.transform import Pair
 
-_DATA = ("vae", "guidance", "guidance_interval", "top_p", "temperature", "ids")
-_STATIC = ("grid", "top_k", "decoder")
+DATA = ("vae", "guidance", "guidance_interval", "top_p", "temperature", "ids")
+STATIC = ("grid", "top_k", "decoder")
 
 Tokens = Int[Array, "B N"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_STATIC)
+@partial(jax.tree_util.register_dataclass, data_fields=DATA, meta_fields=STATIC)
 @dataclasses.dataclass(frozen=True, eq=False)
 class NextToken(Loop):
     """The loop that samples the tokens of an image one after the other, row by row.
@@ -92,9 +92,19 @@ class NextToken(Loop):
     ids: Int[Array, " V"] | None = None
 
     @property
-    def calls(self) -> int:
-        """Number of tokens."""
+    def tokens_of_image(self) -> int:
+        """Number of tokens of an image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def new_tokens(self) -> int:
+        """Those of them that are drawn."""
+        return self.tokens_of_image
+
+    @property
+    def calls(self) -> int:
+        """Number of calls: one for each token."""
+        return self.tokens_of_image
 
     @property
     def apart(self) -> tuple[int, ...]:
@@ -205,27 +215,28 @@ class NextToken(Loop):
         self.check(forward)
         self.unconditional(forward, cond, uncond)
         forward.check_calls(self.calls)
-        condition, longest = condition_tokens(cond), forward.config.max_length
-        if condition + self.calls > longest:
+        condition, longest = self.read_at_once(cond), forward.config.max_length
+        if condition + self.new_tokens > longest:
             raise ValueError(
-                f"a prompt of {condition} tokens, padding included, and an image of {self.calls} "
-                f"are more than the {longest} that this model was made for: shorten the prompt to "
-                f"{longest - self.calls}"
+                f"a prompt of {condition} tokens, padding included, and an image of "
+                f"{self.new_tokens} are more than the {longest} that this model was made for: "
+                f"shorten the prompt to {longest - self.new_tokens}"
             )
         ready = self.cached(forward, condition)
         batch = jax.tree.leaves(cond)[0].shape[0]
         rows = batch if self.joined is None else len(self.joined.branches) * batch
         state = empty_state(ready, params, rows)
         if forward.patches:
-            check_shortest(ready, condition + self.calls - 1)
+            check_shortest(ready, condition + self.new_tokens - 1)
             check_kept(ready, params, state, condition)
-        tokens = jnp.zeros((batch, self.calls), jnp.int32)
+        tokens = jnp.zeros((batch, self.tokens_of_image), jnp.int32)
         return Carry(
             tokens, (), state, sample_keys(jax.random.key(0) if key is None else key, batch)
         )
 
     def check(self, forward: Forward) -> None:
         """Raise what `init` raises of the loop and the model."""
+        self.check_order(forward)
         config, codes = forward.config, self.vae[0].config
         kinds = LlamaGenConfig | ChameleonConfig | JanusConfig
         if not isinstance(config, kinds) or not isinstance(codes, VQModelConfig):
@@ -241,10 +252,10 @@ class NextToken(Loop):
                     f"this model has {known} codes among its tokens: give "
                     f"ids=jnp.asarray(forward.config.image_ids)"
                 )
-        elif (config.grid, config.grid) != self.grid:
+        elif self.grid != (own := (config.image_tokens // config.grid, config.grid)):
             raise ValueError(
-                f"the model has {config.grid} rows and columns of tokens, and the loop is for "
-                f"{self.grid}: give grid=(forward.config.grid, forward.config.grid)"
+                f"the model has {own[0]} rows and {own[1]} columns of tokens, and the loop is for "
+                f"{self.grid}: give grid={own}"
             )
         if codes.vocab_size != known:
             raise ValueError(
@@ -263,6 +274,21 @@ class NextToken(Loop):
                     f"leave it out, or give it to effjax.generate with a Grid"
                 )
             on_grid(self.decoder, self.grid)
+
+    def check_order(self, forward: Forward) -> None:
+        """Raise ValueError for a model that predicts tokens in another order."""
+        if hasattr(forward.config, "groups"):
+            raise ValueError(
+                f"a {forward.model.__name__} predicts several tokens in a call: sample it with "
+                f"NextDiagonal (NAR) or NextBlock (NBP)"
+            )
+
+    @staticmethod
+    def logits(
+        forward: Forward, params: Params, tokens: Tokens, cond: PyTree
+    ) -> Float[Array, "B N V"]:
+        """Logits of given tokens, see `logits_of`."""
+        return logits_of(forward, params, tokens, cond)
 
     def inputs(self, x: Tokens, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
         """The condition in the first call, the last token in others; positions, and the column."""
@@ -328,8 +354,12 @@ class NextToken(Loop):
         uncond: PyTree,
         step: Step,
     ) -> tuple[Array, Array, StateDict]:
-        forward = self.cached(forward, condition_tokens(cond))
+        forward = self.cached(forward, self.read_at_once(cond))
         return super().network(forward, params, state, x, cond, uncond, step)
+
+    def read_at_once(self, cond: PyTree) -> int:
+        """Tokens of the first call: those of the condition, padding included."""
+        return condition_tokens(cond)
 
     def cached(self, forward: Forward, condition: int) -> Forward:
         """The forward with a cache for a condition of so many tokens and an image."""

@@ -41,6 +41,21 @@ def decode_part(q: Heads, held: Held, lengths: Lengths) -> Part:
     return out, jnp.take_along_axis(log_sum_exps, back[:, :, None], axis=1)
 
 
+def decode_together(q: Heads, held: Held, lengths: Lengths) -> Heads:
+    """New tokens attend to the first `lengths` slots, which hold them all: each sees the others."""
+    return decode_together_part(q, held, lengths)[0]
+
+
+def decode_together_part(q: Heads, held: Held, lengths: Lengths) -> Part:
+    """`decode_together` and its log-sum-exps: tokens are folded into heads of one token."""
+    batch, count, heads, width = q.shape
+    groups = held["k"].shape[2]
+    folded = q.reshape(batch, count, groups, -1, width).transpose(0, 2, 3, 1, 4)
+    out, log_sum_exps = decode_part(folded.reshape(batch, 1, -1, width), held, lengths)
+    out = out.reshape(batch, heads, count, -1).swapaxes(1, 2)
+    return out, log_sum_exps.reshape(batch, heads, count).swapaxes(1, 2)
+
+
 def attend_chunk(
     q: Heads,
     k: KeyHeads,

@@ -6,11 +6,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from effjax.caches.attention import FEW, attend_chunk, decode
+from effjax.caches.attention import FEW, attend_chunk, decode, decode_together
 from effjax.caches.inputs import AttentionInputs
 from effjax.caches.protocol import KVCache
 from effjax.caches.quantization import FLOAT
-from effjax.caches.slots import Lengths, begin, ends, left_aligned, put_all, starts
+from effjax.caches.slots import (
+    Lengths,
+    begin,
+    ends,
+    left_aligned,
+    lengths_after,
+    put_all,
+    starts,
+)
 from effjax.caches.storage import Storage
 from effjax.context import CacheLength
 from effjax.layers.attention import Heads
@@ -31,6 +39,10 @@ class DenseCache(KVCache):
         self.tokens = Storage(bits)
 
     @property
+    def joint_append(self) -> bool:
+        return True
+
+    @property
     def exact_chunked_prefill(self) -> bool:
         return not self.tokens.quantized
 
@@ -45,6 +57,8 @@ class DenseCache(KVCache):
         past = self.tokens.read(new, self.slots)
         held = put_all(past, new, positions)
         self.tokens.write(held)
+        if self.core.together:
+            return decode_together(q, held, lengths_after(positions))
         if q.shape[1] <= FEW:
             return decode(q, held, ends(positions))
         own, old = (self.tokens.floats(each, q.dtype) for each in (new, past))

@@ -47,6 +47,14 @@ class AttentionInputs:
         return cls(q, k, v, x, *places(positions), core)
 
     @property
+    def reach(self) -> Int[Array, "B S"]:
+        """The last place that each token sees: its own, or that of the last token beside it."""
+        if not self.core.together:
+            return self.positions
+        last = jnp.max(self.positions, axis=1, keepdims=True)
+        return jnp.where(self.positions >= 0, last, -1)
+
+    @property
     def rotated_q(self) -> Heads:
         """Queries, rotated to the positions of their tokens."""
         return self.core.rotary(self.q, self.angles)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from effjax.caches.attention import FEW, attend_chunk, decode
+from effjax.caches.attention import FEW, attend_chunk, decode, decode_together
 from effjax.caches.budgets import Sizes
 from effjax.caches.inputs import AttentionInputs
 from effjax.caches.protocol import KVCache
 from effjax.caches.quantization import FLOAT
-from effjax.caches.slots import Lengths, begin, ends, put_all, starts
+from effjax.caches.slots import Lengths, begin, ends, lengths_after, put_all, starts
 from effjax.caches.storage import Storage
 from effjax.context import CacheLength, State
 from effjax.layers.attention import Heads
@@ -88,6 +88,10 @@ class PressedCache(KVCache):
         self.dropped = State()  # how many tokens of each sequence were not kept
 
     @property
+    def joint_append(self) -> bool:
+        return True
+
+    @property
     def exact_chunked_prefill(self) -> bool:
         return False
 
@@ -122,6 +126,8 @@ class PressedCache(KVCache):
         past = self.tokens.read(new, self.slots)
         held = put_all(past, new, places)
         self.tokens.write(held)
+        if self.core.together:
+            return decode_together(q, held, lengths_after(places))
         if q.shape[1] <= FEW:
             return decode(q, held, ends(places))
         own, old = (self.tokens.floats(each, q.dtype) for each in (new, past))

@@ -20,6 +20,7 @@ class KVCache(Wrapper, abc.ABC):
     """What every kind of cache is. A kind declares what it can:
 
         multi_token_append     append several tokens in one call (a question, speculative decoding)
+        joint_append           append several tokens that see each other (a `GroupCore`)
         rollback               go back to a shorter sequence by appending at an earlier position
         exact_chunked_prefill  reading a prompt in chunks gives what reading it at once gives
 
@@ -41,6 +42,11 @@ class KVCache(Wrapper, abc.ABC):
     def multi_token_append(self) -> bool:
         """Whether several tokens may be appended in one call."""
         return True
+
+    @property
+    def joint_append(self) -> bool:
+        """Whether several tokens that see each other may be appended in one call."""
+        return False
 
     @property
     def rollback(self) -> bool:
@@ -86,6 +92,11 @@ class KVCache(Wrapper, abc.ABC):
             raise ValueError(
                 f"{type(self).__name__} appends one token in a call, not several: later tokens "
                 f"would overwrite what earlier ones attend to. Append them one by one."
+            )
+        if q.shape[1] > 1 and self.core.together and not self.joint_append:
+            raise ValueError(
+                f"{type(self).__name__} appends tokens one after the other, and those of this call "
+                f"see each other: use the dense cache, or one that keeps the last tokens"
             )
         with jax.named_scope("attention"):
             return self.append(inputs)

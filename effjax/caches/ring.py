@@ -65,6 +65,10 @@ class RingCache(KVCache):
         return self.slots >= self.cache_length.total  # else older tokens are overwritten
 
     @property
+    def joint_append(self) -> bool:
+        return True
+
+    @property
     def exact_chunked_prefill(self) -> bool:
         window = self.core.window
         whole = self.slots >= self.cache_length.total
@@ -108,7 +112,7 @@ class RingCache(KVCache):
             q,
             k,
             v,
-            positions,
+            inputs.reach,
             jnp.concatenate([self.positions(before)[:, 0], positions], axis=1),
             sinks=self.sinks,
             local=rings,

@@ -356,7 +356,12 @@ class CausalCore(nnx.Module):
     Args:
         rotary: turns queries and keys.
         window: how many of the last tokens a query sees, its own included; None for all.
+
+    Attributes:
+        together: whether the tokens of a call that follows others see each other, all of them.
     """
+
+    together: ClassVar[bool] = False
 
     def __init__(self, rotary: Rotary, *, window: int | None = None):
         self.rotary = rotary

@@ -268,7 +268,16 @@ class Llama(Model):
             x = inputs_embeds.astype(self.config.dtype)
         else:
             raise ValueError("a language model takes tokens or inputs_embeds, one of them")
-        x = self.blocks(x, positions)
+        return self.outputs(self.blocks(x, positions), positions, logits_to_keep, labels)
+
+    def outputs(
+        self,
+        x: Float[Array, "B S C"],
+        positions: Positions | None,
+        logits_to_keep: Int[Array, "B N"] | None,
+        labels: Int[Array, "B N"] | None,
+    ) -> Float[Array, "B N V"] | Float[Array, "B N"]:
+        """What a call gives, from the last layer's tokens."""
         if logits_to_keep is not None:
             x = jnp.take_along_axis(x, logits_to_keep[:, :, None], axis=1)
         x = self.norm(x)

@@ -272,9 +272,13 @@ class ImageLlama(Llama):
             parts.append(self.embed(tokens))
         if positions is None:
             columns = sum(part.shape[1] for part in parts)
-            positions = positions_of(condition, 0, columns, columns)
+            positions = self.positions(condition, columns)
         embeds = jnp.concatenate(parts, axis=1)
         return super().__call__(None, positions, logits_to_keep, labels, embeds)
+
+    def positions(self, condition: Condition, columns: int) -> Positions:
+        """Positions of sequences from their start."""
+        return positions_of(condition, 0, columns, columns)
 
 
 class LlamaGen(ImageLlama):

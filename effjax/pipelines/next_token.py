@@ -1,4 +1,4 @@
-"""Pipelines of models that predict codes one after the other, row by row: LlamaGen."""
+"""Pipelines of models that predict the codes of a raster: LlamaGen, and in groups NAR and NBP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from effjax.autoregression import NextToken, logits_of
+from effjax.autoregression import NextBlock, NextDiagonal, NextToken
 from effjax.buckets import by_parts
 from effjax.context import PyTree
 from effjax.executables import Program
@@ -33,10 +33,15 @@ from effjax.pipelines.loading import Components
 from effjax.pipelines.text_encoders import OfPrompts
 from effjax.transform import Pair
 
+# Of models that predict several tokens in a call.
+_LOOPS: dict[type, type[NextBlock | NextDiagonal]] = {
+    loop.CONFIG: loop for loop in (NextBlock, NextDiagonal)
+}
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RasterPipeline(CodesPipeline):
-    """A model that predicts the codes of a `VQModel` row by row: the base of its pipelines."""
+    """A model that predicts the codes of a `VQModel`: the base of its pipelines."""
 
     SETTINGS: ClassVar[tuple[str, ...]] = (
         "guidance_scale",
@@ -48,6 +53,9 @@ class RasterPipeline(CodesPipeline):
     )
 
     def loop(self, **options: Any) -> NextToken:
+        config = self.forward.config
+        if loop := _LOOPS.get(type(config)):
+            return loop(self.vae, self.grid, groups=config.groups, **options)
         return NextToken(self.vae, self.grid, **options)
 
     @property
@@ -131,7 +139,7 @@ class RasterPipeline(CodesPipeline):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class NextTokenPipeline(OfClasses, RasterPipeline):
-    """A class-conditional model of tokens (LlamaGen) with the VQ model of its codes.
+    """A class-conditional model of tokens (LlamaGen, NAR, NBP) with the VQ model of its codes.
 
     Call it with class indices or names to get images of these classes.
 
@@ -150,9 +158,10 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        model = self.forward.model.__name__
         if not self.forward.config.num_classes:
             raise ValueError(
-                f"this LlamaGen is conditioned on prompts: {INDEX} must name a LlamaGenTextPipeline"
+                f"this {model} is conditioned on prompts: {INDEX} must name a {model}TextPipeline"
             )
         check_names(self.names, self.forward.config.num_classes)
 
@@ -251,7 +260,7 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
         """Logits float32[B, L, V] of given tokens [B, L], all in one call, without guidance.
 
         Args:
-            tokens: the first ones of each image, or all.
+            tokens: the first ones of each image, or all; all of models that predict groups.
             labels: class of each image.
 
         Raises:
@@ -265,7 +274,7 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TextNextTokenPipeline(OfPrompts, RasterPipeline):
-    """A text-to-image model of tokens (LlamaGen) with its text encoder and the VQ model.
+    """A text-to-image model of tokens (LlamaGen, NAR) with its text encoder and the VQ model.
 
     Call it with prompts.
 
@@ -281,9 +290,10 @@ class TextNextTokenPipeline(OfPrompts, RasterPipeline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        model = self.forward.model.__name__
         if not self.forward.config.caption_channels:
             raise ValueError(
-                f"this LlamaGen is conditioned on classes: {INDEX} must name a LlamaGenPipeline"
+                f"this {model} is conditioned on classes: {INDEX} must name a {model}Pipeline"
             )
 
     def example_condition(self) -> PyTree:
@@ -421,4 +431,5 @@ def _latents(grid: tuple[int, int], forward: Forward, params: Params, tokens: Ar
 
 @Program
 def _read(forward: Forward, params: Params, tokens: Array, cond: PyTree) -> Array:
-    return logits_of(forward, params, tokens, cond)
+    loop = _LOOPS.get(type(forward.config), NextToken)
+    return loop.logits(forward, params, tokens, cond)

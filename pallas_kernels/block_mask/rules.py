@@ -225,6 +225,38 @@ class Levels(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Grouped(Rule):
+    """Causal, but for groups of tokens that follow the first ones and see each other.
+
+    A query sees all keys up to the end of its group. A last group of which keys are missing is
+    causal.
+
+    Attributes:
+        before: first tokens, which are in no group.
+        sizes: tokens of each group.
+    """
+
+    before: int
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        at_least(0, before=self.before)
+        at_least(1, sizes=self.sizes)
+
+    def spans(self, row: Integers, keys: int, *parameters: Integers) -> Spans:
+        place = _maximum(row - self.before, 0)
+        if len(set(self.sizes)) == 1:
+            stop = (_divide(place, self.sizes[0]) + 1) * self.sizes[0]
+        else:
+            stop = 0 * row
+            for start, size in zip((0, *accumulate(self.sizes)), self.sizes):
+                stop = stop + _where(place >= start, size, 0)
+        stop = stop + self.before
+        whole = (row >= self.before) & (stop <= keys)
+        return ((0 * row, _minimum(_where(whole, stop, row + 1), keys)),)
+
+
+@dataclasses.dataclass(frozen=True)
 class MultiDiagonal(Rule):
     """The queries of one level see of each level a band around its diagonal (LiteVAR).
 

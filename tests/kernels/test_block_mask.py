@@ -13,6 +13,7 @@ from pallas_kernels.block_mask import (
     Band,
     Causal,
     Full,
+    Grouped,
     Levels,
     SinkLocal,
     block_mask,
@@ -60,6 +61,14 @@ RULES = [
     (
         Levels((1, 4, 9, 16, 11), whole=False),
         [(np.repeat((0, 1, 5, 14, 30), (1, 4, 9, 16, 11))[:, None] > COLUMN) | (NEAR == 0)],
+    ),
+    (
+        Grouped(5, (4, 9, 16, 7)),
+        [np.repeat((1, 2, 3, 4, 5, 9, 18, 34, 41), (*[1] * 5, 4, 9, 16, 7))[:, None] > COLUMN],
+    ),
+    (  # the last group lacks keys
+        Grouped(2, (10,) * 4),
+        [np.array([1, 2, *np.repeat((12, 22, 32), 10), *range(33, LENGTH + 1)])[:, None] > COLUMN],
     ),
 ]
 
@@ -176,6 +185,7 @@ def test_a_mask_is_a_pytree():
         (lambda: Band(-1), "window must be at least 0, got -1"),
         (lambda: Arrow(-2, 3), "window must be at least -1"),
         (lambda: SinkLocal(1, (3, 0)), "local must be at least 1"),
+        (lambda: Grouped(-1, (2,)), "before must be at least 0"),
         (lambda: Levels(()), "sizes must be at least 1"),
         (lambda: Levels((1, 2), first=2), "first must be a level"),
         (lambda: SinkLocal((1, 2), (3, 4, 5)).parameters, "one value, or one for each head"),

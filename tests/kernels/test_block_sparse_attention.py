@@ -16,6 +16,7 @@ from pallas_kernels.block_mask import (
     Arrow,
     Band,
     Causal,
+    Grouped,
     Levels,
     MultiDiagonal,
     Rule,
@@ -99,6 +100,7 @@ def test_reference_is_masked_softmax():
         Levels((1, 4, 20, 75, 60)),
         MultiDiagonal((8, 60, 160), (8, (3, 0, 60, 9), (20, 160, 0, 5))),
         Levels((1, 4, 20, 75, 60), whole=False),
+        Grouped(10, (1, 4, 20, 75, 60)),
     ],
     ids=lambda rule: type(rule).__name__,
 )

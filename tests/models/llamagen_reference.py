@@ -88,16 +88,18 @@ def condition_of(sd, condition):
     return inside @ sd["cls_embedding.cap_proj.fc2.weight"].T
 
 
-def logits_of(sd, condition, tokens, *, heads, grid, mask=None):
+def logits_of(sd, condition, tokens, *, heads, grid, mask=None, seen=None):
     """Logits [B, T + n, V] of a condition and n tokens.
 
     A token sees all before it but masked ones (mask [B, T], 0 for padding); padding sees itself.
+    With `seen` [T + n, T + n] it sees what that says.
     """
     first = condition_of(sd, condition)
     x = torch.cat([first, sd["tok_embeddings.weight"][tokens]], dim=1)
     batch, length, width = x.shape
     factors = turns(grid, first.shape[1], width // heads)[:length]
-    seen = torch.ones(length, length, dtype=torch.bool).tril()[None].repeat(batch, 1, 1)
+    seen = torch.ones(length, length, dtype=torch.bool).tril() if seen is None else seen
+    seen = seen[None].repeat(batch, 1, 1)
     if mask is not None:
         seen[:, :, : first.shape[1]] &= mask[:, None].bool()
         seen |= torch.eye(length, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""LlamaGen: images of classes and of prompts, token by token."""
+"""LlamaGen and its relatives: images of classes and of prompts, token by token or in groups."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,19 +33,22 @@ def left_padded(encoded: Mapping[str, PyTree], config: Any, lengths: Mapping[str
     return Caption(jnp.where(own[..., None], states, 0), own, jnp.zeros(rows, bool))
 
 
-FAMILIES = (
-    CodesFamily(
-        name="LlamaGenPipeline",
+def _of_classes(model: str) -> CodesFamily:
+    return CodesFamily(
+        name=f"{model}Pipeline",
         pipeline="NextTokenPipeline",
-        models=("LlamaGen",),
+        models=(model,),
         guidance=2.0,
         top_k=0,
         top_p=1.0,
-    ),
-    CodesFamily(
-        name="LlamaGenTextPipeline",
+    )
+
+
+def _of_prompts(model: str) -> CodesFamily:
+    return CodesFamily(
+        name=f"{model}TextPipeline",
         pipeline="TextNextTokenPipeline",
-        models=("LlamaGen",),
+        models=(model,),
         guidance=7.5,
         top_k=1000,
         top_p=1.0,
@@ -56,5 +59,10 @@ FAMILIES = (
         ),
         clean=lower_case,
         condition=left_padded,
-    ),
+    )
+
+
+FAMILIES = (
+    *(_of_classes(model) for model in ("LlamaGen", "NAR", "NBP")),
+    *(_of_prompts(model) for model in ("LlamaGen", "NAR", "NBP")),
 )
