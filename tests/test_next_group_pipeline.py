@@ -1,6 +1,8 @@
 """Pipelines of NAR and NBP: files, images and tokens, commands, errors."""
 
 import json
+import re
+from pathlib import Path
 
 import chex
 import jax
@@ -87,3 +89,14 @@ def test_bad_input(pipe, tmp_path):
     (tmp_path / "copy" / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="text_encoder"):
         effjax.pipeline(tmp_path / "copy", progress=False)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).parent.parent / "docs" / "autoregression.md").read_text()
+    page = page[page.index("## A diagonal") : page.index("## Several tokens in a call")]
+    made = {"jax": jax}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)), made)
+    assert made["logits"].shape == (2, 16, 40)
+    assert made["loop"].calls == 3
+    chex.assert_trees_all_equal(made["more"][:, :4], made["tokens"][:, :4])
