@@ -359,7 +359,7 @@ def test_bad_input(subject, captioned):
         with pytest.raises(kind, match=message):
             dataclasses.replace(loop, **changes).init(forward, params, labels, key)
 
-    refuse(r"has 4 rows and columns of tokens, and the loop is for \(4, 5\)", grid=(4, 5))
+    refuse(r"has 4 rows and 4 columns of tokens, and the loop is for \(4, 5\)", grid=(4, 5))
     refuse(r"top_k must be 1 \.\.\. 40, the number of codes", top_k=41)
     refuse("with its VQModel, got LlamaGen and LlamaGen", vae=(forward, params))
     refuse("the VQ model has 39 codes", vae=testing.tiny_vq_model(vocab_size=39))

@@ -15,7 +15,7 @@ from effjax.autoregression import NextDiagonal, NextToken, group_loss
 from effjax.cost import sampler_cost
 from effjax.layers.groups import GroupCore, diagonals
 from effjax.layers.rotary import RasterRotary
-from effjax.methods import kivi, round_to_nearest, streaming_llm, tova
+from effjax.methods import kivi, knorm, round_to_nearest, streaming_llm, tova
 from effjax.models.llamagen import Caption
 from effjax.models.nar import NARConfig
 from effjax.registry import methods
@@ -246,6 +246,22 @@ def test_methods_run_or_are_refused(subject):
     ):
         with pytest.raises(ValueError, match=message):
             begin(transform)
+
+
+def test_prompts_whose_tokens_are_dropped():
+    """Presses of captions: keeping all is dense, dropping half holds less."""
+    subject = testing.tiny_nar(num_layers=1, caption_channels=12)
+    found, sizes = [], []
+    for ratio in (None, 0.0, 0.5):
+        pair = subject.forward, subject.params
+        if ratio is not None:
+            pair = knorm.transform(knorm.METHOD.plan(ratio=ratio))(*pair)
+        found.append(sample(subject.sampler, *pair, subject.cond, jax.random.key(0))[1])
+        carry = subject.sampler.init(*pair, subject.cond, jax.random.key(0))
+        sizes.append(max(leaf.shape[1] for leaf in carry.state.values() if leaf.ndim == 4))
+    chex.assert_trees_all_equal(found[1], found[0])
+    assert sizes[2] < sizes[1] == sizes[0] == 6 + 15
+    assert 0 <= int(found[2].min()) <= int(found[2].max()) < 40
 
 
 def test_bad_input(subject):
