@@ -323,7 +323,9 @@ def _of_codes(
     forward, shapes = abstract(model, config)
     codes = tiny_vq_model(vocab_size=config.vocab_size)
     grid = config.image_tokens // config.grid, config.grid
-    own = {"groups": config.groups} if isinstance(config, NARConfig | NBPConfig) else {}
+    own: dict[str, Any] = (
+        {"groups": config.groups} if isinstance(config, NARConfig | NBPConfig) else {}
+    )
     sampler = loop(codes, grid, guidance=2.0, top_k=20, top_p=0.9, **own)
     cond: PyTree = jnp.arange(batch, dtype=jnp.int32) % max(config.num_classes, 1)
     if config.caption_channels:
