@@ -110,6 +110,12 @@ def _rewrite(
 ) -> dict[str, Any]:
     """Rewrite the model of a weight file; `add` puts more into its directory."""
     weights = open_weights(path, dtype=dtype, check_finite=check_finite)
+    for name, part in weights.family.parts.items():
+        if any(part.tables[part.layout(weights.tensors)].paths(weights.tensors)):
+            raise ValueError(
+                f"{path} holds a {name} beside its {weights.family.class_name}, which would be "
+                f"lost: effjax.pipeline(...).save(...) keeps both, in a folder each"
+            )
 
     def finish(directory: Path) -> None:
         weights.inspection.raise_faults()

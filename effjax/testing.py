@@ -27,8 +27,9 @@ from effjax.layers.joint import PooledEmbeddings
 from effjax.models.dit import DiT, DiTConfig
 from effjax.models.ecar import ECAR, ECARConfig
 from effjax.models.flux import Flux, FluxConfig
+from effjax.models.janus import Janus, JanusConfig
 from effjax.models.llama import Llama, LlamaConfig
-from effjax.models.llamagen import Caption, LlamaGen, LlamaGenConfig
+from effjax.models.llamagen import Caption, LlamaGen, LlamaGenConfig, Prompt
 from effjax.models.nar import NAR, NARConfig
 from effjax.models.nbp import NBP, NBPConfig
 from effjax.models.pixart import PixArt, PixArtConfig, PromptEmbeddings
@@ -334,6 +335,41 @@ def _of_codes(
         mask = np.arange(size[1]) >= 1 + 2 * (np.arange(batch)[:, None] % 3)
         cond = Caption(jnp.asarray(states), jnp.asarray(mask), jnp.zeros(batch, bool))
     return Subject(forward, random_params(shapes), sampler, cond)
+
+
+def tiny_janus(*, batch: int = 2, **options: Any) -> Subject:
+    """A Janus of two layers and 4 x 4 codes with `tiny_vq_model`, prompts and a guided loop.
+
+    Args:
+        batch: images to sample.
+        options: fields of `JanusConfig` to change.
+    """
+    shape = {
+        "vocab_size": 40,
+        "text_vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+        "max_positions": 64,
+        "code_channels": 4,
+        "grid": 4,
+        "bos_token": 1,
+        "boi_token": 2,
+        "pad_token": 0,
+    }
+    config = JanusConfig(**{**shape, **options})
+    forward, shapes = abstract(Janus, config)
+    codes = tiny_vq_model(vocab_size=config.vocab_size)
+    loop = NextToken(codes, (config.grid, config.grid), guidance=2.0, top_k=20, top_p=0.9)
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(3, config.text_vocab_size, (batch, 6)).astype(np.int32)
+    tokens[:, 0], tokens[:, -1] = 1, 2
+    mask = np.arange(6) >= np.arange(batch)[:, None] % 3
+    cond = Prompt(jnp.asarray(np.where(mask, tokens, 0)), jnp.asarray(mask))
+    return Subject(forward, random_params(shapes), loop, cond)
 
 
 def tiny_ecar(*, batch: int = 2, **options: Any) -> Subject:

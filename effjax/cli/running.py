@@ -16,7 +16,7 @@ import effjax
 from effjax.cli.arguments import SETTINGS
 from effjax.generate import JacobiDecoding, read_decoder
 from effjax.pipelines import NextScalePipeline, Pipeline, PromptPipeline, TextPipeline
-from effjax.pipelines.text_encoders import OfPrompts
+from effjax.pipelines.labels import OfClasses
 
 Figures = tuple[Any, str]
 
@@ -58,7 +58,7 @@ def sample(arguments: argparse.Namespace) -> Figures:
     options = settings(pipe, arguments)
     if arguments.negative_prompt is not None:
         if not isinstance(pipe, PromptPipeline):
-            what = "guided by no text" if isinstance(pipe, OfPrompts) else "conditioned on classes"
+            what = "conditioned on classes" if isinstance(pipe, OfClasses) else "guided by no text"
             raise ValueError(f"this pipeline is {what}: leave out --negative-prompt")
         options["negative_prompt"] = arguments.negative_prompt
     changes = arguments.image is not None or arguments.strength is not None
@@ -125,7 +125,7 @@ def asked(
 
     If none are given: `texts`, or `default` of all classes.
     """
-    takes_prompts = isinstance(pipe, OfPrompts)
+    takes_prompts = not isinstance(pipe, OfClasses)
     given, other = arguments.prompt, arguments.labels
     if not takes_prompts:
         given, other = other and _comma_separated(other), given

@@ -30,6 +30,7 @@ from effjax.pipelines.loading import Components, refuse_file
 from effjax.pipelines.next_scale import NextScalePipeline
 from effjax.pipelines.next_stage import NextStagePipeline
 from effjax.pipelines.next_token import NextTokenPipeline, TextNextTokenPipeline
+from effjax.pipelines.prompt_token import PromptTokenPipeline
 from effjax.pipelines.prompts import PromptPipeline, TextToImagePipeline, TextToVideoPipeline
 from effjax.pipelines.text import TextPipeline
 
@@ -41,6 +42,7 @@ __all__ = [
     "NextTokenPipeline",
     "Pipeline",
     "PromptPipeline",
+    "PromptTokenPipeline",
     "TextNextTokenPipeline",
     "TextPipeline",
     "TextToImagePipeline",
@@ -100,7 +102,8 @@ def pipeline(
 
     Returns:
         A pipeline. Its class is the one that the table (`effjax.pipelines.families`) has for the
-        class in model_index.json. If there is only a config.json, it is a `TextPipeline`.
+        class in model_index.json. If there is only a config.json, it is a `TextPipeline`, or that
+        of the class in `architectures`.
 
     Raises:
         ValueError: for another kind of pipeline, a single file, a component that is missing or
@@ -156,6 +159,7 @@ _CLASSES: dict[str, Any] = {
         NextScalePipeline,
         NextStagePipeline,
         NextTokenPipeline,
+        PromptTokenPipeline,
         TextNextTokenPipeline,
         TextPipeline,
         TextToImagePipeline,

@@ -165,6 +165,8 @@ class CodesFamily(PipelineFamily):
 
     Attributes:
         vae: the component whose codes they are.
+        vae_part: which part of a directory in transformers' layout it is, see
+            `converters.from_pretrained`.
         refiner: a second model, which makes the last maps and may be missing; None where there is
             never one.
         guidance, top_k, top_p: defaults of a call; of no meaning for models that draw nothing.
@@ -172,6 +174,7 @@ class CodesFamily(PipelineFamily):
     """
 
     vae: str = "vae"
+    vae_part: str | None = None
     refiner: str | None = None
     guidance: float = 0.0
     top_k: int = 0
@@ -182,7 +185,7 @@ class CodesFamily(PipelineFamily):
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        found: dict[str, Kind] = {self.model: "model", **encoder_kinds(self.text_encoders)}
+        found: dict[str, Kind] = {**super().kinds, **encoder_kinds(self.text_encoders)}
         found[self.vae] = "model"
         return found if self.refiner is None else {**found, self.refiner: "model"}
 

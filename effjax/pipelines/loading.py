@@ -106,8 +106,13 @@ class Components:
                 f"given {', '.join(names)}"
             )
 
-    def model(self, name: str | None) -> Pair:
-        """A model: the one that is given, else that of a subfolder, or of the directory itself."""
+    def model(self, name: str | None, *, part: str | None = None) -> Pair:
+        """A model: the one that is given, else that of a subfolder, or of the directory itself.
+
+        Args:
+            name: component; None for the directory itself.
+            part: a further model in the files of the directory itself, which the component is.
+        """
         given = self.given.get(name) if name else None
         if given is not None:
             if not _is_pair(given):
@@ -116,6 +121,7 @@ class Components:
                     f"{type(given).__name__}"
                 )
             return given
+        name = name if part is None else None
         if name:
             progress = self.options["progress"]
             if (saved := self.folder.saved_model(name, progress=progress)) is not None:
@@ -126,6 +132,7 @@ class Components:
             self.folder.source,
             subfolder=name,
             variant=self.variant if name is None or self.has_variant(name) else None,
+            part=part,
             **self.options,
             **self.folder.remote,
         )

@@ -1,7 +1,11 @@
-"""Pipelines of models that predict the codes of a raster: LlamaGen, and in groups NAR and NBP."""
+"""Pipelines of models that predict the codes of a raster: LlamaGen, and in groups NAR and NBP.
+
+Those of models that read prompts themselves are in `effjax.pipelines.prompt_token`.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -273,7 +277,81 @@ class NextTokenPipeline(OfClasses, RasterPipeline):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class TextNextTokenPipeline(OfPrompts, RasterPipeline):
+class PromptedRaster(RasterPipeline):
+    """A model that predicts the codes of images of prompts: the base of its pipelines."""
+
+    TASK = "text-to-image"
+
+    @abc.abstractmethod
+    def conditions(self, prompts: str | Sequence[str]) -> tuple[PyTree, None]:
+        """Make the conditions `cond` and `uncond` that a sampler takes for these prompts."""
+
+    @runs_executables
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        key: jax.Array,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        decoder: JacobiDecoding | None = None,
+        output_type: OutputType = "pil",
+        progress: bool = True,
+    ) -> Images:
+        """Generate images of prompts.
+
+        Args:
+            prompt: one or more. What a text encoder cannot read (LlamaGen's: beyond 120 tokens) is
+                cut, with a warning.
+            key, num_images_per_prompt, guidance_interval, top_p, temperature, decoder, output_type,
+                progress: as for `NextTokenPipeline`.
+            guidance_scale: of classifier-free guidance; 1 means none. None takes the family's
+                (LlamaGen: 7.5, Janus: 5).
+            top_k: draw among so many of the likeliest tokens; 0 for all. None takes the family's
+                (LlamaGen: 1000, Janus: all).
+
+        Returns:
+            PIL images, "L" or "RGB", or what `output_type` says.
+
+        Warns:
+            NotFiniteWarning: for images that are NaN or infinite.
+
+        Raises:
+            ValueError: for what is no text, prompts that are too long for a model that reads all of
+                them, numbers out of range, and a decoder for models of groups of tokens.
+            TypeError: if `key` is not a key.
+        """
+        check_output(output_type)
+        prompts = arguments.texts("prompt", prompt)
+        loop = self.sampler(
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+            decoder=decoder,
+        )
+        return self.drawn(
+            loop,
+            lambda: self.conditions(prompts)[0],
+            len(prompts),
+            key=key,
+            repeats=num_images_per_prompt,
+            output_type=output_type,
+            progress=progress,
+        )
+
+    def logits(self, tokens: jax.Array | np.ndarray, prompts: str | Sequence[str]) -> jax.Array:
+        """Logits float32[B, L, V] of given tokens [B, L], see `NextTokenPipeline.logits`."""
+        return self.read(tokens, self.conditions(prompts)[0], "prompts")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TextNextTokenPipeline(OfPrompts, PromptedRaster):
     """A text-to-image model of tokens (LlamaGen, NAR) with its text encoder and the VQ model.
 
     Call it with prompts.
@@ -285,8 +363,6 @@ class TextNextTokenPipeline(OfPrompts, RasterPipeline):
         forward, params: the model, possibly transformed.
         vae: forward and parameters of the VQ model.
     """
-
-    TASK = "text-to-image"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,65 +400,6 @@ class TextNextTokenPipeline(OfPrompts, RasterPipeline):
         """
         prompts = arguments.texts("prompt", prompts)
         return self._encoded([(each,) for each in prompts], self._lengths(None)), None
-
-    @runs_executables
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        key: jax.Array,
-        num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
-        guidance_interval: int | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        output_type: OutputType = "pil",
-        progress: bool = True,
-    ) -> Images:
-        """Generate images of prompts.
-
-        Args:
-            prompt: one or more. What is beyond 120 tokens is cut, with a warning.
-            key, num_images_per_prompt, guidance_interval, top_p, temperature, output_type,
-                progress: as for `NextTokenPipeline`.
-            guidance_scale: of classifier-free guidance; 1 means none. None takes the family's
-                (7.5).
-            top_k: draw among so many of the likeliest tokens; 0 for all. None takes the family's
-                (1000).
-
-        Returns:
-            PIL images, "L" or "RGB", or what `output_type` says.
-
-        Warns:
-            NotFiniteWarning: for images that are NaN or infinite.
-
-        Raises:
-            ValueError: for what is no text, and numbers out of range.
-            TypeError: if `key` is not a key.
-        """
-        check_output(output_type)
-        prompts = arguments.texts("prompt", prompt)
-        loop = self.sampler(
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            top_k=top_k,
-            top_p=top_p,
-            temperature=temperature,
-        )
-        return self.drawn(
-            loop,
-            lambda: self.conditions(prompts)[0],
-            len(prompts),
-            key=key,
-            repeats=num_images_per_prompt,
-            output_type=output_type,
-            progress=progress,
-        )
-
-    def logits(self, tokens: jax.Array | np.ndarray, prompts: str | Sequence[str]) -> jax.Array:
-        """Logits float32[B, L, V] of given tokens [B, L], see `NextTokenPipeline.logits`."""
-        return self.read(tokens, self.conditions(prompts)[0], "prompts")
 
 
 def sized(found: Components, vae: Pair) -> Pair:

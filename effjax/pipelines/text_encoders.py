@@ -25,7 +25,7 @@ from effjax.pipelines.recent import Recent
 from effjax.transform import Pair
 
 _REMEMBERED = 64  # conditions of prompts: 300 x 4096 values each
-_TOKENIZING = threading.Lock()  # tokenizers, which pipelines may share, are not for two threads
+TOKENIZING = threading.Lock()  # tokenizers, which pipelines may share, are not for two threads
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -169,7 +169,7 @@ class OfPrompts(BasePipeline):
         texts = [encoder.template.replace("{}", prompt) for prompt in prompts]
         tokenizer = getattr(self, encoder.tokenizer)
         options = {"padding": "max_length", "max_length": length}
-        with _TOKENIZING:
+        with TOKENIZING:
             read = tokenizer(texts, truncation=encoder.truncates, **options)
             full = [row for row, mask in enumerate(read["attention_mask"]) if all(mask)]
             whole = tokenizer([texts[row] for row in full], verbose=False) if full else None
