@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import effjax
-from effjax.autoregression import FewStep, MappedScales, noise_of_slots
+from effjax.autoregression import FewScales, MappedScales
 from effjax.autoregression.next_scale import teacher_forced
 from effjax.bundled import glyphs, judge
 from effjax.calibration import Samples
@@ -78,7 +78,7 @@ def evaluate(path: Path, *, images: int, guidance: float, seed: int) -> dict[str
     given = teacher.sampler(guidance_scale=guidance)
     mapped = MappedScales.of(given, PLAN.solver)
     pair, scales = (teacher.forward, teacher.params), teacher.patch_nums
-    two = FewStep(teacher.vae, scales, PLAN.starts, PLAN.split)
+    two = FewScales(teacher.vae, scales, PLAN.starts, PLAN.split)
     one = dataclasses.replace(two, starts=(0,))
     labels = jnp.asarray(np.arange(images) % len(glyphs.CLASSES), jnp.int32)
     keys = sample_keys(jax.random.key(seed + 1), images)  # none that a pair was made with
@@ -88,7 +88,7 @@ def evaluate(path: Path, *, images: int, guidance: float, seed: int) -> dict[str
     def other_noise(params: Params, labels: jax.Array, keys: jax.Array) -> Any:
         again = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         carry = two.init(forward, params, labels, keys)
-        noise = noise_of_slots(again, scales, forward.config.code_channels)
+        noise = two.noise(again, forward.config.code_channels)
         first = two.run(forward, params, carry._replace(memory=noise), labels)
         return two.latents(first.x), quantizer.nearest(first.x)
 

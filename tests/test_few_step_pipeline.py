@@ -80,7 +80,7 @@ def test_images_of_a_few_calls(teacher, pipe):
 def test_bad_input(untyped, teacher, pipe):
     key = jax.random.key(0)
     for wrong, message in (
-        ({"num_inference_steps": 3}, r"calls that start at the scales \(0, 2\): .* 1 ... 2, got 3"),
+        ({"num_inference_steps": 3}, r"calls that start at \(0, 2\): .* 1 ... 2, got 3"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
         ({"teacher_start": 1}, "give teacher= too"),
         ({"teacher": teacher, "teacher_start": 2}, r"start is 0 ... t - 1; got 2"),
@@ -89,7 +89,9 @@ def test_bad_input(untyped, teacher, pipe):
     ):
         with pytest.raises(ValueError, match=message):
             pipe("fox", key=key, **wrong)
-    with pytest.raises(ValueError, match="made of a VAR without other methods, got a DistilledVAR"):
+    with pytest.raises(
+        ValueError, match="made of a VAR or a LlamaGen without other methods, got a Dist"
+    ):
         pipe.transform(distilled_decoding.transform(PLAN))
 
 
@@ -99,7 +101,7 @@ def test_commands(teacher, tmp_path, capsys):
     drawn = ["--guidance", "2", "--top-k", "8", "--solver-steps", "5"]
     folder = ["--checkpoints", str(tmp_path / "training")]
     assert main(["fit", source, small, "distilled_decoding", *asked, *drawn, *folder]) == 0
-    assert "2 calls (from scale 0, from scale 2)" in capsys.readouterr().out
+    assert "2 calls (from 0, from 2)" in capsys.readouterr().out
     folder = str(tmp_path / "images")
     assert main(["sample", small, "--labels", "fox", "--steps", "1", "-o", folder]) == 0
     capsys.readouterr()

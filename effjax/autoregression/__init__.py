@@ -9,11 +9,11 @@ next_group       what the loops of NAR and NBP share: one call for each group of
 next_diagonal    NAR: one call for each diagonal
 next_block       NBP: one call for each block, such as a row
 flow_map         tokens as functions of noise, by which one call can be trained to make them all
-few_step         students of VAR that are so trained: all tokens in one call, or in two
+few_step         students that are so trained: all tokens in one call, or in two
 """
 
 from effjax.autoregression.collaborative import Collaborative, call_flops, peak_cache
-from effjax.autoregression.few_step import FewStep, MappedScales, noise_of_slots
+from effjax.autoregression.few_step import FewScales, FewStep, FewTokens, MappedScales, MappedTokens
 from effjax.autoregression.flow_map import FlowSolver, flow_map
 from effjax.autoregression.maps import MapLoop
 from effjax.autoregression.next_block import NextBlock, Started
@@ -26,10 +26,13 @@ from effjax.models.llamagen import Prompt
 
 __all__ = [
     "Collaborative",
+    "FewScales",
     "FewStep",
+    "FewTokens",
     "FlowSolver",
     "MapLoop",
     "MappedScales",
+    "MappedTokens",
     "NextBlock",
     "NextDiagonal",
     "NextScale",
@@ -42,7 +45,6 @@ __all__ = [
     "flow_map",
     "group_loss",
     "logits_of",
-    "noise_of_slots",
     "peak_cache",
     "stage_loss",
     "teacher_forced",

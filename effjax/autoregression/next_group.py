@@ -118,6 +118,17 @@ class NextGroup(NextToken, abc.ABC):
         new = self.new_tokens - self.groups.sizes[-1]
         return with_cache(forward).with_cache_length(condition, new)
 
+    def after(self, *given: Any, **options: Any) -> Carry:
+        """Not for groups.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} does not go on from given tokens; NextBlock begins with a "
+            f"given block, as Started(condition, tokens)"
+        )
+
     def first_inputs(self, cond: PyTree) -> tuple[PyTree, Tokens | None]:
         """The condition, and tokens that are read with it."""
         return cond, None

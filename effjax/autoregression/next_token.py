@@ -49,7 +49,7 @@ from effjax.samplers import sample_keys
 from effjax.transform import Pair
 
 DATA = ("vae", "guidance", "guidance_interval", "top_p", "temperature", "ids")
-STATIC = ("grid", "top_k", "decoder")
+STATIC = ("grid", "top_k", "decoder", "known")
 
 Tokens = Int[Array, "B N"]
 
@@ -75,6 +75,7 @@ class NextToken(Loop):
             images is the same. Costs and searches drive the calls of one token.
         ids: int32[V], the model's token of each code, where the vocabulary holds others too: its
             `image_ids`. Logits of others are left out.
+        known: how many tokens the first call reads behind the condition, see `after`.
     """
 
     counted_by: ClassVar[str | None] = (
@@ -90,6 +91,7 @@ class NextToken(Loop):
     temperature: float | Array | None = None
     decoder: JacobiDecoding | None = None
     ids: Int[Array, " V"] | None = None
+    known: int = 0
 
     @property
     def tokens_of_image(self) -> int:
@@ -167,6 +169,45 @@ class NextToken(Loop):
         uncond = self.unconditional(forward, cond, uncond)
         made = drafted(self, self.decoder, forward, params, carry, cond, uncond)
         return made.tokens, made.calls
+
+    def after(
+        self,
+        forward: Forward,
+        params: Params,
+        tokens: Tokens,
+        cond: PyTree,
+        key: Array,
+        *,
+        uncond: PyTree = None,
+        stop: int | None = None,
+    ) -> Carry:
+        """Sample what follows given tokens, which are read in the first call, one token a call.
+
+        Args:
+            tokens: the first ones of each image; none of them, [B, 0], to begin at the first.
+            stop: the token before which to stop; all are sampled if None.
+
+        Raises:
+            ValueError: if nothing is left to sample.
+        """
+        stop, given = self.calls if stop is None else stop, tokens.shape[1]
+        if not given < stop <= self.calls:
+            raise ValueError(
+                f"{given} tokens are given, and sampling stops before token {stop} of "
+                f"{self.calls}: nothing is left to sample"
+            )
+        loop = dataclasses.replace(self, known=given)
+        carry = loop.init(forward, params, cond, key, uncond=uncond)
+        uncond = loop.unconditional(forward, cond, uncond)
+        if not given:
+            return loop.run(forward, params, carry, cond, uncond, stop=stop)
+        inputs = loop.reading(tokens, cond, uncond, None)
+        ready = loop.cached(forward, condition_tokens(cond))
+        raw, state = ready(params, carry.state, *inputs, step=0, guidance=loop.joined)
+        x = jax.lax.dynamic_update_slice_in_dim(carry.x, tokens, 0, axis=1)
+        out, carry = loop.output(raw, x, given), carry._replace(x=x, state=state)
+        carry = loop.update(carry, out, jnp.int32(given))
+        return loop.run(forward, params, carry, cond, uncond, start=given + 1, stop=stop)
 
     def stepwise(
         self,
@@ -292,22 +333,40 @@ class NextToken(Loop):
 
     def inputs(self, x: Tokens, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
         """The condition in the first call, the last token in others; positions, and the column."""
-        first, condition = is_static(step) and int(step) == 0, condition_tokens(cond)
-        start: Step = 0 if first else condition + step - 1
-        count, total = condition if first else 1, condition + self.calls
-        tokens = None if first else jax.lax.dynamic_slice_in_dim(x, step - 1, 1, axis=1)
+        if is_static(step) and int(step) == 0:
+            return self.reading(None, cond, uncond, None)
+        token = jax.lax.dynamic_slice_in_dim(x, step - 1, 1, axis=1)
+        return self.reading(token, cond, uncond, step - 1)
+
+    def reading(
+        self, tokens: Tokens | None, cond: PyTree, uncond: PyTree, start: Step | None
+    ) -> tuple[PyTree, ...]:
+        """Inputs of a call that reads codes, and gives the logits of the one after them.
+
+        Args:
+            tokens: the codes; None for the condition alone.
+            cond, uncond: conditions.
+            start: number of the first code; None for 0, behind the condition in the same call.
+        """
+        condition = condition_tokens(cond)
+        count = 0 if tokens is None else tokens.shape[1]
+        count, begin = (condition + count, 0) if start is None else (count, condition + start)
         if tokens is not None and self.ids is not None:
             tokens = self.ids[tokens]
-        positions = positions_of(cond, start, count, total)
+        total = condition + self.calls
+        positions = positions_of(cond, begin, count, total)
         if self.joined is not None:
-            away = positions_of(uncond, start, count, total)
+            away = positions_of(uncond, begin, count, total)
             positions = self.joined.join({"cond": positions, "uncond": away})
-            tokens = self.joined.duplicate(tokens)
+            tokens = None if tokens is None else self.joined.duplicate(tokens)
             cond = self.joined.join({"cond": cond, "uncond": uncond})
         last = jnp.full((positions.shape[0], 1), count - 1)
+        if start is not None:
+            return (tokens, positions, last)
         if self.ids is not None:  # the condition's tokens are of the same vocabulary
-            return (cond.tokens if first else tokens, positions, last)
-        return (tokens, positions, last, None, None, cond if first else None)
+            given = (cond.tokens,) if tokens is None else (cond.tokens, tokens)
+            return (jnp.concatenate(given, axis=1), positions, last)
+        return (tokens, positions, last, None, None, cond)
 
     def output(self, raw: Float[Array, "R 1 V"], x: Tokens, step: Step) -> Float[Array, "B 1 C"]:
         """The guided logits of a token, those of codes."""
@@ -340,9 +399,13 @@ class NextToken(Loop):
     def update(self, carry: Carry, out: Float[Array, "B 1 V"], step: Step) -> Carry:
         """Draw a token."""
         keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(carry.keys)
-        drawn = jax.vmap(jax.random.categorical)(keys, self.log_probs(out)[:, 0])
-        drawn = drawn.astype(jnp.int32)[:, None]
+        drawn = self.draw(keys, self.log_probs(out))
         return carry._replace(x=jax.lax.dynamic_update_slice_in_dim(carry.x, drawn, step, axis=1))
+
+    def draw(self, keys: Array, logits: Float[Array, "B 1 V"]) -> Int[Array, "B 1"]:
+        """Tokens of images, from log-probabilities."""
+        drawn = jax.vmap(jax.random.categorical)(keys, logits[:, 0])
+        return drawn.astype(jnp.int32)[:, None]
 
     def network(
         self,
@@ -363,7 +426,8 @@ class NextToken(Loop):
 
     def cached(self, forward: Forward, condition: int) -> Forward:
         """The forward with a cache for a condition of so many tokens and an image."""
-        return with_cache(forward).with_cache_length(condition, self.calls - 1)
+        first, others = condition + self.known, self.calls - 1 - self.known
+        return with_cache(forward).with_cache_length(first, others)
 
 
 def check_kept(forward: Forward, params: Params, state: StateDict, condition: int) -> None:

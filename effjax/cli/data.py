@@ -32,7 +32,7 @@ from effjax.cli.running import asked, settings
 from effjax.fields import naming
 from effjax.pipelines import TextPipeline
 from effjax.pipelines.labels import OfClasses
-from effjax.pipelines.next_token import RasterPipeline
+from effjax.pipelines.next_token import TokenPipeline
 from effjax.transform import Method, Pair
 
 
@@ -60,7 +60,7 @@ class Source:
         after the other too.
         """
         allowed = {"any", self.domain}
-        if isinstance(self.pipe, RasterPipeline):
+        if isinstance(self.pipe, TokenPipeline):
             allowed.add("language models")
         if chosen.domain not in allowed:
             raise ValueError(

@@ -129,7 +129,7 @@ def chosen(marks: Float[Array, "B 2 C"], data: Bool[Array, "B S"]) -> Float[Arra
 class VectorHead(nnx.Module):
     """Adaptive norm and projection to vectors, in float32."""
 
-    def __init__(self, config: VARConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.param_dtype)
         self.scale_shift_table = nnx.Param(NEW(rngs.params(), (2, size), dtype))
         self.norm = LayerNorm(eps=config.norm_eps)

@@ -241,7 +241,7 @@ class ImageLlama(Llama):
     def __call__(
         self,
         tokens: Int[Array, "B S"] | None,
-        positions: Positions | None = None,
+        positions: Int[Array, "B P"] | Int[Array, "B R P"] | None = None,
         logits_to_keep: Int[Array, "B N"] | None = None,
         labels: Int[Array, "B N"] | None = None,
         inputs_embeds: Float[Array, "B S C"] | None = None,

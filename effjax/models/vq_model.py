@@ -91,7 +91,11 @@ class Quantizer(nnx.Module):
 
     def encode(self, latents: Float[Array, "B Y X C"]) -> Int[Array, "B N"]:
         """The tokens of latents, row by row."""
-        vectors = latents.astype(jnp.float32).reshape(latents.shape[0], -1, latents.shape[-1])
+        return self.nearest(latents.reshape(latents.shape[0], -1, latents.shape[-1]))
+
+    def nearest(self, vectors: Float[Array, "B N C"]) -> Int[Array, "B N"]:
+        """The tokens whose codes are nearest to vectors; the first of several."""
+        vectors = vectors.astype(jnp.float32)
         return nearest(_normalized(vectors) if self.unit else vectors, self.codes())
 
 

@@ -24,7 +24,7 @@ from effjax.pipelines import families
 from effjax.pipelines.base import INDEX
 from effjax.pipelines.class_conditional import ClassConditionalPipeline
 from effjax.pipelines.diffusion import Pipeline
-from effjax.pipelines.few_step import FewStepPipeline
+from effjax.pipelines.few_step import FewStepPipeline, FewTokenPipeline
 from effjax.pipelines.images import to_pil
 from effjax.pipelines.loading import Components, refuse_file
 from effjax.pipelines.next_scale import NextScalePipeline
@@ -37,6 +37,7 @@ from effjax.pipelines.text import TextPipeline
 __all__ = [
     "ClassConditionalPipeline",
     "FewStepPipeline",
+    "FewTokenPipeline",
     "NextScalePipeline",
     "NextStagePipeline",
     "NextTokenPipeline",
@@ -156,6 +157,7 @@ _CLASSES: dict[str, Any] = {
     for each in (
         ClassConditionalPipeline,
         FewStepPipeline,
+        FewTokenPipeline,
         NextScalePipeline,
         NextStagePipeline,
         NextTokenPipeline,

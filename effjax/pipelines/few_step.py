@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -11,34 +12,33 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from effjax.autoregression import FewStep, NextScale
+from effjax.autoregression import FewScales, FewStep, FewTokens, NextScale, NextToken
 from effjax.executables import Program
 from effjax.pipelines import arguments
 from effjax.pipelines.base import runs_executables
-from effjax.pipelines.codes import OutputType, check_output
+from effjax.pipelines.codes import CodesPipeline, OutputType, check_output
 from effjax.pipelines.diffusion import Images
 from effjax.pipelines.labels import Label
 from effjax.pipelines.next_scale import NextScalePipeline
+from effjax.pipelines.next_token import NextTokenPipeline
+from effjax.pipelines.rasters import ClassRasterPipeline
 from effjax.pipelines.scales import ScalePipeline
 from effjax.transform import Pair
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class FewStepPipeline(ScalePipeline):
-    """A student of a class-conditional model of scales, with the VQVAE of its codes.
-
-    Call it with class indices or names to get images of these classes.
-
-        pipe = effjax.pipeline("var-d16-distilled", dtype="bfloat16")
-        images = pipe([207, 980], key=jax.random.key(0), num_inference_steps=1)
-    """
+class FewCalls(CodesPipeline):
+    """A student with the autoencoder of its codes: what pipelines of students share."""
 
     SETTINGS: ClassVar[tuple[str, ...]] = ("num_inference_steps",)
 
-    def loop(self, **options: Any) -> FewStep:
+    @abc.abstractmethod
+    def loop(self, **options: Any) -> Any: ...
+
+    @property
+    def calls(self) -> dict[str, Any]:
+        """How the student samples, by its configuration."""
         config = self.forward.config
-        held = {"starts": config.starts, "split": config.split, **options}
-        return FewStep(self.vae, self.patch_nums, **held)
+        return {"starts": config.starts, "split": config.split}
 
     def sampler(self, *, num_inference_steps: int | None = None) -> FewStep:
         """Make the loop that a call uses.
@@ -54,7 +54,7 @@ class FewStepPipeline(ScalePipeline):
         steps = arguments.count("num_inference_steps", steps)
         if steps > len(starts):
             raise ValueError(
-                f"this student was trained for calls that start at the scales {starts}: "
+                f"this student was trained for calls that start at {starts}: "
                 f"num_inference_steps is 1 ... {len(starts)}, got {steps}"
             )
         return self.loop(starts=starts[:steps])
@@ -67,7 +67,7 @@ class FewStepPipeline(ScalePipeline):
         key: jax.Array,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
-        teacher: NextScalePipeline | None = None,
+        teacher: NextScalePipeline | NextTokenPipeline | None = None,
         teacher_start: int | None = None,
         output_type: OutputType = "pil",
         progress: bool = True,
@@ -81,8 +81,8 @@ class FewStepPipeline(ScalePipeline):
             num_images_per_prompt: images of each label. All of the first label come first, then all
                 of the second, ...
             num_inference_steps: network calls; None for as many as the student was trained for.
-            teacher: the model that the student learned from, to sample some scales between two
-                calls, with the settings of its `sampler()`.
+            teacher: the model that the student learned from, to sample some scales (or tokens)
+                between two calls, with the settings of its `sampler()`.
             teacher_start: the first of these scales; the last one is that before the second call.
                 None for that one alone.
             output_type: "pil" for PIL images, "np" for float32[images, H, W, C] in 0 ... 1,
@@ -110,7 +110,7 @@ class FewStepPipeline(ScalePipeline):
             start = loop.teacher_start(teacher_start)
             run = partial(self._with_teacher, loop, start, teacher, key)
         elif teacher_start is not None:
-            raise ValueError("teacher_start is a scale of a teacher: give teacher= too")
+            raise ValueError("teacher_start is where a teacher begins: give teacher= too")
         return self.drawn(
             loop,
             lambda: self.conditions(asked)[0],
@@ -123,10 +123,35 @@ class FewStepPipeline(ScalePipeline):
         )
 
     def _with_teacher(
-        self, loop: FewStep, start: int, teacher: NextScalePipeline, key: Array, cond: Any
+        self, loop: FewStep, start: int, teacher: Any, key: Array, cond: Any
     ) -> tuple[Array, Array]:
         student, pair = (self.forward, self.params), (teacher.forward, teacher.params)
         return _sample(loop.starts, start, loop, student, pair, teacher.sampler(), cond, key)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FewStepPipeline(FewCalls, ScalePipeline):
+    """A student of a class-conditional model of scales, with the VQVAE of its codes.
+
+    Call it with class indices or names to get images of these classes.
+
+        pipe = effjax.pipeline("var-d16-distilled", dtype="bfloat16")
+        images = pipe([207, 980], key=jax.random.key(0), num_inference_steps=1)
+    """
+
+    def loop(self, **options: Any) -> FewScales:
+        return FewScales(self.vae, self.patch_nums, **{**self.calls, **options})
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FewTokenPipeline(FewCalls, ClassRasterPipeline):
+    """A student of a class-conditional model of tokens, with the VQ model of its codes.
+
+    It is called as `FewStepPipeline` is, and counts tokens where that counts scales.
+    """
+
+    def loop(self, **options: Any) -> FewTokens:
+        return FewTokens(self.vae, self.grid, **{**self.calls, **options})
 
 
 @partial(Program, static_argnums=(0, 1))
@@ -136,7 +161,7 @@ def _sample(
     loop: FewStep,
     student: Pair,
     teacher: Pair,
-    own: NextScale,
+    own: NextScale | NextToken,
     labels: Array,
     key: Array,
 ) -> tuple[Array, Array]:

@@ -13,11 +13,10 @@ import pytest
 
 from effjax import testing
 from effjax.autoregression import (
-    FewStep,
+    FewScales,
     FlowSolver,
     MappedScales,
     flow_map,
-    noise_of_slots,
     teacher_forced,
 )
 from effjax.autoregression.flow_map import posterior_mean
@@ -234,14 +233,14 @@ def test_a_perfect_student_is_the_teacher(subject, student):
     """Call by call, with the noise of the beginning: tokens are those of the map."""
     loop = dataclasses.replace(subject.sampler, guidance=None)
     loop = MappedScales.of(loop, FlowSolver(steps=10))
-    few = FewStep(loop.vae, loop.patch_nums, (0, 1, 2), split=3)
+    few = FewScales(loop.vae, loop.patch_nums, (0, 1, 2), split=3)
     knows = student[0].patch(perfect(subject, loop))
 
     @jax.jit
     def both(keys):
         x, tokens = loop.sample(subject.forward, subject.params, subject.cond, keys)
         own, found = few.sample(knows, student[1], subject.cond, keys)
-        noise = noise_of_slots(keys, loop.patch_nums, 4)
+        noise = few.noise(keys, 4)
         return x, tokens, own, found, noise
 
     keys = jax.random.split(jax.random.key(0), 2)
@@ -260,7 +259,7 @@ def test_what_a_call_takes(subject, student):
     rng = np.random.default_rng(0)
     x, noise, vectors = (jnp.asarray(rng.normal(size=(2, 14, 4)), jnp.float32) for _ in range(3))
     logits = jnp.asarray(rng.normal(size=(2, 14, 40)), jnp.float32)
-    loop = FewStep(subject.sampler.vae, (1, 2, 3), (0, 1), split=2)
+    loop = FewScales(subject.sampler.vae, (1, 2, 3), (0, 1), split=2)
     codes = quantizer_of(*loop.vae).vectors(logits.argmax(-1))
     carry = Carry(x, noise, {}, jax.random.split(jax.random.key(0), 2))
     first = loop.update(carry, (logits, vectors), 0).x
@@ -282,7 +281,7 @@ def test_one_program_for_all_calls(subject, student):
         traces.append(None)
         return loop.sample(student[0], params, labels, keys)
 
-    loop = FewStep(subject.sampler.vae, (1, 2, 3), (0, 2), split=3)
+    loop = FewScales(subject.sampler.vae, (1, 2, 3), (0, 2), split=3)
     keys = jax.random.split(jax.random.key(0), 2)
     x, _ = run(loop, student[1], subject.cond, keys)
     later, _ = run(
@@ -306,7 +305,7 @@ def test_one_program_for_all_calls(subject, student):
     whole, rest, mixed = shared(teacher[1], keys)
     chex.assert_trees_all_equal(rest, whole)
     assert (mixed[0].shape, mixed[1].shape) == (x.shape, (2, 14))
-    calls = FewStep(loop.vae, (1, 2, 3), (0, 5))
+    calls = FewScales(loop.vae, (1, 2, 3), (0, 5))
     assert [calls.teacher_calls(start) for start in (4, 3, 0)] == [3, 4, 6]
     with pytest.raises(ValueError, match=r"start is 0 ... t - 1; got 2"):
         loop.with_teacher(student, teacher, subject.sampler, subject.cond, keys, start=2)
@@ -322,14 +321,16 @@ def test_errors(untyped, subject, student):
     with pytest.warns(UserWarning, match="take a split of at least 2"):
         distilled_decoding.transform(DistilledPlan((0, 2), split=1))(forward, params)
     dit = testing.tiny_dit()
-    with pytest.raises(ValueError, match="made of a VAR without other methods, got a DiT"):
+    with pytest.raises(
+        ValueError, match="made of a VAR or a LlamaGen without other methods, got a DiT"
+    ):
         distilled_decoding.transform(DistilledPlan((0,), 2))(dit.forward, dit.params)
     small = round_to_nearest.transform(round_to_nearest.uniform(8, 8))
     with pytest.raises(ValueError, match="is quantized: load the model in floats"):
         distilled_decoding.transform(DistilledPlan((0,), split=2))(*small(forward, params))
     with pytest.raises(ValueError, match="scales are sampled of a VAR with its VQVAE, got Dist"):
         subject.sampler.check(student[0])
-    loop = FewStep(subject.sampler.vae, (1, 2, 3), (0,), split=2)
+    loop = FewScales(subject.sampler.vae, (1, 2, 3), (0,), split=2)
     with pytest.raises(ValueError, match="a few calls sample a DistilledVAR"):
         loop.check(forward)
     with pytest.raises(ValueError, match="they belong to different models"):
@@ -381,7 +382,7 @@ def taught(tmp_path_factory):
 
     student, _ = distilled_decoding.transform(plan, learned)(*pair)
     cond, keys = jnp.arange(1000, dtype=jnp.int32) % 5, sample_keys(jax.random.key(9), 1000)
-    mapped, two = MappedScales.of(loop, plan.solver), FewStep(loop.vae, (1, 2), (0, 1), split=2)
+    mapped, two = MappedScales.of(loop, plan.solver), FewScales(loop.vae, (1, 2), (0, 1), split=2)
 
     @jax.jit
     def sample(params):
@@ -390,7 +391,7 @@ def taught(tmp_path_factory):
             jax.random.split(jax.random.key(3), 1000),
         )
         carry = two.init(student, learned, cond, keys)
-        again = carry._replace(memory=noise_of_slots(other, (1, 2), 2))
+        again = carry._replace(memory=two.noise(other, 2))
         return {
             "teacher": mapped.sample(subject.forward, params, cond, keys)[1],
             "one call": one.sample(student, learned, cond, keys)[1],
@@ -438,6 +439,7 @@ def test_losses_are_those_of_the_formulas(taught):
     subject, learned = taught.subject, taught.learned
     student, _ = distilled_decoding.transform(taught.plan, learned)(subject.forward, subject.params)
     vae, rng = subject.sampler.vae, np.random.default_rng(0)
+    loop = distilled_decoding.student_loop(subject.sampler, student)
     tokens = jnp.asarray(rng.integers(0, 16, (2, 5)), jnp.int32)
     noise = jnp.asarray(rng.normal(size=(2, 5, 2)), jnp.float32)
     labels, known = jnp.array([0, 3]), jnp.array([0, 1])
@@ -448,7 +450,7 @@ def test_losses_are_those_of_the_formulas(taught):
         data = codes.vectors(tokens)
         slots = jnp.where(jnp.arange(5)[:, None] < known[:, None, None], data, noise)
         out = student(params, {}, slots, labels, known)[0]
-        given = vae, tokens, noise, labels, known
+        given = loop, tokens, noise, labels, known
         options = {"weight": 2.0}
         found = [
             distilled_decoding.student_loss(student, params, *given, distance=each, **options)

@@ -8,7 +8,8 @@ of VAR-d16 have 4.19.
     pairs    (noise, tokens, label): the model samples, with tokens that follow from noise by the
              flow map (`effjax.autoregression.flow_map`) of the law after guidance, top-k and top-p
     student  a model that is given the codes of the first tokens and the noise of all others, and
-             predicts all tokens (`effjax.models.distilled_var`); it begins as a copy of the model
+             predicts all tokens (`effjax.models.distilled_var`, `distilled_llamagen`); it begins as
+             a copy of the model
     loss     cross entropy of the tokens that are not given, and the distance of the images of what
              it predicts as vectors; where it is given codes up to is drawn among `starts`
     sampling `effjax.autoregression.few_step`
@@ -38,14 +39,25 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from effjax import testing
-from effjax.autoregression import FewStep, FlowSolver, MappedScales, NextScale, noise_of_slots
+from effjax.autoregression import (
+    FewScales,
+    FewStep,
+    FewTokens,
+    FlowSolver,
+    MappedScales,
+    MappedTokens,
+    NextScale,
+    NextToken,
+)
+from effjax.autoregression.few_step import quantizer_of
 from effjax.calibration import Samples
 from effjax.fields import Checked, Count, Natural, NotNegative, Positive
 from effjax.forward import Forward, Params, abstract, flatten_params, nest_params
-from effjax.models import vqvae
-from effjax.models.distilled_var import DistilledVAR, DistilledVARConfig, grown
+from effjax.loops import Loop
+from effjax.models.distilled_llamagen import DistilledLlamaGen
+from effjax.models.distilled_var import DistilledVAR, grown
+from effjax.models.llamagen import LlamaGen
 from effjax.models.var import VAR
-from effjax.models.vqvae import quantizer_of
 from effjax.quant import QTensor
 from effjax.samplers import sample_keys
 from effjax.transform import Method, Pair, Plan, Transform
@@ -56,21 +68,55 @@ CHUNK = 64  # samples of a program that makes pairs
 Distance = Literal["images", "latents", "codes"]
 
 
+def _copied(name: str, given: Any, new: Any, config: Any) -> Any:
+    """A table that student and model share, or a new one."""
+    return new if given is None else given
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What belongs to a kind of model.
+
+    Attributes:
+        loop: that samples it.
+        student: the class of its students.
+        few: the loop of these.
+        mapped: the model's with the flow map, for pairs.
+        grown: makes a table of a student of that of the model.
+        held: fields of a student that a plan says and the model does not.
+    """
+
+    loop: type[Loop]
+    student: Any
+    few: Any
+    mapped: Any
+    grown: Callable[[str, Any, Any, Any], Any] = _copied
+    held: tuple[str, ...] = ()
+
+
+KINDS = {
+    VAR: Kind(NextScale, DistilledVAR, FewScales, MappedScales, grown),
+    LlamaGen: Kind(NextToken, DistilledLlamaGen, FewTokens, MappedTokens, held=("code_channels",)),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class DistilledPlan(Plan):
     """How a student samples, and how its pairs are made.
 
     Attributes:
-        starts: the first scale that each call predicts; 0 alone for one call.
-        split: the first scale whose tokens stay vectors; the number of scales for none.
+        starts: the first scale (of LlamaGen: token) that each call predicts; 0 alone for one call.
+        split: the first one whose tokens stay vectors; the number of scales or tokens for none.
         kind: solver of the flow map, "euler" or "2m" (of second order).
         solver_steps: its steps; "euler" needs four times as many as "2m".
+        code_channels: of a code of the VQ model of a LlamaGen, which does not know it.
     """
 
     starts: tuple[Natural, ...] = (0, 5)
     split: Natural = 5
     kind: Literal["euler", "2m"] = "2m"
     solver_steps: Count = 50
+    code_channels: Count = 8
 
     @property
     def solver(self) -> FlowSolver:
@@ -79,19 +125,19 @@ class DistilledPlan(Plan):
 
     def describe(self) -> str:
         """Calls in a line."""
-        calls = ", ".join(f"from scale {start}" for start in self.starts)
-        return f"{len(self.starts)} calls ({calls}); vectors from scale {self.split} on"
+        calls = ", ".join(f"from {start}" for start in self.starts)
+        return f"{len(self.starts)} calls ({calls}); vectors from {self.split} on"
 
 
 def transform(plan: DistilledPlan, learned: Params | None = None) -> Transform:
-    """The transform of a VAR to its student.
+    """The transform of a VAR or a LlamaGen to its student.
 
     Args:
         plan: how it samples.
         learned: the student's parameters, of `fit`; those that training begins with if None.
 
     The transform raises a ValueError for another model, one that methods changed, and plans that do
-    not fit its scales.
+    not fit it.
     """
 
     def apply(forward: Forward, params: Params) -> Pair:
@@ -107,21 +153,22 @@ def initial(plan: DistilledPlan, forward: Forward, params: Params, *, seed: int 
     Raises:
         ValueError: as `transform`.
     """
-    if forward.model is not VAR or forward.patches:
+    kind = KINDS.get(forward.model)
+    if kind is None or forward.patches:
         methods = ", ".join(name for name, _ in forward.recipe)
         raise ValueError(
-            f"students are made of a VAR without other methods, got a {forward.model.__name__}"
-            f"{f' with {methods}' if methods else ''}: distill first, then apply others"
+            f"students are made of {_either()} without other methods, got a "
+            f"{forward.model.__name__}{f' with {methods}' if methods else ''}: distill first, then "
+            f"apply others"
         )
     held = flatten_params(params)
     if packed := [name for name, leaf in held.items() if isinstance(leaf, QTensor)]:
         raise ValueError(
             f"students are made of floats, and {packed[0]} is quantized: load the model in floats"
         )
-    config = DistilledVARConfig(
-        **dataclasses.asdict(forward.config), starts=plan.starts, split=plan.split
-    )
-    student, shapes = abstract(DistilledVAR, config)
+    own = {name: getattr(plan, name) for name in ("starts", "split", *kind.held)}
+    config = kind.student.Config(**dataclasses.asdict(forward.config), **own)
+    student, shapes = abstract(kind.student, config)
     rng = np.random.default_rng(seed)
 
     def new(name: str, shape: tuple[int, ...]) -> Array:
@@ -130,10 +177,29 @@ def initial(plan: DistilledPlan, forward: Forward, params: Params, *, seed: int 
         return jnp.asarray(values, config.param_dtype)
 
     made = {
-        name: grown(name, held.get(name), new(name, leaf.shape), forward.config)
+        name: kind.grown(name, held.get(name), new(name, leaf.shape), forward.config)
         for name, leaf in flatten_params(shapes).items()
     }
     return student, nest_params(made)
+
+
+def _either() -> str:
+    return " or ".join(f"a {model.__name__}" for model in KINDS)
+
+
+def _kind(loop: Loop) -> Kind:
+    """What belongs to a loop.
+
+    Raises:
+        ValueError: for one whose models have no students.
+    """
+    for kind in KINDS.values():
+        if isinstance(loop, kind.loop):
+            return kind
+    raise ValueError(
+        f"pairs are samples of {_either()}, token by token or scale by scale; got a loop "
+        f"{type(loop).__name__}"
+    )
 
 
 # --- pairs --------------------------------------------------------------------------------------
@@ -190,19 +256,15 @@ def make_pairs(
         progress: show a bar.
 
     Raises:
-        ValueError: for a loop that is no `NextScale`.
+        ValueError: for the loop of a model that has no students.
     """
     from tqdm.auto import trange
 
-    if not isinstance(data.sampler, NextScale):
-        raise ValueError(
-            f"pairs are samples of scales (NextScale), got a {type(data.sampler).__name__}"
-        )
-    loop = MappedScales.of(data.sampler, plan.solver)
+    loop = _kind(data.sampler).mapped.of(data.sampler, plan.solver)
     key = jax.random.key(data.seed)
 
     @jax.jit
-    def sample(loop: NextScale, params: Params, labels: Array, keys: Array) -> Array:
+    def sample(loop: Any, params: Params, labels: Array, keys: Array) -> Array:
         return loop.sample(forward, params, labels, keys)[1]
 
     tokens, labels = [], []
@@ -248,7 +310,7 @@ class Fitting(Checked):
 def student_loss(
     forward: Forward,
     params: Params,
-    vae: Pair,
+    loop: FewStep,
     tokens: Int[Array, "B L"],
     noise: Float[Array, "B L Z"],
     labels: Int[Array, " B"],
@@ -261,13 +323,12 @@ def student_loss(
 
     Args:
         forward, params: the student.
-        vae: forward and parameters of the VQVAE.
+        loop: the student's.
         tokens, noise, labels: of pairs.
         known: how many first tokens are given.
         distance, weight: see `Fitting`.
     """
-    codes, sides = quantizer_of(*vae), forward.config.patch_nums
-    data = codes.vectors(tokens)
+    data = quantizer_of(loop.vae).vectors(tokens)
     given = jnp.arange(tokens.shape[1]) < known[:, None]
     slots = jnp.where(given[..., None], data, noise)
     logits, vectors = forward(params, {}, slots, labels, known)[0]
@@ -278,9 +339,10 @@ def student_loss(
     if distance == "codes":
         missed = jnp.sum(jnp.square(made - data)) / (jnp.sum(asked) * data.shape[-1])
         return entropy + weight * missed
-    pair = [codes.sums_of_vectors(each, sides)[-1] for each in (made, data)]
+    pair = [loop.latents(each) for each in (made, data)]
     if distance == "images":
-        pair = [vqvae.decode(*vae, each).astype(jnp.float32) for each in pair]
+        decoder, weights = loop.vae
+        pair = [decoder(weights, {}, each)[0].astype(jnp.float32) for each in pair]
     return entropy + weight * jnp.mean(jnp.square(pair[0] - pair[1]))
 
 
@@ -324,17 +386,17 @@ def fit(
         folder=None if folder is None else folder / "pairs",
         progress=progress,
     )
-    vae, sides = data.sampler.vae, student.config.patch_nums
-    bounds = jnp.asarray(np.cumsum([0, *(side**2 for side in sides)]), jnp.int32)
-    firsts = bounds[np.asarray(plan.starts)]
+    few = student_loop(data.sampler, student)
+    firsts = jnp.asarray(few.bounds, jnp.int32)[np.asarray(plan.starts)]
 
     def loss(params: Params, batch: Any, key: Array, codes: Params, noise_key: Array) -> Array:
         tokens, labels, numbers = batch
         keys = jax.vmap(lambda number: jax.random.fold_in(noise_key, number))(numbers)
-        noise = noise_of_slots(keys, sides, student.config.code_channels)
+        noise = few.noise(keys, student.config.code_channels)
         known = firsts[jax.random.randint(key, labels.shape, 0, len(firsts))]
-        pair, options = (vae[0], codes), {"distance": fitting.distance, "weight": fitting.weight}
-        return student_loss(student, params, pair, tokens, noise, labels, known, **options)
+        loop = dataclasses.replace(few, vae=(few.vae[0], codes))
+        options = {"distance": fitting.distance, "weight": fitting.weight}
+        return student_loss(student, params, loop, tokens, noise, labels, known, **options)
 
     warm = min(500, fitting.steps // 10 + 1)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -347,7 +409,7 @@ def fit(
         steps=fitting.steps,
         key=jax.random.key(data.seed),
         transform=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95)),
-        constants=(vae[1], made.key),
+        constants=(few.vae[1], made.key),
         checkpoints=None if folder is None else folder / "training",
         progress=progress,
     )
@@ -366,10 +428,9 @@ def _fit(
     return fit(plan, fitting, forward, params, data, checkpoints=checkpoints)[0]
 
 
-def student_loop(loop: NextScale, forward: Forward) -> FewStep:
+def student_loop(loop: Loop, forward: Forward) -> FewStep:
     """The loop of a student, in the place of its model's."""
-    config = forward.config
-    return FewStep(loop.vae, loop.patch_nums, config.starts, config.split)
+    return _kind(loop).few.of(loop, forward.config)
 
 
 def _ladder(subject: testing.Subject) -> tuple[DistilledPlan, ...]:

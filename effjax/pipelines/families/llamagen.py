@@ -1,4 +1,7 @@
-"""LlamaGen and its relatives: images of classes and of prompts, token by token or in groups."""
+"""LlamaGen and its relatives: images of classes and of prompts, token by token or in groups.
+
+Its students (Distilled Decoding) make all tokens in a call or two.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -65,4 +68,9 @@ def _of_prompts(model: str) -> CodesFamily:
 FAMILIES = (
     *(_of_classes(model) for model in ("LlamaGen", "NAR", "NBP")),
     *(_of_prompts(model) for model in ("LlamaGen", "NAR", "NBP")),
+    CodesFamily(
+        name="DistilledLlamaGenPipeline",
+        pipeline="FewTokenPipeline",
+        models=("DistilledLlamaGen",),
+    ),
 )
