@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -27,14 +28,12 @@ import numpy as np
 import optax
 
 import effjax
-from effjax.autoregression import FewScales, MappedScales
-from effjax.autoregression.next_scale import teacher_forced
+from effjax.autoregression.few_step import quantizer_of
 from effjax.bundled import glyphs, judge
 from effjax.calibration import Samples
 from effjax.forward import Forward, Params
 from effjax.methods import distilled_decoding, round_to_nearest
 from effjax.methods.distillation.distilled_decoding import DistilledPlan, Fitting
-from effjax.models.vqvae import quantizer_of
 from effjax.samplers import sample_keys
 from effjax.storage import write_json
 from experiments import train_var, training
@@ -54,47 +53,49 @@ def data_of(teacher: Any, guidance: float, seed: int) -> Samples:
     return Samples(teacher.sampler(guidance_scale=guidance), labels, seed)
 
 
-def export(path: Path, forward: Forward, params: Params) -> None:
-    """Write the student as a pipeline with its VQVAE, weights of 8 bits, replacing an older one."""
+def export(path: Path, teacher: Path, forward: Forward, params: Params) -> None:
+    """Write the student as a pipeline with its codes, weights of 8 bits, replacing an older one."""
+    given = json.loads((teacher / "model_index.json").read_text())
     index = {
-        "_class_name": "DistilledVARPipeline",
-        "id2label": {str(number): name for number, name in enumerate(glyphs.CLASSES)},
-        "transformer": ["effjax", "DistilledVAR"],
-        "vae": ["effjax", "VQVAE"],
+        **given,
+        "_class_name": f"Distilled{given['_class_name']}",
+        "transformer": ["effjax", forward.model.__name__],
     }
-    rules = (("role:qkv|out|up|down|modulation", 8, 16),)
+    rules = (("role:qkv|out|up|gate|down|modulation", 8, 16),)
     packed = round_to_nearest.transform(round_to_nearest.RoundToNearestPlan(rules))
     with training.replacing(path) as new:
         small = packed(forward, training.bfloat16(params))
         effjax.save(new / "transformer", *small, progress=False)
-        shutil.copytree(train_var.WEIGHTS / "vae", new / "vae")
+        shutil.copytree(teacher / "vae", new / "vae")
         write_json(new / "model_index.json", index)
 
 
-def evaluate(path: Path, *, images: int, guidance: float, seed: int) -> dict[str, Any]:
+def evaluate(
+    path: Path, weights: Path, plan: DistilledPlan, *, images: int, guidance: float, seed: int
+) -> dict[str, Any]:
     """Judge images of the exported student, and the orderings of the paper."""
-    teacher = effjax.pipeline(train_var.WEIGHTS, dtype="float32", progress=False)
+    teacher = effjax.pipeline(weights, dtype="float32", progress=False)
     forward, params = effjax.load(path / "transformer", dtype="float32", progress=False)
     given = teacher.sampler(guidance_scale=guidance)
-    mapped = MappedScales.of(given, PLAN.solver)
-    pair, scales = (teacher.forward, teacher.params), teacher.patch_nums
-    two = FewScales(teacher.vae, scales, PLAN.starts, PLAN.split)
+    mapped = distilled_decoding.mapped_loop(plan, given)
+    two: Any = distilled_decoding.student_loop(given, forward)
     one = dataclasses.replace(two, starts=(0,))
+    pair = teacher.forward, teacher.params
     labels = jnp.asarray(np.arange(images) % len(glyphs.CLASSES), jnp.int32)
     keys = sample_keys(jax.random.key(seed + 1), images)  # none that a pair was made with
-    quantizer = quantizer_of(*teacher.vae)
+    quantizer = quantizer_of(teacher.vae)
 
     @jax.jit
     def other_noise(params: Params, labels: jax.Array, keys: jax.Array) -> Any:
         again = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         carry = two.init(forward, params, labels, keys)
         noise = two.noise(again, forward.config.code_channels)
-        first = two.run(forward, params, carry._replace(memory=noise), labels)
-        return two.latents(first.x), quantizer.nearest(first.x)
+        x = two.run(forward, params, carry._replace(memory=noise), labels).x
+        return two.latents(x), quantizer.nearest(x)
 
     @jax.jit
     def helped(params: Params, own: Params, labels: jax.Array, keys: jax.Array) -> Any:
-        options = {"start": PLAN.starts[1] - 1}
+        options = {"start": two.teacher_start(None)}
         return two.with_teacher((forward, params), (pair[0], own), given, labels, keys, **options)
 
     @jax.jit
@@ -141,12 +142,10 @@ def _shuffled(tokens: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
 
 def _nats(teacher: Any, tokens: np.ndarray, labels: jax.Array) -> float:
     """Mean over tokens of what they surprise the teacher, without guidance."""
-    read = jax.jit(teacher_forced, static_argnums=0)
     found = []
     for i in range(0, len(tokens), PART):
         own = jnp.asarray(tokens[i : i + PART], jnp.int32)
-        part = teacher.vae, own, labels[i : i + PART]
-        logits = read(teacher.forward, teacher.params, *part)
+        logits = teacher.logits(own, np.asarray(labels[i : i + PART]))
         found.append(optax.softmax_cross_entropy_with_integer_labels(logits, own))
     return round(float(jnp.mean(jnp.concatenate(found))), 4)
 
@@ -157,10 +156,21 @@ def passes(figures: dict[str, Any]) -> bool:
     return one >= 0.85 and two >= 0.92
 
 
-def main(argv: list[str] | None = None) -> int:
+def command(
+    module: str,
+    argv: list[str] | None,
+    *,
+    about: str,
+    teacher: Path,
+    plan: DistilledPlan,
+    output: Path,
+    guidance: float,
+) -> int:
+    """The command line of a script that distills a model of codes of classes."""
+
     def make(arguments: argparse.Namespace) -> dict[str, Any]:
-        teacher = effjax.pipeline(train_var.WEIGHTS, dtype="float32", progress=False)
-        pair = teacher.forward, teacher.params
+        pipe = effjax.pipeline(teacher, dtype="float32", progress=False)
+        pair = pipe.forward, pipe.params
         fitting = Fitting(
             pairs=arguments.pairs,
             steps=arguments.steps,
@@ -169,30 +179,42 @@ def main(argv: list[str] | None = None) -> int:
             distance="latents",
             weight=arguments.weight,
         )
-        data = data_of(teacher, arguments.guidance, arguments.seed)
+        data = data_of(pipe, arguments.guidance, arguments.seed)
         folder = arguments.checkpoints
-        learned, log = distilled_decoding.fit(PLAN, fitting, *pair, data, checkpoints=folder)
-        export(arguments.output, *distilled_decoding.transform(PLAN, learned)(*pair))
+        learned, log = distilled_decoding.fit(plan, fitting, *pair, data, checkpoints=folder)
+        export(arguments.output, teacher, *distilled_decoding.transform(plan, learned)(*pair))
         return log
 
     def judged(arguments: argparse.Namespace) -> dict[str, Any]:
-        options = {"guidance": arguments.guidance, "seed": arguments.seed}
-        return evaluate(arguments.output, images=arguments.images, **options)
+        options = {name: getattr(arguments, name) for name in ("images", "guidance", "seed")}
+        return evaluate(arguments.output, teacher, plan, **options)
 
     return training.command(
-        "experiments.train_distilled",
+        module,
         argv,
-        about=__doc__.splitlines()[0],
-        output=WEIGHTS,
+        about=about,
+        output=output,
         steps=4000,
         options={
-            **training.judged_images(guidance=1.5),
+            **training.judged_images(guidance=guidance),
             "pairs": (16_384, "pairs that the teacher makes"),
             "weight": (1.0, "of the distance of latents, beside the cross entropy"),
         },
         make=make,
         evaluate=judged,
         passes=passes,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(
+        "experiments.train_distilled",
+        argv,
+        about=__doc__.splitlines()[0],
+        teacher=train_var.WEIGHTS,
+        plan=PLAN,
+        output=WEIGHTS,
+        guidance=1.5,
     )
 
 

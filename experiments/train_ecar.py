@@ -1,10 +1,11 @@
-"""Train a tiny ECAR on class-labeled glyphs: pixels in three stages, 8 x 8 to 32 x 32.
+"""Train a tiny ECAR on class-labeled glyphs: latents in three stages, 2 x 2 to 8 x 8.
 
     python -m experiments.train_ecar --checkpoints DIR
 
-The gate: at a third of the FLOPs of the bundled tiny DiT or less the judge reads the glyphs. Beside
-it stand what other noise between stages makes, and the tiny DiT in as few steps as cost no less.
-Checkpoints are orbax; a second run resumes.
+Latents are those of the tiny VQ model (`experiments.train_vq`, which comes first), not rounded to
+codes. The gate: at a third of the FLOPs of the bundled tiny DiT or less the judge reads the glyphs.
+Beside it stand what other noise between stages makes, and the tiny DiT in as few steps as cost no
+less. Checkpoints are orbax; a second run resumes.
 """
 
 from __future__ import annotations
@@ -21,33 +22,36 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import trange
 
+import converters
 import effjax
 from effjax.autoregression import stage_loss
 from effjax.bundled import glyphs, judge
 from effjax.context import PyTree
 from effjax.cost import sampler_cost
 from effjax.forward import Forward, Params, functional
+from effjax.models import vq_model
 from effjax.models.ecar import ECAR, ECARConfig
 from effjax.pipelines import NextStagePipeline
 from effjax.samplers import sample_keys
 from effjax.training import train as train_params
-from experiments import train_dit, training
+from experiments import train_dit, train_vq, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "ecar_glyphs"
-GUIDANCE = 3.0  # of the judged images, at the last stage
+GUIDANCE = 2.0  # of the judged images, at the last stage
 CHUNK = 64  # images that are sampled together
 
 TINY = ECARConfig(
-    sample_size=glyphs.SIDE,
-    patch_size=4,
-    in_channels=1,
+    sample_size=train_vq.GRID,
+    patch_size=1,
+    in_channels=train_vq.TINY.latent_channels,
+    latent_scale=train_vq.TINY.latent_channels**0.5,  # of vectors of unit length
     num_stages=3,
     num_layers=4,
     num_heads=4,
     head_dim=32,
     intermediate_size=512,
     head="dit",
-    head_layers=2,
+    head_layers=3,
     head_width=128,
     head_intermediate_size=384,
     num_classes=len(glyphs.CLASSES),
@@ -65,13 +69,15 @@ def train(
 ) -> tuple[Forward, Params, dict]:
     """Train from the last checkpoint on; return forward, averaged parameters and the log."""
     forward, params = functional(ECAR(config, rngs=nnx.Rngs(seed)))
+    vae, weights = converters.from_pretrained(train_vq.WEIGHTS, dtype="float32", progress=False)
 
-    def loss(params: Params, batch: PyTree, key: jax.Array) -> jax.Array:
+    def loss(params: Params, batch: PyTree, key: jax.Array, weights: Params) -> jax.Array:
         images, labels = batch
+        x = config.latent_scale * vq_model.encode_latents(vae, weights, images)
         key_drop, key = jax.random.split(key)
         dropped = jax.random.bernoulli(key_drop, 0.1, labels.shape)
         seen = jnp.where(dropped, config.null_condition(labels), labels)
-        return stage_loss(forward, params, images, seen, key, draws=2, coupled=True)
+        return stage_loss(forward, params, x, seen, key, draws=2, coupled=True)
 
     trained = train_params(
         loss,
@@ -80,6 +86,7 @@ def train(
         steps=steps,
         key=jax.random.key(seed),
         transform=training.optimizer(steps, learning_rate),
+        constants=(weights,),
         checkpoints=checkpoints,
     )
     return forward, trained.average, trained.log
@@ -88,7 +95,8 @@ def train(
 def export(path: Path, forward: Forward, params: Params) -> None:
     """Write the model as a pipeline, bfloat16, replacing an older one."""
     names = dict(enumerate(glyphs.CLASSES))
-    pipe = NextStagePipeline(forward, training.bfloat16(params), names=names)
+    vae = converters.from_pretrained(train_vq.WEIGHTS, progress=False)
+    pipe = NextStagePipeline(forward, training.bfloat16(params), vae=vae, names=names)
     with training.replacing(path) as new:
         pipe.save(new)
 
@@ -105,8 +113,9 @@ def evaluate(path: Path, *, images: int, guidance: float, seed: int) -> dict[str
         for first in trange(0, images, CHUNK, desc="judging"):
             chunk = labels[first : first + CHUNK]
             keys = sample_keys(jax.random.key(seed), len(chunk), first=first)
-            made.append(np.asarray(run(pipe.forward, pipe.params, chunk, keys)))
-        return np.concatenate(made)
+            x = run(pipe.forward, pipe.params, chunk, keys)
+            made.append(np.asarray(pipe.decode(x)))
+        return np.clip(np.concatenate(made), -1, 1)
 
     dense = effjax.pipeline(train_dit.WEIGHTS, dtype="float32", progress=False)
 
@@ -176,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         argv,
         about=__doc__.splitlines()[0],
         output=WEIGHTS,
-        steps=2400,
+        steps=5000,
         options=training.judged_images(guidance=GUIDANCE),
         make=make,
         evaluate=judged,

@@ -59,6 +59,8 @@ class ECARConfig(Checked):
         sample_size: height and width of the (latent) image.
         patch_size: side of the patch of pixels that is one token, in all stages.
         in_channels: channels of the image.
+        latent_scale: what latents of an autoencoder are multiplied by before the model, so that
+            their deviation is about 1 (0.2325 of MAR).
         num_stages: how many stages; sides double from one to the next.
         starts, ends: windows of the stages in 0 ... 1; () for even ones.
         num_layers, num_heads, head_dim: of the backbone, whose hidden size is num_heads * head_dim.
@@ -75,6 +77,7 @@ class ECARConfig(Checked):
     sample_size: Count = 16
     patch_size: Count = 1
     in_channels: Count = 16
+    latent_scale: Positive = 1.0
     num_stages: Count = 3
     starts: tuple[Share, ...] = ()
     ends: tuple[Share, ...] = ()

@@ -93,10 +93,14 @@ class Quantizer(nnx.Module):
         """The tokens of latents, row by row."""
         return self.nearest(latents.reshape(latents.shape[0], -1, latents.shape[-1]))
 
+    def scaled(self, latents: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        """Latents as they are compared with codes: of unit length if those are, float32."""
+        latents = latents.astype(jnp.float32)
+        return _normalized(latents) if self.unit else latents
+
     def nearest(self, vectors: Float[Array, "B N C"]) -> Int[Array, "B N"]:
         """The tokens whose codes are nearest to vectors; the first of several."""
-        vectors = vectors.astype(jnp.float32)
-        return nearest(_normalized(vectors) if self.unit else vectors, self.codes())
+        return nearest(self.scaled(vectors), self.codes())
 
 
 def _normalized(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
@@ -148,6 +152,14 @@ def encode(forward: Any, params: PyTree, images: Float[Array, "B H W I"]) -> Int
     """
     latents, _ = forward(params, {}, None, images)
     return quantizer_of(forward, params).encode(latents)
+
+
+def encode_latents(
+    forward: Any, params: PyTree, images: Float[Array, "B H W I"]
+) -> Float[Array, "B Y X Z"]:
+    """Encode images to latents that are not rounded to codes; arguments are those of `encode`."""
+    latents, _ = forward(params, {}, None, images)
+    return quantizer_of(forward, params).scaled(latents)
 
 
 def latents_of(

@@ -18,6 +18,8 @@ from effjax.buckets import by_parts
 from effjax.executables import Program
 from effjax.fields import naming
 from effjax.forward import Forward, Params
+from effjax.models import vq_model
+from effjax.models.vq_model import VQModelConfig
 from effjax.pipelines import arguments
 from effjax.pipelines.base import INDEX, runs_executables
 from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType
@@ -39,7 +41,8 @@ class NextStagePipeline(OfClasses, LoopPipeline):
 
     Attributes:
         forward, params: the model, possibly transformed.
-        vae: forward and parameters of the decoder of its latents; None for a model of pixels.
+        vae: forward and parameters of the autoencoder of its latents, an `AutoencoderKL` or a
+            `VQModel` whose latents are not rounded to codes; None for a model of pixels.
         names: see `OfClasses`.
     """
 
@@ -190,7 +193,10 @@ class NextStagePipeline(OfClasses, LoopPipeline):
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Decode samples [B, H, W, C] into images, float32 in about -1 ... 1."""
-        return x if self.vae is None else by_parts(partial(_decode, *self.vae), self.buckets, x)
+        if self.vae is None:
+            return x
+        latents = x / self.forward.config.latent_scale
+        return by_parts(partial(_decode, *self.vae), self.buckets, latents)
 
     def _components(self, directory: Path) -> dict[str, Any]:
         return {**super()._components(directory), **self.names_as_json()}
@@ -198,4 +204,5 @@ class NextStagePipeline(OfClasses, LoopPipeline):
 
 @Program
 def _decode(forward: Forward, params: Params, latents: Array) -> Array:
-    return decode_latents(forward, params, latents).astype(jnp.float32)
+    decode = vq_model.decode if isinstance(forward.config, VQModelConfig) else decode_latents
+    return decode(forward, params, latents).astype(jnp.float32)

@@ -260,7 +260,7 @@ def make_pairs(
     """
     from tqdm.auto import trange
 
-    loop = _kind(data.sampler).mapped.of(data.sampler, plan.solver)
+    loop = mapped_loop(plan, data.sampler)
     key = jax.random.key(data.seed)
 
     @jax.jit
@@ -426,6 +426,11 @@ def _fit(
     checkpoints: Path | None = None,
 ) -> Params:
     return fit(plan, fitting, forward, params, data, checkpoints=checkpoints)[0]
+
+
+def mapped_loop(plan: DistilledPlan, loop: Loop) -> Any:
+    """The loop of a model with the flow map in place of draws."""
+    return _kind(loop).mapped.of(loop, plan.solver)
 
 
 def student_loop(loop: Loop, forward: Forward) -> FewStep:
