@@ -64,7 +64,8 @@ def _mapped(
 
 def quantizer_of(vae: Pair) -> Any:
     """The quantizer of a VQVAE or a VQ model."""
-    return vae[0].module(vae[1]).quantizer
+    module: Any = vae[0].module(vae[1])
+    return module.quantizer
 
 
 @partial(

@@ -18,7 +18,7 @@ from effjax.pipelines import arguments
 from effjax.pipelines.base import runs_executables
 from effjax.pipelines.codes import CodesPipeline, OutputType, check_output
 from effjax.pipelines.diffusion import Images
-from effjax.pipelines.labels import Label
+from effjax.pipelines.labels import Label, OfClasses
 from effjax.pipelines.next_scale import NextScalePipeline
 from effjax.pipelines.next_token import NextTokenPipeline
 from effjax.pipelines.rasters import ClassRasterPipeline
@@ -26,7 +26,7 @@ from effjax.pipelines.scales import ScalePipeline
 from effjax.transform import Pair
 
 
-class FewCalls(CodesPipeline):
+class FewCalls(OfClasses, CodesPipeline):
     """A student with the autoencoder of its codes: what pipelines of students share."""
 
     SETTINGS: ClassVar[tuple[str, ...]] = ("num_inference_steps",)
@@ -158,7 +158,7 @@ class FewTokenPipeline(FewCalls, ClassRasterPipeline):
 def _sample(
     starts: tuple[int, ...],
     start: int,
-    loop: FewStep,
+    loop: Any,
     student: Pair,
     teacher: Pair,
     own: NextScale | NextToken,

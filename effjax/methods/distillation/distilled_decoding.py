@@ -386,7 +386,7 @@ def fit(
         folder=None if folder is None else folder / "pairs",
         progress=progress,
     )
-    few = student_loop(data.sampler, student)
+    few: Any = student_loop(data.sampler, student)
     firsts = jnp.asarray(few.bounds, jnp.int32)[np.asarray(plan.starts)]
 
     def loss(params: Params, batch: Any, key: Array, codes: Params, noise_key: Array) -> Array:
