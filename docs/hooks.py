@@ -20,7 +20,7 @@ from effjax.transform import Method
 
 SYSTEMS = Path(__file__).parent / "systems.toml"
 STATES = ("not yet", "not possible here")  # of systems that no method is; the second has a reason
-DECODING = "autoregression.md#several-tokens-in-a-call"  # the page of decoders
+DECODING = "raster.md#several-tokens-in-a-call"  # the page of decoders
 BESIDE = (
     "effjax.methods.cache.press",
     "effjax.calibration",

@@ -408,7 +408,7 @@ def test_decoders_that_do_not_fit_images():
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(model):
     """On the tiny model: an image of 3 x 4 of its tokens."""
-    page = (Path(__file__).parent.parent / "docs" / "autoregression.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "raster.md").read_text()
     section = page.partition("## Several tokens in a call")[2].partition("\n## ")[0]
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     codes, texts = code

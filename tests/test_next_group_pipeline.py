@@ -93,7 +93,7 @@ def test_bad_input(pipe, tmp_path):
 
 @pytest.mark.slow
 def test_the_code_of_the_page_runs():
-    page = (Path(__file__).parent.parent / "docs" / "autoregression.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "raster.md").read_text()
     page = page[page.index("## A diagonal") : page.index("## Several tokens in a call")]
     made = {"jax": jax}
     exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)), made)

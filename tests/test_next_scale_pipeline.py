@@ -121,8 +121,8 @@ def test_the_code_of_the_page_runs(pipe, tmp_path, monkeypatch):
     """On the tiny model, with the classes of the page."""
     names = {1: "golden retriever"}
     dataclasses.replace(pipe, names=names).save(tmp_path / "var-d16")
-    page = (Path(__file__).parent.parent / "docs" / "autoregression.md").read_text()
-    page, _, _ = page.partition("## LlamaGen")  # the tests of other loops run the rest
+    page = (Path(__file__).parent.parent / "docs" / "visual-ar.md").read_text()
+    page, _, _ = page.partition("## All tokens")  # the tests of other loops run the rest
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     for old, new in ((', dtype="bfloat16"', ""), ("980", "4")):
         assert old in code

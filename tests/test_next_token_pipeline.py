@@ -177,7 +177,7 @@ def test_the_code_of_the_page_runs(pipe, tmp_path, monkeypatch):
     """On the tiny model, with the classes of the page."""
     names = {1: "golden retriever"}
     dataclasses.replace(pipe, names=names).save(tmp_path / "llamagen-b")
-    page = (Path(__file__).parent.parent / "docs" / "autoregression.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "raster.md").read_text()
     page = page[page.index("## LlamaGen") : page.index("## Chameleon")]
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     for old, new in ((', dtype="bfloat16"', ""), ("980", "4"), ("top_k=2000", "top_k=20")):

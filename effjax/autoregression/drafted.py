@@ -47,6 +47,8 @@ def drafted(
     carry: Carry,
     cond: PyTree,
     uncond: PyTree,
+    *,
+    limit: int | Array | None = None,
 ) -> Made:
     """Sample the tokens of images.
 
@@ -56,6 +58,7 @@ def drafted(
         forward, params: the model.
         carry: as `loop.init` makes it.
         cond, uncond: conditions of both branches.
+        limit: stop when every image has so many tokens; None for all.
 
     Raises:
         ValueError: for a cache that cannot go back, and as `on_grid`.
@@ -84,7 +87,7 @@ def drafted(
     out, _, state = loop.network(forward, params, carry.state, carry.x, cond, uncond, 0)
     made = Made(*map(jnp.asarray, Made.nothing(np.zeros(batch, bool), loop.calls)))
     made, drafts = begin(decoder, made, out[:, 0], None, drawn)
-    options = {"before": before, "limit": most}
+    options = {"before": before, "limit": most if limit is None else jnp.int32(limit)}
     return decode(decoder, call, state, made, drafts, drawn, **options)[1]
 
 

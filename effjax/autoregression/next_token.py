@@ -30,15 +30,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.autoregression.drafted import drafted, on_grid
-from effjax.caches import Caches, DenseCache, KVCache
-from effjax.caches.pressed import PressedCache
-from effjax.caches.shared import SharedCache
 from effjax.context import PyTree, Step, is_static
 from effjax.executables import Program
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate import JacobiDecoding, Sampling, process_logits
 from effjax.generate.installed import cached as with_cache
-from effjax.generate.installed import caches, check_shortest, empty_state
+from effjax.generate.installed import check_shortest, check_tokens_alone, empty_state
 from effjax.guidance import Guidance
 from effjax.loops import Carry, Loop
 from effjax.models.chameleon import ChameleonConfig
@@ -269,7 +266,7 @@ class NextToken(Loop):
         state = empty_state(ready, params, rows)
         if forward.patches:
             check_shortest(ready, condition + self.new_tokens - 1)
-            check_kept(ready, params, state, condition)
+            check_tokens_alone(ready, params, state, condition)
         tokens = jnp.zeros((batch, self.tokens_of_image), jnp.int32)
         return Carry(
             tokens, (), state, sample_keys(jax.random.key(0) if key is None else key, batch)
@@ -428,40 +425,6 @@ class NextToken(Loop):
         """The forward with a cache for a condition of so many tokens and an image."""
         first, others = condition + self.known, self.calls - 1 - self.known
         return with_cache(forward).with_cache_length(first, others)
-
-
-def check_kept(forward: Forward, params: Params, state: StateDict, condition: int) -> None:
-    """Check that a forward keeps keys and values alone from call to call.
-
-    Args:
-        forward: with its caches.
-        state: that it begins with.
-        condition: tokens that are read at once.
-
-    Raises:
-        ValueError: for methods that keep something else, which was another token's, and for those
-            that drop tokens of a prompt where there is one.
-    """
-    held = caches(forward, params)
-    methods = ", ".join(dict.fromkeys(name for name, _ in forward.recipe)) or "a patch"
-    for name in state:
-        if not any(name.startswith(f"{path}.") for path in held):
-            raise ValueError(
-                f"{methods} keeps what a call computed for the next one ({name}), but the next "
-                f"call of this model is another token: this kind of method does not apply"
-            )
-    chosen = any(isinstance(patch, Caches) and patch.plan is not None for patch in forward.patches)
-    if chosen and condition == 1 and all(_keeps_prompt(cache) for cache in held.values()):
-        raise ValueError(
-            f"{methods} drops tokens of a prompt, and the prompt of this model is one label: take "
-            f"a method that drops or quantizes later tokens too, such as streaming_llm or kivi"
-        )
-
-
-def _keeps_prompt(cache: KVCache) -> bool:
-    """Whether a cache holds a prompt of one token, and all that follow, as floats."""
-    whole = isinstance(cache, DenseCache | PressedCache | SharedCache)
-    return whole and not cache.tokens.quantized
 
 
 @Program

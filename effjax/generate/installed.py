@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from effjax.caches import Caches, KVCache, as_it_is
+from effjax.caches import Caches, DenseCache, KVCache, as_it_is
+from effjax.caches.pressed import PressedCache
+from effjax.caches.shared import SharedCache
 from effjax.forward import Forward, Params, StateDict
 from effjax.targets import canonical
 
@@ -122,3 +124,37 @@ def total_bytes(state: Mapping[str, Any], shares: Mapping[str, Array]) -> CacheB
         )
         allocated, useful = allocated + own, useful + own * float(share)
     return CacheBytes(allocated, round(useful))
+
+
+def check_tokens_alone(forward: Forward, params: Params, state: StateDict, condition: int) -> None:
+    """Check that a forward keeps keys and values alone from call to call.
+
+    Args:
+        forward: with its caches.
+        state: that it begins with.
+        condition: tokens that are read at once.
+
+    Raises:
+        ValueError: for methods that keep something else, which was another token's, and for those
+            that drop tokens of a prompt where there is one.
+    """
+    held = caches(forward, params)
+    methods = ", ".join(dict.fromkeys(name for name, _ in forward.recipe)) or "a patch"
+    for name in state:
+        if not any(name.startswith(f"{path}.") for path in held):
+            raise ValueError(
+                f"{methods} keeps what a call computed for the next one ({name}), but the next "
+                f"call of this model is another token: this kind of method does not apply"
+            )
+    chosen = any(isinstance(patch, Caches) and patch.plan is not None for patch in forward.patches)
+    if chosen and condition == 1 and all(_keeps_prompt(cache) for cache in held.values()):
+        raise ValueError(
+            f"{methods} drops tokens of a prompt, and the prompt of this model is one label: take "
+            f"a method that drops or quantizes later tokens too, such as streaming_llm or kivi"
+        )
+
+
+def _keeps_prompt(cache: KVCache) -> bool:
+    """Whether a cache holds a prompt of one token, and all that follow, as floats."""
+    whole = isinstance(cache, DenseCache | PressedCache | SharedCache)
+    return whole and not cache.tokens.quantized
