@@ -165,6 +165,7 @@ def command(
     plan: DistilledPlan,
     output: Path,
     guidance: float,
+    weight: float,
 ) -> int:
     """The command line of a script that distills a model of codes of classes."""
 
@@ -198,7 +199,7 @@ def command(
         options={
             **training.judged_images(guidance=guidance),
             "pairs": (16_384, "pairs that the teacher makes"),
-            "weight": (1.0, "of the distance of latents, beside the cross entropy"),
+            "weight": (weight, "of the distance of latents, beside the cross entropy"),
         },
         make=make,
         evaluate=judged,
@@ -215,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         plan=PLAN,
         output=WEIGHTS,
         guidance=1.5,
+        weight=1.0,
     )
 
 

@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         teacher=train_llamagen.WEIGHTS,
         plan=PLAN,
         output=WEIGHTS,
-        guidance=2.0,
+        guidance=1.5,
+        weight=20.0,  # of vectors of unit length, whose distances are small
     )
 
 

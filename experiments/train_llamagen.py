@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 
 import jax
+import jax.numpy as jnp
 
 from effjax.autoregression import logits_of
 from effjax.bundled import glyphs
@@ -21,6 +22,7 @@ from effjax.transform import Pair
 from experiments import train_var, train_vq
 
 WEIGHTS = train_vq.WEIGHTS.parent
+WRONG = 0.1  # share of tokens that are replaced in training
 
 TINY = LlamaGenConfig(
     grid=train_vq.GRID,
@@ -34,11 +36,22 @@ TINY = LlamaGenConfig(
 
 
 def read(
-    forward: Forward, params: Params, vae: Pair, images: jax.Array, labels: jax.Array
+    forward: Forward,
+    params: Params,
+    vae: Pair,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens of images, and the logits of all of them in one call."""
+    """Tokens of images, and the logits of all of them in one call.
+
+    Some of the tokens that are read are others: what is sampled later has errors too.
+    """
+    key_place, key_token = jax.random.split(key)
     tokens = vq_model.encode(*vae, images)
-    return tokens, logits_of(forward, params, tokens, labels)
+    wrong = jax.random.bernoulli(key_place, WRONG, tokens.shape)
+    other = jax.random.randint(key_token, tokens.shape, 0, forward.config.vocab_size)
+    return tokens, logits_of(forward, params, jnp.where(wrong, other, tokens), labels)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         config=TINY,
         read=read,
         vae=train_vq.WEIGHTS,
-        guidance=2.0,
+        guidance=1.5,
     )
 
 

@@ -52,7 +52,12 @@ TINY = VARConfig(
 
 
 def read(
-    forward: Forward, params: Params, vae: Pair, images: jax.Array, labels: jax.Array
+    forward: Forward,
+    params: Params,
+    vae: Pair,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens of images, and the logits of all of them in one call."""
     tokens = vqvae.encode(*vae, images, forward.config.patch_nums)
@@ -76,9 +81,10 @@ def train(
 
     def loss(params: Params, batch: PyTree, key: jax.Array, codes: Params) -> jax.Array:
         images, labels = batch
-        dropped = jax.random.bernoulli(key, 0.1, labels.shape)
+        key_drop, key = jax.random.split(key)
+        dropped = jax.random.bernoulli(key_drop, 0.1, labels.shape)
         seen = jnp.where(dropped, config.null_condition(labels), labels)
-        tokens, logits = read(forward, params, (vae[0], codes), images, seen)
+        tokens, logits = read(forward, params, (vae[0], codes), images, seen, key)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens))
 
     trained = train_params(
