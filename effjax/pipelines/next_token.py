@@ -202,7 +202,7 @@ class NextTokenPipeline(ClassRasterPipeline, TokenPipeline):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class PromptedRaster(RasterPipeline):
+class PromptedRaster(TokenPipeline):
     """A model that predicts the codes of images of prompts: the base of its pipelines."""
 
     TASK = "text-to-image"
