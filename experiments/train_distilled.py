@@ -34,6 +34,7 @@ from effjax.calibration import Samples
 from effjax.forward import Forward, Params
 from effjax.methods import distilled_decoding, round_to_nearest
 from effjax.methods.distillation.distilled_decoding import DistilledPlan, Fitting
+from effjax.models.distilled_var import DistilledVAR
 from effjax.samplers import sample_keys
 from effjax.storage import write_json
 from experiments import train_var, training
@@ -61,7 +62,8 @@ def export(path: Path, teacher: Path, forward: Forward, params: Params) -> None:
         "_class_name": f"Distilled{given['_class_name']}",
         "transformer": ["effjax", forward.model.__name__],
     }
-    rules = (("role:qkv|out|up|gate|down|modulation", 8, 16),)
+    roles = "qkv|out|up|down" + ("|modulation" if forward.model is DistilledVAR else "")
+    rules = ((f"role:{roles}", 8, 16),)
     packed = round_to_nearest.transform(round_to_nearest.RoundToNearestPlan(rules))
     with training.replacing(path) as new:
         small = packed(forward, training.bfloat16(params))

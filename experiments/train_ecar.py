@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         argv,
         about=__doc__.splitlines()[0],
         output=WEIGHTS,
-        steps=5000,
+        steps=2700,
         options=training.judged_images(guidance=GUIDANCE),
         make=make,
         evaluate=judged,

@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         config=TINY,
         read=read,
         vae=train_vq.WEIGHTS,
-        guidance=1.5,
+        guidance=2.0,
+        temperature=0.7,
+        steps=6500,
     )
 
 

@@ -116,10 +116,12 @@ def export(path: Path, name: str, forward: Forward, params: Params, vae: Path) -
         write_json(new / "model_index.json", index)
 
 
-def evaluate(path: Path, *, images: int, guidance: float, seed: int) -> dict[str, Any]:
+def evaluate(
+    path: Path, *, images: int, guidance: float, temperature: float, seed: int
+) -> dict[str, Any]:
     """Judge images that the exported model draws."""
     pipe = effjax.pipeline(path, dtype="float32", progress=False)
-    loop = pipe.sampler(guidance_scale=guidance)
+    loop = pipe.sampler(guidance_scale=guidance, temperature=temperature)
     labels = (np.arange(images) % len(glyphs.CLASSES)).astype(np.int32)
     chunks, sample = [], jax.jit(loop)
     for first in trange(0, images, 32, desc="judging"):
@@ -136,6 +138,7 @@ def evaluate(path: Path, *, images: int, guidance: float, seed: int) -> dict[str
     return {
         "images": images,
         "guidance": guidance,
+        "temperature": temperature,
         "nats_per_token": round(float(jnp.mean(entropies)), 4),
         "judge_accuracy": judge.accuracy(reader, generated, labels),
         "frechet": judge.frechet(judge.features(reader, generated), real[0]),
@@ -159,6 +162,8 @@ def command(
     read: Callable[..., tuple[jax.Array, jax.Array]],
     vae: Path,
     guidance: float,
+    temperature: float = 1.0,
+    steps: int = 4500,
 ) -> int:
     """The command line of a script that trains a model of codes of classes."""
 
@@ -180,6 +185,7 @@ def command(
             arguments.output,
             images=arguments.images,
             guidance=arguments.guidance,
+            temperature=arguments.temperature,
             seed=arguments.seed,
         )
 
@@ -188,8 +194,11 @@ def command(
         argv,
         about=about,
         output=vae.parent,
-        steps=4500,
-        options=training.judged_images(guidance=guidance),
+        steps=steps,
+        options={
+            **training.judged_images(guidance=guidance),
+            "temperature": (temperature, "of the judged images"),
+        },
         make=make,
         evaluate=judged,
         passes=passes,
