@@ -10,6 +10,7 @@ that is a part of a fused one has the same `down` and its rows of `up`, or its c
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -307,7 +308,7 @@ def _pieces(forward: Forward, names: Iterable[str]) -> dict[str, tuple[Piece, ..
     best: dict[str, tuple[Piece, ...]] = {}
     for table in family_of_config(forward.config).tables.values():
         rules = [rule for rule in table.rules if rule.source.endswith(".weight")]
-        weights = table.__class__(tuple(rules), aliases=table.aliases)
+        weights = dataclasses.replace(table, rules=tuple(rules))
         known = {}
         for source, pieces in weights.bind(targets).sources.items():
             layer = source.removesuffix(".weight")

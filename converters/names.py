@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,29 +39,39 @@ def _swap(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x[half:], x[:half]])
 
 
-# A family may add one, under a name of its own.
-LAYOUTS: dict[str, Layout] = {
-    "same": Layout(lambda x: x, lambda x: x, lambda shape: shape),
-    # [out, in] <-> [in, out]
-    "linear": Layout(np.transpose, np.transpose, lambda shape: shape[::-1]),
-    "swapped": Layout(_swap, _swap, lambda shape: shape),
-    "swapped-linear": Layout(lambda x: _swap(x).T, lambda x: _swap(x.T), lambda shape: shape[::-1]),
-    # [1, ...] <-> [...]
-    "first": Layout(lambda x: x[0], lambda x: x[None], lambda shape: (1, *shape)),
-    # [out, in, height, width] <-> [height, width, in, out]
-    "conv": Layout(
-        lambda x: x.transpose(2, 3, 1, 0),
-        lambda x: x.transpose(3, 2, 0, 1),
-        lambda shape: (shape[3], shape[2], shape[0], shape[1]),
-    ),
-}
+LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+    {
+        "same": Layout(lambda x: x, lambda x: x, lambda shape: shape),
+        # [out, in] <-> [in, out]
+        "linear": Layout(np.transpose, np.transpose, lambda shape: shape[::-1]),
+        "swapped": Layout(_swap, _swap, lambda shape: shape),
+        "swapped-linear": Layout(
+            lambda x: _swap(x).T, lambda x: _swap(x.T), lambda shape: shape[::-1]
+        ),
+        # [1, ...] <-> [...]
+        "first": Layout(lambda x: x[0], lambda x: x[None], lambda shape: (1, *shape)),
+        # [out, in, height, width] <-> [height, width, in, out]
+        "conv": Layout(
+            lambda x: x.transpose(2, 3, 1, 0),
+            lambda x: x.transpose(3, 2, 0, 1),
+            lambda shape: (shape[3], shape[2], shape[0], shape[1]),
+        ),
+        # [out, in, 1, 1] of a convolution of single pixels <-> [in, out]
+        "pointwise": Layout(
+            lambda x: x[:, :, 0, 0].T,
+            lambda x: x.T[:, :, None, None],
+            lambda shape: (*shape[::-1], 1, 1),
+        ),
+    }
+)
 
 
 class Rule(NamedTuple):
     """Source tensor, parameter, and layout.
 
-    The layout is a name in `LAYOUTS`; then, for a part of the tensor, " k/n" for part k of n along
-    its rows, " a:b/n" for the parts a ... b - 1, and "columns" before that for its second axis.
+    The layout is a name in `LAYOUTS` or in those of the table; then, for a part of the tensor,
+    " k/n" for part k of n along its rows, " a:b/n" for the parts a ... b - 1, and "columns" before
+    that for its second axis.
     """
 
     source: str
@@ -158,6 +169,7 @@ class Table:
         ignored: tensors that some files hold and that nothing needs; `{i}` as in rules.
         infer: configuration from the tensors' shapes by name, for files without a config.json.
         stem: name of the weight files that are written, without suffix.
+        layouts: further ones that the rules name.
     """
 
     rules: tuple[Rule, ...]
@@ -166,6 +178,7 @@ class Table:
     ignored: tuple[str, ...] = ()
     infer: Callable[[Mapping[str, Shape]], Any] | None = None
     stem: str = "diffusion_pytorch_model"
+    layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
 
     def ignores(self, name: str) -> bool:
         """Whether nothing needs the tensor of this name."""
@@ -196,6 +209,7 @@ class Table:
             ValueError: for parameters that no rule gives, or tensors of which a part is missing.
         """
         patterns = [(rule, _pattern(rule.target)) for rule in self.rules]
+        layouts = {**LAYOUTS, **self.layouts}
         matched: dict[str, tuple[Rule, dict[str, str]]] = {}
         values: dict[str, dict[str, None]] = {}  # that each index takes; a dict keeps their order
         targets = list(targets)
@@ -209,7 +223,7 @@ class Table:
         by_target: dict[str, tuple[Piece, ...]] = {}
         by_source: dict[str, list[Piece]] = {}
         for target, (rule, indices) in matched.items():
-            by_target[target] = _pieces(rule, target, indices, values)
+            by_target[target] = _pieces(rule, layouts, target, indices, values)
             for piece in by_target[target]:
                 by_source.setdefault(piece.source, []).append(piece)
         problems = [f"{target}: no rule" for target in targets if not by_target.get(target)]
@@ -240,19 +254,23 @@ class Table:
 
 
 def _pieces(
-    rule: Rule, target: str, indices: Mapping[str, str], values: Mapping[str, Iterable[str]]
+    rule: Rule,
+    layouts: Mapping[str, Layout],
+    target: str,
+    indices: Mapping[str, str],
+    values: Mapping[str, Iterable[str]],
 ) -> tuple[Piece, ...]:
     """The source tensors of one parameter."""
     name, _, part = rule.layout.partition(" ")
-    if name not in LAYOUTS:
-        raise ValueError(f"{rule} has an unknown layout; there are {sorted(LAYOUTS)}")
+    if name not in layouts:
+        raise ValueError(f"{rule} has an unknown layout; there are {sorted(layouts)}")
     axis = int(part.startswith("columns "))
     start, stop, parts = _part(part.removeprefix("columns ")) if part else (0, 1, 1)
     sources = [rule.source]
     for index in dict.fromkeys(_INDEX.findall(rule.source)):
         choices = [indices[index]] if index in indices else list(values.get(index, ()))
         sources = [held.replace(f"{{{index}}}", value) for held in sources for value in choices]
-    layout = LAYOUTS[name]
+    layout = layouts[name]
     return tuple(Piece(source, target, layout, start, stop, parts, axis) for source in sources)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from converters.family import Family, Json, Keys, read_keys, write_keys
-from converters.names import LAYOUTS, Layout, Rule, Shape, Table, affine
+from converters.names import Layout, Rule, Shape, Table, affine
 from converters.sd3 import count
 from effjax.models.var import PATCH_NUMS, VAR, VARConfig
 
@@ -28,16 +28,19 @@ def _as_released(x: np.ndarray) -> np.ndarray:
     return x.reshape(6, -1, *x.shape[1:])[np.argsort(_ORDER)].reshape(x.shape)
 
 
-LAYOUTS["six"] = Layout(_reordered, _as_released, lambda shape: shape)
-LAYOUTS["six-linear"] = Layout(
-    lambda x: _reordered(x).T, lambda x: _as_released(x.T), lambda shape: shape[::-1]
-)
-LAYOUTS["six-table"] = Layout(
-    lambda x: _reordered(x[0, 0]), lambda x: _as_released(x)[None, None], lambda s: (1, 1, *s)
-)
-LAYOUTS["by-head"] = Layout(  # [1, H, 1, 1] <-> [H]
-    lambda x: x[0, :, 0, 0], lambda x: x[None, :, None, None], lambda shape: (1, *shape, 1, 1)
-)
+_LAYOUTS = {
+    "six": Layout(_reordered, _as_released, lambda shape: shape),
+    "six-linear": Layout(
+        lambda x: _reordered(x).T, lambda x: _as_released(x.T), lambda shape: shape[::-1]
+    ),
+    "six-table": Layout(
+        lambda x: _reordered(x[0, 0]), lambda x: _as_released(x)[None, None], lambda s: (1, 1, *s)
+    ),
+    # [1, H, 1, 1] <-> [H]
+    "by-head": Layout(
+        lambda x: x[0, :, 0, 0], lambda x: x[None, :, None, None], lambda shape: (1, *shape, 1, 1)
+    ),
+}
 
 _KEYS: Keys = {
     "patch_nums": ("patch_nums", list(PATCH_NUMS[256])),
@@ -134,6 +137,7 @@ ORIGINAL = Table(
     ignored=("lvl_1L", "attn_bias_for_masking", "blocks.{i}.attn.zero_k_bias"),
     infer=_infer,
     stem="model",
+    layouts=_LAYOUTS,
 )
 
 FAMILY = Family(

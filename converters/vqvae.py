@@ -10,16 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.family import Family, Json, Keys, read_keys, write_keys
-from converters.names import LAYOUTS, Layout, Rule, Shape, Table, affine
+from converters.names import Rule, Shape, Table, affine
 from converters.sd3 import count
 from effjax.models.vqvae import VQVAE, VQVAEConfig
 
 LEVELS = 5  # of the released model: images are 16 times as wide as latents
-
-# [out, in, 1, 1] of a convolution of single pixels <-> [in, out]
-LAYOUTS["pointwise"] = Layout(
-    lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None], lambda shape: (*shape[::-1], 1, 1)
-)
 
 _KEYS: Keys = {
     "in_channels": ("in_channels", 3),

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.names import LAYOUTS, Buffer, Rule, Table, affine
+from converters.names import LAYOUTS, Buffer, Layout, Rule, Table, affine
 
 TABLE = Table(
     rules=(
@@ -78,8 +78,10 @@ def test_parts_are_rows_of_the_source():
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_layouts_are_two_way_and_copy_nothing(name, data):
-    rank = {"linear": 2, "swapped-linear": 2, "conv": 4}.get(name, data.draw(st.integers(1, 4)))
+    ranks = {"linear": 2, "swapped-linear": 2, "conv": 4, "pointwise": 4}
+    rank = ranks[name] if name in ranks else data.draw(st.integers(1, 4))
     shape = data.draw(st.tuples(*[st.integers(1, 4)] * rank))
+    shape = (*shape[:2], 1, 1) if name == "pointwise" else shape
     shape = (1, *shape) if name == "first" else shape
     shape = (2 * shape[0], *shape[1:]) if name.startswith("swapped") else shape
     source = np.zeros(shape)
@@ -109,6 +111,17 @@ def test_copies_of_nothing_are_an_error():
 def test_unknown_layout():
     with pytest.raises(ValueError, match=r"unknown layout.*conv"):
         Table((Rule("a", "b", "linaer"),)).bind(["b"])
+
+
+def test_layouts_of_one_table_are_no_others():
+    added = Layout(lambda x: x[0], lambda x: x[None], lambda shape: (1, *shape))
+    rules = (Rule("a", "b", "own"),)
+    binding = Table(rules, layouts={"own": added}).bind(["b"])
+    assert binding.source_shapes({"b": (2,)}) == {"a": (1, 2)}
+    with pytest.raises(ValueError, match="unknown layout"):
+        Table(rules).bind(["b"])
+    with pytest.raises(TypeError):
+        LAYOUTS["own"] = added  # pyright: ignore[reportIndexIssue]
 
 
 def test_recognized_counts_known_names_only():
