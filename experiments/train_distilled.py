@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,15 +27,14 @@ import optax
 
 import effjax
 from effjax.autoregression.few_step import quantizer_of
-from effjax.bundled import glyphs, judge
+from effjax.bundled import glyphs
 from effjax.calibration import Samples
 from effjax.forward import Forward, Params
 from effjax.methods import distilled_decoding, round_to_nearest
 from effjax.methods.distillation.distilled_decoding import DistilledPlan, Fitting
 from effjax.models.distilled_var import DistilledVAR
 from effjax.samplers import sample_keys
-from effjax.storage import write_json
-from experiments import train_var, training
+from experiments import classes, train_var, training
 
 WEIGHTS = train_var.WEIGHTS.parent / "distilled_var_glyphs"
 PLAN = DistilledPlan(starts=(0, 3), split=3, solver_steps=24)
@@ -56,20 +53,11 @@ def data_of(teacher: Any, guidance: float, seed: int) -> Samples:
 
 def export(path: Path, teacher: Path, forward: Forward, params: Params) -> None:
     """Write the student as a pipeline with its codes, weights of 8 bits, replacing an older one."""
-    given = json.loads((teacher / "model_index.json").read_text())
-    index = {
-        **given,
-        "_class_name": f"Distilled{given['_class_name']}",
-        "transformer": ["effjax", forward.model.__name__],
-    }
     roles = "qkv|out|up|down" + ("|modulation" if forward.model is DistilledVAR else "")
     rules = ((f"role:{roles}", 8, 16),)
     packed = round_to_nearest.transform(round_to_nearest.RoundToNearestPlan(rules))
-    with training.replacing(path) as new:
-        small = packed(forward, training.bfloat16(params))
-        effjax.save(new / "transformer", *small, progress=False)
-        shutil.copytree(teacher / "vae", new / "vae")
-        write_json(new / "model_index.json", index)
+    small = packed(forward, training.bfloat16(params))
+    classes.export(path, f"{forward.model.__name__}Pipeline", small, teacher / "vae")
 
 
 def evaluate(
@@ -83,7 +71,7 @@ def evaluate(
     two: Any = distilled_decoding.student_loop(given, forward)
     one = dataclasses.replace(two, starts=(0,))
     pair = teacher.forward, teacher.params
-    labels = jnp.asarray(np.arange(images) % len(glyphs.CLASSES), jnp.int32)
+    labels = jnp.asarray(classes.labels_of(images))
     keys = sample_keys(jax.random.key(seed + 1), images)  # none that a pair was made with
     quantizer = quantizer_of(teacher.vae)
 
@@ -118,14 +106,11 @@ def evaluate(
         made[name] = x, tokens
     independent = _shuffled(made["teacher"][1], np.asarray(labels), seed)
     made["independent"] = np.asarray(teacher.latents(independent)), independent
-    reader = judge.load()
-    real = judge.features(reader, glyphs.batch(np.random.default_rng([seed, 0]), images)[0])
     figures: dict[str, Any] = {"images": images, "guidance": guidance}
     for name, (x, tokens) in made.items():
         pixels = np.clip(np.asarray(teacher.decode(jnp.asarray(x))), -1, 1)
         figures[name] = {
-            "judge_accuracy": judge.accuracy(reader, pixels, np.asarray(labels)),
-            "frechet": judge.frechet(judge.features(reader, pixels), real),
+            **classes.judged(pixels, np.asarray(labels), seed=seed),
             "nats_per_token": _nats(teacher, tokens, labels),
             "as_the_map": round(float(np.mean(tokens == made["teacher"][1])), 4),
         }
@@ -175,12 +160,8 @@ def command(
         pipe = effjax.pipeline(teacher, dtype="float32", progress=False)
         pair = pipe.forward, pipe.params
         fitting = Fitting(
-            pairs=arguments.pairs,
-            steps=arguments.steps,
-            learning_rate=arguments.learning_rate,
-            batch=arguments.batch,
+            **training.given(arguments, "pairs", "steps", "learning_rate", "batch", "weight"),
             distance="latents",
-            weight=arguments.weight,
         )
         data = data_of(pipe, arguments.guidance, arguments.seed)
         folder = arguments.checkpoints
@@ -189,7 +170,7 @@ def command(
         return log
 
     def judged(arguments: argparse.Namespace) -> dict[str, Any]:
-        options = {name: getattr(arguments, name) for name in ("images", "guidance", "seed")}
+        options = training.given(arguments, "images", "guidance", "seed")
         return evaluate(arguments.output, teacher, plan, **options)
 
     return training.command(

@@ -286,15 +286,7 @@ def passes(figures: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     def make(arguments: argparse.Namespace) -> dict[str, Any]:
-        transformer, text_encoder, log = train(
-            TINY,
-            TINY_T5,
-            steps=arguments.steps,
-            batch=arguments.batch,
-            seed=arguments.seed,
-            learning_rate=arguments.learning_rate,
-            checkpoints=arguments.checkpoints,
-        )
+        transformer, text_encoder, log = train(TINY, TINY_T5, **training.given(arguments))
         export(arguments.output, transformer, text_encoder)
         return log
 

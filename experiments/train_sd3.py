@@ -213,14 +213,7 @@ def passes(figures: dict[str, Any]) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     def make(arguments: argparse.Namespace) -> dict[str, Any]:
-        models, log = train(
-            TINY,
-            steps=arguments.steps,
-            batch=arguments.batch,
-            seed=arguments.seed,
-            learning_rate=arguments.learning_rate,
-            checkpoints=arguments.checkpoints,
-        )
+        models, log = train(TINY, **training.given(arguments))
         export(arguments.output, models)
         return log
 

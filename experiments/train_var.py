@@ -9,8 +9,6 @@ Teacher forcing: all tokens of all scales in one call, cross entropy (arXiv 2404
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,21 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm.auto import trange
 
 import converters
 import effjax
 from effjax.autoregression import teacher_forced
-from effjax.bundled import glyphs, judge
+from effjax.bundled import glyphs
 from effjax.context import PyTree
 from effjax.forward import Forward, Params, functional
 from effjax.models import vqvae
 from effjax.models.var import VAR, VARConfig
-from effjax.samplers import sample_keys
-from effjax.storage import write_json
-from effjax.training import train as train_params
 from effjax.transform import Pair
-from experiments import train_vqvae, training
+from experiments import classes, train_vqvae, training
 
 WEIGHTS = train_vqvae.WEIGHTS.parent
 
@@ -69,51 +63,20 @@ def train(
     config: Any,
     read: Callable[..., tuple[jax.Array, jax.Array]],
     vae: Pair,
-    *,
-    steps: int,
-    batch: int,
-    seed: int,
-    learning_rate: float,
-    checkpoints: Path,
+    **options: Any,
 ) -> tuple[Forward, Params, dict]:
-    """Train from the last checkpoint on; return forward, averaged parameters and the log."""
-    forward, params = functional(model(config, rngs=nnx.Rngs(seed)))
+    """Train, see `classes.train`; return forward, averaged parameters and the log."""
+    forward, params = functional(model(config, rngs=nnx.Rngs(options["seed"])))
 
     def loss(params: Params, batch: PyTree, key: jax.Array, codes: Params) -> jax.Array:
         images, labels = batch
         key_drop, key = jax.random.split(key)
-        dropped = jax.random.bernoulli(key_drop, 0.1, labels.shape)
-        seen = jnp.where(dropped, config.null_condition(labels), labels)
+        seen = classes.some_dropped(config, labels, key_drop)
         tokens, logits = read(forward, params, (vae[0], codes), images, seen, key)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens))
 
-    trained = train_params(
-        loss,
-        params,
-        lambda start: glyphs.batches(seed, batch, start=start),
-        steps=steps,
-        key=jax.random.key(seed),
-        transform=training.optimizer(steps, learning_rate),
-        constants=(vae[1],),
-        checkpoints=checkpoints,
-    )
+    trained = classes.train(loss, params, constants=(vae[1],), **options)
     return forward, trained.average, trained.log
-
-
-def export(path: Path, name: str, forward: Forward, params: Params, vae: Path) -> None:
-    """Write the model as a pipeline with its tokenizer, bfloat16, replacing an older one."""
-    config = json.loads((vae / "config.json").read_text())
-    index = {
-        "_class_name": name,
-        "id2label": {str(number): name for number, name in enumerate(glyphs.CLASSES)},
-        "transformer": ["effjax", forward.model.__name__],
-        "vae": ["effjax", config["_class_name"]],
-    }
-    with training.replacing(path) as new:
-        small = training.bfloat16(params)
-        converters.save_pretrained(forward, small, new / "transformer", progress=False)
-        shutil.copytree(vae, new / "vae")
-        write_json(new / "model_index.json", index)
 
 
 def evaluate(
@@ -122,27 +85,18 @@ def evaluate(
     """Judge images that the exported model draws."""
     pipe = effjax.pipeline(path, dtype="float32", progress=False)
     loop = pipe.sampler(guidance_scale=guidance, temperature=temperature)
-    labels = (np.arange(images) % len(glyphs.CLASSES)).astype(np.int32)
-    chunks, sample = [], jax.jit(loop)
-    for first in trange(0, images, 32, desc="judging"):
-        chunk = labels[first : first + 32]
-        keys = sample_keys(jax.random.key(seed), len(chunk), first=first)
-        chunks.append(np.asarray(pipe.decode(sample(pipe.forward, pipe.params, chunk, keys))))
-    generated = np.clip(np.concatenate(chunks), -1, 1)
-    reader = judge.load()
-    halves = [glyphs.batch(np.random.default_rng([seed, i]), images) for i in range(2)]
-    real = [judge.features(reader, half) for half, _ in halves]
-    tokens = pipe.encode((halves[0][0] + 1) / 2)
-    logits = pipe.logits(tokens, halves[0][1])
-    entropies = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    labels = classes.labels_of(images)
+    made = np.clip(classes.sampled(loop, pipe, labels, seed=seed), -1, 1)
+    real, own = glyphs.batch(np.random.default_rng([seed, 0]), images)
+    tokens = pipe.encode((real + 1) / 2)
+    entropies = optax.softmax_cross_entropy_with_integer_labels(pipe.logits(tokens, own), tokens)
     return {
         "images": images,
         "guidance": guidance,
         "temperature": temperature,
         "nats_per_token": round(float(jnp.mean(entropies)), 4),
-        "judge_accuracy": judge.accuracy(reader, generated, labels),
-        "frechet": judge.frechet(judge.features(reader, generated), real[0]),
-        "frechet_real_halves": judge.frechet(*real),
+        **classes.judged(made, labels, seed=seed),
+        "frechet_real_halves": classes.real_halves(images, seed=seed),
     }
 
 
@@ -169,25 +123,15 @@ def command(
 
     def make(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer = converters.from_pretrained(vae, dtype="float32", progress=False)
-        forward, params, log = train(
-            *(model, config, read, tokenizer),
-            steps=arguments.steps,
-            batch=arguments.batch,
-            seed=arguments.seed,
-            learning_rate=arguments.learning_rate,
-            checkpoints=arguments.checkpoints,
-        )
-        export(arguments.output, pipeline, forward, params, vae)
+        options = training.given(arguments)
+        forward, params, log = train(model, config, read, tokenizer, **options)
+        small = training.bfloat16(params)
+        classes.export(arguments.output, pipeline, (forward, small), vae, released=True)
         return log
 
     def judged(arguments: argparse.Namespace) -> dict[str, Any]:
-        return evaluate(
-            arguments.output,
-            images=arguments.images,
-            guidance=arguments.guidance,
-            temperature=arguments.temperature,
-            seed=arguments.seed,
-        )
+        options = training.given(arguments, "images", "guidance", "temperature", "seed")
+        return evaluate(arguments.output, **options)
 
     return training.command(
         module,

@@ -29,8 +29,7 @@ from effjax.forward import Forward, Params, functional
 from effjax.metrics import psnr
 from effjax.models import vqvae
 from effjax.models.vqvae import VQVAE, VQVAEConfig, averaged, quantizer_of
-from effjax.training import train as train_params
-from experiments import training
+from experiments import classes, training
 
 WEIGHTS = Path(__file__).parent / "weights" / "var_glyphs" / "vae"
 PATCH_NUMS = (1, 2, 3, 4, 6, 8)
@@ -94,15 +93,10 @@ def train(
     model: Any,
     config: Any,
     quantized: Callable[[Forward, Params, jax.Array], Quantized],
-    *,
-    steps: int,
-    batch: int,
-    seed: int,
-    learning_rate: float,
-    checkpoints: Path,
+    **options: Any,
 ) -> tuple[Forward, Params, dict]:
-    """Train from the last checkpoint on; return forward, averaged parameters and the log."""
-    forward, params = functional(model(config, rngs=nnx.Rngs(seed)))
+    """Train, see `classes.train`; return forward, averaged parameters and the log."""
+    forward, params = functional(model(config, rngs=nnx.Rngs(options["seed"])))
 
     def loss(params: Params, batch: PyTree, key: jax.Array) -> jax.Array:
         images, _ = batch
@@ -114,15 +108,7 @@ def train(
         return error + found.error + ALIVE * found.distance
 
     faces = (*glyphs.FONTS, *glyphs.JUDGE_FONTS)
-    trained = train_params(
-        loss,
-        params,
-        lambda start: glyphs.batches(seed, batch, fonts=faces, start=start),
-        steps=steps,
-        key=jax.random.key(seed),
-        transform=training.optimizer(steps, learning_rate),
-        checkpoints=checkpoints,
-    )
+    trained = classes.train(loss, params, faces=faces, **options)
     return forward, trained.average, trained.log
 
 
@@ -176,14 +162,8 @@ def command(
     """The command line of a script that trains a tokenizer."""
 
     def make(arguments: argparse.Namespace) -> dict[str, Any]:
-        forward, params, log = train(
-            *(model, config, quantized),
-            steps=arguments.steps,
-            batch=arguments.batch,
-            seed=arguments.seed,
-            learning_rate=arguments.learning_rate,
-            checkpoints=arguments.checkpoints,
-        )
+        options = training.given(arguments)
+        forward, params, log = train(model, config, quantized, **options)
         export(arguments.output, forward, params)
         return log
 

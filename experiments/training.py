@@ -127,6 +127,12 @@ def command(
     return 0
 
 
+def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Arguments of these names; without names those that a training takes."""
+    names = names or ("steps", "batch", "seed", "learning_rate", "checkpoints")
+    return {name: getattr(arguments, name) for name in names}
+
+
 def judged_images(*, guidance: float) -> dict[str, tuple[float, str]]:
     """Options of the scripts that train on images."""
     return {
@@ -140,12 +146,7 @@ def judging(evaluate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
     """From (path, images=, steps=, guidance=, seed=) -> figures to what `command` takes."""
 
     def judge(arguments: argparse.Namespace) -> dict[str, Any]:
-        return evaluate(
-            arguments.output,
-            images=arguments.images,
-            steps=20,
-            guidance=arguments.guidance,
-            seed=arguments.seed,
-        )
+        options = given(arguments, "images", "guidance", "seed")
+        return evaluate(arguments.output, steps=20, **options)
 
     return judge

@@ -69,6 +69,20 @@ def test_the_gates_of_the_logs(script):
     assert gate.passes(json.loads((script.WEIGHTS / "log.json").read_text())["judged"])
 
 
+@pytest.mark.parametrize(
+    ("script", "codes"),
+    [
+        (train_ecar, train_vq),
+        (train_distilled_llamagen, train_vq),
+        (train_distilled, train_vqvae),
+    ],
+    ids=named,
+)
+def test_copies_of_codes_are_the_same_files(script, codes):
+    for file in sorted(codes.WEIGHTS.iterdir()):
+        assert (script.WEIGHTS / "vae" / file.name).read_bytes() == file.read_bytes()
+
+
 @pytest.mark.parametrize("script", [train_var, train_llamagen], ids=named)
 def test_tokens_of_faces_that_were_never_seen(script):
     pipe = pipe_of(script.WEIGHTS)
