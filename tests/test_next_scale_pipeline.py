@@ -162,7 +162,7 @@ def test_bad_input(untyped, pipe):
         ({"temperature": [1.0, 1.0]}, "one for each of 3 scales"),
         ({"output_type": "video"}, "output_type must be one of pil, np, latent, tokens"),
         ({"output_type": "tokens", "more_smooth": True}, "no tokens stand for the images"),
-        ({"callback_on_step_end": 3}, "must be a function of a scale and latents"),
+        ({"callback_on_step_end": 3}, "must be a function of a step and latents"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number"),
     ):
         with pytest.raises(ValueError, match=message):

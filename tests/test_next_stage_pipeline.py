@@ -87,7 +87,7 @@ def test_bad_input(untyped, pipe):
         ({"num_inference_steps": [1, 2.5, 1]}, "num_inference_steps must be a whole number"),
         ({"num_inference_steps": [2, 2]}, "one for each of 3 stages"),
         ({"output_type": "tokens"}, "output_type must be one of pil, np, latent; got"),
-        ({"callback_on_step_end": 3}, "must be a function of a call and latents"),
+        ({"callback_on_step_end": 3}, "must be a function of a step and latents"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,20 @@ def check_characters(name: str, text: str) -> None:
             f"{name} has {text[error.start]!r} at {error.start}, which is half a character: was it "
             f"read from what is no UTF-8?"
         ) from None
+
+
+def one_of(name: str, given: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError for what is none of these texts."""
+    if not isinstance(given, str) or given not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {given!r}")
+
+
+def callback(given: Any) -> None:
+    """Raise ValueError for a `callback_on_step_end` that is neither None nor a function."""
+    if not (given is None or callable(given)):
+        raise ValueError(
+            f"callback_on_step_end must be a function of a step and latents, got {given!r}"
+        )
 
 
 def count(name: str, given: Any) -> int:

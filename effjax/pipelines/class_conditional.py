@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from effjax.fields import naming
 from effjax.pipelines import arguments
-from effjax.pipelines.base import INDEX, runs_executables
+from effjax.pipelines.base import runs_executables
 from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType, Pipeline, strength_of
-from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
+from effjax.pipelines.labels import Label, OfClasses
 from effjax.pipelines.loading import Components
 
 
@@ -25,24 +23,13 @@ class ClassConditionalPipeline(OfClasses, Pipeline):
     Call it with class indices or names to get images of these classes.
 
     Attributes:
-        names: names of classes by their index. Several names of one class have commas between
-            them. Some classes may have no name.
+        names: see `OfClasses`.
     """
-
-    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
-
-    TASK = "unconditional-image-generation"  # hubs know no classes
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names(self.names, self.forward.config.num_classes)
 
     @classmethod
     def of(cls, found: Components) -> ClassConditionalPipeline:
         """Load from components."""
-        with naming(INDEX):
-            names = read_names((found.index or {}).get("id2label"))
-        return cls(**cls.shared(found), names=names)
+        return cls(**cls.shared(found), names=cls.names_of(found))
 
     @runs_executables
     def __call__(
@@ -111,6 +98,3 @@ class ClassConditionalPipeline(OfClasses, Pipeline):
             progress=progress,
             callback_on_step_end=callback_on_step_end,
         )
-
-    def _components(self, directory: Path) -> dict[str, Any]:
-        return {**super()._components(directory), **self.names_as_json()}

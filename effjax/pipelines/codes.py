@@ -19,7 +19,7 @@ from effjax.forward import Forward, Params
 from effjax.pipelines import arguments
 from effjax.pipelines.family import CodesFamily
 from effjax.pipelines.images import prepared
-from effjax.pipelines.looped import LoopPipeline, check_one_of
+from effjax.pipelines.looped import LoopPipeline
 from effjax.transform import Pair
 
 OutputType = Literal["pil", "np", "latent", "tokens"]
@@ -36,6 +36,8 @@ class CodesPipeline(LoopPipeline):
 
     vae: Pair
     family: CodesFamily = dataclasses.field(default=cast(Any, None), kw_only=True, repr=False)
+
+    OUTPUTS = get_args(OutputType)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,11 +98,6 @@ class CodesPipeline(LoopPipeline):
                 f"tokens are codes 0 ... {codes - 1}, got {tokens.min()} ... {tokens.max()}"
             )
         return jnp.asarray(tokens, jnp.int32)
-
-
-def check_output(output_type: Any) -> None:
-    """Raise ValueError for what is no `OutputType`."""
-    check_one_of(output_type, get_args(OutputType))
 
 
 def check_same(tokens: jax.Array, cond: PyTree, what: str) -> None:

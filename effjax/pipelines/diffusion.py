@@ -242,14 +242,8 @@ class Pipeline(BasePipeline):
         callback_on_step_end: OnStepEnd | None,
     ) -> Any:
         """Outputs of so many conditions; `conditions` may be slow and comes after all checks."""
-        types = get_args(OutputType)
-        if not isinstance(output_type, str) or output_type not in types:
-            raise ValueError(f"output_type must be one of {', '.join(types)}; got {output_type!r}")
-        if not (callback_on_step_end is None or callable(callback_on_step_end)):
-            raise ValueError(
-                f"callback_on_step_end must be a function of a step and latents, got "
-                f"{callback_on_step_end!r}"
-            )
+        arguments.one_of("output_type", output_type, get_args(OutputType))
+        arguments.callback(callback_on_step_end)
         repeats = arguments.count(f"num_{self.MAKES}_per_prompt", repeats)
         count = repeats * asked
         check_keys(key, count)

@@ -16,7 +16,7 @@ from effjax.autoregression import FewScales, FewStep, FewTokens, NextScale, Next
 from effjax.executables import Program
 from effjax.pipelines import arguments
 from effjax.pipelines.base import runs_executables
-from effjax.pipelines.codes import CodesPipeline, OutputType, check_output
+from effjax.pipelines.codes import CodesPipeline, OutputType
 from effjax.pipelines.diffusion import Images
 from effjax.pipelines.labels import Label, OfClasses
 from effjax.pipelines.next_scale import NextScalePipeline
@@ -102,7 +102,6 @@ class FewCalls(OfClasses, CodesPipeline):
                 teacher's scales that are not between two calls.
             TypeError: if `key` is not a key.
         """
-        check_output(output_type)
         asked = arguments.listed("labels", labels)
         loop = self.sampler(num_inference_steps=num_inference_steps)
         run = None
@@ -113,8 +112,7 @@ class FewCalls(OfClasses, CodesPipeline):
             raise ValueError("teacher_start is where a teacher begins: give teacher= too")
         return self.drawn(
             loop,
-            lambda: self.conditions(asked)[0],
-            len(asked),
+            asked,
             key=key,
             repeats=num_images_per_prompt,
             output_type=output_type,

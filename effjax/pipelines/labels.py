@@ -6,33 +6,60 @@ belong to several classes (ImageNet has two cranes).
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import operator
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax.forward import Forward
+from effjax.fields import naming
 from effjax.pipelines import arguments
+from effjax.pipelines.base import INDEX, BasePipeline
+from effjax.pipelines.loading import Components
 
 Label = SupportsIndex | str
 
 _LISTED = 20  # names that an error lists
 
 
-class OfClasses:
+@dataclasses.dataclass(frozen=True, repr=False)
+class OfClasses(BasePipeline):
     """What pipelines of classes share: labels by index or by name.
 
     Attributes:
         names: names of classes by their index. Several names of one class have commas between
             them. Some classes may have no name.
+
+    Raises:
+        ValueError: for names that are none of the model's classes.
     """
 
-    names: Mapping[int, str]
-    forward: Forward
+    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    TASK = "unconditional-image-generation"  # hubs know no classes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.names, self.forward.config.num_classes)
+
+    @staticmethod
+    def names_of(found: Components) -> dict[int, str]:
+        """The names in the index of a directory.
+
+        Raises:
+            ValueError: if they are no names under whole numbers.
+        """
+        with naming(INDEX):
+            return read_names((found.index or {}).get("id2label"))
+
+    def example_condition(self) -> jax.Array:
+        """The condition of one image."""
+        return jnp.zeros(1, jnp.int32)
 
     def conditions(
         self, labels: Label | Sequence[Label] | np.ndarray | jax.Array
@@ -52,9 +79,9 @@ class OfClasses:
         """
         return index_of(label, self.names, self.forward.config.num_classes)
 
-    def names_as_json(self) -> dict[str, dict[str, str]]:
-        """The names as a model_index.json has them."""
-        return {"id2label": {str(index): name for index, name in self.names.items()}}
+    def _components(self, directory: Path) -> dict[str, Any]:
+        names = {str(index): name for index, name in self.names.items()}
+        return {**super()._components(directory), "id2label": names}
 
 
 def read_names(id2label: Any) -> dict[int, str]:

@@ -21,7 +21,7 @@ from effjax.forward import Forward, Params
 from effjax.loops import Loop
 from effjax.pipelines import arguments
 from effjax.pipelines.base import AnyPipeline, BasePipeline
-from effjax.pipelines.diffusion import Images
+from effjax.pipelines.diffusion import Images, OnStepEnd
 from effjax.pipelines.images import finished
 from effjax.samplers import check_keys, keys_of
 from effjax.transform import Pair
@@ -41,6 +41,11 @@ class LoopPipeline(BasePipeline, abc.ABC):
     """
 
     MAKES: ClassVar[str] = "images"
+    OUTPUTS: ClassVar[tuple[str, ...]]  # what an output_type may be
+
+    @abc.abstractmethod
+    def conditions(self, asked: Any, /) -> tuple[PyTree, None]:
+        """Make the conditions `cond` and `uncond` that a sampler takes for labels or prompts."""
 
     @abc.abstractmethod
     def example_condition(self) -> PyTree:
@@ -68,33 +73,38 @@ class LoopPipeline(BasePipeline, abc.ABC):
 
     def drawn(
         self,
-        loop: Loop,
-        conditions: Callable[[], PyTree],
-        count: int,
+        loop: Any,
+        asked: Sequence[Any],
         *,
         key: jax.Array,
         repeats: int,
         output_type: str,
         progress: bool,
+        callback: OnStepEnd | None = None,
         run: Callable[[PyTree], tuple[Array, PyTree]] | None = None,
     ) -> Images:
-        """Images of conditions, in parts of a few sizes.
+        """Images of labels or prompts, in parts of a few sizes.
 
         Args:
             loop: what samples.
-            conditions: makes the conditions [B, ...].
-            count: how many there are.
+            asked: the labels or prompts.
             key: as it was given.
             repeats: images of each.
-            output_type: "pil", "np", "latent" or "tokens".
+            output_type: one of `OUTPUTS`.
             progress: show a bar over the parts.
+            callback: called with each step and its latents, which are then programs of their own.
             run: makes latents and tokens of repeated conditions in place of the loop's program.
         """
+        arguments.one_of("output_type", output_type, self.OUTPUTS)
+        arguments.callback(callback)
         repeats = arguments.count("num_images_per_prompt", repeats)
-        check_keys(key, repeats * count)
-        made = conditions()
+        check_keys(key, repeats * len(asked))
+        made, _ = self.conditions(asked)
         cond = jax.tree.map(lambda x: jnp.asarray(np.repeat(np.asarray(x), repeats, axis=0)), made)
-        x, tokens = self._sampled(loop, cond, key, progress) if run is None else run(cond)
+        if callback is not None:
+            x, tokens = loop.stepwise(self.forward, self.params, cond, key, callback=callback)
+        else:
+            x, tokens = self._sampled(loop, cond, key, progress) if run is None else run(cond)
         if output_type == "tokens":
             return tokens
         outputs = x if output_type == "latent" else self.decode(x)
@@ -122,12 +132,6 @@ class LoopPipeline(BasePipeline, abc.ABC):
         ]
         x, tokens = zip(*parts)
         return joined(x, batch), jax.tree.map(lambda *each: joined(each, batch), *tokens)
-
-
-def check_one_of(output_type: Any, types: Sequence[str]) -> None:
-    """Raise ValueError for an `output_type` that is none of these."""
-    if not isinstance(output_type, str) or output_type not in types:
-        raise ValueError(f"output_type must be one of {', '.join(types)}; got {output_type!r}")
 
 
 @Program

@@ -18,9 +18,10 @@ from effjax.executables import Program
 from effjax.forward import Forward, Params
 from effjax.pipelines import arguments
 from effjax.pipelines.base import runs_executables
-from effjax.pipelines.codes import OutputType, check_output, check_same
+from effjax.pipelines.codes import OutputType, check_same
 from effjax.pipelines.diffusion import Images, OnStepEnd
 from effjax.pipelines.labels import Label
+from effjax.pipelines.loading import Components
 from effjax.pipelines.scales import ScalePipeline
 from effjax.transform import Pair
 
@@ -46,6 +47,14 @@ class NextScalePipeline(ScalePipeline):
     SETTINGS: ClassVar[tuple[str, ...]] = (
         *("guidance_scale", "top_k", "top_p", "more_smooth", "draft_scales"),
     )
+
+    @classmethod
+    def of(cls, found: Components) -> NextScalePipeline:
+        made = super().of(found)
+        refiner = made.family.refiner
+        if refiner is None or not found.has(refiner):
+            return made
+        return made.with_refiner(found.model(refiner))
 
     def with_refiner(self, refiner: NextScalePipeline | Pair | None) -> NextScalePipeline:
         """Return a copy whose last maps a second, smaller model makes (CoDe).
@@ -172,14 +181,8 @@ class NextScalePipeline(ScalePipeline):
             ValueError: for unknown labels, and numbers out of range.
             TypeError: if `key` is not a key.
         """
-        check_output(output_type)
         if output_type == "tokens" and more_smooth:
             raise ValueError("more_smooth mixes codes, so that no tokens stand for the images")
-        if not (callback_on_step_end is None or callable(callback_on_step_end)):
-            raise ValueError(
-                f"callback_on_step_end must be a function of a scale and latents, got "
-                f"{callback_on_step_end!r}"
-            )
         asked = arguments.listed("labels", labels)
         loop = self.sampler(
             guidance_scale=guidance_scale,
@@ -189,20 +192,14 @@ class NextScalePipeline(ScalePipeline):
             more_smooth=more_smooth,
             draft_scales=draft_scales,
         )
-
-        def stepwise(cond: Any) -> tuple[Array, Array]:
-            pair = self.forward, self.params
-            return loop.stepwise(*pair, cond, key, callback=callback_on_step_end)
-
         return self.drawn(
             loop,
-            lambda: self.conditions(asked)[0],
-            len(asked),
+            asked,
             key=key,
             repeats=num_images_per_prompt,
             output_type=output_type,
             progress=progress,
-            run=None if callback_on_step_end is None else stepwise,
+            callback=callback_on_step_end,
         )
 
     def logits(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, cast, get_args
 
 import jax
@@ -16,17 +15,16 @@ from jaxtyping import Array
 from effjax.autoregression import NextStage
 from effjax.buckets import by_parts
 from effjax.executables import Program
-from effjax.fields import naming
 from effjax.forward import Forward, Params
 from effjax.models import vq_model
 from effjax.models.vq_model import VQModelConfig
 from effjax.pipelines import arguments
-from effjax.pipelines.base import INDEX, runs_executables
+from effjax.pipelines.base import runs_executables
 from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType
 from effjax.pipelines.family import StageFamily, decode_latents
-from effjax.pipelines.labels import Label, OfClasses, check_names, read_names
+from effjax.pipelines.labels import Label, OfClasses
 from effjax.pipelines.loading import Components
-from effjax.pipelines.looped import LoopPipeline, check_one_of
+from effjax.pipelines.looped import LoopPipeline
 from effjax.transform import Pair
 
 
@@ -47,15 +45,13 @@ class NextStagePipeline(OfClasses, LoopPipeline):
     """
 
     vae: Pair | None = None
-    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
     family: StageFamily = dataclasses.field(default=cast(Any, None), kw_only=True, repr=False)
 
-    TASK = "unconditional-image-generation"  # hubs know no classes
+    OUTPUTS = get_args(OutputType)
     SETTINGS: ClassVar[tuple[str, ...]] = ("num_inference_steps", "guidance_scale")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names(self.names, self.forward.config.num_classes)
         channels = self.forward.config.in_channels
         if self.vae is None and channels not in (1, 3):
             raise ValueError(
@@ -78,9 +74,7 @@ class NextStagePipeline(OfClasses, LoopPipeline):
         family = found.family
         assert isinstance(family, StageFamily)
         found.require(family.model)
-        with naming(INDEX):
-            names = read_names((found.index or {}).get("id2label"))
-        pair = found.model(family.model)
+        names, pair = cls.names_of(found), found.model(family.model)
         vae = found.model(family.vae) if found.has(family.vae) else None
         return cls(*pair, vae=vae, names=names, origin=found.origin, family=family)
 
@@ -164,32 +158,17 @@ class NextStagePipeline(OfClasses, LoopPipeline):
             ValueError: for unknown labels, and numbers out of range.
             TypeError: if `key` is not a key.
         """
-        check_one_of(output_type, get_args(OutputType))
-        if not (callback_on_step_end is None or callable(callback_on_step_end)):
-            raise ValueError(
-                f"callback_on_step_end must be a function of a call and latents, got "
-                f"{callback_on_step_end!r}"
-            )
         asked = arguments.listed("labels", labels)
         loop = self.sampler(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-
-        def stepwise(cond: Any) -> tuple[Array, Any]:
-            pair = self.forward, self.params
-            return loop.stepwise(*pair, cond, key, callback=callback_on_step_end)
-
         return self.drawn(
             loop,
-            lambda: self.conditions(asked)[0],
-            len(asked),
+            asked,
             key=key,
             repeats=num_images_per_prompt,
             output_type=output_type,
             progress=progress,
-            run=None if callback_on_step_end is None else stepwise,
+            callback=callback_on_step_end,
         )
-
-    def example_condition(self) -> jax.Array:
-        return jnp.zeros(1, jnp.int32)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Decode samples [B, H, W, C] into images, float32 in about -1 ... 1."""
@@ -197,9 +176,6 @@ class NextStagePipeline(OfClasses, LoopPipeline):
             return x
         latents = x / self.forward.config.latent_scale
         return by_parts(partial(_decode, *self.vae), self.buckets, latents)
-
-    def _components(self, directory: Path) -> dict[str, Any]:
-        return {**super()._components(directory), **self.names_as_json()}
 
 
 @Program

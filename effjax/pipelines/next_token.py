@@ -25,7 +25,7 @@ from effjax.generate import JacobiDecoding
 from effjax.models.llamagen import Caption
 from effjax.pipelines import arguments
 from effjax.pipelines.base import INDEX, runs_executables
-from effjax.pipelines.codes import OutputType, check_output, check_same
+from effjax.pipelines.codes import OutputType, check_same
 from effjax.pipelines.diffusion import Images
 from effjax.pipelines.family import CodesFamily
 from effjax.pipelines.labels import Label
@@ -164,7 +164,6 @@ class NextTokenPipeline(ClassRasterPipeline, TokenPipeline):
             ValueError: for unknown labels, and numbers out of range.
             TypeError: if `key` is not a key.
         """
-        check_output(output_type)
         asked = arguments.listed("labels", labels)
         loop = self.sampler(
             guidance_scale=guidance_scale,
@@ -176,8 +175,7 @@ class NextTokenPipeline(ClassRasterPipeline, TokenPipeline):
         )
         return self.drawn(
             loop,
-            lambda: self.conditions(asked)[0],
-            len(asked),
+            asked,
             key=key,
             repeats=num_images_per_prompt,
             output_type=output_type,
@@ -250,7 +248,6 @@ class PromptedRaster(TokenPipeline):
                 them, numbers out of range, and a decoder for models of groups of tokens.
             TypeError: if `key` is not a key.
         """
-        check_output(output_type)
         prompts = arguments.texts("prompt", prompt)
         loop = self.sampler(
             guidance_scale=guidance_scale,
@@ -262,8 +259,7 @@ class PromptedRaster(TokenPipeline):
         )
         return self.drawn(
             loop,
-            lambda: self.conditions(prompts)[0],
-            len(prompts),
+            prompts,
             key=key,
             repeats=num_images_per_prompt,
             output_type=output_type,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -23,7 +20,7 @@ from effjax.pipelines import arguments
 from effjax.pipelines.base import INDEX
 from effjax.pipelines.codes import CodesPipeline
 from effjax.pipelines.family import CodesFamily
-from effjax.pipelines.labels import OfClasses, check_names, read_names
+from effjax.pipelines.labels import OfClasses
 from effjax.pipelines.loading import Components
 from effjax.transform import Pair
 
@@ -79,21 +76,13 @@ class ClassRasterPipeline(OfClasses, RasterPipeline):
         names: see `OfClasses`.
     """
 
-    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
-
-    TASK = "unconditional-image-generation"  # hubs know no classes
-
     def __post_init__(self) -> None:
-        super().__post_init__()
         model = self.forward.model.__name__
         if not self.forward.config.num_classes:
             raise ValueError(
                 f"this {model} is conditioned on prompts: {INDEX} must name a {model}TextPipeline"
             )
-        check_names(self.names, self.forward.config.num_classes)
-
-    def example_condition(self) -> jax.Array:
-        return jnp.zeros(1, jnp.int32)
+        super().__post_init__()
 
     @classmethod
     def of(cls, found: Components) -> Any:
@@ -105,14 +94,9 @@ class ClassRasterPipeline(OfClasses, RasterPipeline):
         family = found.family
         assert isinstance(family, CodesFamily)
         found.require(family.model, family.vae)
-        with naming(INDEX):
-            names = read_names((found.index or {}).get("id2label"))
-        vae = found.model(family.vae)
+        names, vae = cls.names_of(found), found.model(family.vae)
         pair = sized(found, vae)
         return cls(*pair, vae, names=names, origin=found.origin, family=family)
-
-    def _components(self, directory: Path) -> dict[str, Any]:
-        return {**super()._components(directory), **self.names_as_json()}
 
 
 def sized(found: Components, vae: Pair) -> Pair:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from effjax.buckets import by_parts
 from effjax.executables import Program
-from effjax.fields import naming
 from effjax.forward import Forward, Params
 from effjax.layers.scales import Sides, whole_scales
 from effjax.models import vqvae
-from effjax.pipelines.base import INDEX
 from effjax.pipelines.codes import CodesPipeline
 from effjax.pipelines.family import CodesFamily
-from effjax.pipelines.labels import OfClasses, check_names, read_names
+from effjax.pipelines.labels import OfClasses
 from effjax.pipelines.loading import Components
 
 
@@ -36,17 +31,6 @@ class ScalePipeline(OfClasses, CodesPipeline):
         names: see `OfClasses`.
     """
 
-    names: Mapping[int, str] = dataclasses.field(default_factory=dict, kw_only=True)
-
-    TASK = "unconditional-image-generation"  # hubs know no classes
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names(self.names, self.forward.config.num_classes)
-
-    def example_condition(self) -> jax.Array:
-        return jnp.zeros(1, jnp.int32)
-
     @classmethod
     def of(cls, found: Components) -> Any:
         """Load from components.
@@ -57,13 +41,9 @@ class ScalePipeline(OfClasses, CodesPipeline):
         family = found.family
         assert isinstance(family, CodesFamily)
         found.require(family.model, family.vae)
-        with naming(INDEX):
-            names = read_names((found.index or {}).get("id2label"))
-        pairs = found.model(family.model), found.model(family.vae)
-        options: dict[str, Any] = {"names": names, "origin": found.origin, "family": family}
-        if family.refiner is not None and found.has(family.refiner):
-            options["refiner"] = found.model(family.refiner)
-        return cls(*pairs[0], pairs[1], **options)
+        names, vae = cls.names_of(found), found.model(family.vae)
+        pair = found.model(family.model)
+        return cls(*pair, vae, names=names, origin=found.origin, family=family)
 
     @property
     def patch_nums(self) -> Sides:
@@ -103,9 +83,6 @@ class ScalePipeline(OfClasses, CodesPipeline):
         tokens = self.checked_tokens(given)
         whole_scales(self.patch_nums, tokens.shape[1])
         return tokens
-
-    def _components(self, directory: Path) -> dict[str, Any]:
-        return {**super()._components(directory), **self.names_as_json()}
 
 
 @partial(Program, static_argnums=(0,))
