@@ -7,6 +7,7 @@ what stands between the two.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,10 +17,42 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from effjax.context import Layout, Model
+from effjax.fields import Checked, Count
 from effjax.layers.attention import SelfAttention
 from effjax.layers.convolution import Conv2d, upsample_nearest_2x
 from effjax.layers.norms import GroupNorm
 from effjax.layers.stack import Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class CoderConfig(Checked):
+    """The base of configurations of autoencoders.
+
+    Attributes:
+        block_out_channels: width of each level, from full to lowest resolution; every level but the
+            last halves height and width.
+        norm_groups: groups of every group norm.
+
+    Raises:
+        ValueError: for widths of levels that groups of norms do not divide.
+    """
+
+    block_out_channels: tuple[Count, ...]
+    norm_groups: Count
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        widths, groups = self.block_out_channels, self.norm_groups
+        if not widths or any(width % groups for width in widths):
+            raise ValueError(
+                f"block_out_channels must have a multiple of norm_groups for each level; "
+                f"got block_out_channels={tuple(widths)}, norm_groups={groups}"
+            )
+
+    @property
+    def downscale(self) -> int:
+        """Side of the square of pixels that one latent stands for."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class CoderShape(NamedTuple):
@@ -281,15 +314,6 @@ def nearest(vectors: Float[Array, "B N C"], codes: Float[Array, "V C"]) -> Int[A
     products = jnp.einsum("bnc,vc->bnv", vectors, codes, precision=jax.lax.Precision.HIGHEST)
     distances = jnp.sum(codes**2, axis=1) - 2 * products  # and |vector|^2, the same for all
     return jnp.argmin(distances, axis=-1).astype(jnp.int32)
-
-
-def check_widths(widths: Sequence[int], groups: int) -> None:
-    """Raise ValueError for widths of levels that groups of norms do not divide."""
-    if not widths or any(width % groups for width in widths):
-        raise ValueError(
-            f"block_out_channels must have a multiple of norm_groups for each level; "
-            f"got block_out_channels={tuple(widths)}, norm_groups={groups}"
-        )
 
 
 def image_shape(what: str, x: Array | None) -> tuple[int, int, int, int]:

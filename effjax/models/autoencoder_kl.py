@@ -17,14 +17,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from effjax.context import Layout, Model, PyTree
-from effjax.fields import Checked, Count, FloatName, Positive
+from effjax.fields import Count, FloatName, Positive
 from effjax.layers.autoencoder import (
+    CoderConfig,
     CoderShape,
     Decoder,
     Encoder,
     check_images,
     check_latents,
-    check_widths,
     image_shape,
 )
 from effjax.layers.convolution import Conv2d
@@ -35,7 +35,7 @@ Moments = tuple[Float[Array, "B Y X Z"], Float[Array, "B Y X Z"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig(Checked):
+class AutoencoderKLConfig(CoderConfig):
     """Shape and numerics of an AutoencoderKL; the defaults are Stable Diffusion's.
 
     Attributes:
@@ -71,20 +71,11 @@ class AutoencoderKLConfig(Checked):
     dtype: FloatName = "float32"
     param_dtype: FloatName = "float32"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_widths(self.block_out_channels, self.norm_groups)
-
     @property
     def computed(self) -> str:
         """The dtype that is computed in: `dtype`, or float32 if that is to be upcast."""
         half = jnp.dtype(self.dtype) == jnp.float16
         return "float32" if self.force_upcast and half else self.dtype
-
-    @property
-    def downscale(self) -> int:
-        """Side of the square of pixels that one latent stands for."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class AutoencoderKL(Model):

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from effjax.context import Layout
 from effjax.fields import Count, Natural
 from effjax.layers.linear import Linear
-from effjax.models.distilled_var import NEW, VectorHead, check_starts, chosen
+from effjax.models.distilled_var import NEW, VectorHead, check_starts, chosen, holding
 from effjax.models.llamagen import LlamaGen, LlamaGenConfig
 
 
@@ -105,18 +105,12 @@ class DistilledLlamaGen(LlamaGen):
             ValueError: for another number of slots, or vectors of another width.
         """
         config = self.config
-        if slots.shape[1:] != (config.image_tokens, config.code_channels):
-            raise ValueError(
-                f"this student has a slot of {config.code_channels} channels for each of "
-                f"{config.image_tokens} tokens; got {list(slots.shape)}"
-            )
-        columns = 1 + config.image_tokens
-        data = jnp.arange(columns) < 1 + known[:, None]  # the label counts as data
+        data = holding(slots, known, config.image_tokens, config.code_channels)
         label = self.embedded(labels)
         x = jnp.concatenate([label, self.slot_embed(slots.astype(label.dtype))], axis=1)
         marks = self.marks.get_value().astype(label.dtype)
         x = x + chosen(jnp.broadcast_to(marks, (slots.shape[0], *marks.shape)), data)
-        positions = jnp.broadcast_to(jnp.arange(columns), (slots.shape[0], columns))
+        positions = jnp.broadcast_to(jnp.arange(data.shape[1]), data.shape)
         x = self.blocks(x, positions)[:, 1:]
         return self.logits(self.norm(x)).astype(jnp.float32), self.vectors(x, label[:, 0])
 

@@ -126,6 +126,22 @@ def chosen(marks: Float[Array, "B 2 C"], data: Bool[Array, "B S"]) -> Float[Arra
     return jnp.where(data[..., None], marks[:, 1:], marks[:, :1])
 
 
+def holding(
+    slots: Float[Array, "B L Z"], known: Int[Array, " B"], tokens: int, channels: int
+) -> Bool[Array, "B S"]:
+    """Of the start and of every slot whether it holds data, as the start and the known ones do.
+
+    Raises:
+        ValueError: for another number of slots, or vectors of another width.
+    """
+    if slots.shape[1:] != (tokens, channels):
+        raise ValueError(
+            f"this student has a slot of {channels} channels for each of {tokens} tokens; got "
+            f"{list(slots.shape)}"
+        )
+    return jnp.arange(1 + tokens) < 1 + known[:, None]
+
+
 class VectorHead(nnx.Module):
     """Adaptive norm and projection to vectors, in float32."""
 
@@ -192,13 +208,8 @@ class DistilledVAR(VARParts):
             ValueError: for another number of slots, or vectors of another width.
         """
         config = self.config
-        if slots.shape[1:] != (config.tokens, config.code_channels):
-            raise ValueError(
-                f"this student has a slot of {config.code_channels} channels for each of "
-                f"{config.tokens} tokens; got {list(slots.shape)}"
-            )
         scales = Scales(config.slot_sides, 0, len(config.slot_sides))
-        data = jnp.arange(1 + config.tokens) < 1 + known[:, None]  # the start counts as data
+        data = holding(slots, known, config.tokens, config.code_channels)
         embedded = self.label(labels)
         positions, by_level, start = self.tables()
         first = embedded[:, None] + start

@@ -17,20 +17,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from effjax.context import PyTree
-from effjax.fields import Checked, Count, FloatName
+from effjax.fields import Count, FloatName
 from effjax.layers.autoencoder import (
     CodeAutoencoder,
+    CoderConfig,
     CoderShape,
     Decoder,
     Encoder,
-    check_widths,
     nearest,
 )
 from effjax.layers.convolution import Conv2d
 
 
 @dataclasses.dataclass(frozen=True)
-class VQModelConfig(Checked):
+class VQModelConfig(CoderConfig):
     """Shape and numerics of a VQ model; the defaults are LlamaGen's VQ-16.
 
     Attributes:
@@ -60,15 +60,6 @@ class VQModelConfig(Checked):
     unit_codes: bool = True
     dtype: FloatName = "float32"
     param_dtype: FloatName = "float32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_widths(self.block_out_channels, self.norm_groups)
-
-    @property
-    def downscale(self) -> int:
-        """Side of the square of pixels that one latent stands for."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class Quantizer(nnx.Module):

@@ -28,13 +28,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from effjax.context import PyTree
-from effjax.fields import Checked, Count, FloatName, Share
+from effjax.fields import Count, FloatName, Share
 from effjax.layers.autoencoder import (
     CodeAutoencoder,
+    CoderConfig,
     CoderShape,
     Decoder,
     Encoder,
-    check_widths,
     nearest,
 )
 from effjax.layers.convolution import Conv2d
@@ -43,7 +43,7 @@ from effjax.layers.scales import Sides, token_starts, whole_scales
 
 
 @dataclasses.dataclass(frozen=True)
-class VQVAEConfig(Checked):
+class VQVAEConfig(CoderConfig):
     """Shape and numerics of a VQVAE; the defaults are those of VAR's.
 
     Attributes:
@@ -71,15 +71,6 @@ class VQVAEConfig(Checked):
     refinement: Share = 0.5
     dtype: FloatName = "float32"
     param_dtype: FloatName = "float32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_widths(self.block_out_channels, self.norm_groups)
-
-    @property
-    def downscale(self) -> int:
-        """Side of the square of pixels that one latent stands for."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 def refinement_of(scale: int, scales: int, refinements: int) -> int:
