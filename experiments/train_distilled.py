@@ -9,7 +9,8 @@ kept in the folder; a second run resumes. The student is written with weights of
 What is judged beside one call and two: the teacher with the flow map; a teacher's scales between
 the two calls; tokens that are drawn independently of each other, each from its own distribution
 given the class; two calls with other noise in the second one. "nats_per_token" are the teacher's,
-of the tokens next to what is sampled; "as_the_map" is the share of tokens that are the teacher's.
+of the tokens that a student finds likeliest; "as_the_map" is the share of them that are the
+teacher's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from effjax.samplers import sample_keys
 from experiments import classes, train_var, training
 
 WEIGHTS = train_var.WEIGHTS.parent / "distilled_var_glyphs"
-PLAN = DistilledPlan(starts=(0, 3), split=3, solver_steps=24)
+PLAN = DistilledPlan(starts=(0, 3), split=3, solver_steps=24, noise_std=0.04)  # that of the codes
 PART = 64  # images that are judged together
 
 
@@ -68,51 +70,58 @@ def evaluate(
     forward, params = effjax.load(path / "transformer", dtype="float32", progress=False)
     given = teacher.sampler(guidance_scale=guidance)
     mapped = distilled_decoding.mapped_loop(plan, given)
-    two: Any = distilled_decoding.student_loop(given, forward)
-    one = dataclasses.replace(two, starts=(0,))
-    pair = teacher.forward, teacher.params
+    student: Any = distilled_decoding.student_loop(given, forward)
     labels = jnp.asarray(classes.labels_of(images))
     keys = sample_keys(jax.random.key(seed + 1), images)  # none that a pair was made with
     quantizer = quantizer_of(teacher.vae)
 
-    @jax.jit
-    def other_noise(params: Params, labels: jax.Array, keys: jax.Array) -> Any:
+    def other_noise(loop: Any, params: Params, own: Params, labels: Any, keys: Any) -> Any:
         again = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-        carry = two.init(forward, params, labels, keys)
-        noise = two.noise(again, forward.config.code_channels)
-        x = two.run(forward, params, carry._replace(memory=noise), labels).x
-        return two.latents(x), quantizer.nearest(x)
+        carry = loop.init(forward, params, labels, keys)
+        noise = loop.noise(again, forward.config.code_channels)
+        x = loop.run(forward, params, carry._replace(memory=noise), labels).x
+        return loop.latents(x), quantizer.nearest(x)
 
-    @jax.jit
-    def helped(params: Params, own: Params, labels: jax.Array, keys: jax.Array) -> Any:
-        options = {"start": two.teacher_start(None)}
-        return two.with_teacher((forward, params), (pair[0], own), given, labels, keys, **options)
+    def helped(loop: Any, params: Params, own: Params, labels: Any, keys: Any) -> Any:
+        models = (forward, params), (teacher.forward, own)
+        return loop.with_teacher(*models, given, labels, keys, start=loop.teacher_start(None))
 
-    @jax.jit
-    def sampled(loop: Any, forward: Forward, params: Params, labels: Any, keys: Any) -> Any:
+    def alone(loop: Any, params: Params, own: Params, labels: Any, keys: Any) -> Any:
         return loop.sample(forward, params, labels, keys)
 
-    ways = {
-        "teacher": lambda *own: sampled(mapped, *pair, *own),
-        "one_call": lambda *own: sampled(one, forward, params, *own),
-        "two_calls": lambda *own: sampled(two, forward, params, *own),
-        "teacher_between": lambda *own: helped(params, pair[1], *own),
-        "other_noise": lambda *own: other_noise(params, *own),
-    }
-    made: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, way in ways.items():
-        parts = [way(labels[i : i + PART], keys[i : i + PART]) for i in range(0, images, PART)]
+    def mapped_teacher(params: Params, own: Params, labels: Any, keys: Any) -> Any:
+        return mapped.sample(teacher.forward, own, labels, keys)
+
+    def sampled(way: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Latents and tokens of all images."""
+        run = partial(jax.jit(way), params, teacher.params)
+        parts = [run(labels[i : i + PART], keys[i : i + PART]) for i in range(0, images, PART)]
         x, tokens = (np.concatenate(each) for each in zip(*parts))
-        made[name] = x, tokens
-    independent = _shuffled(made["teacher"][1], np.asarray(labels), seed)
+        return x, tokens
+
+    def by_student(loop: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        ways = {
+            "one_call": partial(alone, dataclasses.replace(loop, starts=(0,))),
+            "two_calls": partial(alone, loop),
+            "teacher_between": partial(helped, loop),
+            "other_noise": partial(other_noise, loop),
+        }
+        return {name: sampled(way) for name, way in ways.items()}
+
+    made = {"teacher": sampled(mapped_teacher)} | by_student(student)
+    exact = made["teacher"][1]
+    independent = _shuffled(exact, np.asarray(labels), seed)
     made["independent"] = np.asarray(teacher.latents(independent)), independent
+    # Vectors stand for the whole law of a token: what is next to them need not be likely.
+    likeliest = by_student(dataclasses.replace(student, split=len(student.bounds) - 1))
+    tokens = {name: likeliest.get(name, each)[1] for name, each in made.items()}
     figures: dict[str, Any] = {"images": images, "guidance": guidance}
-    for name, (x, tokens) in made.items():
+    for name, (x, _) in made.items():
         pixels = np.clip(np.asarray(teacher.decode(jnp.asarray(x))), -1, 1)
         figures[name] = {
             **classes.judged(pixels, np.asarray(labels), seed=seed),
-            "nats_per_token": _nats(teacher, tokens, labels),
-            "as_the_map": round(float(np.mean(tokens == made["teacher"][1])), 4),
+            "nats_per_token": _nats(teacher, tokens[name], labels),
+            "as_the_map": round(float(np.mean(tokens[name] == exact)), 4),
         }
     return figures
 

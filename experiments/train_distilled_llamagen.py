@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         plan=PLAN,
         output=WEIGHTS,
         guidance=1.5,
-        weight=20.0,  # of vectors of unit length, whose distances are small
+        weight=2.5,
     )
 
 

@@ -1,6 +1,6 @@
 """Sampling with a student of Distilled Decoding (arXiv 2412.17153): all tokens in one or two calls.
 
-    e ~ N(0, 1)                                     a vector for every slot; x = e
+    e ~ N(0, noise_std^2)                           a vector for every slot; x = e
     for t in starts:                                the first scale of each call, 0 for the first
         x = x before t, e from t on                 the noise of the beginning, never drawn anew
         logits, vectors = student(x, labels, t)
@@ -58,7 +58,7 @@ def _mapped(
     vae: Pair, solver: FlowSolver, keys: Array, logits: Float[Array, "B T V"]
 ) -> Int[Array, "B T"]:
     codes = quantizer_of(vae).codes()
-    noise = noise_of_draw(keys, logits.shape[1], codes.shape[1])
+    noise = solver.noise_std * noise_of_draw(keys, logits.shape[1], codes.shape[1])
     return flow_map(noise, logits, codes, solver)[0]
 
 
@@ -124,6 +124,11 @@ class MappedTokens(NextToken):
         return _mapped(self.vae, self.solver, keys, logits)
 
 
+def calls_of(config: Any) -> dict[str, Any]:
+    """How a student is sampled, by its configuration."""
+    return {name: getattr(config, name) for name in ("starts", "split", "noise_std")}
+
+
 class FewStep(Loop):
     """A loop that samples latents with a student, in as many calls as there are `starts`.
 
@@ -135,6 +140,7 @@ class FewStep(Loop):
         vae: forward and parameters of the autoencoder whose codes the student predicts.
         starts: the first unit that each call predicts, 0 for the first call.
         split: the first unit whose tokens stay vectors; the number of units for none.
+        noise_std: standard deviation of the noise, that of the pairs that the student learned from.
         units: what starts and split count.
         models: the classes of students and of configurations of their autoencoders.
     """
@@ -145,6 +151,7 @@ class FewStep(Loop):
     vae: Pair
     starts: tuple[int | Array, ...]
     split: int | Array
+    noise_std: float | Array
 
     @property
     @abc.abstractmethod
@@ -161,8 +168,12 @@ class FewStep(Loop):
         """The same of a configuration."""
 
     @abc.abstractmethod
+    def unit_noise(self, keys: Array, channels: int) -> Float[Array, "B L Z"]:
+        """`noise` of standard deviation 1."""
+
     def noise(self, keys: Array, channels: int) -> Float[Array, "B L Z"]:
         """The noise of all slots, of the keys of samples."""
+        return self.noise_std * self.unit_noise(keys, channels)
 
     @abc.abstractmethod
     def latents(self, vectors: Float[Array, "B L Z"]) -> Float[Array, "B S S Z"]:
@@ -341,7 +352,7 @@ class FewStep(Loop):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("vae", "starts", "split"),
+    data_fields=("vae", "starts", "split", "noise_std"),
     meta_fields=("patch_nums",),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -351,13 +362,14 @@ class FewScales(FewStep):
     Attributes:
         vae: of the VQVAE.
         patch_nums: sides of the maps of tokens, those of the student.
-        starts, split: see `FewStep`; they count scales.
+        starts, split, noise_std: see `FewStep`; they count scales.
     """
 
     vae: Pair
     patch_nums: Sides
     starts: tuple[int | Array, ...] = (0,)
     split: int | Array = 5
+    noise_std: float | Array = 1.0
 
     units = "scales"
     models = (DistilledVAR, VQVAEConfig)
@@ -365,7 +377,7 @@ class FewScales(FewStep):
     @classmethod
     def of(cls, loop: NextScale, config: Any) -> FewScales:
         """The loop of a student, in the place of its model's."""
-        return cls(loop.vae, loop.patch_nums, config.starts, config.split)
+        return cls(loop.vae, loop.patch_nums, **calls_of(config))
 
     @property
     def bounds(self) -> tuple[int, ...]:
@@ -378,7 +390,7 @@ class FewScales(FewStep):
     def shape_of(self, config: Any) -> Sides:
         return config.patch_nums
 
-    def noise(self, keys: Array, channels: int) -> Float[Array, "B L Z"]:
+    def unit_noise(self, keys: Array, channels: int) -> Float[Array, "B L Z"]:
         parts = []
         for scale, side in enumerate(self.patch_nums):
             own = jax.vmap(lambda key, scale=scale: jax.random.fold_in(key, scale))(keys)
@@ -394,7 +406,7 @@ class FewScales(FewStep):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("vae", "starts", "split"),
+    data_fields=("vae", "starts", "split", "noise_std"),
     meta_fields=("grid",),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -404,13 +416,14 @@ class FewTokens(FewStep):
     Attributes:
         vae: of the VQ model.
         grid: rows and columns of tokens, those of the student.
-        starts, split: see `FewStep`; they count tokens.
+        starts, split, noise_std: see `FewStep`; they count tokens.
     """
 
     vae: Pair
     grid: tuple[int, int]
     starts: tuple[int | Array, ...] = (0,)
     split: int | Array = 80
+    noise_std: float | Array = 1.0
 
     units = "tokens"
     models = (DistilledLlamaGen, VQModelConfig)
@@ -418,7 +431,7 @@ class FewTokens(FewStep):
     @classmethod
     def of(cls, loop: NextToken, config: Any) -> FewTokens:
         """The loop of a student, in the place of its model's."""
-        return cls(loop.vae, loop.grid, config.starts, config.split)
+        return cls(loop.vae, loop.grid, **calls_of(config))
 
     @property
     def bounds(self) -> tuple[int, ...]:
@@ -431,7 +444,7 @@ class FewTokens(FewStep):
     def shape_of(self, config: Any) -> tuple[int, int]:
         return config.grid, config.grid
 
-    def noise(self, keys: Array, channels: int) -> Float[Array, "B L Z"]:
+    def unit_noise(self, keys: Array, channels: int) -> Float[Array, "B L Z"]:
         def draw(token: Array) -> Array:
             own = jax.vmap(lambda key: jax.random.fold_in(key, token))(keys)
             return noise_of_draw(own, 1, channels)[:, 0]

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from effjax.fields import Checked, Count
+from effjax.fields import Checked, Count, Positive
 from effjax.layers.attention import BiasedAttentionCore
 
 
@@ -43,11 +43,15 @@ class FlowSolver(Checked):
         kind: "euler", or "2m" for DPM-Solver++ of second order, which needs a quarter of the steps.
         steps: evenly spaced in t.
         tile: codes of a tile; None for all at once.
+        noise_std: standard deviation of the noise, 1 in the paper. Where codes are much smaller,
+            take theirs: a network that reads both cannot tell codes from nothing beside louder
+            noise, and the equation does all of its work in its last steps.
     """
 
     kind: Literal["euler", "2m"] = "2m"
     steps: Count = 50
     tile: Count | None = None
+    noise_std: Positive = 1.0
 
     def coefficients(self) -> np.ndarray:
         """Of every step t, a, b, and f in x <- a x + b (D + f (D - D before)); float32[steps, 4].
@@ -72,7 +76,7 @@ def flow_map(
     """Map noise to tokens, at every position by itself.
 
     Args:
-        noise: e, of the codes' width.
+        noise: e, of the codes' width, with the solver's standard deviation.
         logits: of the law that tokens have: after guidance, top-k, top-p and temperature. They need
             not be normalized. -inf stands for codes that are never taken; each position needs one
             that may be.
@@ -93,8 +97,9 @@ def flow_map(
             f"{list(noise.shape)}, {list(logits.shape)} and {list(codes.shape)}"
         )
     flat = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32)
-    start = noise.reshape(-1, noise.shape[-1]).astype(jnp.float32)
-    codes = codes.astype(jnp.float32)
+    # In units of the noise, whose path it is a matter of.
+    start = noise.reshape(-1, noise.shape[-1]).astype(jnp.float32) / solver.noise_std
+    codes = codes.astype(jnp.float32) / solver.noise_std
 
     def step(carry: tuple[Array, Array], own: Array) -> tuple[tuple[Array, Array], None]:
         (x, before), (t, a, b, f) = carry, own
@@ -107,7 +112,7 @@ def flow_map(
         distances = jnp.sum(jnp.square(codes), axis=1) - 2 * x @ codes.T
         allowed = jnp.where(jnp.isneginf(flat), jnp.inf, distances)
         tokens = jnp.argmin(allowed, axis=1).astype(jnp.int32)
-    return tokens.reshape(noise.shape[:-1]), x.reshape(noise.shape)
+    return tokens.reshape(noise.shape[:-1]), (solver.noise_std * x).reshape(noise.shape)
 
 
 def posterior_mean(

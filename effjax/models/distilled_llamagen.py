@@ -26,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from effjax.context import Layout
-from effjax.fields import Count, Natural
+from effjax.fields import Count, Natural, Positive
 from effjax.layers.linear import Linear
 from effjax.models.distilled_var import NEW, VectorHead, check_starts, chosen, holding
 from effjax.models.llamagen import LlamaGen, LlamaGenConfig
@@ -42,6 +42,7 @@ class DistilledLlamaGenConfig(LlamaGenConfig):
             these.
         split: the first token that stays a vector; those before become codes. The number of tokens
             for none.
+        noise_std: standard deviation of the noise in slots, that of the pairs it was trained with.
 
     Raises:
         ValueError: for a text-to-image model.
@@ -50,6 +51,7 @@ class DistilledLlamaGenConfig(LlamaGenConfig):
     code_channels: Count = 8
     starts: tuple[Natural, ...] = (0,)
     split: Natural = 80
+    noise_std: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

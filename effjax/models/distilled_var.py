@@ -34,7 +34,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.context import Layout
-from effjax.fields import Natural
+from effjax.fields import Natural, Positive
 from effjax.layers.linear import Linear
 from effjax.layers.norms import LayerNorm, modulate
 from effjax.layers.scales import Scales, SlotCore, levels, token_starts
@@ -52,10 +52,12 @@ class DistilledVARConfig(VARConfig):
             these.
         split: the first scale whose tokens stay vectors; those of the scales before become codes.
             The number of scales for none.
+        noise_std: standard deviation of the noise in slots, that of the pairs it was trained with.
     """
 
     starts: tuple[Natural, ...] = (0,)
     split: Natural = 5
+    noise_std: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

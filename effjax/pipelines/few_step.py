@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from effjax.autoregression import FewScales, FewStep, FewTokens, NextScale, NextToken
+from effjax.autoregression.few_step import calls_of
 from effjax.executables import Program
 from effjax.pipelines import arguments
 from effjax.pipelines.base import runs_executables
@@ -37,8 +38,7 @@ class FewCalls(OfClasses, CodesPipeline):
     @property
     def calls(self) -> dict[str, Any]:
         """How the student samples, by its configuration."""
-        config = self.forward.config
-        return {"starts": config.starts, "split": config.split}
+        return calls_of(self.forward.config)
 
     def sampler(self, *, num_inference_steps: int | None = None) -> FewStep:
         """Make the loop that a call uses.

@@ -109,11 +109,23 @@ def test_codes_that_are_left_out_are_never_taken():
     assert (tokens.shape, x.shape) == ((4, 16), (4, 16, 3))
 
 
+def test_noise_of_another_size_is_codes_of_another_size():
+    rng = np.random.default_rng(2)
+    noise, codes, logits = (
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((64, 3), (12, 3), (64, 12))
+    )
+    wanted, x = flow_map(noise, logits, codes)
+    small, y = flow_map(noise / 16, logits, codes / 16, FlowSolver(noise_std=1 / 16))
+    chex.assert_trees_all_equal(small, wanted)
+    chex.assert_trees_all_close(y, x / 16, atol=1e-6)
+    assert (flow_map(noise, logits, codes / 16)[0] != wanted).any()
+
+
 def test_what_does_not_belong_together_is_refused(untyped):
     noise, logits, codes = jnp.zeros((4, 2)), jnp.zeros((4, 12)), jnp.zeros((12, 3))
     with pytest.raises(ValueError, match=r"belong together; got \[4, 2\], \[4, 12\] and \[12, 3\]"):
         flow_map(noise, logits, codes)
-    for name, wrong in {"steps": 0, "kind": "heun", "tile": 0}.items():
+    for name, wrong in {"steps": 0, "kind": "heun", "tile": 0, "noise_std": 0.0}.items():
         with pytest.raises(ValueError, match=f"FlowSolver: {name} must be"):
             dataclasses.replace(FlowSolver(), **{name: wrong})
 
@@ -232,8 +244,8 @@ def perfect(subject, loop):
 def test_a_perfect_student_is_the_teacher(subject, student):
     """Call by call, with the noise of the beginning: tokens are those of the map."""
     loop = dataclasses.replace(subject.sampler, guidance=None)
-    loop = MappedScales.of(loop, FlowSolver(steps=10))
-    few = FewScales(loop.vae, loop.patch_nums, (0, 1, 2), split=3)
+    loop = MappedScales.of(loop, FlowSolver(steps=10, noise_std=0.5))
+    few = FewScales(loop.vae, loop.patch_nums, (0, 1, 2), split=3, noise_std=0.5)
     knows = student[0].patch(perfect(subject, loop))
 
     @jax.jit
@@ -465,8 +477,8 @@ def test_losses_are_those_of_the_formulas(taught):
     chances = jax.nn.log_softmax(logits)[np.arange(2)[:, None], np.arange(5), tokens]
     entropy = -np.asarray(chances)[asked].mean()
     distances = (
-        np.square(vectors - data)[asked].mean(),
-        np.square(x - y).mean(),
+        np.square(vectors - data)[asked].mean() / np.square(data)[asked].mean(),
+        np.square(x - y).mean() / np.square(y).mean(),
         np.square(a - b).mean(),
     )
     np.testing.assert_allclose(found, [entropy + 2 * each for each in distances], rtol=1e-4)

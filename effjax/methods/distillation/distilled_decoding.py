@@ -109,6 +109,8 @@ class DistilledPlan(Plan):
         split: the first one whose tokens stay vectors; the number of scales or tokens for none.
         kind: solver of the flow map, "euler" or "2m" (of second order).
         solver_steps: its steps; "euler" needs four times as many as "2m".
+        noise_std: standard deviation of the noise, see `FlowSolver`: take that of the codes where
+            it is much smaller than 1.
         code_channels: of a code of the VQ model of a LlamaGen, which does not know it.
     """
 
@@ -116,12 +118,13 @@ class DistilledPlan(Plan):
     split: Natural = 5
     kind: Literal["euler", "2m"] = "2m"
     solver_steps: Count = 50
+    noise_std: Positive = 1.0
     code_channels: Count = 8
 
     @property
     def solver(self) -> FlowSolver:
         """Of the flow map."""
-        return FlowSolver(self.kind, self.solver_steps)
+        return FlowSolver(self.kind, self.solver_steps, noise_std=self.noise_std)
 
     def describe(self) -> str:
         """Calls in a line."""
@@ -166,7 +169,7 @@ def initial(plan: DistilledPlan, forward: Forward, params: Params, *, seed: int 
         raise ValueError(
             f"students are made of floats, and {packed[0]} is quantized: load the model in floats"
         )
-    own = {name: getattr(plan, name) for name in ("starts", "split", *kind.held)}
+    own = {name: getattr(plan, name) for name in ("starts", "split", "noise_std", *kind.held)}
     config = kind.student.Config(**dataclasses.asdict(forward.config), **own)
     student, shapes = abstract(kind.student, config)
     rng = np.random.default_rng(seed)
@@ -296,7 +299,8 @@ class Fitting(Checked):
         learning_rate: rises in the first steps, then falls to a hundredth along a cosine.
         batch: pairs of a step.
         distance: what is compared of predicted vectors: decoded "images", "latents" or "codes".
-        weight: of that distance, beside the cross entropy.
+        weight: of that distance, beside the cross entropy. Latents and codes are compared as a
+            share of their own mean square, so that no scale of codes matters.
     """
 
     pairs: Count = 100_000
@@ -337,13 +341,14 @@ def student_loss(
     entropy = jnp.sum(entropies * asked) / jnp.sum(asked)
     made = jnp.where(given[..., None], data, vectors)
     if distance == "codes":
-        missed = jnp.sum(jnp.square(made - data)) / (jnp.sum(asked) * data.shape[-1])
-        return entropy + weight * missed
+        own = jnp.sum(jnp.square(data) * asked[..., None])
+        return entropy + weight * jnp.sum(jnp.square(made - data)) / own
     pair = [loop.latents(each) for each in (made, data)]
     if distance == "images":
         decoder, weights = loop.vae
         pair = [decoder(weights, {}, each)[0].astype(jnp.float32) for each in pair]
-    return entropy + weight * jnp.mean(jnp.square(pair[0] - pair[1]))
+    own = 1.0 if distance == "images" else jnp.mean(jnp.square(pair[1]))
+    return entropy + weight * jnp.mean(jnp.square(pair[0] - pair[1])) / own
 
 
 def fit(
