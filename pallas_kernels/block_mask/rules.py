@@ -40,6 +40,11 @@ class Rule:
         """What differs by head: int32[H, P]; H = 1 if nothing does."""
         return np.zeros((1, 0), np.int32)
 
+    @property
+    def bands(self) -> int:
+        """How many intervals of about equal length a query sees: many want small blocks."""
+        return 1
+
     def check(self, batch: int, queries: int, heads: int, keys: int) -> None:
         """Raise ValueError unless the rule fits arrays of these sizes."""
         given = self.parameters.shape[0]
@@ -303,6 +308,10 @@ class MultiDiagonal(Rule):
             pieces.append((first + start, first + _maximum(stop, start)))
             first += size
         return tuple(pieces)
+
+    @property
+    def bands(self) -> int:
+        return max(1, len(self.sizes) - self._whole)
 
     @property
     def _whole(self) -> int:

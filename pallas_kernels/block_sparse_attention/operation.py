@@ -110,12 +110,14 @@ def choose_block(
     largest: int,
     keys_in: int = 1,
     worthwhile: int = 1,
+    by_band: bool = False,
     even: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Blocks of queries and keys that suit a rule: few, and little of them cut.
 
     Blocks of queries are about a quarter of what a query sees, blocks of keys a `keys_in`th of
-    them, and those of queries no smaller than `worthwhile` while there are four of them. A rule
+    them, and those of queries no smaller than `worthwhile` while there are four of them. With
+    `by_band` it is a quarter of one band of several, whose blocks of keys are half as large. A rule
     that shows everything is cut evenly, into blocks of at most `even`.
     """
     if even is not None and rule == EVERYTHING:
@@ -125,6 +127,8 @@ def choose_block(
         )
         return of_queries, of_keys
     seen = visible_pairs(rule, queries, keys) / (len(rule.parameters) * queries)
+    if by_band and rule.bands > 1:
+        seen, keys_in = seen / rule.bands, 2 * keys_in
     block = 2 ** round(math.log2(max(seen, 4) / 4))
     smallest = max(smallest, min(worthwhile, 2 ** (queries // 4).bit_length() // 2))
     block = min(max(block, smallest), largest)

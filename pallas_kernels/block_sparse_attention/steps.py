@@ -36,12 +36,14 @@ class Group(NamedTuple):
         cut: whether an element of their blocks may be masked.
         run: whether the blocks of each step are consecutive.
         lines: how many a step takes at once.
+        whole: how many first blocks of each step the rule does not cut.
     """
 
     steps: Steps
     cut: bool
     run: bool = False
     lines: int = 1
+    whole: int = 0
 
 
 def shares_lists(mask: BlockMask) -> bool:
@@ -88,7 +90,8 @@ def in_groups(mask: BlockMask, batch: int, heads: int) -> list[Group]:
         own = lengths == length
         which = Steps(*(x[own] for x in steps))
         which = which._replace(blocks=which.blocks[:, :length])
-        groups.append(Group(which, cut=bool((full[own] < length).any())))
+        cut, whole = bool((full[own] < length).any()), int(full[own].min())
+        groups.append(Group(which, cut=cut, whole=whole))
     return groups
 
 
@@ -105,7 +108,9 @@ def as_run(group: Group, blocks: int) -> Group:
     # A run that is rounded up may have to begin earlier, so as not to end beyond the last block.
     start = np.minimum(first, blocks - length).astype(np.int32)
     consecutive = start[:, None] + np.arange(length, dtype=np.int32)
-    return group._replace(steps=steps._replace(blocks=consecutive, skip=first - start), run=True)
+    return group._replace(
+        steps=steps._replace(blocks=consecutive, skip=first - start), run=True, whole=0
+    )
 
 
 def _rounded(count: Any) -> np.ndarray:

@@ -36,7 +36,7 @@ LOGITS_AT_ONCE = 1 << 18
 def blocks(width: int) -> dict[str, Any]:
     """What a rule is cut into, see `choose_block`, for heads `width` wide."""
     # Keys come in smaller blocks than queries, so that fewer are cut.
-    return {"smallest": 16, "largest": 256, "keys_in": 2, "worthwhile": 64}
+    return {"smallest": 16, "largest": 256, "keys_in": 2, "worthwhile": 64, "by_band": True}
 
 
 Kind = tuple[tuple[int, ...], Any, float]  # an array of results: width, dtype, value without keys
@@ -277,7 +277,11 @@ class _Tiles:
     def groups(self) -> list[Group]:
         """The steps in groups, each head's own."""
         groups = in_groups(self.mask, self.batch, self.heads)
-        return [group._replace(cut=group.cut or self.cut) for group in groups]
+        return [self._cut(group) for group in groups]
+
+    def _cut(self, group: Group) -> Group:
+        """With what is masked beside the rule."""
+        return group._replace(cut=True, whole=0) if self.cut else group
 
     def rows(self, step: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[jax.Array, ...]:
         """What `step` makes of every query: arrays [B, H, S, *width]."""
@@ -342,18 +346,22 @@ class _Tiles:
             of_queries, of_keys = self.scales
             logits *= self.own(of_queries, which, group)[..., None]
             logits *= self.keys(of_keys, which, group).swapaxes(-1, -2)
-        return hide(logits, self.visible(which, group)) if group.cut else logits
+        if not group.cut:
+            return logits
+        whole = group.whole * self.mask.block_k
+        parts = logits[..., :whole], hide(logits[..., whole:], self.visible(which, group))
+        return jnp.concatenate(parts, axis=-1) if whole else parts[1]
 
     def visible(self, which: Steps, group: Group) -> jax.Array:
-        """bool[..., rows, c * block_k]: what the queries of a step see of its keys."""
-        mask = self.mask
+        """bool[..., rows, keys]: what the queries of a step see of its blocks from `whole` on."""
+        mask, blocks = self.mask, which.blocks[group.whole :]
         row = which.block * mask.block_q + jnp.arange(mask.block_q)
         row = jnp.tile(row, self.repeats)[:, None]
-        column = which.blocks[:, None] * mask.block_k + jnp.arange(mask.block_k)
+        column = blocks[:, None] * mask.block_k + jnp.arange(mask.block_k)
         parameters = self.parameters(which)
         if self.by_row is not None:
             parameters = jnp.moveaxis(self.own(self.by_row, which, group)[..., None, :], -1, 0)
-        entry = jnp.arange(len(which.blocks)) - which.skip
+        entry = jnp.arange(group.whole, len(which.blocks)) - which.skip
         listed = (entry >= 0) & (entry < which.count)
         seen = mask.rule.visible(row, column.reshape(-1), mask.keys, *parameters)
         seen &= jnp.repeat(listed, mask.block_k)
@@ -403,7 +411,7 @@ class _SharedTiles(_Tiles):
             firsts = np.arange(0, total, lines, dtype=np.int32)
             steps = Steps(*(xp.concatenate([x] * len(firsts)) for x in group.steps))
             steps = steps._replace(line=firsts.repeat(len(group.steps.line)))
-            groups.append(group._replace(steps=steps, cut=group.cut or self.cut, lines=lines))
+            groups.append(self._cut(group._replace(steps=steps, lines=lines)))
         return groups
 
     def rows(self, step: Callable[..., Any], kinds: Sequence[Kind]) -> tuple[jax.Array, ...]:
