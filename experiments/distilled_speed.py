@@ -2,9 +2,10 @@
 
     python -m experiments.distilled_speed
 
-The tiny VAR and the tiny LlamaGen with guidance, and their students in one call and in two, float32,
-up to the latents: the decoder is the same for all. Programs take turns on the same threads. The
-goals are half of the FLOPs and 1.6 times the speed on VAR, 20 times on LlamaGen, in one call.
+The tiny VAR and the tiny LlamaGen with guidance, and their students in one call and in two,
+float32, up to the latents: the decoder is the same for all. Programs take turns on the same
+threads. The goals are half of the FLOPs and 1.6 times the speed on VAR, 20 times on LlamaGen, in
+one call.
 """
 
 from __future__ import annotations
