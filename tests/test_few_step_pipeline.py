@@ -13,7 +13,7 @@ from effjax import testing
 from effjax.cli import main
 from effjax.methods import distilled_decoding, round_to_nearest
 from effjax.methods.distillation.distilled_decoding import DistilledPlan
-from effjax.pipelines import FewStepPipeline, NextScalePipeline
+from effjax.pipelines import FewStepPipeline, NextScalePipeline, NextTokenPipeline
 from effjax.pipelines.reference import reference
 
 PLAN = DistilledPlan((0, 2), split=3)
@@ -77,14 +77,28 @@ def test_images_of_a_few_calls(teacher, pipe):
     chex.assert_trees_all_equal(last[:, :5], drawn[:, :5])
 
 
+def _teacher(**options):
+    subject = testing.tiny_var(**options)
+    return NextScalePipeline(subject.forward, subject.params, subject.sampler.vae)
+
+
 def test_bad_input(untyped, teacher, pipe):
-    key = jax.random.key(0)
+    key, raster = jax.random.key(0), testing.tiny_llamagen()
+    tokens = NextTokenPipeline(raster.forward, raster.params, raster.sampler.vae)
     for wrong, message in (
         ({"num_inference_steps": 3}, r"calls that start at \(0, 2\): .* 1 ... 2, got 3"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
         ({"teacher_start": 1}, "give teacher= too"),
         ({"teacher": teacher, "teacher_start": 2}, r"start is 0 ... t - 1; got 2"),
         ({"teacher": teacher, "num_inference_steps": 1}, "between two calls"),
+        ({"teacher": teacher, "teacher_start": 1.0}, "teacher_start must be a whole number"),
+        ({"teacher": teacher, "teacher_start": True}, "teacher_start must be a whole number"),
+        ({"teacher": "var-d16"}, "teacher is the pipeline of the model .*, got a str"),
+        ({"teacher": pipe}, "teacher is the pipeline of the model .*, got a FewStepPipeline"),
+        ({"teacher": tokens}, "sampled by a NextScale, got a NextToken"),
+        ({"teacher": _teacher(num_classes=9)}, "'classes': 5, .* the teacher {'classes': 9"),
+        ({"teacher": _teacher(patch_nums=(1, 1, 2))}, r"'maps': \(1, 2, 3\).*\(1, 1, 2\)"),
+        ({"teacher": teacher.with_refiner(teacher)}, "without a refiner"),
         ({"output_type": "gif"}, "output_type must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -149,6 +149,18 @@ def test_options_that_are_not_there(pipe, tmp_path, capsys):
     assert "use `effjax sample`" in capsys.readouterr().err
 
 
+def test_numbers_may_be_arrays(untyped, pipe):
+    for read, given, expected in (
+        (jnp.asarray, [1.0, 0.5, 2.0], (1.0, 0.5, 2.0)),
+        (np.asarray, [1.0, 0.5, 2.0], (1.0, 0.5, 2.0)),
+        (jnp.asarray, 0.5, 0.5),
+        (np.asarray, 0.5, 0.5),
+    ):
+        assert pipe.sampler(temperature=read(given)).temperature == expected
+    loop = pipe.sampler(guidance_scale=np.asarray(2.0), top_k=jnp.asarray(3), top_p=np.float64(1))
+    assert (loop.guidance, loop.top_k, loop.top_p) == (2.0, 3, None)
+
+
 def test_bad_input(untyped, pipe):
     key = jax.random.key(0)
     for options, message in (
@@ -159,7 +171,12 @@ def test_bad_input(untyped, pipe):
         ({"top_k": 1.5}, "top_k must be a whole number"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": [1.0, 1.0]}, "one for each of 3 scales"),
+        ({"temperature": [1.0, 1.0]}, "temperature is one number, or one for each of 3 scales"),
+        ({"temperature": "111"}, "temperature must be a finite number of at least 0, got '111'"),
+        ({"temperature": np.ones((3, 1))}, "temperature must be a finite number of at least 0"),
+        ({"top_k": -1}, "top_k must be a whole number of at least 0, got -1"),
+        ({"top_k": 0.0}, "top_k must be a whole number of at least 0, got 0.0"),
+        ({"more_smooth": "no"}, "more_smooth must be True or False, got 'no'"),
         ({"output_type": "video"}, "output_type must be one of pil, np, latent, tokens"),
         ({"output_type": "tokens", "more_smooth": True}, "no tokens stand for the images"),
         ({"callback_on_step_end": 3}, "must be a function of a step and latents"),

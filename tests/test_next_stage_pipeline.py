@@ -4,6 +4,7 @@ import dataclasses
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -77,6 +78,14 @@ def test_latents_of_a_vae(tmp_path):
         NextStagePipeline(other.forward, other.params, vae=vae)
 
 
+def test_numbers_may_be_arrays(untyped, pipe):
+    for read in (np.asarray, jnp.asarray):
+        loop = pipe.sampler(num_inference_steps=read([1, 2, 3]), guidance_scale=read([1.0, 2, 3]))
+        assert (loop.steps, loop.guidance) == ((1, 2, 3), (1.0, 2.0, 3.0))
+        loop = pipe.sampler(num_inference_steps=read(2), guidance_scale=read(2.0))
+        assert (loop.steps, loop.guidance) == ((2, 2, 2), 2.0)
+
+
 def test_bad_input(untyped, pipe):
     key = jax.random.key(0)
     for options, message in (
@@ -86,6 +95,7 @@ def test_bad_input(untyped, pipe):
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1"),
         ({"num_inference_steps": [1, 2.5, 1]}, "num_inference_steps must be a whole number"),
         ({"num_inference_steps": [2, 2]}, "one for each of 3 stages"),
+        ({"guidance_scale": "123"}, "guidance_scale must be a finite number of at least 0"),
         ({"output_type": "tokens"}, "output_type must be one of pil, np, latent; got"),
         ({"callback_on_step_end": 3}, "must be a function of a step and latents"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number"),

@@ -143,10 +143,12 @@ class FewStep(Loop):
         noise_std: standard deviation of the noise, that of the pairs that the student learned from.
         units: what starts and split count.
         models: the classes of students and of configurations of their autoencoders.
+        teachers: the class of the loops of teachers.
     """
 
     units: ClassVar[str]
     models: ClassVar[tuple[type, type]]
+    teachers: ClassVar[type]
 
     vae: Pair
     starts: tuple[int | Array, ...]
@@ -166,6 +168,11 @@ class FewStep(Loop):
     @abc.abstractmethod
     def shape_of(self, config: Any) -> Any:
         """The same of a configuration."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, loop: Any, config: Any) -> FewStep:
+        """The loop of a student, in the place of its model's."""
 
     @abc.abstractmethod
     def unit_noise(self, keys: Array, channels: int) -> Float[Array, "B L Z"]:
@@ -318,6 +325,7 @@ class FewStep(Loop):
             ValueError: unless there are two calls, and start lies before the second one.
         """
         start = self.teacher_start(start)
+        self.check_teacher(student[0], teacher[0], loop)
         bounds, second = self.bounds, int(self.starts[1])
         carry = self.init(*student, cond, key)
         noise, quantizer = carry.memory, quantizer_of(self.vae)
@@ -329,6 +337,28 @@ class FewStep(Loop):
         x = jnp.concatenate([codes, noise[:, bounds[second] :]], axis=1)
         vectors = self.run(*student, carry._replace(x=x), cond, start=1).x
         return self.latents(vectors), quantizer.nearest(vectors)
+
+    def check_teacher(self, forward: Forward, teacher: Forward, loop: Any) -> None:
+        """Check that a teacher and its loop belong to a student.
+
+        Raises:
+            ValueError: for a loop of another kind, and other codes, maps or classes.
+        """
+        if not isinstance(loop, self.teachers):
+            raise ValueError(
+                f"the teacher of a {forward.model.__name__} is sampled by a "
+                f"{self.teachers.__name__}, got a {type(loop).__name__}"
+            )
+        loop.check(teacher)
+        wanted, found = (
+            {"classes": model.config.num_classes, "codes": model.config.vocab_size, "maps": shape}
+            for model, shape in (
+                (forward, self.shape),
+                (teacher, self.of(loop, forward.config).shape),
+            )
+        )
+        if wanted != found:
+            raise ValueError(f"the student has {wanted} and the teacher {found}: they do not fit")
 
     def teacher_start(self, start: int | None) -> int:
         """A teacher's first unit; the last one before the second call if None.
@@ -373,6 +403,7 @@ class FewScales(FewStep):
 
     units = "scales"
     models = (DistilledVAR, VQVAEConfig)
+    teachers = NextScale
 
     @classmethod
     def of(cls, loop: NextScale, config: Any) -> FewScales:
@@ -427,6 +458,7 @@ class FewTokens(FewStep):
 
     units = "tokens"
     models = (DistilledLlamaGen, VQModelConfig)
+    teachers = NextToken
 
     @classmethod
     def of(cls, loop: NextToken, config: Any) -> FewTokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,19 +68,55 @@ def callback(given: Any) -> None:
         )
 
 
-def count(name: str, given: Any) -> int:
-    """A whole number of at least 1 that an int32 holds, Python's or numpy's.
+def count(name: str, given: Any, *, least: int = 1) -> int:
+    """A whole number of at least 1, or `least`, that an int32 holds: Python's, numpy's or jax's.
 
     Raises:
         ValueError: for another number, a boolean or no number.
     """
     try:
-        number = 0 if isinstance(given, _NO_NUMBERS) else operator.index(given)
+        number = -1 if isinstance(given, _NO_NUMBERS) else operator.index(given)
     except TypeError:
-        number = 0
-    if not 1 <= number <= LARGEST:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}")
+        number = -1
+    if not least <= number <= LARGEST:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {given!r}")
     return number
+
+
+def flag(name: str, given: Any) -> bool:
+    """True or False, Python's or numpy's.
+
+    Raises:
+        ValueError: for anything else, such as a text that says "no".
+    """
+    if not isinstance(given, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {given!r}")
+    return bool(given)
+
+
+def by_place(
+    name: str, given: Any, count: int, places: str, read: Callable[[str, Any], Any]
+) -> Any:
+    """A number, or a tuple of one for each of so many places.
+
+    Args:
+        name: of the argument.
+        given: a number, an array without axes, or a sequence or an array of numbers.
+        count: how many places there are.
+        places: what they are, for errors.
+        read: checks a number.
+
+    Raises:
+        ValueError: for another number of them, and what `read` raises.
+    """
+    sequence = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    if not sequence and not getattr(given, "ndim", 0):
+        return read(name, given)
+    if len(given) != count:
+        raise ValueError(
+            f"{name} is one number, or one for each of {count} {places}; got {given!r}"
+        )
+    return tuple(read(name, each) for each in given)
 
 
 def scale(name: str, given: Any) -> float:

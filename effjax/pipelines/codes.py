@@ -60,8 +60,7 @@ class CodesPipeline(LoopPipeline):
         """
         codes = self.forward.config.vocab_size
         top_k = min(self.family.top_k, codes) if top_k is None else top_k
-        if top_k != 0 or isinstance(top_k, bool):
-            top_k = arguments.count("top_k", top_k)
+        top_k = arguments.count("top_k", top_k, least=0)
         top_p = arguments.scale("top_p", self.family.top_p if top_p is None else top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {top_p}")

@@ -106,8 +106,11 @@ class FewCalls(OfClasses, CodesPipeline):
         loop = self.sampler(num_inference_steps=num_inference_steps)
         run = None
         if teacher is not None:
+            own = self._loop_of(teacher, loop)
+            if teacher_start is not None:
+                teacher_start = arguments.count("teacher_start", teacher_start, least=0)
             start = loop.teacher_start(teacher_start)
-            run = partial(self._with_teacher, loop, start, teacher, key)
+            run = partial(self._with_teacher, loop, start, teacher, own, key)
         elif teacher_start is not None:
             raise ValueError("teacher_start is where a teacher begins: give teacher= too")
         return self.drawn(
@@ -121,10 +124,21 @@ class FewCalls(OfClasses, CodesPipeline):
         )
 
     def _with_teacher(
-        self, loop: FewStep, start: int, teacher: Any, key: Array, cond: Any
+        self, loop: FewStep, start: int, teacher: Any, own: Any, key: Array, cond: Any
     ) -> tuple[Array, Array]:
         student, pair = (self.forward, self.params), (teacher.forward, teacher.params)
-        return _sample(loop.starts, start, loop, student, pair, teacher.sampler(), cond, key)
+        return _sample(loop.starts, start, loop, student, pair, own, cond, key)
+
+    def _loop_of(self, teacher: Any, loop: FewStep) -> Any:
+        """The loop of a teacher, which is found to fit."""
+        if not isinstance(teacher, NextScalePipeline | NextTokenPipeline):
+            raise ValueError(
+                f"teacher is the pipeline of the model that the student learned from, got a "
+                f"{type(teacher).__name__}"
+            )
+        own = teacher.sampler()
+        loop.check_teacher(self.forward, teacher.forward, own)
+        return own
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

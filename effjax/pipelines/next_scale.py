@@ -45,7 +45,7 @@ class NextScalePipeline(ScalePipeline):
     refiner: Pair | None = dataclasses.field(default=None, kw_only=True)
 
     SETTINGS: ClassVar[tuple[str, ...]] = (
-        *("guidance_scale", "top_k", "top_p", "more_smooth", "draft_scales"),
+        *("guidance_scale", "top_k", "top_p", "temperature", "more_smooth", "draft_scales"),
     )
 
     @classmethod
@@ -106,7 +106,7 @@ class NextScalePipeline(ScalePipeline):
             draft_scales=draft_scales,
             guidance=scale or None,
             temperature=self._temperature(temperature),
-            more_smooth=more_smooth,
+            more_smooth=arguments.flag("more_smooth", more_smooth),
             **self.drawing(top_k, top_p),
         )
         loop.check(self.forward)
@@ -115,17 +115,13 @@ class NextScalePipeline(ScalePipeline):
     def _temperature(self, given: Any) -> float | tuple[float, ...] | None:
         if given is None:
             return None
-        scales = len(self.patch_nums)
-        many = isinstance(given, Sequence | np.ndarray)
-        values = tuple(
-            arguments.scale("temperature", value) for value in (given if many else [given])
-        )
-        if (many and len(values) != scales) or 0.0 in values:
+        options = len(self.patch_nums), "scales", arguments.scale
+        found = arguments.by_place("temperature", given, *options)
+        if 0.0 in (found if isinstance(found, tuple) else (found,)):
             raise ValueError(
-                f"temperature must be above 0 (top_k=1 takes the likeliest tokens): one number, or "
-                f"one for each of {scales} scales; got {given!r}"
+                f"temperature must be above 0 (top_k=1 takes the likeliest tokens), got {given!r}"
             )
-        return values if many else values[0]
+        return found
 
     @runs_executables
     def __call__(

@@ -107,14 +107,8 @@ class NextStagePipeline(OfClasses, LoopPipeline):
 
     def _by_stage(self, name: str, default: Any, given: Any, read: Any) -> Any:
         """A number, or a tuple of one for each stage."""
-        count = self.forward.config.num_stages
-        if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str):
-            return read(name, default if given is None else given)
-        if len(given) != count:
-            raise ValueError(
-                f"{name} is a number, or one for each of {count} stages; got {given!r}"
-            )
-        return tuple(read(name, each) for each in given)
+        given, count = default if given is None else given, self.forward.config.num_stages
+        return arguments.by_place(name, given, count, "stages", read)
 
     @runs_executables
     def __call__(

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from functools import partial
 
 import chex
 import jax
@@ -19,7 +20,7 @@ from effjax.cost import sampler_cost, state_bytes
 from effjax.guidance import Guidance, guided_by
 from effjax.layers.linear import Linear
 from effjax.layers.scales import ScaleAttention, ScaleCore, Scales, token_starts
-from effjax.methods import litevar
+from effjax.methods import distilled_decoding, litevar
 from effjax.methods.attention.litevar.patch import SharedAttention, WindowedCore
 from effjax.methods.attention.litevar.search import diagonal_masses, half_widths, measured
 from effjax.methods.quantization import round_to_nearest
@@ -405,14 +406,22 @@ def test_errors(subject, plan):
         other = dataclasses.replace(plan, windows=(), **changes)
         with pytest.raises(ValueError, match=message):
             litevar.transform(other)(subject.forward, subject.params)
-    dit = testing.tiny_dit()
+    dit, stages = testing.tiny_dit(), testing.tiny_ecar()
+    distill = distilled_decoding.transform(distilled_decoding.DistilledPlan((0,), split=2))
     data = dit.data(Trajectory)
-    for run in (
-        lambda: litevar.transform(plan)(dit.forward, dit.params),
-        lambda: litevar.search(litevar.Goals(), dit.forward, dit.params, data),
+    for other in (
+        (dit.forward, dit.params),
+        (stages.forward, stages.params),  # has attention over scales, as a student has
+        distill(subject.forward, subject.params),
     ):
-        with pytest.raises(ValueError, match="DiT has no attention over scales"):
-            run()
+        for run in (
+            litevar.transform(plan),
+            partial(litevar.search, litevar.Goals(), data=data),
+            litevar.METHOD.shorthands[0]().plan,
+        ):
+            name = other[0].model.__name__
+            with pytest.raises(ValueError, match=rf"scale by scale \(VAR\), got a {name}"):
+                run(*other)
     unguided = dataclasses.replace(subject.sampler, guidance=None)
     data = Trajectory(unguided, subject.cond, jax.random.key(0))
     with pytest.raises(ValueError, match="these samples are not guided"):

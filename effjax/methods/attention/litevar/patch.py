@@ -18,6 +18,7 @@ from effjax.layers.attention import Heads, KeyHeads, attentions
 from effjax.layers.scales import Outputs, ScaleAttention, ScaleCore, Scales, Values
 from effjax.methods.attention.litevar.plan import NAME, LiteVARPlan, Sharing
 from effjax.methods.quantization import round_to_nearest
+from effjax.models.var import VAR
 from effjax.targets import Wrapper, wrap
 from effjax.transform import Pair, Transform
 from pallas_kernels.block_mask import EVERYTHING, MultiDiagonal
@@ -57,10 +58,10 @@ def described(forward: Forward, params: Params) -> tuple[tuple[int, ...], int, i
         ValueError: for another model.
     """
     layers = attentions(forward.module(params), "scales")
-    if not layers:
+    if not layers or not issubclass(forward.model, VAR):
         raise ValueError(
-            f"{NAME} is for models that predict maps of tokens scale by scale (VAR); "
-            f"{forward.model.__name__} has no attention over scales"
+            f"{NAME} is for models that predict maps of tokens scale by scale (VAR), got a "
+            f"{forward.model.__name__}"
         )
     config = forward.config
     return config.patch_nums, len(layers), config.num_heads
