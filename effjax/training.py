@@ -8,10 +8,13 @@ methods: their parameters can be trained by any other loop as well.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +26,9 @@ from tqdm.auto import trange
 
 from effjax.compat import relaxed_promotion
 from effjax.context import PyTree
+from effjax.fields import naming
 from effjax.forward import Params
+from effjax.storage import read_json
 
 Loss = Callable[..., jax.Array]
 SAVED = 200  # steps from one checkpoint to the next
@@ -43,6 +48,54 @@ class Trained(NamedTuple):
     params: Params
     average: Params
     log: dict[str, Any]
+
+
+def same_run(folder: Path, said: Mapping[str, str]) -> None:
+    """Note in a new folder what its files are made of; of another run, find that it is the same.
+
+    Args:
+        folder: made if it does not exist.
+        said: what the files depend on, by name; of arrays a `digest`.
+
+    Raises:
+        ValueError: if the files are made of something else, or nobody noted of what.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "made_of.json"
+    if not file.is_file():
+        if others := sorted(path.name for path in folder.iterdir() if path.suffix != ".partial"):
+            raise ValueError(
+                f"{folder} holds {others[0]}, and no {file.name} says what that was made of: give "
+                f"another folder"
+            )
+        write_whole(file, lambda partial: partial.write(json.dumps(said, indent=2).encode()))
+        return
+    with naming(file):
+        noted = read_json(file)
+    for name in sorted({*noted, *said}):
+        if noted.get(name) != said.get(name):
+            raise ValueError(
+                f"what {folder} holds was made with {name} {noted.get(name)}, and now it is "
+                f"{said.get(name)}: give the same as before, or another folder"
+            )
+
+
+def digest(*trees: PyTree) -> str:
+    """A short name for the values of arrays."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        value = np.asarray(leaf)
+        found.update(f"{value.dtype}{value.shape}".encode())
+        found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()[:16]
+
+
+def write_whole(file: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file that has its name once it is complete."""
+    partial = file.with_name(f"{file.name}.partial")
+    with open(partial, "wb") as opened:
+        write(opened)
+    os.replace(partial, file)
 
 
 def train(

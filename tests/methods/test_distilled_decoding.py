@@ -351,6 +351,34 @@ def test_errors(untyped, subject, student):
         student[0](student[1], {}, jnp.zeros((2, 9, 4)), subject.cond, subject.cond)
 
 
+def test_pairs_go_on_as_they_were_made(subject, tmp_path):
+    plan, data = DistilledPlan((0,), split=3, solver_steps=2), subject.data(Samples)
+
+    def made(count=64, plan=plan, params=subject.params, **changes):
+        own = dataclasses.replace(data, **changes)
+        options = {"folder": tmp_path, "progress": False}
+        return distilled_decoding.make_pairs(
+            plan, subject.forward, params, own, count, **options
+        ).tokens
+
+    first = made()
+    (tmp_path / "pairs_000001.npy.partial").write_bytes(b"of a run that was killed")
+    chex.assert_trees_all_equal(made(128)[:64], first)
+    other = jax.tree.map(lambda x: 2 * x, subject.params)
+    guided = dataclasses.replace(data.sampler, guidance=3.0)
+    for changes, message in (
+        ({"sampler": guided}, "was made with guidance .*, and now it is 3.0: give the same"),
+        ({"seed": 7}, "was made with seed 0, and now it is 7"),
+        ({"params": other}, "was made with weights"),
+        ({"plan": dataclasses.replace(plan, solver_steps=3)}, "was made with solver .*steps=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(**changes)
+    (tmp_path / "made_of.json").unlink()
+    with pytest.raises(ValueError, match=r"holds pairs_000000\.npy, and no made_of\.json"):
+        made()
+
+
 # --- training -----------------------------------------------------------------------------------
 
 

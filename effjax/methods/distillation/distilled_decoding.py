@@ -259,9 +259,12 @@ def make_pairs(
         progress: show a bar.
 
     Raises:
-        ValueError: for the loop of a model that has no students.
+        ValueError: for the loop of a model that has no students, and a folder whose pairs were
+            made otherwise.
     """
     from tqdm.auto import trange
+
+    from effjax.training import same_run, write_whole  # takes optax
 
     loop = mapped_loop(plan, data.sampler)
     key = jax.random.key(data.seed)
@@ -272,7 +275,7 @@ def make_pairs(
 
     tokens, labels = [], []
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        same_run(folder, _said(loop, forward, params, data))
     for part in trange(math.ceil(count / CHUNK), desc="pairs", disable=not progress):
         file = None if folder is None else folder / f"pairs_{part:06d}.npy"
         labels.append(np.asarray(data.conditions(CHUNK, part)))
@@ -282,8 +285,24 @@ def make_pairs(
         keys = sample_keys(key, CHUNK, first=part * CHUNK)
         tokens.append(np.asarray(sample(loop, params, labels[-1], keys)))
         if file is not None:
-            np.save(file, tokens[-1])
+            write_whole(file, lambda partial: np.save(partial, tokens[-1]))
     return Pairs(np.concatenate(tokens), np.concatenate(labels), key)
+
+
+def _said(loop: Any, forward: Forward, params: Params, data: Samples) -> dict[str, str]:
+    """What pairs depend on."""
+    from effjax.training import digest
+
+    values = {field.name: getattr(loop, field.name) for field in dataclasses.fields(loop)}
+    decoder, codes = values.pop("vae")
+    return {
+        "model": f"{forward.model.__name__}({forward.config})",
+        "autoencoder": f"{decoder.model.__name__}({decoder.config})",
+        "weights": digest(params, codes),
+        "labels": digest(data.conditions(CHUNK, 0)),
+        "seed": str(data.seed),
+        **{name: str(value) for name, value in values.items()},
+    }
 
 
 # --- training -----------------------------------------------------------------------------------
