@@ -234,6 +234,11 @@ class Method:
     loop: Callable[[Any, Forward], Any] | None = None
 
     @property
+    def applies(self) -> bool:
+        """Whether a plan, with what is calibrated or read, changes a model without training."""
+        return self.fit is None or self.calibrate is not None or self.read is not None
+
+    @property
     def data_kinds(self) -> tuple[type, ...]:
         """The kinds of data that it may look at; () for none."""
         if self.data is None:

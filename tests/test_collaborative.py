@@ -11,7 +11,15 @@ import pytest
 
 import effjax
 from effjax import testing
-from effjax.autoregression import Collaborative, NextScale, call_flops, peak_cache, teacher_forced
+from effjax.autoregression import (
+    Collaborative,
+    FlowSolver,
+    MappedScales,
+    NextScale,
+    call_flops,
+    peak_cache,
+    teacher_forced,
+)
 from effjax.cli import main
 from effjax.cost import sampler_cost, state_bytes
 from effjax.forward import abstract
@@ -189,6 +197,11 @@ def test_errors(subject, refiner):
         both([1], key=key, draft_scales=0)
     with pytest.raises(ValueError, match=r"draft_scales must be 1 \.\.\. 3, .*got 4"):
         both([1], key=key, draft_scales=4)
+    for wrong, message in (("var-d16", "got a str"), (both, "the refiner has a refiner itself")):
+        with pytest.raises(ValueError, match=message):
+            pipe.with_refiner(wrong)
+    with pytest.raises(ValueError, match="are drawn by two: sample without a refiner"):
+        MappedScales.of(both.sampler(), FlowSolver())
     for options, message in (
         ({"num_classes": 7}, "the drafter knows 5 classes, and the refiner 7"),
         ({"patch_nums": (1, 3)}, "the refiner does not fit: the model has maps of the sides"),

@@ -114,6 +114,9 @@ def test_commands(teacher, tmp_path, capsys):
     asked = ["--starts", "0,2", "--split", "2", "--steps", "2", "--pairs", "64", "--batch", "4"]
     drawn = ["--guidance", "2", "--top-k", "8", "--solver-steps", "5"]
     folder = ["--checkpoints", str(tmp_path / "training")]
+    with pytest.raises(SystemExit):
+        main(["apply", source, small, "distilled_decoding", *asked[:4]])
+    assert "is nothing before it is trained; use `effjax fit`" in capsys.readouterr().err
     assert main(["fit", source, small, "distilled_decoding", *asked, *drawn, *folder]) == 0
     assert "2 calls (from 0, from 2)" in capsys.readouterr().out
     folder = str(tmp_path / "images")

@@ -140,11 +140,13 @@ def test_options_that_are_not_there(pipe, tmp_path, capsys):
     source = str(tmp_path / "copy")
     for wrong, message in (
         (["--steps", "4"], "takes no --steps: leave it out. It takes --guidance, --top-k"),
+        (["--top-k", "9999"], "top_k must be 1 ... 40"),
         (["--strength", "0.5"], "changes no images: leave out --image and --strength"),
         (["--negative-prompt", "x"], "conditioned on classes: leave out --negative-prompt"),
     ):
-        assert main(["sample", source, "--labels", "1", *wrong]) == 1
+        assert main(["sample", source, "--labels", "1", *wrong, "-o", f"{tmp_path}/new"]) == 1
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     assert main(["generate", source, "--prompt", "fox"]) == 1
     assert "use `effjax sample`" in capsys.readouterr().err
 

@@ -88,10 +88,16 @@ class MappedScales(NextScale):
         """The same loop with the map.
 
         Raises:
-            ValueError: for `more_smooth`, which mixes codes, so that no tokens follow.
+            ValueError: for `more_smooth`, which mixes codes, so that no tokens follow, and for a
+                loop of two models.
         """
         if loop.more_smooth:
             raise ValueError("more_smooth mixes codes, so that no tokens follow from noise")
+        if loop.alone is not loop:
+            raise ValueError(
+                "pairs are samples of the model that the student begins as, and these are drawn by "
+                "two: sample without a refiner"
+            )
         held = {field.name: getattr(loop, field.name) for field in dataclasses.fields(NextScale)}
         return cls(**held, solver=solver)
 

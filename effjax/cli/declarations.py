@@ -75,7 +75,7 @@ def examples(method: Method) -> list[str]:
         return [f"effjax apply MODEL SMALLER {method.name}{KINDS[method.data_kinds[0]].words}"]
     said = next((kind for kind in (*method.shorthands, method.plan) if _speakable(kind)), None)
     plan = " --plan plan.json" if said is None else _words(said)
-    found = [f"effjax apply MODEL SMALLER {method.name}{plan}"]
+    found = [f"effjax apply MODEL SMALLER {method.name}{plan}"] if method.applies else []
     if method.goals is not None:
         found.append(f"effjax search MODEL SMALLER {method.name}{_words(method.goals)}")
     if method.fitting is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ def sample(arguments: argparse.Namespace) -> Figures:
         options["strength"] = arguments.strength
     each = arguments.images_per_prompt
     key = jax.random.key(arguments.seed)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     run: Any = pipe
-    outputs = run(wanted, key=key, **{f"num_{pipe.MAKES}_per_prompt": each}, **options)
+    with _folder(arguments.output):
+        outputs = run(wanted, key=key, **{f"num_{pipe.MAKES}_per_prompt": each}, **options)
     files = []
     for number, output in enumerate(outputs):
         word = re.sub(r"\W+", "_", wanted[number // each])[:40]
@@ -81,6 +82,20 @@ def sample(arguments: argparse.Namespace) -> Figures:
         more = {"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}
         frames[0].save(files[-1], **more)
     return {"files": files}, "\n".join(files)
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder for outputs; gone again if there are none, and it was not there before."""
+    new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # others wrote to it
+                path.rmdir()
+        raise
 
 
 def _image(path: Path) -> Image.Image:

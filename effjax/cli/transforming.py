@@ -62,6 +62,8 @@ def _check(chosen: Method, verb: str) -> None:
         raise ValueError(f"{chosen.name} has no search; write its plan, and use `effjax apply`")
     if verb == "fit" and chosen.fit is None:
         raise ValueError(f"{chosen.name} is not trained; use `effjax apply`")
+    if verb == "apply" and not chosen.applies:
+        raise ValueError(f"{chosen.name} is nothing before it is trained; use `effjax fit`")
 
 
 def apply(arguments: argparse.Namespace) -> Figures:

@@ -67,7 +67,15 @@ class NextScalePipeline(ScalePipeline):
             ValueError: for a model of other codes, maps or classes.
         """
         if isinstance(refiner, NextScalePipeline):
+            if refiner.refiner is not None:
+                raise ValueError("the refiner has a refiner itself, and two models are what go on")
             refiner = refiner.forward, refiner.params
+        pair = isinstance(refiner, tuple) and len(refiner) == 2
+        if refiner is not None and not (pair and isinstance(refiner[0], Forward)):
+            raise ValueError(
+                f"a refiner is a NextScalePipeline, or forward and parameters of its model; got a "
+                f"{type(refiner).__name__}"
+            )
         return dataclasses.replace(self, refiner=refiner, executables=None)
 
     def loop(self, *, draft_scales: int | None = None, **options: Any) -> NextScale:
