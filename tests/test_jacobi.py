@@ -13,6 +13,7 @@ import pytest
 
 from effjax import testing
 from effjax.autoregression import NextToken
+from effjax.autoregression.drafted import on_grid
 from effjax.generate import (
     Grid,
     JacobiDecoding,
@@ -392,6 +393,23 @@ def test_images_under_guidance(options):
     assert sample._cache_size() == 3  # other guidance is no other program
 
 
+def test_a_window_has_no_more_places_than_there_are_tokens(model):
+    """Else arrays grow with the window: gigabytes of drafts that no call can have."""
+    subject, key = testing.tiny_llamagen(num_layers=1), jax.random.key(0)
+    huge = JacobiDecoding(window=10**7, initial="repeat_horizon")
+    loop = dataclasses.replace(subject.sampler, decoder=huge)
+    given = subject.forward, subject.params, subject.cond, key
+    shapes = [x.shape for x in jax.tree.leaves(jax.eval_shape(loop.tokens, *given))]
+    assert shapes == [(len(subject.cond), 16), (len(subject.cond),)]
+    assert on_grid(huge, loop.grid).window == 16
+    asked = {"max_new_tokens": 4, "temperature": 1.0, "key": key}
+    wide, narrow = (
+        generate(*model, PROMPTS, decoder=JacobiDecoding(window=window), **asked).tokens
+        for window in (10**7, 4)
+    )
+    np.testing.assert_array_equal(wide, narrow)
+
+
 def test_decoders_that_do_not_fit_images():
     subject = testing.tiny_llamagen(num_layers=1)
     key, forward = jax.random.key(0), subject.forward
@@ -441,8 +459,11 @@ def test_bad_decoders(untyped, options, message):
         JacobiDecoding(**options)
 
 
-def test_grids_that_do_not_fit(model):
+def test_grids_that_do_not_fit(untyped, model):
     ask = partial(generate, *model, [[1]], max_new_tokens=12)
+    for given in ("jacobi", JacobiDecoding):
+        with pytest.raises(ValueError, match=r"a decoder is JacobiDecoding\(\.\.\.\)"):
+            ask(decoder=given)
     with pytest.raises(ValueError, match="token 60, and the model knows 0"):
         ask(decoder=JacobiDecoding(grid=Grid(4, 3, row_end=60)))
     with pytest.raises(ValueError, match="give the decoder grid=Grid"):

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from effjax.context import PyTree
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate import Grid, JacobiDecoding, Sampling
+from effjax.generate.decoders import check_decoder
 from effjax.generate.installed import check_rollback
 from effjax.generate.jacobi import Drawn, begin, decode
 from effjax.generate.made import Made
@@ -27,8 +28,9 @@ def on_grid(decoder: JacobiDecoding, grid: tuple[int, int]) -> JacobiDecoding:
     """A decoder for images of these rows and columns.
 
     Raises:
-        ValueError: for a decoder of another grid.
+        ValueError: for what is no decoder, and for one of another grid.
     """
+    check_decoder(decoder)
     height, width = grid
     own = Grid(width=width, height=height)
     if decoder.grid not in (None, own):
@@ -36,7 +38,7 @@ def on_grid(decoder: JacobiDecoding, grid: tuple[int, int]) -> JacobiDecoding:
             f"the model's images have {height} x {width} tokens and no structural ones; the "
             f"decoder is for {decoder.grid}. Leave out its grid."
         )
-    return dataclasses.replace(decoder, grid=own)
+    return dataclasses.replace(decoder, grid=own).within(own.tokens)
 
 
 def drafted(

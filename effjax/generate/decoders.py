@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from effjax import fields
 from effjax.generate.jacobi import JacobiDecoding
 
 DECODERS = {"jacobi": JacobiDecoding}
+
+
+def check_decoder(given: Any) -> None:
+    """Raise ValueError for what is no decoder."""
+    if not isinstance(given, tuple(DECODERS.values())):
+        kinds = ", ".join(f"{kind.__name__}(...)" for kind in DECODERS.values())
+        raise ValueError(
+            f"a decoder is {kinds}, or what read_decoder makes of words such as "
+            f'"{next(iter(DECODERS))}"; got {given!r}'
+        )
 
 
 def read_decoder(words: str) -> JacobiDecoding:

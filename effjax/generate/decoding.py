@@ -18,6 +18,7 @@ from effjax.executables import Program
 from effjax.finite import NotFiniteWarning
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate.arguments import Prompts, check_count, check_tokens, padded, rows_of
+from effjax.generate.decoders import check_decoder
 from effjax.generate.installed import check_rollback
 from effjax.generate.jacobi import Drafts, Drawn, JacobiDecoding, begin, decode
 from effjax.generate.made import Made
@@ -149,7 +150,9 @@ def generate(
     ends = np.atleast_1d(np.asarray(eos, np.int32))
     check_tokens(forward, ends)
     if decoder is not None:
+        check_decoder(decoder)
         decoder.check(forward.config.vocab_size, max_new_tokens)
+        decoder = decoder.within(max_new_tokens)
     given: Any = {"inputs_embeds": inputs_embeds, "positions": positions, "buckets": buckets}
     if prefix is None:
         if prompts is None and inputs_embeds is None:

@@ -79,6 +79,10 @@ class JacobiDecoding(Checked):
         grid = self.grid
         return vocabulary - self.first if grid is None or grid.codes is None else grid.codes
 
+    def within(self, new: int) -> JacobiDecoding:
+        """The decoder for so many tokens: a window has no more places than there are tokens."""
+        return dataclasses.replace(self, window=min(self.window, new))
+
     def check(self, vocabulary: int, new: int) -> None:
         """Raise ValueError for a grid that is missing, or that does not fit a model."""
         if self.grid is None and self.initial != "random":

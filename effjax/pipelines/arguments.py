@@ -12,6 +12,7 @@ import numpy as np
 from effjax.fields import LARGEST
 
 _NO_NUMBERS = (bool, np.bool_, str, bytes)
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 def listed(name: str, given: Any) -> list[Any]:
@@ -120,7 +121,7 @@ def by_place(
 
 
 def scale(name: str, given: Any) -> float:
-    """A finite number of at least 0.
+    """A number of at least 0 that is finite in float32.
 
     Raises:
         ValueError: for another number, a boolean or no number.
@@ -129,6 +130,6 @@ def scale(name: str, given: Any) -> float:
         number = math.nan if isinstance(given, _NO_NUMBERS) else float(given)
     except (TypeError, ValueError):
         number = math.nan
-    if not 0 <= number < math.inf:
+    if not 0 <= number <= _LARGEST_FLOAT:
         raise ValueError(f"{name} must be a finite number of at least 0, got {given!r}")
     return number
