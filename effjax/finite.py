@@ -29,3 +29,15 @@ def warn_unless_finite(what: str, values: jax.Array | np.ndarray, advice: str) -
     if wrong:
         message = f"{what}: {wrong} of {values.size} values are NaN or infinite. {advice}"
         warnings.warn(message, NotFiniteWarning, stacklevel=3)
+
+
+def token_or_none(tokens: jax.Array, logits: jax.Array) -> jax.Array:
+    """Tokens, -1 where the logits that they follow from are NaN or infinite.
+
+    No code stands for -1: what it is decoded to is NaN, and is warned of.
+
+    Args:
+        tokens: int32[...].
+        logits: of each, float[..., V]; -inf for those that are never drawn.
+    """
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), tokens, -1)

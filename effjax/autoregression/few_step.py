@@ -32,6 +32,7 @@ from effjax.autoregression.flow_map import FlowSolver, flow_map
 from effjax.autoregression.next_scale import NextScale
 from effjax.autoregression.next_token import NextToken
 from effjax.context import Step
+from effjax.finite import token_or_none
 from effjax.forward import Forward, Params
 from effjax.layers.scales import Sides, token_starts
 from effjax.loops import Carry, Loop
@@ -59,7 +60,7 @@ def _mapped(
 ) -> Int[Array, "B T"]:
     codes = quantizer_of(vae).codes()
     noise = solver.noise_std * noise_of_draw(keys, logits.shape[1], codes.shape[1])
-    return flow_map(noise, logits, codes, solver)[0]
+    return token_or_none(flow_map(noise, logits, codes, solver)[0], logits)
 
 
 def quantizer_of(vae: Pair) -> Any:
@@ -298,7 +299,8 @@ class FewStep(Loop):
     ) -> Carry:
         """Take what a call predicts, and the noise of the beginning from the next call on."""
         logits, vectors = out
-        codes = quantizer_of(self.vae).vectors(jnp.argmax(logits, axis=-1))
+        likeliest = token_or_none(jnp.argmax(logits, axis=-1), logits)
+        codes = quantizer_of(self.vae).vectors(likeliest)
         slot = np.arange(vectors.shape[1])[:, None]
         made = jnp.where(slot < self.slots(self.split), codes, vectors)
         made = jnp.where(slot < self.first(step), carry.x, made)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.autoregression.next_token import NextToken, Tokens
 from effjax.context import PyTree, Step, is_static
+from effjax.finite import token_or_none
 from effjax.forward import Forward, Params
 from effjax.generate.installed import cached as with_cache
 from effjax.generate.installed import caches
@@ -171,9 +172,11 @@ class NextGroup(NextToken, abc.ABC):
         places = row_of(self.table.draws, step)[: out.shape[1]]
         known = jnp.maximum(places, 0)
         keys = jax.vmap(lambda key: jax.vmap(lambda place: jax.random.fold_in(key, place))(known))
-        drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys(carry.keys), self.log_probs(out))
+        logits = self.log_probs(out)
+        drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys(carry.keys), logits)
+        drawn = token_or_none(drawn.astype(jnp.int32), logits)
         places = jnp.where(places < 0, carry.x.shape[1], places)
-        return carry._replace(x=carry.x.at[:, places].set(drawn.astype(jnp.int32), mode="drop"))
+        return carry._replace(x=carry.x.at[:, places].set(drawn, mode="drop"))
 
     def check_order(self, forward: Forward) -> None:
         """Raise ValueError for a model that predicts other groups, or no groups."""

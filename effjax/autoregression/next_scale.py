@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Int
 from effjax.autoregression.maps import MapLoop, check_kept
 from effjax.caches import ScaleCaches
 from effjax.context import Step, is_static
+from effjax.finite import token_or_none
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate import Sampling, process_logits
 from effjax.layers.scales import Scales, Sides, token_starts, whole_scales
@@ -260,7 +261,8 @@ class NextScale(MapLoop):
 
     def draw(self, keys: Array, logits: Float[Array, "B T V"]) -> Int[Array, "B T"]:
         """Draw the tokens of a scale; the keys are its own, one for each sample."""
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        drawn = jax.vmap(jax.random.categorical)(keys, logits)
+        return token_or_none(drawn.astype(jnp.int32), logits)
 
     def tempered(self, logits: Float[Array, "B T V"], scale: int) -> Float[Array, "B T V"]:
         """Logits divided by the temperature of a scale."""

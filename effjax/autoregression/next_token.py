@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int
 from effjax.autoregression.drafted import drafted, on_grid
 from effjax.context import PyTree, Step, is_static
 from effjax.executables import Program
+from effjax.finite import token_or_none
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate import JacobiDecoding, Sampling, process_logits
 from effjax.generate.installed import cached as with_cache
@@ -165,7 +166,7 @@ class NextToken(Loop):
             return tokens, jnp.full(tokens.shape[0], self.calls)
         uncond = self.unconditional(forward, cond, uncond)
         made = drafted(self, self.decoder, forward, params, carry, cond, uncond)
-        return made.tokens, made.calls
+        return jnp.where(made.finite[:, None], made.tokens, -1), made.calls
 
     def after(
         self,
@@ -402,7 +403,7 @@ class NextToken(Loop):
     def draw(self, keys: Array, logits: Float[Array, "B 1 V"]) -> Int[Array, "B 1"]:
         """Tokens of images, from log-probabilities."""
         drawn = jax.vmap(jax.random.categorical)(keys, logits[:, 0])
-        return drawn.astype(jnp.int32)[:, None]
+        return token_or_none(drawn.astype(jnp.int32)[:, None], logits)
 
     def network(
         self,

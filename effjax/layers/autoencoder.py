@@ -309,6 +309,11 @@ class CodeAutoencoder(Model):
         )
 
 
+def codes_at(tokens: Int[Array, "B N"], codes: Float[Array, "V C"]) -> Float[Array, "B N C"]:
+    """The codes of tokens, NaN for those below 0, which are none (`effjax.finite`)."""
+    return jnp.where(tokens[..., None] < 0, jnp.nan, codes[tokens])
+
+
 def nearest(vectors: Float[Array, "B N C"], codes: Float[Array, "V C"]) -> Int[Array, "B N"]:
     """The tokens whose codes are nearest to vectors; the first of several."""
     products = jnp.einsum("bnc,vc->bnv", vectors, codes, precision=jax.lax.Precision.HIGHEST)

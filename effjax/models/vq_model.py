@@ -24,6 +24,7 @@ from effjax.layers.autoencoder import (
     CoderShape,
     Decoder,
     Encoder,
+    codes_at,
     nearest,
 )
 from effjax.layers.convolution import Conv2d
@@ -77,8 +78,8 @@ class Quantizer(nnx.Module):
         return _normalized(codes) if self.unit else codes
 
     def vectors(self, tokens: Int[Array, "B N"]) -> Float[Array, "B N C"]:
-        """The codes of tokens."""
-        return self.codes()[tokens]
+        """The codes of tokens, NaN for those below 0."""
+        return codes_at(tokens, self.codes())
 
     def encode(self, latents: Float[Array, "B Y X C"]) -> Int[Array, "B N"]:
         """The tokens of latents, row by row."""

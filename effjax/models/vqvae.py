@@ -35,6 +35,7 @@ from effjax.layers.autoencoder import (
     CoderShape,
     Decoder,
     Encoder,
+    codes_at,
     nearest,
 )
 from effjax.layers.convolution import Conv2d
@@ -104,8 +105,8 @@ class MultiScaleQuantizer(nnx.Module):
         return self.codebook.get_value().astype(jnp.float32)
 
     def vectors(self, tokens: Int[Array, "B N"]) -> Float[Array, "B N C"]:
-        """The codes of tokens."""
-        return self.codes()[tokens]
+        """The codes of tokens, NaN for those below 0."""
+        return codes_at(tokens, self.codes())
 
     def nearest(self, vectors: Float[Array, "B N C"]) -> Int[Array, "B N"]:
         """The tokens whose codes are nearest to vectors; the first of several."""
