@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import effjax
 from converters import convert
 from effjax import testing
-from effjax.autoregression import logits_of
+from effjax.autoregression import logits_of, next_token
 from effjax.cli import main
 from effjax.forward import abstract
+from effjax.generate import JacobiDecoding
 from effjax.methods import even_steps, kivi, knorm, round_to_nearest
 from effjax.models.t5 import T5Config, T5Encoder
 from effjax.pipelines import NextTokenPipeline, TextNextTokenPipeline, to_pil
@@ -114,6 +116,33 @@ def test_images_tokens_and_back(pipe, tmp_path):
     assert main(["apply", source, small, "kivi", "--group", "4"]) == 0
     assert effjax.pipeline(small, progress=False).forward.recipe[0][0] == "kivi"
     assert main(["bench", small, "--labels", "1", "--repeats", "1"]) == 0
+
+
+def test_commands_take_a_decoder(tmp_path, monkeypatch):
+    """The image of a call with the decoder; both models of a measurement use it."""
+    subject = testing.tiny_llamagen(grid=2, num_layers=1)
+    pipe = NextTokenPipeline(subject.forward, subject.params, subject.sampler.vae)
+    source, small, used = str(tmp_path / "copy"), str(tmp_path / "small"), []
+    pipe.save(source)
+    pipe.transform(round_to_nearest.transform(round_to_nearest.uniform(8, 8))).save(small)
+
+    def noted(loop, decoder, *given, **options):
+        used.append(decoder)
+        return drafted(loop, decoder, *given, **options)
+
+    drafted = next_token.drafted
+    monkeypatch.setattr(next_token, "drafted", noted)
+    decoder, options = JacobiDecoding(window=2), {"key": jax.random.key(0), "progress": False}
+    asked = ["sample", source, "--labels", "1", "--decoder", "jacobi,window=2"]
+    assert main([*asked, "-o", str(tmp_path / "images")]) == 0
+    (file,) = (tmp_path / "images").iterdir()
+    (image,) = pipe([1], decoder=decoder, **options)
+    np.testing.assert_allclose(np.asarray(Image.open(file), int), np.asarray(image, int), atol=1)
+    sampled = len(used)
+    asked = ["bench", small, "--labels", "1", "--repeats", "1", "--decoder", "jacobi,window=2"]
+    assert main(asked) == 0
+    assert used == [decoder] * len(used)
+    assert len(used) - sampled == 2  # programs of both models
 
 
 @pytest.fixture(scope="module")
