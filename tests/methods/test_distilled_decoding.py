@@ -414,7 +414,7 @@ def taught(tmp_path_factory):
     pair = subject.forward, subject.params
     # Another run finds pairs and the last step.
     distilled_decoding.fit(plan, dataclasses.replace(fitting, steps=2), *pair, data, **options)
-    made = {file.name: file.stat().st_mtime_ns for file in (folder / "pairs").iterdir()}
+    made = {file.name: file.stat().st_mtime_ns for file in (folder / "pairs").glob("pairs_*.npy")}
     learned, log = distilled_decoding.fit(plan, fitting, *pair, data, **options)
     assert len(made) == 64
     assert {f.name: f.stat().st_mtime_ns for f in (folder / "pairs").iterdir()} == made
