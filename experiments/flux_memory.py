@@ -16,12 +16,11 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from functools import partial
 from typing import Any, NamedTuple
 
 from experiments import report
+from experiments.tpu import in_processes
 
 # isort: split
 import jax
@@ -253,13 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
     rows = []
-    for case in CASES:  # each in a process of its own, whose memory is given back
-        command = [sys.executable, "-m", "experiments.flux_memory", "--one", json.dumps(case)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{case}: {done.stderr[-2000:]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(report.markdown(rows[-1:]).splitlines()[-1], flush=True)
+    for row in in_processes("experiments.flux_memory", CASES):
+        rows.append(row)
         report.write(
             "flux_memory",
             title="One step of FLUX.1-dev compiled ahead of time for TPUs",

@@ -5,19 +5,17 @@
 All calls of an image of 256 pixels (LlamaGen-XXL: 384), guided, bfloat16, up to the latents, in
 one program on one chip, blocks scanned. LiteVAR shares attention over guidance, as maps or as
 outputs; its windows are the same in all layers. In CoDe, VAR-d16 makes the last two scales. It
-times nothing.
+times nothing. One case of VAR takes libtpu more than ten minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from typing import Any
 
 from experiments import report
-from experiments.tpu import on_chip
+from experiments.tpu import in_processes, on_chip
 
 # isort: split
 import jax
@@ -127,17 +125,13 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.one:
         print(json.dumps(compile_one(*json.loads(arguments.one))))
         return
-    rows = []
-    for model in arguments.models:
-        for batch in BATCHES:
-            for variant in VARIANTS[model]:  # each in a process, whose memory is given back
-                case = json.dumps([model, variant, batch, arguments.chip])
-                command = [sys.executable, "-m", "experiments.sequence_memory", "--one", case]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(f"{case}: {done.stderr[-2000:]}")
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
-                print(report.markdown(rows[-1:]).splitlines()[-1], flush=True)
+    cases = (
+        (model, variant, batch, arguments.chip)
+        for model in arguments.models
+        for batch in BATCHES
+        for variant in VARIANTS[model]
+    )
+    rows = list(in_processes("experiments.sequence_memory", cases))
     report.write(
         "sequence_memory",
         title="Loops of VAR-d30 and LlamaGen-XXL compiled ahead of time for TPUs",

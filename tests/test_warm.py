@@ -61,11 +61,12 @@ def run(folder, count=1):
 
 def test_the_next_process_compiles_nothing(tmp_path):
     """Two processes that fill a folder at once do not disturb each other."""
-    *results, counts = run(tmp_path, count=2)[0]
-    assert counts["misses"] > 3
+    (*results, counts), (*_, other) = run(tmp_path, count=2)
+    # One of the two may find what the other one has just compiled.
+    assert counts["misses"] + other["misses"] > 5
     *again, counts = run(tmp_path)[0]
     assert counts["misses"] == 0
-    assert counts["hits"] > 3
+    assert counts["hits"] > 5
     assert again == results
 
 

@@ -35,7 +35,6 @@ from effjax.autoregression.next_scale import DATA, STATIC, NextScale
 from effjax.context import Step
 from effjax.forward import Forward, Params, StateDict
 from effjax.layers.scales import Scales, token_starts
-from effjax.loops import Carry
 from effjax.models.var import VARConfig
 from effjax.models.vqvae import averaged
 from effjax.transform import Pair
@@ -88,29 +87,6 @@ class Collaborative(NextScale):
                 f"the drafter knows {classes[0]} classes, and the refiner {classes[1]}: they "
                 f"belong to different data"
             )
-
-    def after(
-        self,
-        forward: Forward,
-        params: Params,
-        tokens: Int[Array, "B P"],
-        cond: Int[Array, " B"],
-        key: Array,
-        *,
-        uncond: Int[Array, " B"] | None = None,
-        stop: int | None = None,
-    ) -> Carry:
-        """As `NextScale.after`, for no tokens: what follows given ones is for one model.
-
-        Raises:
-            ValueError: if tokens are given.
-        """
-        if tokens.shape[1]:
-            raise ValueError(
-                "two models sample from the first scale on: what follows given tokens is sampled "
-                "by one of them, without a refiner"
-            )
-        return super().after(forward, params, tokens, cond, key, uncond=uncond, stop=stop)
 
     def network(
         self,

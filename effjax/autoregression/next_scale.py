@@ -130,13 +130,18 @@ class NextScale(MapLoop):
             stop: the scale before which to stop; all are sampled if None.
 
         Raises:
-            ValueError: for a number of tokens that whole scales do not have, or if nothing is left
-                to sample.
+            ValueError: for a number of tokens that whole scales do not have, if nothing is left to
+                sample, and for given tokens in a loop of two models.
         """
         stop = self.calls if stop is None else stop
         carry = self.init(forward, params, cond, key, uncond=uncond)
         if not tokens.shape[1]:
             return self.run(forward, params, carry, cond, uncond, stop=stop)
+        if self.alone is not self:
+            raise ValueError(
+                "two models sample from the first scale on: what follows given tokens is sampled "
+                "by one of them, without a refiner"
+            )
         scale = whole_scales(self.patch_nums, tokens.shape[1])
         if not scale < stop <= self.calls:
             raise ValueError(
