@@ -299,6 +299,17 @@ def test_errors_are_one_line_and_a_status(
     assert "Traceback" not in error
 
 
+def test_figures_are_json(capsys, monkeypatch):
+    """JSON has no infinity: the PSNR of equal images is null (RFC 8259, section 6)."""
+    from effjax.cli import about
+
+    figures = {"psnr": float("inf"), "rows": [{"loss": float("nan")}, 0.5]}
+    monkeypatch.setattr(about, "methods", lambda _: (figures, "psnr inf"))
+    status, found, _ = run(capsys, "methods")
+    assert status == 0
+    assert found == {"psnr": None, "rows": [{"loss": None}, 0.5]}
+
+
 def test_figures_that_nobody_reads(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)

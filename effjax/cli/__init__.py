@@ -7,7 +7,6 @@ Help and the checks of arguments need no JAX, but for the options of a method.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -27,8 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = getattr(import_module(f"effjax.cli.{module}"), function)
         figures, text = run(arguments)
-        shown = json.dumps(figures, indent=2, sort_keys=True) if arguments.json else text
-        print(shown, flush=True)
+        if arguments.json:
+            from effjax.storage.json_files import figures_json  # with JAX, loaded by now
+
+            text = figures_json(figures)
+        print(text, flush=True)
     except BrokenPipeError:  # whoever read the figures has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,19 @@ def stand_in(start: bytes) -> str | None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """JSON with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def figures_json(figures: Any) -> str:
+    """Figures as JSON text with sorted keys; NaN and infinities, which JSON has not, are null.
+
+    The PSNR of equal images is such a figure.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(figures), indent=2, sort_keys=True, allow_nan=False)

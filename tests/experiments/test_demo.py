@@ -38,10 +38,13 @@ def test_the_demo_writes_its_report(tmp_path):
     train_dit.export(tmp_path / "model", forward, testing.random_params(shapes))
     report = demo.run(tmp_path, model=tmp_path / "model", steps=4, images=4)
     assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert "Infinity" not in (tmp_path / "report.json").read_text()
     for program in demo.ROWS:
         own = FIGURES if program == "dense" else FIGURES | {"psnr"}
         assert set(report[program]) == own
-        assert all(math.isfinite(value) for value in report[program].values())
+        equal = report[program]["steps"] == 4 and program == "fewer_steps"  # no step was saved
+        assert (report[program].get("psnr", 0.0) is None) == equal
+        assert all(math.isfinite(value) for value in report[program].values() if value is not None)
     dense, fast, fewer = (report[name] for name in demo.ROWS)
     assert dense["state_bytes"] == 0 < fast["state_bytes"]
     assert fast["total_flops"] < dense["total_flops"]
@@ -51,6 +54,30 @@ def test_the_demo_writes_its_report(tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 30
     assert "times the dense images per second" in demo.table(report)
+
+
+def test_fewer_steps_where_nothing_is_saved(tmp_path, monkeypatch):
+    """Where the accelerated program is slower, the dense model keeps its steps and its images."""
+
+    def sample(programs, labels, key):
+        images = dict.fromkeys(programs, np.zeros((len(labels), 32, 32, 1)))
+        images["accelerated"] = images["dense"] + 0.5
+        spent = {name: 1.5 if name == "accelerated" else 1.0 for name in programs}
+        return images, {
+            name: {"compile_seconds": 0.0, "seconds_per_image": seconds}
+            for name, seconds in spent.items()
+        }
+
+    monkeypatch.setattr(demo, "sample", sample)
+    config = dataclasses.replace(train_dit.TINY, num_layers=2, num_heads=2, patch_size=4)
+    forward, shapes = abstract(DiT, config)
+    train_dit.export(tmp_path / "model", forward, testing.random_params(shapes))
+    report = demo.run(tmp_path, model=tmp_path / "model", steps=4, images=2)
+    assert report["fewer_steps"]["steps"] == 4
+    assert report["fewer_steps"]["psnr"] is None
+    assert math.isclose(report["accelerated"]["psnr"], 20 * math.log10(4), rel_tol=1e-5)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert demo.table(report).splitlines()[-2].split()[-2:] == ["equal", "-"]
 
 
 def test_the_pictures_have_titles_and_a_legend(tmp_path):
