@@ -32,7 +32,8 @@ class _Released(Table):
         targets = list(targets)
         depth = len({path.split(".")[1] for path in targets if path.startswith("blocks.")})
         last = llamagen.block_rules(f"layers.{depth}", "below")
-        return Table(rules=(*last, *self.rules)).bind(targets, held)
+        whole = dataclasses.replace(self, rules=(*last, *self.rules))
+        return Table.bind(whole, targets, held)
 
 
 def _infer(shapes: Mapping[str, Shape]) -> NARConfig:

@@ -58,8 +58,10 @@ def same_run(folder: Path, said: Mapping[str, str]) -> None:
         said: what the files depend on, by name; of arrays a `digest`.
 
     Raises:
-        ValueError: if the files are made of something else, or nobody noted of what.
+        ValueError: if the files are made of something else, or nobody noted of what, and for a
+            file in the place of the folder.
     """
+    _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "made_of.json"
     if not file.is_file():
@@ -78,6 +80,11 @@ def same_run(folder: Path, said: Mapping[str, str]) -> None:
                 f"what {folder} holds was made with {name} {noted.get(name)}, and now it is "
                 f"{said.get(name)}: give the same as before, or another folder"
             )
+
+
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no folder: checkpoints need one, or the name of a new")
 
 
 def digest(*trees: PyTree) -> str:
@@ -136,8 +143,8 @@ def train(
     """
     if steps < 1:
         raise ValueError(f"training takes 1 or more steps, got {steps}")
-    if checkpoints is not None and Path(checkpoints).exists() and not Path(checkpoints).is_dir():
-        raise ValueError(f"{checkpoints} is no folder: checkpoints need one, or the name of a new")
+    if checkpoints is not None:
+        _check_folder(Path(checkpoints))
     carry = {"params": params, "average": params, "optimizer": transform.init(params)}
     log: dict = {"runs": [], "loss": {}, "seconds": 0.0}
     start, manager = 0, None

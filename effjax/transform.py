@@ -29,7 +29,7 @@ class Plan(Checked):
         """The plan in a few lines for people; methods say more than this default."""
         return f"{type(self).__name__}: {self.to_json()}"
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[float]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[float]]:
         """What each of so many network calls computes, by what the plan leaves out in others.
 
         True or 1 where it computes all, False or 0 where nothing, else a share. Empty for plans

@@ -8,7 +8,7 @@ import pytest
 
 from effjax import testing
 from effjax.methods import dit_fast_attn, fb_cache, pab, round_to_nearest
-from effjax.pipelines import ClassConditionalPipeline, recipes
+from effjax.pipelines import ClassConditionalPipeline, TextPipeline, recipes
 from effjax.samplers import DDIM
 
 TINY = {
@@ -51,6 +51,13 @@ def test_a_pipeline_is_accelerated_once(pipe):
     for speed in (float("nan"), -1.0):
         with pytest.raises(ValueError, match="speed must be a finite number of at least 0"):
             pipe.accelerate(speed)
+
+
+def test_every_pipeline_says_whether_it_has_a_recipe():
+    subject = testing.tiny_llama()
+    chat = TextPipeline(subject.forward, subject.params, tokenizer=None)
+    with pytest.raises(ValueError, match="no recipe was measured for Llama; choose methods your"):
+        chat.accelerate()
 
 
 def test_the_mildest_recipe_that_is_fast_enough():

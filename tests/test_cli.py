@@ -489,7 +489,7 @@ def test_compress_and_bench_a_language_model(capsys, tmp_path, language_model):
     status, figures, _ = run(capsys, "fit", model, tmp_path / "low", "cskv", *fields, *options)
     assert status == 0
     assert figures["plan"]["k_density"] == 0.5
-    assert (tmp_path / "steps" / "2").is_dir()
+    assert (tmp_path / "steps" / "training" / "2").is_dir()
     timed = ("--new", 4, "--repeats", 1, "--batch", 2)
     status, figures, _ = run(capsys, "bench", tmp_path / "low", *texts, *timed)
     assert status == 0
@@ -550,6 +550,7 @@ def test_commands_on_language_models_name_what_is_wrong(capsys, tmp_path, langua
         (("search", model, new, "moa", "--lengths", "32"), "two lengths or more"),
         (("search", model, new, "moa", "--lengths", "30,60"), "multiples of 16"),
         (("bench", model), "is not compressed"),
+        (("bench", "nowhere", "--decoder", "greedy"), "there is no decoder 'greedy'"),
         (("apply", model, new, "gptq", *texts[:3], 9000), "texts of 9000 cannot be cut from it"),
     ):
         status, figures, error = run(capsys, *wrong)

@@ -116,6 +116,7 @@ def test_labels_by_any_of_their_names(pipe):
         ("crane", r"'crane' names 2 classes: 1 \(crane\); 4 \(crane\)\. Give the index"),
         ("maillot", r"names 2 classes: 2 \(maillot\); 3 \(maillot, tank suit\)"),
         ([], "labels is empty"),
+        ({1, 2}, r"labels is a set, which has no order; give a list: \[1, 2\]"),
     ],
 )
 def test_what_is_no_label(pipe, label, message, untyped):

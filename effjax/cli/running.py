@@ -23,7 +23,12 @@ Figures = tuple[Any, str]
 
 
 def load(arguments: argparse.Namespace) -> Any:
-    """The pipeline of a command."""
+    """The pipeline of a command.
+
+    Raises:
+        ValueError: for a decoder that is none, before anything is read.
+    """
+    decoder(arguments)
     if arguments.cache:
         effjax.compilation_cache(arguments.cache)
     options: dict[str, Any] = {

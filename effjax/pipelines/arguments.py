@@ -19,8 +19,12 @@ def listed(name: str, given: Any) -> list[Any]:
     """One value, or several, as a list.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or they have no order.
     """
+    if isinstance(given, set | frozenset):
+        raise ValueError(
+            f"{name} is a set, which has no order; give a list: {sorted(given, key=str)}"
+        )
     try:
         values = [given] if isinstance(given, str | bytes | Mapping) else list(given)
     except TypeError:  # a number, an array without axes

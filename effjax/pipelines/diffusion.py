@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from effjax.executables import Program
 from effjax.fields import naming
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params
-from effjax.pipelines import arguments, recipes
+from effjax.pipelines import arguments
 from effjax.pipelines.base import SCHEDULER, BasePipeline
 from effjax.pipelines.family import DiffusionFamily, Size, image_tokens
 from effjax.pipelines.images import finished, prepared
@@ -32,8 +32,6 @@ OnStepEnd = Callable[[int, jax.Array], Any]
 OutputType = Literal["pil", "np", "latent"]
 Images = list[Image.Image] | np.ndarray | jax.Array
 Conditions = Callable[[], tuple[PyTree, PyTree]]
-
-Accelerated = TypeVar("Accelerated", bound="Pipeline")
 
 STRENGTH = 0.6
 """Share of the steps that change a given image, unless a call says another (diffusers' too)."""
@@ -176,28 +174,6 @@ class Pipeline(BasePipeline):
     def decode(self, x: jax.Array) -> jax.Array:
         """Decode samples [B, ...] into images or videos, float32 in about -1 ... 1."""
         return x if self.vae is None else _decode(self.family.decode, *self.vae, x)
-
-    def accelerate(self: Accelerated, speed: float | None = None) -> Accelerated:
-        """Apply a recipe that was measured for this model; it holds for any number of steps.
-
-            fast = pipe.accelerate(speed=1.8)
-            images = fast("a red fox", key=key)
-            print(fast.summary())
-
-        Args:
-            speed: images a second, as a multiple of the dense model's: the mildest recipe that
-                reached it is taken. None takes the recommended one. What is reached on another
-                machine, model or number of steps differs: `effjax bench` measures it.
-
-        Raises:
-            ValueError: for a model without a recipe, for a speed that none reaches, and for a
-                pipeline that has a step cache already where the recipe has one.
-        """
-        speed = None if speed is None else arguments.scale("speed", speed)
-        chosen = recipes.choose(self.forward.model.__name__, speed)
-        transforms = chosen.transforms(self.params)
-        recipes.check_one_step_cache(self.forward, transforms)
-        return self.transform(*transforms)
 
     def summary(self) -> Summary:
         """What the last call computed, kept from step to step, and held quantized.

@@ -77,7 +77,7 @@ def summarize(watch: Watch, forward: Forward, params: Params) -> Summary:
     calls = len(watch.decided)
     computed: dict[str, tuple[float, ...]] = {}
     for _, plan in forward.recipe:
-        computed |= {name: tuple(map(float, mask)) for name, mask in plan.masks(calls).items()}
+        computed |= {name: tuple(map(float, mask)) for name, mask in plan.computed(calls).items()}
     if watch.decided and watch.decided[0]:
         values = np.array(jax.device_get(watch.decided), float)
         computed["blocks"] = tuple(values.mean(axis=1).tolist())

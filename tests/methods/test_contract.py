@@ -223,6 +223,16 @@ def test_plans_survive_json(method, subject):
         assert plan.describe()
 
 
+def test_a_plan_says_what_its_calls_compute(method, subject):
+    """Shares of 0 ... 1, one a call; the identity leaves nothing out."""
+    calls = sampler_of(subject, subject.forward).calls
+    for plan in (method.identity(subject), *method.ladder(subject)):
+        said = plan.computed(calls)
+        assert all(len(each) == calls for each in said.values())
+        assert all(0 <= share <= 1 for each in said.values() for share in each)
+    assert all(np.all(each) for each in method.identity(subject).computed(calls).values())
+
+
 def test_unknown_options_are_named(method, subject):
     values = {**method.identity(subject).to_dict(), "speed": 9000}
     with pytest.raises(ValueError, match=r"unknown fields \['speed'\]"):

@@ -244,6 +244,19 @@ def test_training_resumes_and_keeps_the_constant(tmp_path):
         plan, *pair, start, token_batches, steps=4, checkpoints=tmp_path / "ck", **options
     )
     assert [each["first_step"] for each in log["runs"]] == [0, 2]
+    other = jax.tree.map(lambda leaf: leaf * 2, subject.params)
+    for params, changed in ((other, plan), (subject.params, cskv.CSKVPlan(0.5, 0.75))):
+        with pytest.raises(ValueError, match=r"holds was made with (model|plan) .*, and now it is"):
+            cskv.fit(
+                changed,
+                subject.forward,
+                params,
+                start,
+                token_batches,
+                steps=4,
+                checkpoints=tmp_path / "ck",
+                **options,
+            )
     path = "blocks.0.attn.core"
     assert float(jnp.abs(found[path]["up_k"] - start[path]["up_k"]).max()) > 0
     chex.assert_trees_all_close(start[path]["up_v"][-1], _bias(subject, "to_v"))

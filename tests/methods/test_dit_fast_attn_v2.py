@@ -337,7 +337,7 @@ def test_sparsity():
     half = plan_of((-1, -1), *[(0, -1)] * 999)
     assert half.sparsity == pytest.approx(0.5, abs=1e-3)
     assert plan_of((-1, -1), (4, 0)).sparsity == pytest.approx((1 + (60 / 64) ** 2) / 4)
-    masks = plan_of((-1, -1), (4, 0)).masks(2)
+    masks = plan_of((-1, -1), (4, 0)).computed(2)
     np.testing.assert_allclose(masks["attention"], (1, 1 - (1 + (60 / 64) ** 2) / 2))
     assert "sparsity 0.470" in plan_of((-1, -1), (4, 0)).describe()
 

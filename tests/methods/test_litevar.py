@@ -125,8 +125,8 @@ def test_attention_costs_the_kept_pairs(subject, plan, share):
     assert plan.kept == pytest.approx(sum(kept) / sum(litevar.scale_pairs(SIDES)))
     share_of = {"none": 1, "map": 3 / 4, "output": 1 / 2}[share]
     dense = litevar.scale_pairs(SIDES)
-    assert plan.masks(4)["attention"] == pytest.approx(share_of * np.divide(kept, dense))
-    assert plan.masks(3) == {}
+    assert plan.computed(4)["attention"] == pytest.approx(share_of * np.divide(kept, dense))
+    assert plan.computed(3) == {}
     forward, params = litevar.transform(plan)(subject.forward, subject.params)
     with use_implementation("xla"):
         counted = sampler_cost(subject.sampler, forward, params, subject.cond[:1])

@@ -231,6 +231,17 @@ def test_costs_in_closed_form():
     assert weight_bytes(params) - weight_bytes(subject.params) == plan.mask_bytes
 
 
+def test_calls_say_what_they_compute():
+    """The slot of each call says its share; plans of another number of calls say nothing."""
+    plan = plan_of(calls=4)
+    assert plan.computed(4) == {"attention": [0.5] * 4}
+    assert plan.computed(5) == {}
+    subject = testing.tiny_dit(steps=4)
+    plan, *_ = found_for(subject, density=0.4, thresholds="slot", slots=2, sharing="even")
+    shares = np.concatenate(plan.density, axis=1).mean(1)
+    np.testing.assert_allclose(plan.computed(4)["attention"], np.repeat(shares, 2))
+
+
 def test_costs_of_a_plan_with_uneven_rows():
     """Kernels do the work of the kept blocks; XLA that of as many as any row keeps."""
     subject = testing.tiny_dit()

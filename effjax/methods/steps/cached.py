@@ -59,7 +59,7 @@ class StepCachePlan(Plan):
         """Network calls that the plan is made for; None for any number."""
         return None if self.mask is None else len(self.mask)
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[bool]]:
         said = [self.computes(step) for step in range(calls)]
         return {} if None in said else {"blocks": [bool(each) for each in said]}
 

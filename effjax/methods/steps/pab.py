@@ -44,7 +44,7 @@ class PABPlan(TimedPlan):
     low: NotNegative = 100.0
     high: NotNegative = 800.0
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[bool]]:
         held = {"attention": self.mask(self.every)}
         return {**held, "attention to texts": self.mask(self.cross_every)}
 

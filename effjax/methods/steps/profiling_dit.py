@@ -81,7 +81,7 @@ class ProfilingDiTPlan(StepCachePlan):
             for step in range(self.steps)
         )
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[bool]]:
         return {f"{len(self.blocks)} background blocks": self.mask}
 
     def runs(self, name: str, sizes: Sequence[int]) -> list[Runs]:

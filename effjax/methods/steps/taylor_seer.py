@@ -62,7 +62,7 @@ class TaylorSeerPlan(Plan):
             for step in range(self.steps)
         )
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[bool]]:
         return {"attention": self.mask}
 
 

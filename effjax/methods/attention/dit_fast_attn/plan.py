@@ -95,7 +95,7 @@ class DiTFastAttnPlan(Plan):
         )
         return f"{self.layers} layers, {self.calls} calls, window {self.window}: {shares}"
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[float]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[float]]:
         dense = 2 * 2 * self.tokens**2  # for both halves of a guided sample
         shares = attention_macs(self, batch=2, width=1) / dense
         return {"attention": np.minimum(shares, 1).mean(axis=0).tolist()}

@@ -141,7 +141,7 @@ class DiTFastAttnV2Plan(Plan):
         """Mean saving of all heads in all calls."""
         return float(self.savings.mean())
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[float]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[float]]:
         return {"attention": (1 - self.savings).tolist()}
 
 

@@ -97,7 +97,7 @@ class LiteVARPlan(Plan):
             f"{self.attention_bits} bits; {bits or 'layers as they are'}"
         )
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[float]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[float]]:
         if calls != len(self.patch_nums):
             return {}
         pairs = zip(self.kept_pairs, scale_pairs(self.patch_nums))

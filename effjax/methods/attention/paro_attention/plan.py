@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -204,6 +204,13 @@ class ParoAttentionPlan(Plan):
         kept = sum(count for slot in self.kept for row in slot for count in row)
         blocks = (self.blocks(i).count ** 2 * len(row) for i, row in enumerate(self.orders))
         return kept / (self.slots * sum(blocks))
+
+    def computed(self, calls: int) -> Mapping[str, Sequence[float]]:
+        if calls != self.steps:
+            return {}
+        kept = np.array([sum(map(sum, slot)) for slot in self.kept])
+        blocks = sum(self.blocks(i).count ** 2 * len(row) for i, row in enumerate(self.orders))
+        return {"attention": (kept[self.slot_of_step] / blocks).tolist()}
 
     @property
     def dense(self) -> bool:

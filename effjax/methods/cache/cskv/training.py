@@ -42,18 +42,23 @@ def fit(
         batches: token ids int32[B, S] of all steps from the one with this number on; S is a
             multiple of the window if the plan has bits.
         steps, learning_rate: of AdamW, falling linearly to 0.
-        checkpoints: folder of orbax checkpoints; a second run resumes. None keeps none.
+        checkpoints: folder of orbax checkpoints; a second run with the same plan and model resumes.
+            None keeps none.
         progress: show a bar.
 
     Returns:
         The trained factors, and the log of `effjax.training.train`.
 
     Raises:
-        ValueError: for sequences that are no whole windows.
+        ValueError: for sequences that are no whole windows, and for checkpoints of another plan or
+            model.
     """
     import optax  # not wanted by those who only decode
 
-    from effjax.training import train
+    from effjax.training import digest, same_run, train
+
+    if checkpoints is not None:
+        same_run(Path(checkpoints), {"model": digest(params), "plan": plan.to_json()})
 
     def loss(trained: Factors, batch: Array, key: Array, params: Params) -> Array:
         return reconstruction_loss(plan, forward, params, trained, batch)
@@ -67,7 +72,7 @@ def fit(
         key=jax.random.key(0),
         transform=optax.adamw(schedule),
         constants=(params,),
-        checkpoints=checkpoints,
+        checkpoints=None if checkpoints is None else Path(checkpoints) / "training",
         progress=progress,
     )
     return trained.params, trained.log

@@ -40,7 +40,7 @@ class FasterCachePlan(TimedPlan):
     low_gain: Positive = 1.1
     high_gain: Positive = 1.1
 
-    def masks(self, calls: int) -> Mapping[str, Sequence[bool]]:
+    def computed(self, calls: int) -> Mapping[str, Sequence[bool]]:
         own = {"attention": self.attention}
         return {**own, "branches of guidance": self.branches} if self.guided else own
 
