@@ -26,7 +26,7 @@ from effjax.autoregression import stage_loss
 from effjax.bundled import glyphs
 from effjax.context import PyTree
 from effjax.cost import sampler_cost
-from effjax.forward import Forward, Params, functional
+from effjax.forward import Forward, Params, Patch, functional
 from effjax.models import vq_model
 from effjax.models.ecar import ECAR, ECARConfig
 from experiments import classes, train_dit, train_vq, training
@@ -53,9 +53,12 @@ TINY = ECARConfig(
 )
 
 
-def train(config: ECARConfig, **options: Any) -> tuple[Forward, Params, dict]:
+def train(
+    config: ECARConfig, *patches: Patch, draws: int = 2, **options: Any
+) -> tuple[Forward, Params, dict]:
     """Train, see `classes.train`; return forward, averaged parameters and the log."""
     forward, params = functional(ECAR(config, rngs=nnx.Rngs(options["seed"])))
+    forward = forward.patch(*patches)
     vae, weights = converters.from_pretrained(train_vq.WEIGHTS, dtype="float32", progress=False)
 
     def loss(params: Params, batch: PyTree, key: jax.Array, weights: Params) -> jax.Array:
@@ -63,7 +66,7 @@ def train(config: ECARConfig, **options: Any) -> tuple[Forward, Params, dict]:
         x = config.latent_scale * vq_model.encode_latents(vae, weights, images)
         key_drop, key = jax.random.split(key)
         seen = classes.some_dropped(config, labels, key_drop)
-        return stage_loss(forward, params, x, seen, key, draws=2, coupled=True)
+        return stage_loss(forward, params, x, seen, key, draws=draws, coupled=True)
 
     trained = classes.train(loss, params, constants=(weights,), **options)
     return forward, trained.average, trained.log

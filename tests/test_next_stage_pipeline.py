@@ -44,7 +44,7 @@ def test_images_files_and_commands(pipe, tmp_path):
     )
     assert len(again("fox", num_images_per_prompt=2, **options)) == 2
     assert describe(source)["components"]["transformer"]["model"] == "ECAR"
-    asked = ["sample", source, "--labels", "fox,dog", "--guidance", "4", "--steps", "2"]
+    asked = ["sample", source, "--labels", "fox,dog", "--guidance", "4", "--steps", "2,1,2"]
     assert main([*asked, "-o", folder]) == 0
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == ["000_fox.png", "001_dog.png"]

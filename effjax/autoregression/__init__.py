@@ -3,6 +3,7 @@
 next_scale       VAR: one call for each map of tokens, from coarse to fine
 collaborative    CoDe: a large VAR drafts the first maps, a small one makes the rest
 next_stage       ECAR: a flow for each stage of resolution, from coarse to fine
+stage_steps      ... and the search of how many steps each flow takes
 maps             what the loops of VAR and ECAR share
 next_token       LlamaGen, Chameleon, Janus: one call for each token, row by row
 next_group       what the loops of NAR and NBP share: one call for each group of tokens
@@ -22,6 +23,7 @@ from effjax.autoregression.next_group import group_loss
 from effjax.autoregression.next_scale import NextScale, codes_of, teacher_forced
 from effjax.autoregression.next_stage import NextStage, stage_loss
 from effjax.autoregression.next_token import NextToken, logits_of
+from effjax.autoregression.stage_steps import StageSteps, StepSearch, search_steps
 from effjax.models.llamagen import Prompt
 
 __all__ = [
@@ -39,13 +41,16 @@ __all__ = [
     "NextStage",
     "NextToken",
     "Prompt",
+    "StageSteps",
     "Started",
+    "StepSearch",
     "call_flops",
     "codes_of",
     "flow_map",
     "group_loss",
     "logits_of",
     "peak_cache",
+    "search_steps",
     "stage_loss",
     "teacher_forced",
 ]

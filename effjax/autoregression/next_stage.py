@@ -47,7 +47,7 @@ Inputs = tuple[Array | None, Array | None, Array, Array | None, Scales]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("guidance",),
+    data_fields=("guidance", "traced_steps"),
     meta_fields=("stages", "channels", "steps", "gamma", "noise_scale", "traced"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +66,8 @@ class NextStage(MapLoop):
             halves the cost.
         gamma: covariance of new noise in a block of 2 x 2 pixels; None for that of training.
         traced: the stage of whose flow traced steps are; None where steps are static.
+        traced_steps: how many steps that flow takes, float32[], in place of those of `steps`; a
+            search has them as data.
     """
 
     stages: Stages
@@ -75,6 +77,7 @@ class NextStage(MapLoop):
     gamma: float | None = None
     noise_scale: float = 1.0
     traced: int | None = None
+    traced_steps: Array | None = None
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -193,7 +196,7 @@ class NextStage(MapLoop):
         scales = self.stages.scales(stage, stage + 1)
         if own is None:
             return None, None, cond, tokens, scales
-        time = jnp.asarray(own, jnp.float32) / self.steps[stage]
+        time = jnp.asarray(own, jnp.float32) / self.flow_steps(stage)
         time = self.stages.starts[stage] + time * self.stages.span(stage)
         return tokens, jnp.full((tokens.shape[0], 1), time), cond, None, scales
 
@@ -208,6 +211,10 @@ class NextStage(MapLoop):
             parts = self.joined.split(raw)
             raw = parts["uncond"] + self.scale(stage) * (parts["cond"] - parts["uncond"])
         return self.stages.image(raw, stage)
+
+    def flow_steps(self, stage: int) -> int | Array:
+        """How many steps the flow of a stage takes."""
+        return self.steps[stage] if self.traced_steps is None else self.traced_steps
 
     def scale(self, stage: int) -> Float[Array, ""]:
         """The guidance scale of a stage."""
@@ -226,7 +233,7 @@ class NextStage(MapLoop):
             noise = noise if stage == 0 else self.noise_scale * noise
             x = self.stages.jump(x, noise, stage, gamma=self.gamma)
         else:
-            x = x + out / self.steps[stage]
+            x = x + out / self.flow_steps(stage)
         return carry._replace(x=self.stages.whole(x, stage))
 
     def run(

@@ -11,6 +11,7 @@ COUNT, NATURAL, NOT_NEGATIVE = parse(Count), parse(Natural), parse(NotNegative)
 POSITIVE = parse(Positive)
 NUMBER, SHARE = parse(float), parse(Share)
 LENGTHS = parse(tuple[Count, ...])
+STEPS = parse(Count | tuple[Count, ...])
 
 Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -18,7 +19,9 @@ Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
 def sampler_arguments(command: Arguments) -> None:
     """Settings of a pipeline's sampler."""
     command.add_argument(
-        "--steps", type=COUNT, help="denoising steps; those of the plan, else the model's"
+        "--steps",
+        type=STEPS,
+        help="denoising steps; those of the plan, else the model's. 2,4,8 of a model of stages",
     )
     command.add_argument("--height", type=COUNT, help="pixels, of a text-to-image model's images")
     command.add_argument("--width", type=COUNT, help="pixels")
