@@ -1,11 +1,13 @@
 """Chameleon and Anole: transformers' `ChameleonForConditionalGeneration`.
 
 The language model alone: transformers' files hold the encoder of the VQ model too, without the
-decoder. Both are in the VQ model's original file, see `converters.vq_model`.
+decoder. Both are in the VQ model's original file, see `converters.vq_model`, which stands alone or,
+as `part="vqmodel"`, beside the config.json of the language model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +15,9 @@ from converters import vq_model
 from converters.family import Family, Json, Keys, read_keys, read_value, require, write_keys
 from converters.llama import TRANSFORMERS as LLAMA
 from converters.names import Rule, Table
+from effjax.fields import Count, naming
 from effjax.models.chameleon import Chameleon, ChameleonConfig
+from effjax.models.vq_model import VQModelConfig
 
 _KEYS: Keys = {
     "vocab_size": ("vocab_size", 65536),
@@ -29,7 +33,14 @@ _KEYS: Keys = {
     "mlp_bias": ("mlp_bias", False),
     "swin_norm": ("swin_norm", False),
 }
-_IMAGE, _PLACEHOLDER = "IMGIMG", "<image>"
+_IMAGE, _CODES = "IMGIMG", "vq_config"
+_TOKENS = {  # of prompts, by their names in the vocabulary
+    "<image>": "image_placeholder",
+    "<s>": "bos_token",
+    "<pad>": "pad_token",
+    "<reserved08706>": "sep_token",
+    "<racm3:break>": "boi_token",
+}
 
 
 def code_of(name: str) -> int:
@@ -62,24 +73,49 @@ def read_config(config: Json) -> ChameleonConfig:
             f"vocabulary_map must name every code 0 ... {len(codes) - 1} of images once "
             f"({name_of(0)}, {name_of(1)}, ...)"
         )
-    placeholder = tokens.get(_PLACEHOLDER)
     return ChameleonConfig(
         **found,
+        grid=_grid(read_value(config, _CODES, Mapping[str, Any] | None) or {}),
         image_ids=tuple(codes[code] for code in range(len(codes))),
-        **({} if placeholder is None else {"image_placeholder": placeholder}),
+        **{ours: tokens[name] for name, ours in _TOKENS.items() if name in tokens},
     )
+
+
+def _grid(section: Json) -> int:
+    """Codes of a row."""
+    with naming(_CODES):
+        size = read_value(section, "resolution", Count, 512)
+        levels = len(read_value(section, "channel_multiplier", tuple[Count, ...], [1, 1, 2, 2, 4]))
+        if not levels or size % 2 ** (levels - 1):
+            raise ValueError(
+                f"resolution must be whole codes: {levels} levels halve it {levels - 1} times, got "
+                f"{size}"
+            )
+    return size // 2 ** (levels - 1)
+
+
+def read_codes(config: Json) -> VQModelConfig:
+    """The VQ model's section of config.json to its configuration."""
+    section = read_value(config, _CODES, Mapping[str, Any] | None) or {}
+    attended = read_value(section, "attn_resolutions", tuple[Count, ...] | None) or ()
+    with naming(_CODES):
+        return vq_model.read_section(
+            section, {}, level_attention=_grid(section) in attended, unit_codes=False
+        )
 
 
 def write_config(config: ChameleonConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
     tokens = {name_of(code): token for code, token in enumerate(config.image_ids)}
+    own = {name: getattr(config, ours) for name, ours in _TOKENS.items()}
     return {
         "architectures": ["ChameleonForConditionalGeneration"],
         "model_type": "chameleon",
         "hidden_act": "silu",
         **write_keys(config, _KEYS),
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "vocabulary_map": {**tokens, _PLACEHOLDER: config.image_placeholder},
+        "vocabulary_map": {**tokens, **{name: x for name, x in own.items() if x is not None}},
+        _CODES: {"resolution": 16 * config.grid, "num_embeddings": max(len(config.image_ids), 1)},
     }
 
 
@@ -99,6 +135,17 @@ TRANSFORMERS = Table(
     stem="model",
 )
 
+_PART = dataclasses.replace(
+    vq_model.FAMILY,
+    class_name="ChameleonVQVAE",
+    read_config=read_codes,
+    keys={
+        "layers_per_block": f"{_CODES}.num_res_blocks",
+        "block_out_channels": f"{_CODES}.channel_multiplier",
+    },
+    tables={"vqgan": vq_model.VQGAN},
+)
+
 FAMILY = Family(
     class_name="ChameleonForConditionalGeneration",
     model=Chameleon,
@@ -108,5 +155,6 @@ FAMILY = Family(
     tables={"transformers": TRANSFORMERS},
     claims=lambda config: config.get("model_type") == "chameleon",
     keys={"num_layers": "num_hidden_layers"},
+    parts={"vqmodel": _PART},
     library="transformers",
 )

@@ -38,12 +38,9 @@ _TOKENS = {
     "pad_token_id": "pad_token",
 }
 _VQ_KEYS: Keys = {
-    "in_channels": ("in_channels", 3),
     "out_channels": ("out_channels", 3),
     "embed_dim": ("latent_channels", 8),
-    "latent_channels": ("encoder_channels", 256),
     "num_embeddings": ("vocab_size", 16384),
-    "num_res_blocks": ("layers_per_block", 2),
 }
 
 
@@ -116,13 +113,8 @@ def write_config(config: JanusConfig) -> dict[str, Any]:
 
 def read_codes(config: Json) -> VQModelConfig:
     """The VQ model's section of config.json to its configuration."""
-    codes = _section(config, _CODES)
     with naming(_CODES):
-        require(codes, double_latent=False)
-        found = read_keys(codes, VQModelConfig, _VQ_KEYS)
-        base = read_value(codes, "base_channels", Count, 128)
-        factors = read_value(codes, "channel_multiplier", tuple[Count, ...], [1, 1, 2, 2, 4])
-    return VQModelConfig(**found, block_out_channels=tuple(base * factor for factor in factors))
+        return vq_model.read_section(_section(config, _CODES), _VQ_KEYS)
 
 
 def _infer(shapes: Mapping[str, Shape]) -> JanusConfig:

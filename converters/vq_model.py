@@ -12,10 +12,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from converters.family import Family, Json, Keys, read_keys, write_keys
+from converters.family import Family, Json, Keys, read_keys, read_value, require, write_keys
 from converters.names import Rule, Shape, Table, affine
 from converters.sd3 import count
 from converters.vqvae import LEVELS, norm, residual_block
+from effjax.fields import Count
 from effjax.models.vq_model import VQModel, VQModelConfig
 
 _KEYS: Keys = {
@@ -40,6 +41,31 @@ def read_config(config: Json) -> VQModelConfig:
 def write_config(config: VQModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
     return write_keys(config, _KEYS)
+
+
+_PART_KEYS: Keys = {
+    "in_channels": ("in_channels", 3),
+    "embed_dim": ("latent_channels", 256),
+    "latent_channels": ("encoder_channels", 256),
+    "num_embeddings": ("vocab_size", 8192),
+    "num_res_blocks": ("layers_per_block", 2),
+}
+
+
+def read_section(section: Json, keys: Keys, **fields: Any) -> VQModelConfig:
+    """What config.json of a larger model says of its VQ model to the configuration.
+
+    Args:
+        section: that part of it.
+        keys: those that this kind of model has besides, or with other values where they are absent.
+        fields: of the configuration, which it does not say.
+    """
+    require(section, double_latent=False)
+    found = read_keys(section, VQModelConfig, {**_PART_KEYS, **keys})
+    base = read_value(section, "base_channels", Count, 128)
+    factors = read_value(section, "channel_multiplier", tuple[Count, ...], [1, 1, 2, 2, 4])
+    widths = tuple(base * factor for factor in factors)
+    return VQModelConfig(**found, **fields, block_out_channels=widths)
 
 
 _WITHIN = "model.vqmodel."  # of a Janus

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effjax.autoregression import NextBlock, NextDiagonal, NextScale, NextStage, NextToken
+from effjax.autoregression.next_token import ids_of
 from effjax.calibration import Answers, Samples, Sequences, Trajectory
 from effjax.context import PyTree
 from effjax.forward import (
@@ -24,6 +25,7 @@ from effjax.forward import (
 from effjax.generate import Reading
 from effjax.guidance import Guidance
 from effjax.layers.joint import PooledEmbeddings
+from effjax.models.chameleon import Chameleon, ChameleonConfig
 from effjax.models.dit import DiT, DiTConfig
 from effjax.models.ecar import ECAR, ECARConfig
 from effjax.models.flux import Flux, FluxConfig
@@ -360,10 +362,38 @@ def tiny_janus(*, batch: int = 2, **options: Any) -> Subject:
         "boi_token": 2,
         "pad_token": 0,
     }
-    config = JanusConfig(**{**shape, **options})
-    forward, shapes = abstract(Janus, config)
-    codes = tiny_vq_model(vocab_size=config.vocab_size)
-    loop = NextToken(codes, (config.grid, config.grid), guidance=2.0, top_k=20, top_p=0.9)
+    return _of_prompts(Janus, JanusConfig(**{**shape, **options}), batch)
+
+
+def tiny_chameleon(*, batch: int = 2, **options: Any) -> Subject:
+    """A Chameleon of two layers and 4 x 4 codes, as `tiny_janus`; token 24 + i is the code i."""
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "max_positions": 64,
+        "image_ids": tuple(range(24, 64)),
+        "image_placeholder": 5,
+        "grid": 4,
+        "bos_token": 1,
+        "boi_token": 2,
+        "pad_token": 0,
+        "sep_token": 3,
+    }
+    return _of_prompts(Chameleon, ChameleonConfig(**{**shape, **options}), batch)
+
+
+def _of_prompts(
+    model: type[Janus | Chameleon], config: JanusConfig | ChameleonConfig, batch: int
+) -> Subject:
+    forward, shapes = abstract(model, config)
+    ids = ids_of(config)
+    codes = tiny_vq_model(vocab_size=config.vocab_size if ids is None else len(ids))
+    grid = config.grid, config.grid
+    loop = NextToken(codes, grid, guidance=2.0, top_k=20, top_p=0.9, ids=ids)
     rng = np.random.default_rng(5)
     tokens = rng.integers(3, config.text_vocab_size, (batch, 6)).astype(np.int32)
     tokens[:, 0], tokens[:, -1] = 1, 2

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from effjax.context import PyTree
 from effjax.forward import Forward, Params, StateDict
@@ -20,6 +20,7 @@ from effjax.generate.decoders import check_decoder
 from effjax.generate.installed import check_rollback
 from effjax.generate.jacobi import Drawn, begin, decode
 from effjax.generate.made import Made
+from effjax.layers.attention import Positions
 from effjax.loops import Carry
 from effjax.models.llamagen import condition_tokens, positions_of
 
@@ -72,19 +73,18 @@ def drafted(
     sampling = Sampling(1.0 if loop.temperature is None else loop.temperature)
     sampling = dataclasses.replace(sampling, top_k=loop.top_k, top_p=loop.top_p)
     most, no_ends = jnp.int32(loop.calls), jnp.zeros(0, jnp.int32)
-    drawn = Drawn(sampling, carry.keys, no_ends, most, forward.config.vocab_size)
-    before = jnp.max(_places(positions_of(cond, 0, condition, condition)), axis=1) + 1
+    drawn = Drawn(sampling, carry.keys, no_ends, most, loop.vae[0].config.vocab_size)
+    before = _first(cond).reshape(batch, -1)[:, 0]
 
     def call(state: StateDict, tokens: Array, places: Array) -> tuple[Array, StateDict]:
         numbers = jnp.where(places < 0, -1, places - before[:, None])  # of the tokens
-        positions = places
-        if condition > 1:  # rotated as if the prompt had all its tokens
-            angles = jnp.where(places < 0, -1, numbers + condition)
-            positions = jnp.stack([places, angles], axis=1)
+        tokens = tokens if loop.ids is None else loop.ids[tokens]
+        positions = _positions(cond, numbers)
         if joined is not None:
-            tokens, positions = joined.duplicate((tokens, positions))
+            tokens = joined.duplicate(tokens)
+            positions = joined.join({"cond": positions, "uncond": _positions(uncond, numbers)})
         raw, state = ready(params, state, tokens, positions, step=1, guidance=joined)
-        return loop.guide(raw, numbers + 1), state
+        return loop.output(raw, carry.x, numbers + 1), state
 
     out, _, state = loop.network(forward, params, carry.state, carry.x, cond, uncond, 0)
     made = Made(*map(jnp.asarray, Made.nothing(np.zeros(batch, bool), loop.calls)))
@@ -93,5 +93,14 @@ def drafted(
     return decode(decoder, call, state, made, drafts, drawn, **options)[1]
 
 
-def _places(positions: Array) -> Array:
-    return positions if positions.ndim == 2 else positions[:, 0]
+def _positions(cond: PyTree, numbers: Int[Array, "B W"]) -> Positions:
+    """Positions of codes behind a condition, by their numbers; -1 for what is below 0."""
+    first = _first(cond)
+    numbers = numbers if first.ndim == 2 else numbers[:, None]
+    return jnp.where(numbers < 0, -1, first + numbers)
+
+
+def _first(cond: PyTree) -> Positions:
+    """The position of the first code, for every row."""
+    condition = condition_tokens(cond)
+    return positions_of(cond, condition, 1, condition + 1)

@@ -125,14 +125,7 @@ class NextToken(Loop):
     def unconditional(self, forward: Forward, cond: PyTree, uncond: PyTree = None) -> PyTree:
         if not self.guided:
             return None
-        if uncond is not None:
-            return uncond
-        if not hasattr(forward.config, "null_condition"):
-            raise ValueError(
-                f"a {forward.model.__name__} has no null condition: give uncond, a Prompt of as "
-                f"many columns that the images are led away from"
-            )
-        return forward.config.null_condition(cond)
+        return forward.config.null_condition(cond) if uncond is None else uncond
 
     def __call__(
         self, forward: Forward, params: Params, cond: PyTree, key: Array, *, uncond: PyTree = None
@@ -283,15 +276,15 @@ class NextToken(Loop):
                 f"tokens are sampled of a LlamaGen, a Chameleon or a Janus with its VQModel, got "
                 f"{forward.model.__name__} and {self.vae[0].model.__name__}"
             )
-        known = config.vocab_size
-        if isinstance(config, ChameleonConfig):
-            known = len(config.image_ids)
+        known, ids = config.vocab_size, ids_of(config)
+        if ids is not None:
+            known = len(ids)
             if self.ids is None or self.ids.shape != (known,):
                 raise ValueError(
                     f"this model has {known} codes among its tokens: give "
                     f"ids=jnp.asarray(forward.config.image_ids)"
                 )
-        elif self.grid != (own := (config.image_tokens // config.grid, config.grid)):
+        if self.grid != (own := (config.image_tokens // config.grid, config.grid)):
             raise ValueError(
                 f"the model has {own[0]} rows and {own[1]} columns of tokens, and the loop is for "
                 f"{self.grid}: give grid={own}"
@@ -307,11 +300,6 @@ class NextToken(Loop):
                 f"got {self.top_k}"
             )
         if self.decoder is not None:
-            if self.ids is not None:
-                raise ValueError(
-                    f"a decoder drafts codes, and a {forward.model.__name__} has other tokens too: "
-                    f"leave it out, or give it to effjax.generate with a Grid"
-                )
             on_grid(self.decoder, self.grid)
 
     def check_order(self, forward: Forward) -> None:
@@ -366,8 +354,10 @@ class NextToken(Loop):
             return (jnp.concatenate(given, axis=1), positions, last)
         return (tokens, positions, last, None, None, cond)
 
-    def output(self, raw: Float[Array, "R 1 V"], x: Tokens, step: Step) -> Float[Array, "B 1 C"]:
-        """The guided logits of a token, those of codes."""
+    def output(
+        self, raw: Float[Array, "R T V"], x: Tokens, step: Step | Int[Array, "B T"]
+    ) -> Float[Array, "B T C"]:
+        """The guided logits of tokens, those of codes; `step` is as for `guide`."""
         return self.guide(raw if self.ids is None else raw[..., self.ids], step)
 
     def guide(
@@ -428,6 +418,13 @@ class NextToken(Loop):
         return with_cache(forward).with_cache_length(first, others)
 
 
+def ids_of(config: Any) -> Int[Array, " V"] | None:
+    """The model's token of each code, for the field `ids`; None where codes are its tokens."""
+    if not isinstance(config, ChameleonConfig):
+        return None
+    return jnp.asarray(config.image_ids, jnp.int32)
+
+
 @Program
 def _compiled_init(
     loop: NextToken, forward: Forward, params: Params, cond: PyTree, key: Array, uncond: PyTree
@@ -458,11 +455,15 @@ def logits_of(
     """Logits of given tokens, all in one call (teacher forcing), without guidance.
 
     Args:
-        forward: a LlamaGen without caches.
+        forward: the model without caches.
         params: its parameters.
         tokens: the first ones of an image, or all.
-        cond: labels, or captions.
+        cond: labels, captions or prompts.
     """
     first = condition_tokens(cond) - 1
     columns = jnp.broadcast_to(first + jnp.arange(tokens.shape[1]), tokens.shape)
+    if (ids := ids_of(forward.config)) is not None:
+        whole = jnp.concatenate([cond.tokens, ids[tokens[:, :-1]]], axis=1)
+        positions = positions_of(cond, 0, whole.shape[1], whole.shape[1])
+        return forward(params, {}, whole, positions, columns)[0][..., ids]
     return forward(params, {}, tokens[:, :-1], None, columns, None, None, cond)[0]

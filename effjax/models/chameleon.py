@@ -5,7 +5,8 @@ layer norms of the heads of queries and keys: scale and shift for each head. Lar
 (`swin_norm`) have the norms of a block behind attention and MLP, before what they made is added.
 
 `image_ids` says which token each code is. transformers leaves images' tokens out of all outputs;
-here logits are those of the head, and `effjax.autoregression.NextToken` draws among the codes.
+here logits are those of the head, and `effjax.autoregression.NextToken` draws among the codes. An
+image of a prompt is guided away from one that follows no text, as by the released code.
 
 Parity target: transformers' `ChameleonForConditionalGeneration`.
 """
@@ -13,6 +14,7 @@ Parity target: transformers' `ChameleonForConditionalGeneration`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ from effjax.layers.attention import Positions
 from effjax.layers.folding import Fold
 from effjax.layers.norms import HeadLayerNorm
 from effjax.models.llama import Llama, LlamaBlock, LlamaConfig
+from effjax.models.llamagen import Prompt, check_tokens, known_tokens
+
+_TOKENS = ("bos_token", "sep_token", "boi_token", "pad_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,9 @@ class ChameleonConfig(Checked):
         swin_norm: norms stand behind attention and MLP (34B).
         image_ids: token of each code of an image, in the order of the codebook.
         image_placeholder: token that stands for an image in a prompt.
+        grid: codes of a row and of a column of an image.
+        bos_token, sep_token, boi_token, pad_token: tokens that begin a text, end what a user says,
+            begin an image, and padding; None where they are not known. Images of prompts need them.
     """
 
     vocab_size: Count = 65536
@@ -53,6 +61,11 @@ class ChameleonConfig(Checked):
     tied: bool = False
     image_ids: tuple[Natural, ...] = ()
     image_placeholder: Natural = 8711
+    grid: Count = 32
+    bos_token: Natural | None = None
+    sep_token: Natural | None = None
+    boi_token: Natural | None = None
+    pad_token: Natural | None = None
     norm_eps: Positive = 1e-5
     dtype: FloatName = "float32"
     param_dtype: FloatName = "float32"
@@ -69,6 +82,7 @@ class ChameleonConfig(Checked):
             raise ValueError(
                 f"image_ids must be different tokens 0 ... {self.vocab_size - 1}, one for each code"
             )
+        check_tokens(self, _TOKENS)
 
     @property
     def head_dim(self) -> int:
@@ -78,6 +92,16 @@ class ChameleonConfig(Checked):
     def max_length(self) -> int:
         """The longest sequence in tokens."""
         return self.max_positions
+
+    @property
+    def image_tokens(self) -> int:
+        """Codes of an image."""
+        return self.grid**2
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Tokens of prompts: all."""
+        return self.vocab_size
 
     @property
     def qkv_bias(self) -> bool:
@@ -104,6 +128,44 @@ class ChameleonConfig(Checked):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
+
+    def known_tokens(self) -> dict[str, int]:
+        """The tokens of prompts that are no text, by the names of their fields.
+
+        Raises:
+            ValueError: for a model that does not know them.
+        """
+        return known_tokens(self, _TOKENS, "vocabulary_map of config.json")
+
+    def framed(self, text: Sequence[int]) -> list[int]:
+        """The tokens of a prompt: what begins a text, a tokenizer's, its end, an image's begin.
+
+        Raises:
+            ValueError: for a model that does not know its tokens, and a text with an image in it.
+        """
+        own = self.known_tokens()
+        if self.image_placeholder in text:
+            raise ValueError(
+                f"a prompt has the token {self.image_placeholder}, which stands for an image, and "
+                f"texts alone are read: leave it out"
+            )
+        begin = [] if [*text][:1] == [own["bos_token"]] else [own["bos_token"]]
+        return [*begin, *text, own["sep_token"], own["boi_token"]]
+
+    def null_condition(self, condition: Prompt) -> Prompt:
+        """The unconditional input of classifier-free guidance: what begins a text and an image.
+
+        Raises:
+            ValueError: for a model that does not know its tokens.
+        """
+        own, (rows, columns) = self.known_tokens(), condition.tokens.shape
+        last = jnp.asarray([own["bos_token"], own["boi_token"]], jnp.int32)
+        if columns < len(last):
+            raise ValueError("a prompt has what begins a text and an image: two tokens or more")
+        before = (columns - len(last), 0)
+        tokens = jnp.pad(last, before, constant_values=own["pad_token"])
+        mask = jnp.pad(jnp.ones(len(last), bool), before)
+        return Prompt(*(jnp.broadcast_to(each, (rows, columns)) for each in (tokens, mask)))
 
 
 class SwinBlock(LlamaBlock):

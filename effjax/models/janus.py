@@ -19,6 +19,7 @@ Parity target: transformers' `JanusForConditionalGeneration`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ from jaxtyping import Array, Float, Int
 from effjax.fields import Count, Natural, Positive
 from effjax.layers.mlp import MLP
 from effjax.models.llama import LlamaConfig
-from effjax.models.llamagen import Condition, ImageLlama, Prompt
+from effjax.models.llamagen import Condition, ImageLlama, Prompt, check_tokens, known_tokens
+
+_TOKENS = ("bos_token", "boi_token", "pad_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +64,7 @@ class JanusConfig(LlamaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tokens = {name: getattr(self, name) for name in ("bos_token", "boi_token", "pad_token")}
-        beyond = {name: x for name, x in tokens.items() if (x or 0) >= self.text_vocab_size}
-        if beyond:
-            raise ValueError(
-                f"tokens of prompts are 0 ... {self.text_vocab_size - 1}, got "
-                + ", ".join(f"{name}={x}" for name, x in beyond.items())
-            )
+        check_tokens(self, _TOKENS)
 
     @property
     def image_tokens(self) -> int:
@@ -80,21 +77,31 @@ class JanusConfig(LlamaConfig):
         own = {each.name: getattr(self, each.name) for each in dataclasses.fields(LlamaConfig)}
         return LlamaConfig(**{**own, "vocab_size": self.text_vocab_size, "tied": True})
 
+    def known_tokens(self) -> dict[str, int]:
+        """The tokens of prompts that are no text, by the names of their fields.
+
+        Raises:
+            ValueError: for a model that does not know them.
+        """
+        return known_tokens(self, _TOKENS, "generation_config.json beside config.json")
+
+    def framed(self, text: Sequence[int]) -> list[int]:
+        """The tokens of a prompt: those that a tokenizer makes, and the one that begins an image.
+
+        Raises:
+            ValueError: for a model that does not know its tokens.
+        """
+        return [*text, self.known_tokens()["boi_token"]]
+
     def null_condition(self, condition: Prompt) -> Prompt:
         """The unconditional input of classifier-free guidance: padding in place of the text.
 
         Raises:
             ValueError: for a model that does not know its tokens.
         """
-        if self.bos_token is None or self.boi_token is None or self.pad_token is None:
-            raise ValueError(
-                "guidance needs the tokens that begin a text and an image, and padding, which this "
-                "Janus does not know: put generation_config.json beside its config.json, or set "
-                "bos_token, boi_token and pad_token of its configuration"
-            )
-        tokens = condition.tokens
-        stays = (tokens == self.bos_token) | (tokens == self.boi_token)
-        return condition._replace(tokens=jnp.where(stays, tokens, self.pad_token))
+        own, tokens = self.known_tokens(), condition.tokens
+        stays = (tokens == own["bos_token"]) | (tokens == own["boi_token"])
+        return condition._replace(tokens=jnp.where(stays, tokens, own["pad_token"]))
 
 
 class Janus(ImageLlama):

@@ -19,6 +19,7 @@ Parity target: the code that the checkpoints were released with.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
@@ -69,6 +70,36 @@ class Prompt(NamedTuple):
 
     tokens: Int[Array, "B S"]
     mask: Bool[Array, "B S"]
+
+
+def known_tokens(config: Any, names: Sequence[str], told_by: str) -> dict[str, int]:
+    """The tokens of a `Prompt` that a configuration knows by these names.
+
+    Args:
+        config: of a model of texts and images.
+        names: its fields.
+        told_by: which file of a checkpoint says them.
+
+    Raises:
+        ValueError: for those that it does not know.
+    """
+    found = {name: getattr(config, name) for name in names}
+    if unknown := [name for name, token in found.items() if token is None]:
+        raise ValueError(
+            f"the model does not know its {', '.join(unknown)}, which prompts and guidance need: "
+            f"{told_by} says them, or set them in its configuration"
+        )
+    return found
+
+
+def check_tokens(config: Any, names: Sequence[str]) -> None:
+    """Raise ValueError for such tokens that are none of the `text_vocab_size` of prompts."""
+    tokens = {name: getattr(config, name) for name in names}
+    if beyond := {name: x for name, x in tokens.items() if (x or 0) >= config.text_vocab_size}:
+        raise ValueError(
+            f"tokens of prompts are 0 ... {config.text_vocab_size - 1}, got "
+            + ", ".join(f"{name}={x}" for name, x in beyond.items())
+        )
 
 
 jax.export.register_namedtuple_serialization(Caption, serialized_name="effjax.Caption")

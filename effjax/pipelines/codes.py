@@ -58,7 +58,7 @@ class CodesPipeline(LoopPipeline):
         Raises:
             ValueError: for numbers out of range.
         """
-        codes = self.forward.config.vocab_size
+        codes = self.vae[0].config.vocab_size
         top_k = min(self.family.top_k, codes) if top_k is None else top_k
         top_k = arguments.count("top_k", top_k, least=0)
         top_p = arguments.scale("top_p", self.family.top_p if top_p is None else top_p)

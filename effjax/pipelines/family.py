@@ -167,18 +167,22 @@ class CodesFamily(PipelineFamily):
         vae: the component whose codes they are.
         vae_part: which part of a directory in transformers' layout it is, see
             `converters.from_pretrained`.
+        vae_file: the file there that has it; None for those of the model.
         refiner: a second model, which makes the last maps and may be missing; None where there is
             never one.
-        guidance, top_k, top_p: defaults of a call; of no meaning for models that draw nothing.
+        guidance, top_k, top_p, temperature: defaults of a call; of no meaning for models that draw
+            nothing.
         text_encoders, clean, condition: of models of prompts, see `DiffusionFamily`.
     """
 
     vae: str = "vae"
     vae_part: str | None = None
+    vae_file: str | None = None
     refiner: str | None = None
     guidance: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    temperature: float = 1.0
     text_encoders: tuple[TextEncoder, ...] = ()
     clean: Callable[[str], str] = stripped
     condition: Callable[[Mapping[str, PyTree], Any, Mapping[str, int]], PyTree] = only_condition

@@ -106,12 +106,18 @@ class Components:
                 f"given {', '.join(names)}"
             )
 
-    def model(self, name: str | None, *, part: str | None = None) -> Pair:
+    def model(
+        self, name: str | None, *, part: str | None = None, part_file: str | None = None
+    ) -> Pair:
         """A model: the one that is given, else that of a subfolder, or of the directory itself.
 
         Args:
             name: component; None for the directory itself.
             part: a further model in the files of the directory itself, which the component is.
+            part_file: the file there that has it; None for those of the directory's model.
+
+        Raises:
+            ValueError: for what is no model, and a file that is missing.
         """
         given = self.given.get(name) if name else None
         if given is not None:
@@ -121,6 +127,13 @@ class Components:
                     f"{type(given).__name__}"
                 )
             return given
+        if part_file is not None and not self.folder.has(part_file):
+            raise ValueError(
+                f"{self.folder.source} has no {part_file}, which decodes images: the files of "
+                f"transformers' layout do not. Put it beside config.json, or give the model, such "
+                f'as effjax.pipeline(..., {name}=converters.from_pretrained(".../{part_file}")). '
+                f"Texts alone are made by converters.from_pretrained and effjax.generate"
+            )
         name = name if part is None else None
         if name:
             progress = self.options["progress"]
@@ -128,6 +141,9 @@ class Components:
                 return recipe.load(saved, **self.options)
         if (file := self.file(name)) is not None:
             return converters.from_pretrained(file, **self.options, **self.folder.remote)
+        if part_file is not None:
+            file = f"{self.folder.source}/{part_file}"
+            return converters.from_pretrained(file, part=part, **self.options, **self.folder.remote)
         return converters.from_pretrained(
             self.folder.source,
             subfolder=name,

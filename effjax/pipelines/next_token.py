@@ -77,14 +77,15 @@ class TokenPipeline(RasterPipeline):
         """
         scale = self.family.guidance if guidance_scale is None else guidance_scale
         scale = arguments.scale("guidance_scale", scale)
-        if temperature is not None and arguments.scale("temperature", temperature) == 0:
+        temperature = self.family.temperature if temperature is None else temperature
+        if (temperature := arguments.scale("temperature", temperature)) == 0:
             raise ValueError("temperature must be above 0 (top_k=1 takes the likeliest tokens)")
         if guidance_interval is not None:
             guidance_interval = arguments.count("guidance_interval", guidance_interval)
         loop = self.loop(
             guidance=None if scale == 1 else scale,
             guidance_interval=guidance_interval,
-            temperature=temperature,
+            temperature=None if temperature == 1 else temperature,
             decoder=decoder,
             **self.drawing(top_k, top_p),
         )
@@ -230,12 +231,16 @@ class PromptedRaster(TokenPipeline):
         Args:
             prompt: one or more. What a text encoder cannot read (LlamaGen's: beyond 120 tokens) is
                 cut, with a warning.
-            key, num_images_per_prompt, guidance_interval, top_p, temperature, decoder, output_type,
-                progress: as for `NextTokenPipeline`.
+            key, num_images_per_prompt, guidance_interval, decoder, output_type, progress: as for
+                `NextTokenPipeline`.
             guidance_scale: of classifier-free guidance; 1 means none. None takes the family's
-                (LlamaGen: 7.5, Janus: 5).
+                (LlamaGen: 7.5, Janus: 5, Chameleon: 3).
             top_k: draw among so many of the likeliest tokens; 0 for all. None takes the family's
-                (LlamaGen: 1000, Janus: all).
+                (LlamaGen: 1000, Janus and Chameleon: all).
+            top_p: draw among the likeliest tokens whose probabilities reach this sum; 1 for all.
+                None takes the family's (LlamaGen and Janus: 1, Chameleon: 0.9).
+            temperature: divides the logits. None takes the family's (LlamaGen and Janus: 1,
+                Chameleon: 0.7).
 
         Returns:
             PIL images, "L" or "RGB", or what `output_type` says.

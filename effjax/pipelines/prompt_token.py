@@ -1,4 +1,8 @@
-"""Pipelines of language models that draw images, and read prompts themselves: Janus."""
+"""Pipelines of language models that draw images, and read prompts themselves: Janus, Chameleon.
+
+A configuration says what such a model is: the tokens of a prompt (`framed`, `known_tokens`), how
+many there are (`text_vocab_size`), and what guidance leads away from (`null_condition`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.autoregression import NextToken
+from effjax.autoregression.next_token import ids_of
 from effjax.models.llamagen import Prompt
 from effjax.pipelines import arguments
 from effjax.pipelines.family import CodesFamily
@@ -21,7 +27,7 @@ _COLUMNS = 16  # prompts are padded to a multiple, so that few programs are comp
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PromptTokenPipeline(PromptedRaster):
-    """A language model with codes of images (Janus), its tokenizer and the VQ model.
+    """A language model with codes of images (Janus, Chameleon), its tokenizer and the VQ model.
 
     Call it with prompts.
 
@@ -42,19 +48,12 @@ class PromptTokenPipeline(PromptedRaster):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config = self.forward.config
         if self.tokenizer is None:
             raise ValueError(f"a {self.family.name} needs its tokenizer")
-        unknown = [
-            name
-            for name in ("bos_token", "boi_token", "pad_token")
-            if getattr(config, name) is None
-        ]
-        if unknown:
-            raise ValueError(
-                f"the model does not know its {', '.join(unknown)}: put generation_config.json "
-                f"beside its config.json, or set them in its configuration"
-            )
+        self.forward.config.known_tokens()
+
+    def loop(self, **options: Any) -> NextToken:
+        return super().loop(ids=ids_of(self.forward.config), **options)
 
     @property
     def max_tokens(self) -> int:
@@ -79,9 +78,11 @@ class PromptTokenPipeline(PromptedRaster):
         tokenizer = found.tokenizer(name, name if saved else None)
         if saved:
             found.require(family.model, family.vae)
+        own = {} if saved else {"part": family.vae_part, "part_file": family.vae_file}
+        vae = found.model(family.vae, **own)
         return cls(
             *found.model(family.model if saved else None),
-            found.model(family.vae, part=None if saved else family.vae_part),
+            vae,
             tokenizer=tokenizer,
             origin=found.origin,
             family=family,
@@ -125,4 +126,4 @@ class PromptTokenPipeline(PromptedRaster):
                 said, add_generation_prompt=True, tokenize=False
             )
         read = self.tokenizer(text, padding=False, truncation=False, verbose=False)
-        return [*read["input_ids"], self.forward.config.boi_token]
+        return self.forward.config.framed(read["input_ids"])

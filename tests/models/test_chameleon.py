@@ -34,38 +34,10 @@ def _what_runs_here():
 @pytest.fixture(scope="module", params=[False, True], ids=["7b", "34b"])
 def reference(request, tmp_path_factory):
     """A random model of transformers, and its directory."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    order = np.random.default_rng(1).permutation(CODES)
-    config = transformers.ChameleonConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        swin_norm=request.param,
-        vocabulary_map={
-            "<image>": 3,
-            **{name_of(code): 4 + int(order[code]) for code in range(CODES)},
-        },
-        vq_config={
-            "embed_dim": 8,
-            "num_embeddings": CODES,
-            "latent_channels": 8,
-            "resolution": 32,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1, 1, 1, 1],
-            "num_res_blocks": 1,
-        },
-    )
-    model = transformers.ChameleonForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "norm" in name:
-                value.add_(0.3 * torch.randn_like(value))
+    pytest.importorskip("torch")
+    from tests.models import chameleon_reference
+
+    model = chameleon_reference.random_model(swin_norm=request.param)
     path = tmp_path_factory.mktemp("chameleon") / "model"
     model.save_pretrained(path)
     return model, path
@@ -132,8 +104,11 @@ def test_images_are_drawn_among_their_codes(reference):
         guided = z[1] + 2.0 * (z[0] - z[1])
         made = np.concatenate([made, guided.argmax(-1)[:, None].astype(np.int32)], axis=1)
     np.testing.assert_array_equal(own, made)
-    with pytest.raises(ValueError, match="has no null condition: give uncond"):
-        loop.init(forward, params, cond, KEY)
+    unknown = dataclasses.replace(
+        forward, config=dataclasses.replace(forward.config, sep_token=None)
+    )
+    with pytest.raises(ValueError, match=r"know its sep_token.*: vocabulary_map of config"):
+        loop.init(unknown, params, cond, KEY)
     with pytest.raises(ValueError, match="12 codes among its tokens: give ids="):
         dataclasses.replace(loop, ids=None).init(forward, params, cond, KEY, uncond=away)
 
@@ -143,13 +118,10 @@ def test_images_are_the_tokens_of_transformers(reference, tmp_path):
     import torch
 
     from tests.models import var_reference
+    from tests.models.chameleon_reference import vqgan
 
     model, _ = reference
-    held = {name: value.clone() for name, value in model.model.vqmodel.state_dict().items()}
-    sd = {**held, **_random_decoder(torch)}
-    sd["post_quant_conv.weight"] = 50 * torch.randn(
-        8, 8, 1, 1
-    )  # maps of equal pixels amplify noise
+    sd = vqgan(model)
     torch.save({"state_dict": sd}, tmp_path / "vqgan.ckpt")
     forward, params = from_pretrained(tmp_path / "vqgan.ckpt", progress=False)
     assert forward.config == VQModelConfig(
@@ -188,24 +160,6 @@ def test_images_are_the_tokens_of_transformers(reference, tmp_path):
     again = from_pretrained(tmp_path / "again", progress=False)
     assert again[0] == forward
     chex.assert_trees_all_equal(again[1], params)
-
-
-def _random_decoder(torch):
-    """The decoder of a VQGAN of five levels, as many channels in each."""
-    from tests.models import var_reference
-
-    whole = var_reference.random_vae(widths=(32,) * 5, latents=8)
-    found = {
-        name: value
-        for name, value in whole.items()
-        if name.startswith("decoder.") and ".attn." not in name
-    }
-    for kind in ("weight", "bias"):
-        parts = found.pop(f"decoder.mid.attn_1.qkv.{kind}").chunk(3)
-        found |= {
-            f"decoder.mid.attn_1.{part}.{kind}": value.clone() for part, value in zip("qkv", parts)
-        }
-    return found
 
 
 def test_names_of_codes():

@@ -149,7 +149,7 @@ def test_written_back_by_name(reference, loaded, tmp_path):
     assert part[0] == codes[0]
     chex.assert_trees_all_equal((inferred[1], part[1]), (pair[1], codes[1]))
     loop = NextToken(codes, (GRID, GRID), guidance=5.0)
-    with pytest.raises(ValueError, match=r"guidance needs the tokens .* generation_config.json"):
+    with pytest.raises(ValueError, match=r"know its bos_token, .*: generation_config.json"):
         loop.init(*inferred, PROMPT, KEY)
 
 
