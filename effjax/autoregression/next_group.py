@@ -156,6 +156,14 @@ class NextGroup(NextToken, abc.ABC):
             cond = self.joined.join({"cond": cond, "uncond": uncond})
         return (tokens, positions, last, None, None, cond if positions is None else None)
 
+    def whole(self, carry: Carry, cond: PyTree, uncond: PyTree) -> tuple[PyTree, ...]:
+        (cond, _), (uncond, _) = self.first_inputs(cond), self.first_inputs(uncond)
+        tokens = carry.x[:, np.asarray(self.groups.order[: -self.groups.sizes[-1]])]
+        if self.joined is not None:
+            tokens = self.joined.duplicate(tokens)
+            cond = self.joined.join({"cond": cond, "uncond": uncond})
+        return (tokens, None, None, None, None, cond)
+
     def output(self, raw: Float[Array, "R W L"], x: Tokens, step: Step) -> Float[Array, "B W V"]:
         """The guided logits of a group."""
         out = self.predicted(raw, step)

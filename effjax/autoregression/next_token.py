@@ -354,6 +354,10 @@ class NextToken(Loop):
             return (jnp.concatenate(given, axis=1), positions, last)
         return (tokens, positions, last, None, None, cond)
 
+    def whole(self, carry: Carry, cond: PyTree, uncond: PyTree) -> tuple[PyTree, ...]:
+        tokens, positions, _, *others = self.reading(carry.x[:, :-1], cond, uncond, None)
+        return (tokens, positions, None, *others)
+
     def output(
         self, raw: Float[Array, "R T V"], x: Tokens, step: Step | Int[Array, "B T"]
     ) -> Float[Array, "B T C"]:

@@ -16,6 +16,7 @@ from effjax.context import Layout
 from effjax.cost import sampler_cost, state_bytes
 from effjax.forward import abstract, parameter_count
 from effjax.layers.rotary import RasterRotary
+from effjax.loops import Carry
 from effjax.methods import kivi, round_to_nearest, streaming_llm
 from effjax.models.llamagen import Caption, LlamaGen, LlamaGenConfig, positions_of
 from effjax.models.vq_model import VQModel, VQModelConfig, decode, encode, latents_of
@@ -237,6 +238,31 @@ def test_cached_calls_give_what_one_call_gives(kind, request):
         other = cond._replace(states=jnp.where(cond.mask[..., None], cond.states, 9.0))
         _, same = sample(loop, forward, params, other, jax.random.key(1))
         chex.assert_trees_all_equal(same, tokens)
+
+
+@pytest.mark.parametrize(
+    "tiny", [testing.tiny_llamagen, testing.tiny_chameleon, testing.tiny_nbp, testing.tiny_nar]
+)
+def test_one_call_stands_for_a_run(tiny):
+    """Its outputs are the logits of the tokens that the run drew, of both branches."""
+    subject = tiny(num_layers=1)
+    loop, forward, params, cond = subject.sampler, subject.forward, subject.params, subject.cond
+    away = loop.unconditional(forward, cond)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32))
+    inputs = loop.whole(Carry(tokens, (), {}, jax.random.split(jax.random.key(0))), cond, away)
+    whole = loop.joined.split(jax.jit(forward)(params, {}, *inputs)[0])
+    logits = jax.jit(loop.logits)
+    for name, each in {"cond": cond, "uncond": away}.items():
+        wanted, got = logits(forward, params, tokens, each), whole[name]
+        if tiny is testing.tiny_nbp:  # the first block is read token by token
+            wanted, got = wanted[:, 4:], got[:, 1:]
+        elif tiny is testing.tiny_nar:  # the first and the last token, by what is beside them
+            right, below = jnp.split(got, 2, axis=-1)
+            wanted = wanted[:, [0, -1]]
+            got = (right[:, [0, -1]] + below[:, [0, -2]]) / 2
+        got = got[:, -wanted.shape[1] :]
+        got = got if loop.ids is None else got[..., loop.ids]
+        chex.assert_trees_all_close(got, wanted, atol=1e-5)
 
 
 def test_one_program_for_all_labels_keys_and_guidance(subject):
