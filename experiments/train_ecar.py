@@ -26,7 +26,7 @@ from effjax.autoregression import stage_loss
 from effjax.bundled import glyphs
 from effjax.context import PyTree
 from effjax.cost import sampler_cost
-from effjax.forward import Forward, Params, Patch, functional
+from effjax.forward import Forward, Params, functional
 from effjax.models import vq_model
 from effjax.models.ecar import ECAR, ECARConfig
 from experiments import classes, train_dit, train_vq, training
@@ -53,12 +53,9 @@ TINY = ECARConfig(
 )
 
 
-def train(
-    config: ECARConfig, *patches: Patch, draws: int = 2, **options: Any
-) -> tuple[Forward, Params, dict]:
+def train(config: ECARConfig, *, draws: int = 2, **options: Any) -> tuple[Forward, Params, dict]:
     """Train, see `classes.train`; return forward, averaged parameters and the log."""
     forward, params = functional(ECAR(config, rngs=nnx.Rngs(options["seed"])))
-    forward = forward.patch(*patches)
     vae, weights = converters.from_pretrained(train_vq.WEIGHTS, dtype="float32", progress=False)
 
     def loss(params: Params, batch: PyTree, key: jax.Array, weights: Params) -> jax.Array:

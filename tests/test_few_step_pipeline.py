@@ -63,8 +63,19 @@ def test_images_of_a_few_calls(teacher, pipe):
     options = {"key": jax.random.key(0), "progress": False}
     images = pipe(["fox", 4], **options)
     assert [(image.mode, image.size) for image in images] == [("RGB", (6, 6))] * 2
-    x = pipe(["fox", 4], output_type="latent", **options)
+    x, watched = pipe(["fox", 4], output_type="latent", **options), []
+    cond, loop = pipe.conditions(["fox", 4])[0], pipe.sampler()
+    again, near = loop.stepwise(
+        pipe.forward,
+        pipe.params,
+        cond,
+        options["key"],
+        watch=lambda call, states: watched.append((call, len(states))),
+    )
+    chex.assert_trees_all_close(again, x, atol=1e-6)
+    assert watched == [(0, 1), (1, 1)]
     tokens = pipe(["fox", 4], output_type="tokens", **options)
+    chex.assert_trees_all_equal(near, tokens)
     chex.assert_trees_all_close(pipe.latents(tokens), x, atol=1e-5)  # all of them are codes
     one = pipe(["fox", 4], output_type="tokens", num_inference_steps=1, **options)
     chex.assert_trees_all_equal(one[:, :5], tokens[:, :5])
@@ -124,8 +135,13 @@ def test_commands(teacher, tmp_path, capsys):
     capsys.readouterr()
     assert main(["sample", small, "--labels", "fox", "--guidance", "2", "-o", folder]) == 1
     assert "a FewStepPipeline takes no --guidance: leave it out" in capsys.readouterr().err
-    assert main(["bench", small, "--json", "--labels", "fox", "--batch", "2"]) == 0
+    # A method that decides by call is watched, call by call.
+    quick = str(tmp_path / "quick")
+    assert main(["apply", small, quick, "even_steps", "--last", "0"]) == 0
+    capsys.readouterr()
+    assert main(["bench", quick, "--json", "--labels", "fox", "--batch", "2"]) == 0
     figures = json.loads(capsys.readouterr().out)
+    assert figures["skipped"] == {"blocks": 0.5}
     assert figures["reference"]["kind"] == "dense"
     assert np.isfinite(figures["ratio"]["flops"])
     learned = effjax.pipeline(small, progress=False)

@@ -5,6 +5,7 @@ collaborative    CoDe: a large VAR drafts the first maps, a small one makes the 
 next_stage       ECAR: a flow for each stage of resolution, from coarse to fine
 stage_steps      ... and the search of how many steps each flow takes
 maps             what the loops of VAR and ECAR share
+stepwise         ... and those of students: a loop on the host
 next_token       LlamaGen, Chameleon, Janus: one call for each token, row by row
 next_group       what the loops of NAR and NBP share: one call for each group of tokens
 next_diagonal    NAR: one call for each diagonal

@@ -31,11 +31,12 @@ from effjax.autoregression import next_token
 from effjax.autoregression.flow_map import FlowSolver, flow_map
 from effjax.autoregression.next_scale import NextScale
 from effjax.autoregression.next_token import NextToken
+from effjax.autoregression.stepwise import Stepwise
 from effjax.context import Step
 from effjax.finite import token_or_none
 from effjax.forward import Forward, Params
 from effjax.layers.scales import Sides, token_starts
-from effjax.loops import Carry, Loop
+from effjax.loops import Carry
 from effjax.models.distilled_llamagen import DistilledLlamaGen
 from effjax.models.distilled_var import DistilledVAR, check_starts
 from effjax.models.vq_model import VQModelConfig
@@ -136,7 +137,7 @@ def calls_of(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("starts", "split", "noise_std")}
 
 
-class FewStep(Loop):
+class FewStep(Stepwise):
     """A loop that samples latents with a student, in as many calls as there are `starts`.
 
     `jax.jit(loop)(forward, params, labels, key)` gives the latents of images, float32[B, s, s, Z].
@@ -233,8 +234,10 @@ class FewStep(Loop):
     ) -> tuple[Float[Array, "B S S Z"], Int[Array, "B L"]]:
         """Sample latents, and the tokens whose codes are next to what they are the sum of."""
         carry = self.init(forward, params, cond, key)
-        vectors = self.run(forward, params, carry, cond).x
-        return self.latents(vectors), quantizer_of(self.vae).nearest(vectors)
+        return self.made(self.run(forward, params, carry, cond))
+
+    def made(self, carry: Carry) -> tuple[Float[Array, "B S S Z"], Int[Array, "B L"]]:
+        return self.latents(carry.x), quantizer_of(self.vae).nearest(carry.x)
 
     def init(
         self,
@@ -343,8 +346,7 @@ class FewStep(Loop):
         drawn = self.drawn(loop.after(*teacher, known, cond, carry.keys, stop=second))
         codes = quantizer.vectors(drawn[:, : bounds[second]])
         x = jnp.concatenate([codes, noise[:, bounds[second] :]], axis=1)
-        vectors = self.run(*student, carry._replace(x=x), cond, start=1).x
-        return self.latents(vectors), quantizer.nearest(vectors)
+        return self.made(self.run(*student, carry._replace(x=x), cond, start=1))
 
     def check_teacher(self, forward: Forward, teacher: Forward, loop: Any) -> None:
         """Check that a teacher and its loop belong to a student.
