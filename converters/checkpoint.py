@@ -52,6 +52,10 @@ def refuse_gguf(folder: str, names: Iterable[str]) -> None:
             )
 
 
+# Where scripts put weights: averaged ones first, as their authors sample with them.
+_WRAPPERS = ("ema", "state_dict", "model", "module")
+
+
 def _open_pickle(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(64)
@@ -72,12 +76,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds for bad files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"torch cannot read {path} as weights: {reason}") from error
-    for key in (
-        "ema",
-        "state_dict",
-        "model",
-        "module",
-    ):  # averaged weights first, as their authors sample
+    for key in _WRAPPERS:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
     if not isinstance(held, Mapping):
@@ -87,6 +86,12 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         for name, tensor in held.items()
         if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
+    if not tensors:
+        raise ValueError(
+            f"{path} holds no tensors by name, of its own or as its {', '.join(_WRAPPERS)}, but "
+            f"{sorted(map(str, held))[:5]}. If the weights are somewhere within, write them alone: "
+            f"torch.save(weights, path)"
+        )
     found = {}
     for name, tensor in tensors.items():
         try:

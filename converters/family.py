@@ -121,6 +121,8 @@ def family_of_config(config: Any) -> Family:
 def family_of_names(names: Iterable[str]) -> Family:
     """The family that knows most of these tensor names, for a file without config.json."""
     names = list(names)
+    if not names:
+        raise ValueError("there are no tensors in it")
 
     def known(family: Family) -> int:
         return family.tables[family.layout(names)].recognized(names)

@@ -23,6 +23,7 @@ from effjax.forward import abstract
 from effjax.methods import dit_fast_attn, kivi, round_to_nearest
 from effjax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from effjax.models.t5 import T5Config, T5Encoder
+from effjax.pipelines import NextStagePipeline, families
 from effjax.pipelines.base import INDEX, Origin
 from effjax.storage import directories, new_directory
 from experiments import train_pixart
@@ -122,6 +123,34 @@ def test_components_that_are_missing_are_named_and_can_be_given(prompts, tmp_pat
         effjax.pipeline(folder, text_encoder=encoder, tokenizer=tokenizer, **QUIET)
 
 
+@pytest.mark.parametrize("name", [*families.table()])
+def test_models_of_another_kind_are_refused(images, name, tmp_path):
+    """Folders that have changed places are an error that says what belongs there."""
+    family, other = families.table()[name], testing.tiny_vq_model()
+    for each in family.loaded_models:
+        effjax.save(tmp_path / each, *other, **QUIET)
+    shutil.copytree(images / "scheduler", tmp_path / "scheduler")
+    saved = {each: ["effjax", "VQModel"] for each in family.loaded_models}
+    (tmp_path / INDEX).write_text(json.dumps({"_class_name": name, **saved}))
+    given = {each: make_tokenizer() for each, kind in family.kinds.items() if kind == "tokenizer"}
+    wanted = rf"the {family.model} of a {name} is a {family.models[0]}.*is a VQModel"
+    with pytest.raises(ValueError, match=wanted):
+        effjax.pipeline(tmp_path, **given, **QUIET)
+
+
+def test_components_of_another_kind_are_refused(prompts, tmp_path):
+    subject = testing.tiny_llamagen()
+    none = subject.forward, subject.params
+    write_pipeline(tmp_path, channels=4)
+    with pytest.raises(ValueError, match="the vae must decode latents, got a LlamaGen"):
+        effjax.pipeline(tmp_path, vae=none, **QUIET)
+    stages = testing.tiny_ecar(in_channels=4)
+    with pytest.raises(ValueError, match="the vae must decode latents, got a LlamaGen"):
+        NextStagePipeline(stages.forward, stages.params, vae=none)
+    with pytest.raises(ValueError, match="text encoder, a AutoencoderKL, gives none channels"):
+        effjax.pipeline(prompts, text_encoder=vae(4), **QUIET)
+
+
 def test_latents_need_a_vae_and_pixels_none(images, texts, tmp_path):
     write_pipeline(tmp_path, channels=4)
     with pytest.raises(ValueError, match=r"has no vae: give one"):
@@ -129,7 +158,7 @@ def test_latents_need_a_vae_and_pixels_none(images, texts, tmp_path):
     decoder = vae(4)
     pipe = effjax.pipeline(tmp_path, vae=decoder, **QUIET)
     assert pipe.vae is decoder
-    with pytest.raises(ValueError, match="the VAE decodes 2 channels and the transformer makes 4"):
+    with pytest.raises(ValueError, match="the VAE decodes 2 channels and the model makes 4"):
         effjax.pipeline(tmp_path, vae=vae(2), **QUIET)
     assert effjax.pipeline(images, **QUIET).vae is None
     # what was saved without one comes back without one

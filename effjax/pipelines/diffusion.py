@@ -22,7 +22,7 @@ from effjax.pipelines import arguments
 from effjax.pipelines.base import SCHEDULER, BasePipeline
 from effjax.pipelines.family import DiffusionFamily, Size, image_tokens
 from effjax.pipelines.images import finished, prepared
-from effjax.pipelines.loading import Components
+from effjax.pipelines.loading import Components, check_decodes
 from effjax.pipelines.summary import Summary, Watch, summarize
 from effjax.recipe import RECIPE
 from effjax.samplers import Sampler, Schedule, check_keys
@@ -88,12 +88,7 @@ class Pipeline(BasePipeline):
             found.require(family.vae)
         forward, params = found.model(name)
         vae = found.model(family.vae) if found.has(family.vae) else None
-        makes = forward.config.sample_shape[-1]
-        if vae is not None and vae[0].config.latent_channels != makes:
-            raise ValueError(
-                f"the VAE decodes {vae[0].config.latent_channels} channels and the transformer "
-                f"makes {makes}: they belong to different models"
-            )
+        check_decodes(vae, forward.config.sample_shape[-1])
         return {
             "forward": forward,
             "params": params,

@@ -117,8 +117,19 @@ class Components:
             part_file: the file there that has it; None for those of the directory's model.
 
         Raises:
-            ValueError: for what is no model, and a file that is missing.
+            ValueError: for what is no model, one of a kind that the family has no pipeline of, and
+                a file that is missing.
         """
+        found, family = self._model(name, part, part_file), self.family
+        kind = found[0].model.__name__
+        if part is None and name in (None, family.model) and kind not in family.models:
+            raise ValueError(
+                f"the {family.model.replace('_', ' ')} of a {family.name} is a "
+                f"{' or a '.join(family.models)}, and that of {self.folder.source} is a {kind}"
+            )
+        return found
+
+    def _model(self, name: str | None, part: str | None, part_file: str | None) -> Pair:
         given = self.given.get(name) if name else None
         if given is not None:
             if not _is_pair(given):
@@ -225,6 +236,24 @@ def _example(name: str | None) -> str:
     if name is not None and name.startswith("tokenizer"):
         return "transformers.AutoTokenizer.from_pretrained(...)"
     return f'converters.from_pretrained("OWNER/NAME", subfolder="{name}")'
+
+
+def check_decodes(vae: Pair | None, channels: int) -> None:
+    """Check that a VAE, if there is one, decodes latents of so many channels.
+
+    Raises:
+        ValueError: for one that decodes others, and for a model that is none.
+    """
+    if vae is None:
+        return
+    own = getattr(vae[0].config, "latent_channels", None)
+    if own is None:
+        raise ValueError(f"the vae must decode latents, got a {vae[0].model.__name__}")
+    if own != channels:
+        raise ValueError(
+            f"the VAE decodes {own} channels and the model makes {channels}: they belong to "
+            f"different models"
+        )
 
 
 def refuse_file(path: Path) -> None:

@@ -23,7 +23,7 @@ from effjax.pipelines.base import runs_executables
 from effjax.pipelines.diffusion import Images, OnStepEnd, OutputType
 from effjax.pipelines.family import StageFamily, decode_latents
 from effjax.pipelines.labels import Label, OfClasses
-from effjax.pipelines.loading import Components
+from effjax.pipelines.loading import Components, check_decodes
 from effjax.pipelines.looped import LoopPipeline
 from effjax.transform import Pair
 
@@ -58,11 +58,7 @@ class NextStagePipeline(OfClasses, LoopPipeline):
                 f"this model makes latents of {channels} channels, no pixels: give the VAE that "
                 f"decodes them, such as vae=converters.from_pretrained(...)"
             )
-        if self.vae is not None and self.vae[0].config.latent_channels != channels:
-            raise ValueError(
-                f"the VAE decodes {self.vae[0].config.latent_channels} channels and the model "
-                f"makes {channels}: they belong to different models"
-            )
+        check_decodes(self.vae, channels)
 
     @classmethod
     def of(cls, found: Components) -> NextStagePipeline:

@@ -88,11 +88,12 @@ class OfPrompts(BasePipeline):
         for each in encoders:
             shared[each.name] = encoder = found.model(each.name)
             if each.channels is not None:
-                width = encoder[0].config.hidden_size
+                width = getattr(encoder[0].config, "hidden_size", None)
                 read = getattr(config, each.channels)
                 if width != read:
                     raise ValueError(
-                        f"the {each.name.replace('_', ' ')} gives {width} channels and the "
+                        f"the {each.name.replace('_', ' ')}, a {encoder[0].model.__name__}, gives "
+                        f"{'none' if width is None else width} channels and the "
                         f"transformer reads {read}: they belong to different models"
                     )
             shared[each.tokenizer] = found.tokenizer(each.tokenizer, each.tokenizer)

@@ -440,6 +440,18 @@ def test_file_without_config(saved, tmp_path):
         converters.from_pretrained(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="subfolder='vae' is for directories"):
         converters.from_pretrained(tmp_path / "other.safetensors", subfolder="vae")
+    save_file({}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="there are no tensors in it"):
+        converters.from_pretrained(tmp_path / "other.safetensors")
+
+
+@pytest.mark.torch
+def test_a_pickle_whose_weights_are_deeper(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"trainer": {"net": {"x": torch.zeros(2)}}, "epoch": 3}, tmp_path / "last.pth")
+    wanted = r"last\.pth holds no tensors by name, .* but \['epoch', 'trainer'\].* torch\.save"
+    with pytest.raises(ValueError, match=wanted):
+        converters.from_pretrained(tmp_path / "last.pth")
 
 
 # Command -------------------------------------------------------------------------------------
