@@ -65,7 +65,9 @@ def test_two_files_and_an_index_are_a_pipeline(released, tmp_path):
 
 def test_other_files_are_refused(released, tmp_path):
     for changes, message in (
-        ({"vae": "none.pth"}, "has no vae: give one"),
+        ({"vae": "none.pth"}, "has no none.pth, which model_index.json names as its vae: give"),
+        ({"refiner": "none.pth"}, "has no none.pth, which .* names as its refiner: give one"),
+        ({"transformer": "none.pth"}, "names as its transformer: put it there"),
         ({"vae": "../vae.pth"}, "vae must be .* the name of a weight file beside it"),
         ({"vae": 3}, r"model_index\.json: vae must be"),
         (

@@ -79,7 +79,7 @@ def test_two_files_and_an_index_are_a_pipeline(released, tmp_path):
         ({"image_size": None}, "must say image_size, in pixels"),
         ({"image_size": 9}, "image_size must be a multiple of 2 pixels"),
         ({"image_size": "8"}, "image_size must be a whole number"),
-        ({"vae": "none.pt"}, "has no vae: give one"),
+        ({"vae": "none.pt"}, "has no none.pt, which model_index.json names as its vae: give"),
         ({"vae": "c2i.pt"}, "must be a VQModel, got a LlamaGen"),
     ):
         for file in released.glob("*.pt"):

@@ -119,7 +119,7 @@ def test_components_that_are_missing_are_named_and_can_be_given(prompts, tmp_pat
     with pytest.raises(ValueError, match=r"text_encoder must be a pair.*got str"):
         effjax.pipeline(prompts, text_encoder="google/t5-v1_1-xxl", **QUIET)
     change_index(folder, transformer=none)
-    with pytest.raises(ValueError, match="has no transformer"):
+    with pytest.raises(ValueError, match="has no transformer: put it there, and name"):
         effjax.pipeline(folder, text_encoder=encoder, tokenizer=tokenizer, **QUIET)
 
 

@@ -87,17 +87,28 @@ class Components:
         """
         for name in (name for name in names if not self.has(name)):
             words = name.replace("_", " ")
-            raise ValueError(
-                f"{self.folder.source} has no {words}: give one, such as "
-                f"effjax.pipeline(..., {name}={_example(name)})"
-            )
+            raise ValueError(f"{self.folder.source} has no {words}: {self._advice(name)}")
+
+    def _advice(self, name: str) -> str:
+        """What to do about a component that is missing."""
+        if name not in self.family.replaceable:
+            return f"put it there, and name it in {INDEX}"
+        return f"give one, such as effjax.pipeline(..., {name}={_example(name)})"
 
     def check_given(self) -> None:
-        """Check that nothing is given that is no component of the family.
+        """Check that nothing is given that is no component of the family, and what files lack.
 
         Raises:
-            ValueError: for components that this kind of pipeline does not have.
+            ValueError: for components that this kind of pipeline does not have, and for files that
+                the index names and that are not there, of components that may be missing too.
         """
+        for name in self.family.kinds:
+            entry = (self.index or {}).get(name)
+            if isinstance(entry, str) and not self.has(name):
+                raise ValueError(
+                    f"{self.folder.source} has no {entry}, which {INDEX} names as its {name}: "
+                    f"{self._advice(name)}"
+                )
         names = self.family.replaceable
         given = [name for name, value in self.given.items() if value is not None]
         if other := [name for name in given if name not in names]:

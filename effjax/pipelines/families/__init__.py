@@ -43,7 +43,9 @@ def of_index(index: Mapping[str, Any], source: str) -> PipelineFamily:
     Raises:
         ValueError: if there is none; it names `source` and all that there are.
     """
-    name = str(index.get("_class_name"))
+    name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(f"{source}: model_index.json must say its _class_name, got {name!r}")
     if name not in table():
         raise ValueError(
             f"{source} is a {name}; pipelines that can be loaded are {', '.join(table())}"
