@@ -104,8 +104,13 @@ class Loop(abc.ABC):
     def inputs(self, x: Array, cond: PyTree, uncond: PyTree, step: Step) -> tuple[PyTree, ...]:
         """The inputs of the network at a call."""
 
-    def ready(self, forward: Forward) -> Forward:
-        """The forward that is called: with caches, for a loop that needs them."""
+    def ready(self, forward: Forward, cond: PyTree = None) -> Forward:
+        """The forward that is called: with caches, for a loop that needs them.
+
+        Args:
+            forward: the network, possibly patched.
+            cond: the condition, for a loop whose caches hold it.
+        """
         return forward
 
     def output(self, raw: PyTree, x: Array, step: Step) -> PyTree:
@@ -128,7 +133,8 @@ class Loop(abc.ABC):
             The guided output, the raw output (of all branches) and the next state.
         """
         inputs = self.inputs(x, cond, uncond, step)
-        raw, state = self.ready(forward)(params, state, *inputs, step=step, guidance=self.joined)
+        ready, options = self.ready(forward, cond), {"step": step, "guidance": self.joined}
+        raw, state = ready(params, state, *inputs, **options)
         return self.output(raw, x, step), raw, state
 
     def whole(self, carry: Carry, cond: PyTree, uncond: PyTree) -> tuple[PyTree, ...]:

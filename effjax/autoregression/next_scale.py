@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.autoregression.maps import MapLoop, check_kept
 from effjax.caches import ScaleCaches
-from effjax.context import Step, is_static
+from effjax.context import PyTree, Step, is_static
 from effjax.finite import token_or_none
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate import Sampling, process_logits
@@ -286,7 +286,7 @@ class NextScale(MapLoop):
         weights = jax.nn.softmax((logits * (1 + progress) + noise) / sharpness, axis=-1)
         return jnp.einsum("btv,vz->btz", weights, quantizer.codes())
 
-    def ready(self, forward: Forward) -> Forward:
+    def ready(self, forward: Forward, cond: PyTree = None) -> Forward:
         """The forward with caches."""
         if any(isinstance(patch, ScaleCaches) for patch in forward.patches):
             return forward

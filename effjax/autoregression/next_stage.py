@@ -263,7 +263,7 @@ class NextStage(MapLoop):
                 carry = Loop.run(flow, forward, params, carry, cond, uncond, start=begin, stop=end)
         return carry
 
-    def ready(self, forward: Forward) -> Forward:
+    def ready(self, forward: Forward, cond: PyTree = None) -> Forward:
         """The forward with caches."""
         if any(isinstance(patch, StageCaches) for patch in forward.patches):
             return forward

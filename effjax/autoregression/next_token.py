@@ -399,18 +399,8 @@ class NextToken(Loop):
         drawn = jax.vmap(jax.random.categorical)(keys, logits[:, 0])
         return token_or_none(drawn.astype(jnp.int32)[:, None], logits)
 
-    def network(
-        self,
-        forward: Forward,
-        params: Params,
-        state: StateDict,
-        x: Tokens,
-        cond: PyTree,
-        uncond: PyTree,
-        step: Step,
-    ) -> tuple[Array, Array, StateDict]:
-        forward = self.cached(forward, self.read_at_once(cond))
-        return super().network(forward, params, state, x, cond, uncond, step)
+    def ready(self, forward: Forward, cond: PyTree = None) -> Forward:
+        return self.cached(forward, self.read_at_once(cond))
 
     def read_at_once(self, cond: PyTree) -> int:
         """Tokens of the first call: those of the condition, padding included."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.buckets import POWERS, Buckets, bucket, sizes_of
 from effjax.caches.slots import told
-from effjax.context import Step, is_static
+from effjax.context import PyTree, Step, is_static
 from effjax.finite import warn_unless_finite
 from effjax.forward import Forward, Params, StateDict
 from effjax.generate.arguments import Prompts, check_tokens, padded, wider
@@ -161,7 +161,7 @@ class Reading(Loop):
         """Keep the logits of a call."""
         return carry._replace(x=jax.lax.dynamic_update_slice_in_dim(carry.x, out, step, axis=1))
 
-    def ready(self, forward: Forward) -> Forward:
+    def ready(self, forward: Forward, cond: PyTree = None) -> Forward:
         """The forward with a cache of this size."""
         return cached(forward).with_cache_length(self.prompt, self.new)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import chex
 import jax
@@ -12,12 +13,14 @@ import pytest
 from converters import convert, from_pretrained
 from effjax import testing
 from effjax.autoregression import NextToken, logits_of
+from effjax.capture import tap
 from effjax.context import Layout
 from effjax.cost import sampler_cost, state_bytes
 from effjax.forward import abstract, parameter_count
+from effjax.layers.linear import Linear
 from effjax.layers.rotary import RasterRotary
 from effjax.loops import Carry
-from effjax.methods import kivi, round_to_nearest, streaming_llm
+from effjax.methods import kivi, round_to_nearest, streaming_llm, vidit_q
 from effjax.models.llamagen import Caption, LlamaGen, LlamaGenConfig, positions_of
 from effjax.models.vq_model import VQModel, VQModelConfig, decode, encode, latents_of
 from effjax.registry import methods
@@ -263,6 +266,22 @@ def test_one_call_stands_for_a_run(tiny):
         got = got[:, -wanted.shape[1] :]
         got = got if loop.ids is None else got[..., loop.ids]
         chex.assert_trees_all_close(got, wanted, atol=1e-5)
+
+
+def test_a_calibration_along_the_calls_sees_what_one_call_does():
+    """Behind prompts of several lengths, which differ by branch."""
+    subject = testing.tiny_chameleon(num_layers=1)
+    loop, forward, params, cond = subject.sampler, subject.forward, subject.params, subject.cond
+    options = {"key": jax.random.key(0), "progress": False}
+    found = vidit_q.calibrate(vidit_q.uniform(8), forward, params, loop, cond, **options)
+    away = loop.unconditional(forward, cond)
+    tokens = jax.jit(loop.tokens)(forward, params, cond, jax.random.key(0))[0]
+    inputs = loop.whole(Carry(tokens, (), {}, jax.random.split(jax.random.key(0))), cond, away)
+    read = partial(tap, forward, kind=Linear, pattern=r"blocks\.0\..*", what="input")
+    seen = jax.jit(read)(params, inputs=inputs)
+    assert set(found) == set(seen)
+    for path, value in seen.items():
+        chex.assert_trees_all_close(found[path][0], jnp.abs(value).max((0, 1)), atol=1e-5)
 
 
 def test_one_program_for_all_labels_keys_and_guidance(subject):

@@ -78,7 +78,8 @@ def calibrate(
             "step": step,
             "guidance": sampler.joined,
         }
-        raw, state, seen = tapped_call(sampler.ready(forward), params, inputs, patch, **options)
+        ready = sampler.ready(forward, cond)
+        raw, state, seen = tapped_call(ready, params, inputs, patch, **options)
         out = sampler.output(raw, carry.x, step)
         carry = sampler.update(carry._replace(state=state), out, step)
         return carry, {path: channels(x, stacked[path]) for path, x in seen.items()}
