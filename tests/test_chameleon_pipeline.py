@@ -12,7 +12,6 @@ import effjax
 from effjax import testing
 from effjax.autoregression import logits_of
 from effjax.cli import main
-from effjax.generate import JacobiDecoding
 from effjax.methods import kivi
 from effjax.pipelines import PromptTokenPipeline
 from effjax.pipelines.description import describe
@@ -38,7 +37,7 @@ def pipe():
 
 
 def test_a_directory_of_transformers_with_its_vqgan_is_a_pipeline(tmp_path):
-    """Guided greedy codes are those of its own forward, also several in a call and after saving."""
+    """Guided greedy codes are those of its own forward; saved and converted copies are the same."""
     pytest.importorskip("torch")
     import torch
 
@@ -58,18 +57,11 @@ def test_a_directory_of_transformers_with_its_vqgan_is_a_pipeline(tmp_path):
     assert (type(pipe), pipe.size, pipe.grid) == (PromptTokenPipeline, (64, 64, 3), (4, 4))
     assert (given.vae[0], given.forward) == (pipe.vae[0], pipe.forward)
     chex.assert_trees_all_equal(given.vae[1], pipe.vae[1])
-    options = {"key": KEY, "output_type": "tokens", "progress": False}
     texts = ([23, 21, 20, 24, 22], [23, 20])  # of other lengths
-    for scale in (None, 1.0):
-        wanted = [reference.greedy_codes(model, text, scale or 3.0) for text in texts]
-        got = pipe(PROMPTS, top_k=1, guidance_scale=scale, **options)
-        np.testing.assert_array_equal(got, wanted)
-        assert len(np.unique(wanted)) > 3
-    decoder = JacobiDecoding(window=4)
-    got = pipe(PROMPTS, top_k=1, guidance_scale=1.0, decoder=decoder, **options)
+    wanted = [reference.greedy_codes(model, text, 3.0) for text in texts]
+    got = pipe(PROMPTS, top_k=1, key=KEY, output_type="tokens", progress=False)
     np.testing.assert_array_equal(got, wanted)
-    (image,) = pipe(PROMPTS[0], key=KEY, progress=False)
-    assert image.size == (64, 64)
+    assert len(np.unique(wanted)) > 3
     assert describe(path)["model"] == "Chameleon"
     pipe.save(tmp_path / "saved")
     converters.convert(tmp_path / "saved", tmp_path / "converted", progress=False)
@@ -120,9 +112,15 @@ def test_commands(pipe, tmp_path):
     assert effjax.pipeline(small, progress=False).forward.recipe == (
         ("kivi", kivi.KIVIPlan(group=4)),
     )
+
+
+@pytest.mark.slow
+def test_a_small_model_is_measured_beside_its_own(pipe, tmp_path):
+    small = str(tmp_path / "small")
+    pipe.transform(kivi.transform(kivi.KIVIPlan(group=4))).save(small)
     asked = ["bench", small, "--prompt", "a fox", "--repeats", "1"]
-    assert main([*asked, "--decoder", "jacobi,window=4"]) == 1  # kivi's cache cannot go back
     assert main(asked) == 0
+    assert main([*asked, "--decoder", "jacobi,window=4"]) == 1  # kivi's cache cannot go back
 
 
 def test_bad_input(untyped, pipe):
