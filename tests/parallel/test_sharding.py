@@ -13,6 +13,7 @@ from effjax.generate import Reading
 from effjax.methods import ada_kv, cskv, kivi, moa, round_to_nearest
 from effjax.parallel import CACHES, device_mesh, leaf_sharding, shard, shardings, tensor_parallel
 from effjax.quant import Activations, Quantizer, qdot, quantize_matrix
+from effjax.samplers import sample_keys
 from effjax.transform import identity
 from tests.subjects.joint import tiny_joint
 
@@ -228,3 +229,33 @@ def test_mistakes_are_named():
         device_mesh(model=3)
     with pytest.raises(ValueError, match=r"cuts 1 dimensions as .*but embed_tokens is \[50, 16\]"):
         shardings(testing.tiny_llama().params, device_mesh(model=4), [("embed_tokens", ("model",))])
+
+
+@pytest.mark.parametrize(
+    ("make", "least"),
+    [
+        (lambda: testing.tiny_var(patch_nums=(1, 2), num_layers=1, batch=4), 0.3),
+        (lambda: testing.tiny_llamagen(grid=2, num_layers=1, batch=4), 0.4),
+    ],
+    ids=["maps", "tokens"],
+)
+def test_images_as_sequences_on_four_devices(make, least):
+    """Labels and a key of each sample, cut by rows: the same images, a part on each device."""
+    subject, mesh = make(), device_mesh(data=4)
+    loop, forward, labels = subject.sampler, subject.forward, subject.cond
+    rules = [(".*", ("data",))]
+
+    @jax.jit
+    def run(params, rows):
+        return loop.sample(forward, params, rows["cond"], rows["keys"])
+
+    rows = {"cond": labels, "keys": sample_keys(jax.random.key(3), len(labels))}
+    alone = run.lower(subject.params, rows).compile()
+    spread = shard(subject.params, mesh, tensor_parallel(forward)), shard(rows, mesh, rules)
+    together = run.lower(*spread).compile()
+    (x, tokens), (got, drawn) = alone(subject.params, rows), together(*spread)
+    chex.assert_trees_all_equal(np.asarray(drawn), np.asarray(tokens))
+    chex.assert_trees_all_close(np.asarray(got), np.asarray(x), atol=1e-5)
+    assert together.cost_analysis()["flops"] < least * alone.cost_analysis()["flops"]
+    three = jax.tree.map(lambda row: row[:3], rows)  # four do not divide them: whole everywhere
+    assert shard(three, mesh, rules)["cond"].sharding.is_fully_replicated
