@@ -33,6 +33,7 @@ class Family:
         parts: further models that its checkpoints hold, by name.
         beside: files beside config.json whose keys it is read with.
         library: what has the class, as a model_index.json names it.
+        writes: the layout that a model of this configuration is written in; the first one if None.
     """
 
     class_name: str
@@ -46,6 +47,11 @@ class Family:
     parts: Mapping[str, Family] = dataclasses.field(default_factory=dict)
     beside: tuple[str, ...] = ()
     library: str = "diffusers"
+    writes: Callable[[Any], str] | None = None
+
+    def written_layout(self, config: Any) -> str:
+        """The layout that a model of this configuration is written in."""
+        return next(iter(self.tables)) if self.writes is None else self.writes(config)
 
     def layout(self, names: Iterable[str]) -> str:
         """The layout whose table knows most of these tensor names."""

@@ -23,7 +23,7 @@ _CLASSES = {
 
 
 # With transformers' defaults, where a config.json leaves something out.
-_KEYS: Keys = {
+KEYS: Keys = {
     "vocab_size": ("vocab_size", 32000),
     "hidden_size": ("hidden_size", 4096),
     "intermediate_size": ("intermediate_size", 11008),
@@ -40,21 +40,11 @@ _LAYER_TYPES = tuple[Literal["full_attention", "sliding_attention"], ...] | None
 def read_config(config: Json) -> LlamaConfig:
     """config.json of one of these models to the configuration."""
     kind = config["model_type"]
-    require(config, hidden_act="silu", partial_rotary_factor=1.0)
-    found = read_keys(config, LlamaConfig, _KEYS)
-    width, heads, layers = found["hidden_size"], found["num_heads"], found["num_layers"]
-    more: Keys = {
-        "num_key_value_heads": ("num_kv_heads", heads),
-        "head_dim": ("head_dim", width // heads),
-    }
-    found |= read_keys(config, LlamaConfig, more, null=more)
-    theta, scaling = _read_rope(config)
-    window, window_layers = _read_window(kind, config, layers)
+    found = read_decoder(config, KEYS)
+    window, window_layers = read_window(kind, config, found["num_layers"])
     biased = read_value(config, "attention_bias", bool, False) and kind != "mistral"
     return LlamaConfig(
         **found,
-        rope_theta=theta,
-        rope_scaling=scaling,
         window=window,
         window_layers=window_layers,
         qkv_bias=kind == "qwen2" or biased,
@@ -62,6 +52,25 @@ def read_config(config: Json) -> LlamaConfig:
         mlp_bias=read_value(config, "mlp_bias", bool, False) and kind == "llama",
         qk_norm=kind == "qwen3",
     )
+
+
+def read_decoder(config: Json, keys: Keys) -> dict[str, Any]:
+    """Sizes and rotation, which all relatives of Llama say alike.
+
+    Args:
+        config: config.json.
+        keys: of this kind, with their defaults.
+    """
+    require(config, hidden_act="silu", partial_rotary_factor=1.0)
+    found = read_keys(config, LlamaConfig, keys)
+    width, heads = found["hidden_size"], found["num_heads"]
+    more: Keys = {
+        "num_key_value_heads": ("num_kv_heads", heads),
+        "head_dim": ("head_dim", width // heads),
+    }
+    found |= read_keys(config, LlamaConfig, more, null=more)
+    found["rope_theta"], found["rope_scaling"] = _read_rope(config)
+    return found
 
 
 def _read_rope(config: Json) -> tuple[float, Scaling]:
@@ -85,7 +94,7 @@ def _read_rope(config: Json) -> tuple[float, Scaling]:
     return theta, tuple(sorted((name, tuples(value)) for name, value in rope.items()))
 
 
-def _read_window(kind: str, config: Json, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def read_window(kind: str, config: Json, layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The window, and which layers have it."""
     window = read_value(config, "sliding_window", Count | None)
     if kind == "llama" or window is None:
@@ -132,19 +141,24 @@ def _kind(config: LlamaConfig) -> str:
     )
 
 
-def write_config(config: LlamaConfig) -> dict[str, Any]:
-    """The inverse of `read_config`."""
-    kind = _kind(config)
-    written: dict[str, Any] = {
-        "architectures": [_CLASSES[kind]],
+def write_common(config: LlamaConfig, kind: str, class_name: str) -> dict[str, Any]:
+    """What `read_decoder` reads, and what a model is."""
+    return {
+        "architectures": [class_name],
         "model_type": kind,
         "hidden_act": "silu",
-        **write_keys(config, _KEYS),
+        **write_keys(config, KEYS),
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,
         "rope_scaling": dict(config.rope_scaling) or None,
     }
+
+
+def write_config(config: LlamaConfig) -> dict[str, Any]:
+    """The inverse of `read_config`."""
+    kind = _kind(config)
+    written = write_common(config, kind, _CLASSES[kind])
     if kind in ("llama", "qwen3"):
         written["attention_bias"] = config.out_bias
     if kind == "llama":

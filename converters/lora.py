@@ -302,9 +302,8 @@ def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, _Pair]:
 def _pieces(forward: Forward, names: Iterable[str]) -> dict[str, tuple[Piece, ...]]:
     """The parameters of each layer of the file, in the layout that knows most of the names."""
     names = list(names)
-    targets = [
-        name for name in flatten_params(forward.abstract_params()) if name.endswith("kernel")
-    ]
+    leaves = flatten_params(forward.abstract_params())
+    targets = {name: leaf for name, leaf in leaves.items() if name.endswith("kernel")}
     best: dict[str, tuple[Piece, ...]] = {}
     for table in family_of_config(forward.config).tables.values():
         rules = [rule for rule in table.rules if rule.source.endswith(".weight")]
@@ -312,7 +311,7 @@ def _pieces(forward: Forward, names: Iterable[str]) -> dict[str, tuple[Piece, ..
         known = {}
         for source, pieces in weights.bind(targets).sources.items():
             layer = source.removesuffix(".weight")
-            plain = [piece for piece in pieces if piece.layout in _MATRICES]
+            plain = [each for each in pieces if each.layout in _MATRICES and each.place is None]
             if len(plain) == len(pieces):
                 known |= dict.fromkeys((layer, layer.replace(".", "_")), pieces)
         found = {name: known[name] for name in names if name in known}

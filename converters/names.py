@@ -7,6 +7,7 @@ is an integer. Three kinds of correspondence come from the same form:
     part of one    Rule("attn.qkv.weight", "attn.to_q.kernel", "linear 0/3")  first third of rows
                    Rule("out.weight", "down.kernel", "linear columns 1:5/5")  last four fifths
     one of copies  Rule("blocks.{i}.time.weight", "time.kernel", "linear")    `{i}` in source only
+    one of a stack Rule("experts.{e}.up.weight", "up.kernel", "linear each e")  of its first axis
 
 Copies must be equal when they are read, and each is written. Their `{i}` takes every value that
 `{i}` has in the parameters' names, so indices that count different things need different names.
@@ -48,6 +49,12 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "swapped-linear": Layout(
             lambda x: _swap(x).T, lambda x: _swap(x.T), lambda shape: shape[::-1]
         ),
+        # [stack, out, in] <-> [stack, in, out]
+        "linears": Layout(
+            lambda x: x.transpose(0, 2, 1),
+            lambda x: x.transpose(0, 2, 1),
+            lambda shape: (shape[0], shape[2], shape[1]),
+        ),
         # [1, ...] <-> [...]
         "first": Layout(lambda x: x[0], lambda x: x[None], lambda shape: (1, *shape)),
         # [out, in, height, width] <-> [height, width, in, out]
@@ -71,7 +78,8 @@ class Rule(NamedTuple):
 
     The layout is a name in `LAYOUTS` or in those of the table; then, for a part of the tensor,
     " k/n" for part k of n along its rows, " a:b/n" for the parts a ... b - 1, and "columns" before
-    that for its second axis.
+    that for its second axis. " each e" is for a parameter whose first axis `{e}` counts: a tensor
+    for each.
     """
 
     source: str
@@ -101,7 +109,10 @@ class Buffer(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A parameter as a source tensor, or as the parts start ... stop - 1 of it along an axis."""
+    """A parameter as a source tensor, or as the parts start ... stop - 1 of it along an axis.
+
+    With a place it is that matrix of a parameter which is a stack of them.
+    """
 
     source: str
     target: str
@@ -110,6 +121,7 @@ class Piece(NamedTuple):
     stop: int = 1
     parts: int = 1
     axis: int = 0
+    place: int | None = None
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
         """The parameter, as a view of the source tensor."""
@@ -121,7 +133,7 @@ class Piece(NamedTuple):
 
     def source_shape(self, shape: Shape) -> Shape:
         """Shape of the whole source tensor, from the parameter's."""
-        sizes = list(self.layout.shape(shape))
+        sizes = list(self.layout.shape(shape if self.place is None else shape[1:]))
         sizes[self.axis : self.axis + 1] = [
             size * self.parts // (self.stop - self.start)
             for size in sizes[self.axis : self.axis + 1]
@@ -135,7 +147,7 @@ class Binding:
 
     Attributes:
         sources: the parts of each source tensor, in order.
-        targets: the source tensors that hold each parameter, or a part each: equal copies.
+        targets: the source tensors that hold each parameter: equal copies, or all of a stack.
         aliases: the source tensor of which each of these names, if there is one, is a copy.
     """
 
@@ -153,7 +165,10 @@ class Binding:
     def assemble(self, source: str, read: Callable[[str], np.ndarray]) -> np.ndarray:
         """A source tensor from the parameters that `read` gives by path."""
         pieces = self.sources[source]
-        parts = [piece.layout.inverse(read(piece.target)) for piece in pieces]
+        parts = []
+        for piece in pieces:
+            value = read(piece.target)
+            parts.append(piece.layout.inverse(value if piece.place is None else value[piece.place]))
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=pieces[0].axis)
 
 
@@ -198,11 +213,11 @@ class Table:
                 if match := pattern.fullmatch(name):
                     yield _INDEX.sub(lambda index, found=match: found[index[1]], target)
 
-    def bind(self, targets: Iterable[str], held: Container[str] = ()) -> Binding:
+    def bind(self, targets: Mapping[str, Any], held: Container[str] = ()) -> Binding:
         """Write out the rules for the parameters of one model.
 
         Args:
-            targets: paths of the parameters.
+            targets: parameters by path: arrays, or shapes.
             held: names of the tensors in a file; an alias that stands alone there is the source.
 
         Raises:
@@ -212,7 +227,6 @@ class Table:
         layouts = {**LAYOUTS, **self.layouts}
         matched: dict[str, tuple[Rule, dict[str, str]]] = {}
         values: dict[str, dict[str, None]] = {}  # that each index takes; a dict keeps their order
-        targets = list(targets)
         for target in targets:
             for rule, pattern in patterns:
                 if match := pattern.fullmatch(target):
@@ -223,7 +237,8 @@ class Table:
         by_target: dict[str, tuple[Piece, ...]] = {}
         by_source: dict[str, list[Piece]] = {}
         for target, (rule, indices) in matched.items():
-            by_target[target] = _pieces(rule, layouts, target, indices, values)
+            shape = getattr(targets[target], "shape", targets[target])
+            by_target[target] = _pieces(rule, layouts, target, indices, values, shape)
             for piece in by_target[target]:
                 by_source.setdefault(piece.source, []).append(piece)
         problems = [f"{target}: no rule" for target in targets if not by_target.get(target)]
@@ -259,18 +274,26 @@ def _pieces(
     target: str,
     indices: Mapping[str, str],
     values: Mapping[str, Iterable[str]],
+    shape: Shape,
 ) -> tuple[Piece, ...]:
     """The source tensors of one parameter."""
     name, _, part = rule.layout.partition(" ")
     if name not in layouts:
         raise ValueError(f"{rule} has an unknown layout; there are {sorted(layouts)}")
+    layout = layouts[name]
+    if part.startswith("each "):
+        counted = f"{{{part.removeprefix('each ')}}}"
+        source = _INDEX.sub(
+            lambda index: index[0] if index[0] == counted else indices[index[1]], rule.source
+        )
+        names = (source.replace(counted, str(place)) for place in range(shape[0]))
+        return tuple(Piece(each, target, layout, place=i) for i, each in enumerate(names))
     axis = int(part.startswith("columns "))
     start, stop, parts = _part(part.removeprefix("columns ")) if part else (0, 1, 1)
     sources = [rule.source]
     for index in dict.fromkeys(_INDEX.findall(rule.source)):
         choices = [indices[index]] if index in indices else list(values.get(index, ()))
         sources = [held.replace(f"{{{index}}}", value) for held in sources for value in choices]
-    layout = layouts[name]
     return tuple(Piece(source, target, layout, start, stop, parts, axis) for source in sources)
 
 

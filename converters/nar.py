@@ -6,7 +6,7 @@ The block before the lower head is the last one of `layers`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from converters import llamagen
@@ -28,8 +28,7 @@ def write_config(config: NARConfig) -> dict[str, Any]:
 class _Released(Table):
     """The table of a model of any depth: the last of `layers` is the block below."""
 
-    def bind(self, targets: Iterable[str], held: Container[str] = ()) -> Binding:
-        targets = list(targets)
+    def bind(self, targets: Mapping[str, Any], held: Container[str] = ()) -> Binding:
         depth = len({path.split(".")[1] for path in targets if path.startswith("blocks.")})
         last = llamagen.block_rules(f"layers.{depth}", "below")
         whole = dataclasses.replace(self, rules=(*last, *self.rules))

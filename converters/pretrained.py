@@ -171,7 +171,7 @@ def save_pretrained(
             8 bits without smoothing scale and rotation, which are written as compressed-tensors.
         dst: directory to make. It takes its name when it is complete.
         max_shard_bytes: largest size of a weight file.
-        layout: which names the tensors get, one of this family's layouts; its first one if None.
+        layout: which names the tensors get, one of this family's layouts; None for the usual one.
         progress: show a bar for what takes longer than a second.
         finish: function that is called with the directory before it takes its name, to add files.
 
@@ -226,7 +226,7 @@ def write_model(
 
     `finish` may add to the directory, or still reject what was read, before it takes its name.
     """
-    layout = layout or next(iter(family.tables))
+    layout = layout or family.written_layout(config)
     if layout not in family.tables:
         raise ValueError(
             f"{family.class_name} has no layout {layout!r}; there are {sorted(family.tables)}"
@@ -236,6 +236,7 @@ def write_model(
     shapes = binding.source_shapes({name: tuple(leaf.shape) for name, leaf in leaves.items()})
     quantized = any(isinstance(leaf, QTensor) for leaf in leaves.values())
     leaves, read = quantized_export.without_orders(leaves, read, config.param_dtype)
+    read = functools.lru_cache(maxsize=1)(read)  # a stack is written matrix by matrix
     schemes = quantized_export.schemes(binding, leaves)
     specs: dict[str, Spec] = {}
     readers: dict[str, Callable[[], np.ndarray]] = {}

@@ -51,7 +51,20 @@ class Weights:
 
     def read(self, path: str) -> np.ndarray | QTensor:
         """A parameter, in arrays of its own."""
-        piece, leaf = self.binding.targets[path][0], self.leaves[path]
+        pieces, leaf = self.binding.targets[path], self.leaves[path]
+        if pieces[0].place is None:
+            return self._matrix(pieces[0], leaf)
+        one = jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape[1:], part.dtype), leaf)
+        stack = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), leaf)
+        for piece in pieces:
+            parts = jax.tree.leaves(self._matrix(piece, one))
+            for whole, part in zip(jax.tree.leaves(stack), parts, strict=True):
+                whole[piece.place] = part
+        return stack
+
+    def _matrix(self, piece: Piece, leaf: Leaf) -> np.ndarray | QTensor:
+        """A parameter that is one tensor or a part of it, or one matrix of a stack."""
+        path = piece.target
         if isinstance(leaf, QTensor):
             layer = self.layers[piece.source]
             if piece.axis or piece.stop - piece.start > 1:
@@ -116,12 +129,34 @@ def open_weights(
     leaves: dict[str, Leaf] = {}
     for name, pieces in binding.targets.items():
         source = pieces[0].source
-        if source in layers:
-            leaves[name] = layers[source].leaf(shapes[name])
+        if any(each.source in layers for each in pieces):
+            leaves[name] = _quantized(pieces, layers, shapes[name])
         else:
             leaves[name] = jax.ShapeDtypeStruct(shapes[name], dtype or dense[source].dtype)
     inspection = Inspection(check_finite)
     return Weights(family, layout, forward, leaves, tensors, layers, binding, inspection)
+
+
+def _quantized(pieces: tuple[Piece, ...], layers: Mapping[str, Layer], shape: Shape) -> QTensor:
+    """The shapes of a quantized leaf, which may be a stack of layers.
+
+    Raises:
+        ValueError: for a stack of layers that are quantized in several ways.
+    """
+    if pieces[0].place is None:
+        return layers[pieces[0].source].leaf(shape)
+    own = [
+        layers[each.source].leaf(shape[1:]) if each.source in layers else None for each in pieces
+    ]
+    assert any(own)
+    other = [each.source for each, leaf in zip(pieces, own) if leaf != own[0]]
+    if other:
+        raise ValueError(
+            f"{other[0]} is quantized in another way than {pieces[0].source}: both are matrices of "
+            f"one stack, {pieces[0].target}, which has one way for all"
+        )
+    count = len(pieces)
+    return jax.tree.map(lambda part: jax.ShapeDtypeStruct((count, *part.shape), part.dtype), own[0])
 
 
 def _quantization(path: Path) -> Quantization | None:
@@ -226,6 +261,8 @@ def _problems(
         return one.keys() == two.keys() and all(_same_bits(one[part], two[part]) for part in one)
 
     for first, *copies in binding.targets.values():
+        if first.place is not None:
+            continue
         value = held(first) if copies else {}
         problems += [
             (copy.source, f"differs from its copy {first.source}")

@@ -122,8 +122,10 @@ class Projections(nnx.Module):
         out: Role = "cross_out" if cross else "out"
         bias = bias if out_bias is None else out_bias
         self.to_out = linear(heads * head_dim, hidden_size, out, bias) if output else None
-        of_heads: Sequence[Any] = norms or (None, None)
-        if unit_norm:
+        of_heads: Sequence[Any] = (None, None)
+        if norms is not None:
+            of_heads = norms
+        elif unit_norm:
             of_heads = UnitNorm(heads, param_dtype=param_dtype), UnitNorm()
         elif norm_eps is not None:
             of_heads = [RMSNorm(head_dim, eps=norm_eps, param_dtype=param_dtype) for _ in range(2)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from effjax.quant import QTensor, qdot
 from effjax.targets import Role
 from pallas_kernels.float_matmul import matmul, matmul_transposed
+from pallas_kernels.grouped_matmul import by_groups, grouped_matmul
 
 
 def dot(x: Float[Array, "*B I"], weight: Float[Array, "*E I O"] | QTensor) -> Float[Array, "*B O"]:
@@ -29,6 +30,18 @@ def dot(x: Float[Array, "*B I"], weight: Float[Array, "*E I O"] | QTensor) -> Fl
     for _ in leading:
         product = jax.vmap(product)
     return product(x, weight.astype(x.dtype))
+
+
+def dot_grouped(
+    x: Float[Array, "M I"], weight: Float[Array, "E I O"] | QTensor, group_sizes: Int[Array, " E"]
+) -> Float[Array, "M O"]:
+    """Multiply sorted rows, each by the matrix of its group, see `pallas_kernels.grouped_matmul`.
+
+    A quantized stack is multiplied matrix by matrix, as `dot` would with the rows of its group.
+    """
+    if isinstance(weight, QTensor):
+        return by_groups(qdot, x, weight, group_sizes, weight.shape[-1])
+    return grouped_matmul(x, weight.astype(x.dtype), group_sizes)
 
 
 def dot_transposed(x: Float[Array, "*B I"], table: Float[Array, "O I"]) -> Float[Array, "*B O"]:

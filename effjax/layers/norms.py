@@ -73,6 +73,13 @@ class RMSNorm(nnx.Module):
         return (y * self.scale.get_value().astype(jnp.float32)).astype(x.dtype)
 
 
+class JoinedHeadsRMSNorm(RMSNorm):
+    """`RMSNorm` over the channels of all heads together (OLMoE's queries and keys)."""
+
+    def __call__(self, x: Float[Array, "*B H D"]) -> Float[Array, "*B H D"]:
+        return super().__call__(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+
+
 class HeadLayerNorm(nnx.Module):
     """Layer norm of each head over its own channels, with a learned scale and shift for each."""
 

@@ -27,7 +27,7 @@ from effjax.fields import Checked, Count, FloatName, Positive, Range
 from effjax.layers.attention import CausalAttention, Positions
 from effjax.layers.folding import QKV, Fold
 from effjax.layers.linear import Linear, dot_transposed
-from effjax.layers.mlp import GatedMLP
+from effjax.layers.mlp import FeedForward, GatedMLP
 from effjax.layers.norms import RMSNorm
 from effjax.layers.rotary import Rotary, Scaling, frequencies, section_rows
 from effjax.layers.stack import Stack
@@ -119,6 +119,12 @@ class LlamaConfig(Checked):
         return self.window if not self.window_layers or self.window_layers[layer] else None
 
 
+ATTENTION_FOLDS = (
+    Fold(QKV, "norm1", "norm"),
+    Fold(("attn.to_out",), "attn.to_v", "linear"),  # without grouped keys
+)
+
+
 class LlamaBlock(nnx.Module):
     """Attention and gated MLP, each behind an RMS norm.
 
@@ -128,10 +134,9 @@ class LlamaBlock(nnx.Module):
         norms: of the heads of queries and keys, likewise.
     """
 
-    folds = (
-        Fold(QKV, "norm1", "norm"),
+    folds: tuple[Fold, ...] = (
+        *ATTENTION_FOLDS,
         Fold(("mlp.gate", "mlp.up"), "norm2", "norm"),
-        Fold(("attn.to_out",), "attn.to_v", "linear"),  # without grouped keys
         Fold(("mlp.down",), "mlp.up", "linear"),
     )
 
@@ -168,12 +173,16 @@ class LlamaBlock(nnx.Module):
             rngs=rngs,
         )
         self.norm2 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
-        self.mlp = GatedMLP(
-            hidden_size,
+        self.mlp = self.feed_forward(config, layer, rngs)
+
+    def feed_forward(self, config: Any, layer: int, rngs: nnx.Rngs) -> FeedForward:
+        """A new feed-forward layer."""
+        return GatedMLP(
+            config.hidden_size,
             config.intermediate_size,
             activation="silu",
             bias=config.mlp_bias,
-            param_dtype=dtype,
+            param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
 

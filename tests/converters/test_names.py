@@ -78,7 +78,7 @@ def test_parts_are_rows_of_the_source():
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_layouts_are_two_way_and_copy_nothing(name, data):
-    ranks = {"linear": 2, "swapped-linear": 2, "conv": 4, "pointwise": 4}
+    ranks = {"linear": 2, "swapped-linear": 2, "conv": 4, "pointwise": 4, "linears": 3}
     rank = ranks[name] if name in ranks else data.draw(st.integers(1, 4))
     shape = data.draw(st.tuples(*[st.integers(1, 4)] * rank))
     shape = (*shape[:2], 1, 1) if name == "pointwise" else shape
@@ -110,18 +110,34 @@ def test_copies_of_nothing_are_an_error():
 
 def test_unknown_layout():
     with pytest.raises(ValueError, match=r"unknown layout.*conv"):
-        Table((Rule("a", "b", "linaer"),)).bind(["b"])
+        Table((Rule("a", "b", "linaer"),)).bind({"b": (2,)})
 
 
 def test_layouts_of_one_table_are_no_others():
     added = Layout(lambda x: x[0], lambda x: x[None], lambda shape: (1, *shape))
     rules = (Rule("a", "b", "own"),)
-    binding = Table(rules, layouts={"own": added}).bind(["b"])
+    binding = Table(rules, layouts={"own": added}).bind({"b": (2,)})
     assert binding.source_shapes({"b": (2,)}) == {"a": (1, 2)}
     with pytest.raises(ValueError, match="unknown layout"):
-        Table(rules).bind(["b"])
+        Table(rules).bind({"b": (2,)})
     with pytest.raises(TypeError):
         LAYOUTS["own"] = added  # pyright: ignore[reportIndexIssue]
+
+
+def test_a_stack_is_a_tensor_for_each_matrix():
+    """As many as its first axis counts; each in its place, both ways."""
+    rules = (Rule("h.{i}.up.{e}.weight", "blocks.{i}.up.kernel", "linear each e"),)
+    shapes = {f"blocks.{i}.up.kernel": (12, 2, 3) for i in (0, 11)}
+    binding = Table(rules).bind(shapes)
+    names = [f"h.{i}.up.{e}.weight" for i in (0, 11) for e in range(12)]
+    assert binding.source_shapes(shapes) == dict.fromkeys(names, (3, 2))
+    params = arrays(shapes)
+    for path, pieces in binding.targets.items():
+        assert [piece.place for piece in pieces] == [*range(12)]
+        for piece in pieces:
+            tensor = binding.assemble(piece.source, params.__getitem__)
+            np.testing.assert_array_equal(tensor, params[path][piece.place].T)
+            np.testing.assert_array_equal(piece.read(tensor), params[path][piece.place])
 
 
 def test_recognized_counts_known_names_only():

@@ -4,6 +4,10 @@ from effjax.pipelines.family import TEXT, PipelineFamily
 
 FAMILIES = (
     PipelineFamily(
-        name=TEXT, pipeline=TEXT, models=("Llama",), model="model", tokenizers=("tokenizer",)
+        name=TEXT,
+        pipeline=TEXT,
+        models=("Llama", "MoELlama"),
+        model="model",
+        tokenizers=("tokenizer",),
     ),
 )
