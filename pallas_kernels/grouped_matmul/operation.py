@@ -67,8 +67,8 @@ def grouped_matmul(
         return run(*operands), operands
 
     def backward(operands: tuple, dy: jax.Array) -> tuple:
-        sizes = operands[2]
-        return *xla.gradients(*operands, dy), np.zeros(sizes.shape, jax.dtypes.float0)
+        x, w, sizes = operands
+        return *xla.gradients(x, w, sizes, dy), np.zeros(sizes.shape, jax.dtypes.float0)
 
     run.defvjp(forward, backward)
     return run(x, w, group_sizes)
