@@ -111,7 +111,9 @@ def _rewrite(
     """Rewrite the model of a weight file; `add` puts more into its directory."""
     weights = open_weights(path, dtype=dtype, check_finite=check_finite)
     for name, part in weights.family.parts.items():
-        if any(part.tables[part.layout(weights.tensors)].paths(weights.tensors)):
+        stripped = (each.removeprefix(f"model.{name}.") for each in weights.tensors)
+        within = [*weights.tensors, *stripped]
+        if any(part.tables[part.layout(within)].paths(within)):
             raise ValueError(
                 f"{path} holds a {name} beside its {weights.family.class_name}, which would be "
                 f"lost: effjax.pipeline(...).save(...) keeps both, in a folder each"

@@ -64,6 +64,8 @@ def test_a_directory_of_transformers_with_its_vqgan_is_a_pipeline(tmp_path):
     assert len(np.unique(wanted)) > 3
     assert describe(path)["model"] == "Chameleon"
     pipe.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds a vqmodel beside its ChameleonForConditionalGen"):
+        converters.convert(path, tmp_path / "lost", progress=False)
     converters.convert(tmp_path / "saved", tmp_path / "converted", progress=False)
     for copy in ("saved", "converted"):
         again = effjax.pipeline(tmp_path / copy, progress=False)
