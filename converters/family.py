@@ -33,6 +33,8 @@ class Family:
         parts: further models that its checkpoints hold, by name.
         beside: files beside config.json whose keys it is read with.
         library: what has the class, as a model_index.json names it.
+        beyond: how names of tensors begin that stand behind the last layer of a model of this
+            configuration and are no part of it; None for none.
         writes: the layout that a model of this configuration is written in; the first one if None.
     """
 
@@ -47,6 +49,7 @@ class Family:
     parts: Mapping[str, Family] = dataclasses.field(default_factory=dict)
     beside: tuple[str, ...] = ()
     library: str = "diffusers"
+    beyond: Callable[[Any], str] | None = None
     writes: Callable[[Any], str] | None = None
 
     def written_layout(self, config: Any) -> str:

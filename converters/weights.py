@@ -93,7 +93,8 @@ def open_weights(
 
     Args:
         path: weight file or index; a config.json beside it is read, if there is one.
-        dtype: of the parameters; as stored if None.
+        dtype: of the parameters, but for those that a model has in one of their own; as stored if
+            None.
         compute_dtype: of the computation; that of `dtype` if None, and that of most parameters if
             that is None too.
         check_finite: collect tensors with NaN or infinite values while reading.
@@ -111,6 +112,12 @@ def open_weights(
     within = {f"{layer.name}.{part}" for layer in layers.values() for part in layer.tensors}
     dense = {name: tensor for name, tensor in tensors.items() if name not in within}
     family, layout, config = _identify(path, dense, layers, part)
+    if family.beyond is not None:
+        more = family.beyond(config)
+        dense, layers = (
+            {name: each for name, each in held.items() if not name.startswith(more)}
+            for held in (dense, layers)
+        )
     dtype = None if dtype is None else float_dtype(dtype)
     counts = dict.fromkeys(FLOATS, 0)
     for tensor in dense.values():
@@ -119,7 +126,8 @@ def open_weights(
     stored = dtype or max(counts, key=lambda each: counts[each])
     numerics = {"param_dtype": str(stored), "dtype": str(float_dtype(compute_dtype or stored))}
     forward, params = abstract(family.model, dataclasses.replace(config, **numerics))
-    shapes = {name: tuple(leaf.shape) for name, leaf in flatten_params(params).items()}
+    made = flatten_params(params)
+    shapes = {name: tuple(leaf.shape) for name, leaf in made.items()}
     table = family.tables[layout]
     binding = table.bind(shapes, held={*dense, *layers})
     _raise(
@@ -132,7 +140,9 @@ def open_weights(
         if any(each.source in layers for each in pieces):
             leaves[name] = _quantized(pieces, layers, shapes[name])
         else:
-            leaves[name] = jax.ShapeDtypeStruct(shapes[name], dtype or dense[source].dtype)
+            # What a model computes in a dtype of its own, such as a router, stays in it.
+            own = made[name].dtype if made[name].dtype != stored else dtype
+            leaves[name] = jax.ShapeDtypeStruct(shapes[name], own or dense[source].dtype)
     inspection = Inspection(check_finite)
     return Weights(family, layout, forward, leaves, tensors, layers, binding, inspection)
 

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.caches.slots import Held, Lengths, Places
-from effjax.layers.attention import Heads, KeyHeads
+from effjax.layers.attention import Heads, KeyHeads, Outputs, Values
 from pallas_kernels.block_mask import EVERYTHING, Causal
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.decode_attention import decode_attention, quantized_decode_attention
+from pallas_kernels.decode_attention import (
+    decode_attention,
+    latent_decode_attention,
+    quantized_decode_attention,
+)
 from pallas_kernels.merge import merge, merge_rows
 
 FEW = 8  # queries that a decode kernel takes
 
-Part = tuple[Heads, Float[Array, "B S H"]]  # attention to some of the keys, and its log-sum-exps
+Part = tuple[Outputs, Float[Array, "B S H"]]  # attention to some of the keys, and its log-sum-exps
 
 
-def decode(q: Heads, held: Held, lengths: Lengths) -> Heads:
-    """A few new tokens attend to the first `lengths` slots, which hold themselves too."""
-    return decode_part(q, held, lengths)[0]
+def decode(q: Heads, held: Held, lengths: Lengths, *, leading: int | None = None) -> Outputs:
+    """A few new tokens attend to the first `lengths` slots, which hold themselves too.
+
+    Args:
+        leading: how many first channels of the keys are the values, if slots hold keys alone.
+    """
+    return decode_part(q, held, lengths, leading=leading)[0]
 
 
-def decode_part(q: Heads, held: Held, lengths: Lengths) -> Part:
+def decode_part(q: Heads, held: Held, lengths: Lengths, *, leading: int | None = None) -> Part:
     """`decode` and its log-sum-exps, to be merged with attention to other slots."""
-    attend = quantized_decode_attention if "k_scale" in held else decode_attention
+    attend: Any = quantized_decode_attention if "k_scale" in held else decode_attention
+    if leading is not None:
+        attend = functools.partial(latent_decode_attention, values=leading)
     count, slots = q.shape[1], held["k"].shape[1]
     if count == 1:
         out, log_sum_exps = attend(q, lengths=lengths, return_lse=True, **held)
@@ -41,7 +54,7 @@ def decode_part(q: Heads, held: Held, lengths: Lengths) -> Part:
     return out, jnp.take_along_axis(log_sum_exps, back[:, :, None], axis=1)
 
 
-def decode_together(q: Heads, held: Held, lengths: Lengths) -> Heads:
+def decode_together(q: Heads, held: Held, lengths: Lengths) -> Outputs:
     """New tokens attend to the first `lengths` slots, which hold them all: each sees the others."""
     return decode_together_part(q, held, lengths)[0]
 
@@ -59,12 +72,12 @@ def decode_together_part(q: Heads, held: Held, lengths: Lengths) -> Part:
 def attend_chunk(
     q: Heads,
     k: KeyHeads,
-    v: KeyHeads,
+    v: Values,
     positions: Places,
     past_k: Float[Array, "B C K D"],
-    past_v: Float[Array, "B C K D"],
+    past_v: Float[Array, "B C K W"],
     past: Lengths,
-) -> Heads:
+) -> Outputs:
     """Many new tokens attend to the first `past` slots and to each other.
 
     Two partial results, merged by their log-sum-exps.
@@ -75,10 +88,10 @@ def attend_chunk(
 def chunk_parts(
     q: Heads,
     k: KeyHeads,
-    v: KeyHeads,
+    v: Values,
     positions: Places,
     past_k: Float[Array, "B C K D"],
-    past_v: Float[Array, "B C K D"],
+    past_v: Float[Array, "B C K W"],
     past: Lengths,
 ) -> list[Part]:
     """The two partial results of `attend_chunk`."""
@@ -93,7 +106,7 @@ def chunk_parts(
 def attend_to_segments(
     q: Heads,
     k: Float[Array, "B N D"],
-    v: Float[Array, "B N D"],
+    v: Float[Array, "B N W"],
     head: Int[Array, "B N"],
     *,
     heads: int,
@@ -130,13 +143,13 @@ def attend_to_segments(
 def attend_to_positions(
     q: Heads,
     k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
+    v: Values,
     q_positions: Places,
     k_positions: Int[Array, "B T"],
     *,
     sinks: int = 0,
     local: int | Int[Array, "B 1"] | None = None,
-) -> Heads:
+) -> Outputs:
     """Attention by the positions of queries and keys, in any order; -1 is nobody's key.
 
     A query sees keys up to its own position: the first `sinks` ones and the last `local` (of all

@@ -36,7 +36,7 @@ class DenseCache(KVCache):
     ):
         super().__init__(inner, first=first, cache_length=cache_length)
         self.slots = cache_length.total
-        self.tokens = Storage(bits)
+        self.tokens = Storage(bits, leading=self.core.leading)
 
     @property
     def joint_append(self) -> bool:
@@ -60,7 +60,7 @@ class DenseCache(KVCache):
         if self.core.together:
             return decode_together(q, held, lengths_after(positions))
         if q.shape[1] <= FEW:
-            return decode(q, held, ends(positions))
+            return decode(q, held, ends(positions), leading=self.tokens.leading)
         own, old = (self.tokens.floats(each, q.dtype) for each in (new, past))
         return attend_chunk(q, *own, positions, *old, starts(positions))
 

@@ -7,7 +7,15 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions, places
+from effjax.layers.attention import (
+    CausalCore,
+    CoreHeads,
+    CoreKeys,
+    Heads,
+    KeyHeads,
+    Positions,
+    places,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +31,9 @@ class AttentionInputs:
         core: the original core, for its rotation and its window.
     """
 
-    q: Heads
-    k: KeyHeads
-    v: KeyHeads
+    q: CoreHeads
+    k: CoreKeys
+    v: CoreKeys
     x: Float[Array, "B S C"]
     positions: Int[Array, "B S"]
     angles: Int[Array, "B S"] | Int[Array, "B N S"]
@@ -34,9 +42,9 @@ class AttentionInputs:
     @classmethod
     def of(
         cls,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
+        q: CoreHeads,
+        k: CoreKeys,
+        v: CoreKeys,
         x: Float[Array, "B S C"],
         positions: Positions | None,
         core: CausalCore,
@@ -57,9 +65,9 @@ class AttentionInputs:
     @property
     def rotated_q(self) -> Heads:
         """Queries, rotated to the positions of their tokens."""
-        return self.core.rotary(self.q, self.angles)
+        return self.core.queries(self.q, self.angles)
 
     @property
     def rotated_k(self) -> KeyHeads:
         """Keys, rotated to the positions of their tokens."""
-        return self.core.rotary(self.k, self.angles)
+        return self.core.keys(self.k, self.angles)

@@ -74,6 +74,12 @@ class Caches:
                 )
             place = Place(core, context.cache_length, layer, len(found))
             kind, options = self.choose(self.plan, place)
+            if core.leading is not None and not kind.takes_latents:
+                raise ValueError(
+                    f"{kind.__name__} is made for keys and values of every head, and layer {layer} "
+                    f"of this model holds one latent for all heads: use the dense cache, or one "
+                    f"that chooses or quantizes tokens"
+                )
             options = {"first": first, "cache_length": context.cache_length, **options}
             wrap(module, target.path, kind, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from effjax.caches.inputs import AttentionInputs
 from effjax.caches.slots import Lengths
 from effjax.context import CacheLength
-from effjax.layers.attention import CausalCore, Heads, KeyHeads, Positions
+from effjax.layers.attention import CausalCore, CoreHeads, CoreKeys, Heads, Positions
 from effjax.targets import Wrapper, original
 
 
@@ -22,6 +23,7 @@ class KVCache(Wrapper, abc.ABC):
         multi_token_append     append several tokens in one call (a question, speculative decoding)
         joint_append           append several tokens that see each other (a `GroupCore`)
         rollback               go back to a shorter sequence by appending at an earlier position
+        takes_latents          hold keys that queries and values are made of (a `LatentCore`)
         exact_chunked_prefill  reading a prompt in chunks gives what reading it at once gives
 
     Args:
@@ -32,6 +34,7 @@ class KVCache(Wrapper, abc.ABC):
 
     replaces_internals = True
     apart = True
+    takes_latents: ClassVar[bool] = True
 
     def __init__(self, inner: nnx.Module, *, first: bool, cache_length: CacheLength):
         super().__init__(inner)
@@ -72,9 +75,9 @@ class KVCache(Wrapper, abc.ABC):
 
     def __call__(
         self,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
+        q: CoreHeads,
+        k: CoreKeys,
+        v: CoreKeys,
         x: Float[Array, "B S C"],
         positions: Positions | None,
     ) -> Heads:
@@ -99,7 +102,7 @@ class KVCache(Wrapper, abc.ABC):
                 f"see each other: use the dense cache, or one that keeps the last tokens"
             )
         with jax.named_scope("attention"):
-            return self.append(inputs)
+            return self.core.finish(self.append(inputs))
 
     def attend_prompt(self, inputs: AttentionInputs, positions: Positions | None) -> Heads:
         """Attention within the first tokens: as without a cache, unless a kind says else."""

@@ -21,7 +21,7 @@ from effjax.caches.inputs import AttentionInputs
 from effjax.caches.protocol import KVCache
 from effjax.caches.slots import Lengths, Places, lengths_after, put, take
 from effjax.context import CacheLength, State
-from effjax.layers.attention import Heads
+from effjax.layers.attention import Heads, Outputs
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.merge import merge
 
@@ -79,7 +79,7 @@ class ResidualBufferCache(KVCache):
     @abc.abstractmethod
     def attend_sealed(
         self, q: Heads, sealed: Arrays, lengths: Lengths
-    ) -> tuple[Heads, Float[Array, "B S H"]]:
+    ) -> tuple[Outputs, Float[Array, "B S H"]]:
         """Attention of one token to the first sealed ones, and its log-sum-exps."""
 
     def store(self, inputs: AttentionInputs) -> None:
@@ -120,7 +120,7 @@ class ResidualBufferCache(KVCache):
 
     def _one(
         self, q: Heads, tokens: Arrays, positions: Places, sealed: Arrays, opened: Arrays
-    ) -> tuple[Heads, Arrays, Arrays]:
+    ) -> tuple[Outputs, Arrays, Arrays]:
         """Append a token to every row, attend, and seal the windows that it fills."""
         place = jnp.where(positions >= 0, positions % self.window, -1)
         opened = {name: put(opened[name], part, place) for name, part in tokens.items()}

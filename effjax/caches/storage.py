@@ -32,13 +32,21 @@ class Storage(nnx.Module):
 
     Args:
         bits: of keys and values: 16 (floats as they are), 8 or 4.
+        leading: values are so many first channels of the keys, and floats are held once; None
+            where they are not.
     """
 
-    def __init__(self, bits: int = FLOAT):
+    def __init__(self, bits: int = FLOAT, *, leading: int | None = None):
         self.bits = bits
+        self.leading = None if self.quantized else leading
         parts = ("", "_scale", "_offset") if self.quantized else ("",)
-        for name in (f"{of}{part}" for of in "kv" for part in parts):
+        for name in (f"{of}{part}" for of in self.held for part in parts):
             setattr(self, name, State())
+
+    @property
+    def held(self) -> str:
+        """Which of keys and values are held."""
+        return "kv" if self.leading is None else "k"
 
     @property
     def quantized(self) -> bool:
@@ -47,6 +55,8 @@ class Storage(nnx.Module):
 
     def of(self, k: Float[Array, "B S ... D"], v: Float[Array, "B S ... W"]) -> Held:
         """What slots hold of tokens, from their rotated keys and their values."""
+        if self.leading is not None:
+            return {"k": k}
         if not self.quantized:
             return {"k": k, "v": v}
         found = {}
@@ -60,6 +70,8 @@ class Storage(nnx.Module):
         self, held: Held, dtype: DTypeLike
     ) -> tuple[Float[Array, "B S ... D"], Float[Array, "B S ... W"]]:
         """The inverse of `of`: keys and values, rounded as they are held. An empty slot is 0."""
+        if self.leading is not None:
+            return held["k"], held["k"][..., : self.leading]
         if not self.quantized:
             return held["k"], held["v"]
         k, v = (

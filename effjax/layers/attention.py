@@ -23,7 +23,14 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention
 
 Heads = Float[Array, "B S H D"]
 KeyHeads = Float[Array, "B T K D"]  # those of another sequence have another length
+# What a core takes and gives: latents have queries, keys and values of three widths.
+CoreHeads = Float[Array, "B S H _"]
+CoreKeys = Float[Array, "B T K _"]
+AnyKeys = Float[Array, "B T _ _"]
+Values = Float[Array, "B T K W"]
+Outputs = Float[Array, "B S H W"]
 Positions = Int[Array, "B S"] | Int[Array, "B R S"]  # one row, or several, see `places`
+Turns = Int[Array, "#B S"] | Int[Array, "#B R S"]  # positions that heads are rotated to
 
 
 def places(
@@ -361,9 +368,12 @@ class CausalCore(nnx.Module):
 
     Attributes:
         together: whether the tokens of a call that follows others see each other, all of them.
+        leading: values are so many first channels of the keys, latents of all heads; None if
+            heads have keys and values of their own.
     """
 
     together: ClassVar[bool] = False
+    leading: int | None = None
 
     def __init__(self, rotary: Rotary, *, window: int | None = None):
         self.rotary = rotary
@@ -376,12 +386,12 @@ class CausalCore(nnx.Module):
 
     def __call__(
         self,
-        q: Heads,
-        k: KeyHeads,
-        v: KeyHeads,
+        q: CoreHeads,
+        k: CoreKeys,
+        v: CoreKeys,
         x: Float[Array, "B S C"],
         positions: Positions | None,
-    ) -> Heads:
+    ) -> CoreHeads:
         """Attend within the call.
 
         Args:
@@ -399,8 +409,29 @@ class CausalCore(nnx.Module):
             valid = (place >= 0).astype(jnp.int32)
             segments = valid, valid
         with jax.named_scope("attention"):
-            q, k = self.rotary(q, turns), self.rotary(k, turns)
+            q, k, v = self.within(q, k, v, turns)
             return block_sparse_attention(q, k, v, self.rule, segments=segments)
+
+    def within(
+        self, q: CoreHeads, k: CoreKeys, v: CoreKeys, angles: Turns
+    ) -> tuple[CoreHeads, AnyKeys, AnyKeys]:
+        """What attends within a call: heads rotated to angles."""
+        return self.queries(q, angles), self.keys(k, angles), v
+
+    # What a cache attends with: it holds `keys` and values, asks them with `queries`, and gives
+    # what it finds to `finish`.
+
+    def queries(self, q: CoreHeads, angles: Turns) -> CoreHeads:
+        """Queries rotated to angles."""
+        return self.rotary(q, angles)
+
+    def keys(self, k: CoreKeys, angles: Turns) -> CoreKeys:
+        """Keys rotated to angles."""
+        return self.rotary(k, angles)
+
+    def finish(self, o: CoreHeads) -> CoreHeads:
+        """The output of the heads."""
+        return o
 
 
 class CausalAttention(OneStream):
@@ -425,7 +456,7 @@ class CausalAttention(OneStream):
         core = original(self.core)
         assert isinstance(core, CausalCore)
         _, angles = places(positions[0])
-        return core.rotary(q, angles), core.rotary(k, angles)
+        return core.queries(q, angles), core.keys(k, angles)
 
     def __call__(
         self, x: Float[Array, "B S C"], positions: Positions | None

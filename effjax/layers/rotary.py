@@ -99,8 +99,25 @@ class Rotary(nnx.Module):
         else:
             angles = positions.astype(jnp.float32)[:, :, None, None] * rates
         cos, sin = (self.factor * f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
+        return self.turned(x, cos, sin)
+
+    def turned(
+        self, x: Float[Array, "B S H D"], cos: Float[Array, "..."], sin: Float[Array, "..."]
+    ) -> Float[Array, "B S H D"]:
+        """Turn pairs of channels."""
         left, right = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+class AdjacentRotary(Rotary):
+    """Turns adjacent channels, 2 i with 2 i + 1 (DeepSeek)."""
+
+    def turned(
+        self, x: Float[Array, "B S H D"], cos: Float[Array, "..."], sin: Float[Array, "..."]
+    ) -> Float[Array, "B S H D"]:
+        first, second = x[..., 0::2], x[..., 1::2]
+        pairs = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.stack(pairs, axis=-1).reshape(x.shape)
 
 
 class RasterRotary(Rotary):

@@ -149,7 +149,23 @@ class LlamaBlock(nnx.Module):
         norms: tuple[nnx.Module, nnx.Module] | None = None,
         rngs: nnx.Rngs,
     ):
-        hidden_size, eps, dtype = config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)
+        eps, dtype = config.norm_eps, jnp.dtype(config.param_dtype)
+        self.norm1 = RMSNorm(config.hidden_size, eps=eps, param_dtype=dtype)
+        self.attn = self.attention(config, layer, rotary=rotary, norms=norms, rngs=rngs)
+        self.norm2 = RMSNorm(config.hidden_size, eps=eps, param_dtype=dtype)
+        self.mlp = self.feed_forward(config, layer, rngs)
+
+    def attention(
+        self,
+        config: Any,
+        layer: int,
+        *,
+        rotary: Rotary | None,
+        norms: tuple[nnx.Module, nnx.Module] | None,
+        rngs: nnx.Rngs,
+    ) -> nnx.Module:
+        """A new attention."""
+        eps, dtype = config.norm_eps, jnp.dtype(config.param_dtype)
         rotary = rotary or Rotary(
             config.head_dim,
             theta=config.rope_theta,
@@ -157,9 +173,8 @@ class LlamaBlock(nnx.Module):
             sections=config.rope_sections,
             interleaved=config.rope_interleaved,
         )
-        self.norm1 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
-        self.attn = CausalAttention(
-            hidden_size,
+        return CausalAttention(
+            config.hidden_size,
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -172,8 +187,6 @@ class LlamaBlock(nnx.Module):
             param_dtype=dtype,
             rngs=rngs,
         )
-        self.norm2 = RMSNorm(hidden_size, eps=eps, param_dtype=dtype)
-        self.mlp = self.feed_forward(config, layer, rngs)
 
     def feed_forward(self, config: Any, layer: int, rngs: nnx.Rngs) -> FeedForward:
         """A new feed-forward layer."""

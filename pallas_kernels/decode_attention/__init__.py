@@ -3,6 +3,7 @@
 from pallas_kernels.decode_attention.operation import (
     decode_attention,
     flat_decode_attention,
+    latent_decode_attention,
     low_rank_decode_attention,
     pack_int4,
     quantized_decode_attention,
@@ -11,6 +12,7 @@ from pallas_kernels.decode_attention.operation import (
 __all__ = [
     "decode_attention",
     "flat_decode_attention",
+    "latent_decode_attention",
     "low_rank_decode_attention",
     "pack_int4",
     "quantized_decode_attention",

@@ -27,6 +27,8 @@ SIDE = 16  # the least side of a product on tensor cores
 
 def gpu_refusal(problem: Problem, operands: Operands) -> str | None:
     """Why the kernel cannot run this, or None."""
+    if problem.values.narrows:
+        return "latents have no GPU kernel: 576 channels do not fit a program's tiles; use 'xla'"
     if problem.keys.rebuild:
         return (
             "low-rank keys have no GPU kernel: their basis does not fit beside a program's tiles; "

@@ -10,6 +10,7 @@ cache holds beyond a row's length, even NaN, has no influence.
 function                      cache
 ============================  ====================================================================
 `decode_attention`            k [B, T, K, D], v [B, T, K, W]
+`latent_decode_attention`     k [B, T, K, D] alone: values are its first W channels
 `flat_decode_attention`       k, v [B, N, D]: each head has its own stretch of slots on one axis
 `quantized_decode_attention`  int8 or packed int4 values with scales and offsets
 `low_rank_decode_attention`   features c [B, T, R] of the keys; k = rotary(c basis), tile by tile
@@ -103,6 +104,55 @@ def decode_attention(
         lengths,
         Options(scale, return_lse, tile, splits, implementation, interpret),
         lambda lengths, scale: reference(q, k, v, lengths, scale=scale),
+        heads=k.shape[2],
+        tokens=k.shape[1],
+    )
+
+
+def latent_decode_attention(
+    q: Array,
+    k: Array,
+    lengths: Array,
+    *,
+    values: int,
+    scale: float | None = None,
+    return_lse: bool = False,
+    tile: int | None = None,
+    splits: int | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Result:
+    """`decode_attention` to a cache whose values are the first W channels of its keys.
+
+    That is the absorbed form of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one
+    key head of a latent and a rotated part.
+
+    Args:
+        q, k, lengths: as in `decode_attention`.
+        values: W, 1 ... D.
+        scale, return_lse, tile, splits, implementation, interpret: likewise.
+
+    Returns:
+        float[B, S, H, W] in q's dtype, and float32[B, S, H] if `return_lse`.
+
+    Raises:
+        ValueError: as `decode_attention`, and for values wider than keys.
+        NotImplementedError: if a named implementation cannot run this.
+    """
+    check_queries(q)
+    check_cache(q, k, "k", (q.shape[0], None, None, q.shape[3]))
+    if not 1 <= values <= q.shape[3]:
+        raise ValueError(
+            f"values are the first 1 ... {q.shape[3]} channels of the keys, got values={values}"
+        )
+    return attend(
+        "latent_decode_attention",
+        q,
+        Part(tiles.plain_keys(tiles.TOKENS, q.shape[3]), (k,)),
+        Part(tiles.leading_values(tiles.TOKENS, values), (k,)),
+        lengths,
+        Options(scale, return_lse, tile, splits, implementation, interpret),
+        lambda lengths, scale: reference(q, k, k[..., :values], lengths, scale=scale),
         heads=k.shape[2],
         tokens=k.shape[1],
     )

@@ -68,6 +68,7 @@ class Side:
             are stored in planes.
         prepare: turns the tiles of the shared parts into what `product` takes, once for all heads.
         rebuild: FLOPs that it costs to make one token's key of one head.
+        narrows: whether the product takes the first channels of a tile alone.
     """
 
     parts: tuple[Part, ...]
@@ -75,6 +76,7 @@ class Side:
     widths: tuple[int, ...]
     prepare: Callable[..., tuple[Array, ...]] = lambda *tiles: tiles
     rebuild: int = 0
+    narrows: bool = False
 
     @property
     def shared(self) -> bool:
@@ -175,6 +177,16 @@ def plain_keys(roles: tuple[str, ...], width: int) -> Side:
 def plain_values(roles: tuple[str, ...], width: int) -> Side:
     """Values as they are."""
     return Side((Part(roles),), _plain_outputs, (width,))
+
+
+def leading_values(roles: tuple[str, ...], width: int) -> Side:
+    """Values that are the first channels of keys."""
+    product = partial(_leading_outputs, width=width)
+    return Side((Part(roles),), product, (width,), narrows=True)
+
+
+def _leading_outputs(weights: Array, k: Array, *, width: int) -> tuple[Array, ...]:
+    return _plain_outputs(weights, k[:, :width])
 
 
 def _plain_scores(queries: tuple[Array, ...], k: Array) -> Array:

@@ -15,6 +15,7 @@ from experiments.kernels.cases import DECODE
 from pallas_kernels.decode_attention import (
     decode_attention,
     flat_decode_attention,
+    latent_decode_attention,
     low_rank_decode_attention,
     pack_int4,
     quantized_decode_attention,
@@ -125,6 +126,23 @@ def test_bfloat16(program):
 def test_head_dims_and_many_queries(queries, width, program):
     operands = plain(queries, 3, 1, width, width, tokens=140)
     assert_agrees(decode_attention, *operands, jnp.array([5, 140]), program=program)
+
+
+@pytest.mark.parametrize("program", ["xla", "tpu"])
+def test_values_are_the_first_channels_of_latents(program):
+    """One key head for all queries, of which tokens beyond the lengths are NaN."""
+    q, k, _ = plain(queries=2, key_heads=1, width=40)
+    lengths = jnp.array([300, 131])
+    k = poison(k, lengths[:, None])
+    got = latent_decode_attention(q, k, lengths, values=24, scale=0.3, **PROGRAMS[program])
+    options = {"scale": 0.3, "implementation": "reference"}
+    want = decode_attention(q, k, k[..., :24], lengths, **options)
+    chex.assert_trees_all_close(got, want, **TOLERANCE["float32"])
+    with pytest.raises(NotImplementedError, match="latents have no GPU kernel"):
+        latent_decode_attention(q, k, lengths, values=24, **PROGRAMS["gpu"])
+    for values in (0, 41):
+        with pytest.raises(ValueError, match=f"first 1 ... 40 channels of the keys.*={values}"):
+            latent_decode_attention(q, k, lengths, values=values)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -53,6 +53,11 @@ class ExpectedAttentionPlan(press.PressPlan):
         return {"sinks": self.sinks}
 
     def score(self, inputs: AttentionInputs) -> Scores:
+        if inputs.core.leading is not None:
+            raise ValueError(
+                "expected_attention turns the mean query to later positions, and queries of "
+                "latents are turned in a part of their channels alone: use another score"
+            )
         (batch, _, heads, width), positions = inputs.k.shape, inputs.positions
         counted = (positions >= self.sinks).astype(jnp.float32)
         total = jnp.maximum(jnp.sum(counted, axis=1), 1)[:, None, None]

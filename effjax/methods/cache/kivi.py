@@ -36,7 +36,7 @@ from effjax.caches.residual_buffer import Arrays, Tokens
 from effjax.context import CacheLength
 from effjax.fields import Count, OneOf
 from effjax.forward import Forward, Params
-from effjax.layers.attention import Heads
+from effjax.layers.attention import Heads, Outputs
 from effjax.transform import Method, Pair, Plan, Transform
 from pallas_kernels.decode_attention import quantized_decode_attention
 
@@ -97,7 +97,7 @@ class KIVICache(ResidualBufferCache):
 
     def attend_sealed(
         self, q: Heads, sealed: Arrays, lengths: Lengths
-    ) -> tuple[Heads, Float[Array, "B S H"]]:
+    ) -> tuple[Outputs, Float[Array, "B S H"]]:
         qvalues: dict[str, Any] = dict(sealed)
         out, log_sum_exps = quantized_decode_attention(
             q, lengths=lengths, return_lse=True, **qvalues

@@ -6,7 +6,7 @@ FAMILIES = (
     PipelineFamily(
         name=TEXT,
         pipeline=TEXT,
-        models=("Llama", "MoELlama"),
+        models=("Llama", "MoELlama", "DeepSeek"),
         model="model",
         tokenizers=("tokenizer",),
     ),

@@ -17,7 +17,7 @@ from effjax.caches.quantization import FLOAT, pack, to_qvalues, unpack
 from effjax.caches.residual_buffer import Arrays, Tokens
 from effjax.context import CacheLength, Context
 from effjax.forward import METHODS, Forward, Params, flatten_params, nest_params
-from effjax.layers.attention import CausalCore, Heads
+from effjax.layers.attention import CausalCore, Heads, Outputs
 from effjax.methods.cache.cskv.decomposition import check_factors, factors, features, grouped
 from effjax.methods.cache.cskv.plan import NAME, CSKVPlan, Factors
 from effjax.targets import target_modules
@@ -74,6 +74,8 @@ class CSKVCache(ResidualBufferCache):
         factors: of the layer.
         constant: whether the last feature is 1.
     """
+
+    takes_latents = False
 
     def __init__(
         self,
@@ -134,7 +136,7 @@ class CSKVCache(ResidualBufferCache):
 
     def attend_sealed(
         self, q: Heads, sealed: Arrays, lengths: Lengths
-    ) -> tuple[Heads, Float[Array, "B S H"]]:
+    ) -> tuple[Outputs, Float[Array, "B S H"]]:
         k, v = (self._restored(sealed, name, q.dtype) for name in "kv")
         up_k, up_v = (self.factor(f"up_{name}", q.dtype) for name in "kv")
         rotary = self.core.rotary

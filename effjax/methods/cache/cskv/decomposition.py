@@ -141,9 +141,14 @@ def attentions(forward: Forward, params: Params) -> dict[str, CausalAttention]:
     """The attention layers, by path of their cores.
 
     Raises:
-        ValueError: for a model without causal attention.
+        ValueError: for a model without causal attention, or with latents already.
     """
     found = required_attentions(forward.module(params), "causal", needed_by=NAME)
+    if not all(isinstance(target.module, CausalAttention) for target in found):
+        raise ValueError(
+            f"{NAME} makes keys and values of narrow features, and those of a "
+            f"{forward.model.__name__} are made of latents as they are"
+        )
     return {
         f"{target.path}.core": target.module
         for target in found

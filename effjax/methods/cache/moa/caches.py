@@ -74,6 +74,8 @@ class SpanCache(KVCache):
         rules: of the layer's heads.
     """
 
+    takes_latents = False
+
     def __init__(
         self,
         inner: Any,
