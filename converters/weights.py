@@ -114,10 +114,8 @@ def open_weights(
     family, layout, config = _identify(path, dense, layers, part)
     if family.beyond is not None:
         more = family.beyond(config)
-        dense, layers = (
-            {name: each for name, each in held.items() if not name.startswith(more)}
-            for held in (dense, layers)
-        )
+        dense = {name: each for name, each in dense.items() if not name.startswith(more)}
+        layers = {name: each for name, each in layers.items() if not name.startswith(more)}
     dtype = None if dtype is None else float_dtype(dtype)
     counts = dict.fromkeys(FLOATS, 0)
     for tensor in dense.values():

@@ -163,7 +163,7 @@ class LlamaBlock(nnx.Module):
         rotary: Rotary | None,
         norms: tuple[nnx.Module, nnx.Module] | None,
         rngs: nnx.Rngs,
-    ) -> nnx.Module:
+    ) -> Any:
         """A new attention."""
         eps, dtype = config.norm_eps, jnp.dtype(config.param_dtype)
         rotary = rotary or Rotary(

@@ -118,7 +118,12 @@ class Components:
             )
 
     def model(
-        self, name: str | None, *, part: str | None = None, part_file: str | None = None
+        self,
+        name: str | None,
+        *,
+        part: str | None = None,
+        part_file: str | None = None,
+        any_kind: bool = False,
     ) -> Pair:
         """A model: the one that is given, else that of a subfolder, or of the directory itself.
 
@@ -126,6 +131,7 @@ class Components:
             name: component; None for the directory itself.
             part: a further model in the files of the directory itself, which the component is.
             part_file: the file there that has it; None for those of the directory's model.
+            any_kind: whether the model may be one that the family has no pipeline of.
 
         Raises:
             ValueError: for what is no model, one of a kind that the family has no pipeline of, and
@@ -133,7 +139,8 @@ class Components:
         """
         found, family = self._model(name, part, part_file), self.family
         kind = found[0].model.__name__
-        if part is None and name in (None, family.model) and kind not in family.models:
+        own = part is None and name in (None, family.model) and not any_kind
+        if own and kind not in family.models:
             raise ValueError(
                 f"the {family.model.replace('_', ' ')} of a {family.name} is a "
                 f"{' or a '.join(family.models)}, and that of {self.folder.source} is a {kind}"

@@ -115,7 +115,8 @@ def _loaded(pipe: BasePipeline, origin: Origin) -> Reference:
     folder = open_folder(origin.model, revision=origin.revision)
     index = folder.read(INDEX) if folder.has(INDEX) else None
     found = Components(pipe.family, folder, index, {}, origin.variant, options)
-    forward, params = found.model(None if index is None else pipe.family.model)
+    name = None if index is None else pipe.family.model
+    forward, params = found.model(name, any_kind=_replaced(pipe))
     if forward.recipe:
         raise ValueError(f"{origin.model} is compressed itself; give the model that it was made of")
     given, own = dataclasses.asdict(forward.config), dataclasses.asdict(config)

@@ -125,7 +125,9 @@ def test_transformers_reads_what_is_written(made, tmp_path):
     _, folder, torch, model = made
     transformers = pytest.importorskip("transformers")
     converters.convert(folder, tmp_path / "copy", progress=False)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy").eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "copy", trust_remote_code=False
+    ).eval()
     tokens = torch.tensor(TOKENS[:1], dtype=torch.long)
     with torch.no_grad():
         chex.assert_trees_all_equal(again(tokens).logits.numpy(), model(tokens).logits.numpy())
