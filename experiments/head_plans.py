@@ -11,7 +11,8 @@ each budget, and one candidate for all heads of a layer at a budget that saves a
 
 "plans": images of plans against the dense ones of the same noise: searched head by head, without
 cached heads, with one choice for each layer, and masks of blocks in the order of each head against
-masks in the raster.
+masks in the raster. Plans by head are searched along their own compressed trajectory, as the paper
+does; those by layer are chosen on the errors of the dense one, so that the two differ in this too.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from effjax.autoregression import Collaborative, NextScale, NextToken
-from effjax.cost import compiled_memory, sampler_cost, weight_bytes
+from effjax.cost import compiled_memory, cost, weight_bytes
 from effjax.forward import abstract
 from effjax.methods import litevar, round_to_nearest
 from effjax.models.llamagen import LlamaGen, LlamaGenConfig
@@ -96,12 +96,12 @@ def compile_one(model: str, variant: str, batch: int, chip: str) -> dict[str, An
     weights = weight_bytes(params) + (weight_bytes(loop.refiner[1]) if variant == "CoDe" else 0)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     forward, params = scanned(forward, params)
-    flops = sampler_cost(loop, forward, params, labels, platform="tpu").flops
 
     def run(loop: Any, params: Any, labels: Any, key: Any) -> Any:
         return loop.sample(forward, params, labels, key)
 
     given = jax.eval_shape(lambda *each: (*each, jax.random.key(0)), loop, params, labels)
+    flops = cost(run, *given, platform="tpu").flops  # a refiner's weights are arguments too
     memory = compiled_memory(run, *on_chip(chip, given))
     return {
         "model": model,

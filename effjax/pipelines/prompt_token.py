@@ -78,7 +78,9 @@ class PromptTokenPipeline(PromptedRaster):
         tokenizer = found.tokenizer(name, name if saved else None)
         if saved:
             found.require(family.model, family.vae)
-        own = {} if saved else {"part": family.vae_part, "part_file": family.vae_file}
+        own: dict[str, Any] = (
+            {} if saved else {"part": family.vae_part, "part_file": family.vae_file}
+        )
         vae = found.model(family.vae, **own)
         return cls(
             *found.model(family.model if saved else None),
