@@ -27,7 +27,7 @@ from effjax.methods import (
     streaming_llm,
 )
 from effjax.models.deepseek import DeepSeek, DeepSeekConfig
-from tests.models.test_moe_llama import LENGTHS, MASK, POSITIONS, SIZES, TOKENS
+from tests.models.test_moe_llama import LENGTHS, SIZES, TOKENS, agrees
 
 ALIKE = {
     **SIZES,
@@ -100,21 +100,7 @@ def made(request, tmp_path_factory):
 
 @pytest.mark.torch
 def test_logits_and_texts_equal_those_of_transformers(made):
-    """Of texts of 12, 7 and 1 tokens, padded at the left; greedy continuations token for token."""
-    _, folder, torch, model = made
-    forward, params = converters.from_pretrained(folder, progress=False)
-    got, _ = jax.jit(forward)(params, {}, TOKENS, POSITIONS)
-    given = {
-        "input_ids": torch.tensor(TOKENS, dtype=torch.long),
-        "attention_mask": torch.tensor(MASK, dtype=torch.long),
-    }
-    with torch.no_grad():
-        want = model(**given).logits.numpy()
-        texts = model.generate(**given, max_new_tokens=8, do_sample=False).numpy()[:, 12:]
-    chex.assert_trees_all_close(got[MASK], want[MASK], atol=1e-4)
-    prompts = [row[mask] for row, mask in zip(TOKENS, MASK)]
-    out = generate(forward, params, prompts, max_new_tokens=8)
-    np.testing.assert_array_equal(out.tokens, texts)
+    agrees(*made[1:])
 
 
 @pytest.mark.torch
